@@ -1,0 +1,129 @@
+"""`DiffAttentionConfig`: every size and flag of one differential-attention block, validated once."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from diffdeploy.errors import InputError
+
+__all__ = ["DiffAttentionConfig", "GqaLayout", "RopeConfig", "RopeStyle", "lambda_init_at"]
+
+RopeStyle = Literal["interleaved", "half"]
+GqaLayout = Literal["canonical"]
+
+
+def lambda_init_at(depth: int) -> float:
+    """``lambda_init = 0.8 - 0.6 exp(-0.3 depth)`` for the 0-based layer index ``depth``.
+
+    Source: arXiv 2410.05258, section 2.1 (where layers are counted from 1).
+    """
+    return 0.8 - 0.6 * math.exp(-0.3 * depth)
+
+
+def _require(condition: bool, field: str, given: object, accepted: str) -> None:
+    if not condition:
+        raise InputError(f"{field} is {given!r}, but it must be {accepted}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding of the query and key heads.
+
+    Attributes:
+        style: ``interleaved`` rotates the pairs ``(x[2j], x[2j+1])``, ``half`` the pairs ``(x[j], x[j + d/2])``.
+        theta: base of the geometric frequency series ``theta ** (-2j / d)``.
+    """
+
+    style: RopeStyle
+    theta: float
+
+    def __post_init__(self) -> None:
+        _require(self.style in get_args(RopeStyle), "rope.style", self.style, "interleaved or half")
+        _require(math.isfinite(self.theta) and self.theta > 0, "rope.theta", self.theta, "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffAttentionConfig:
+    """Sizes and flags of one block in canonical form.
+
+    Attributes:
+        embed_dim: model width ``D``.
+        num_heads: differential heads ``h``; the softmax model of equal size has ``2h``.
+        num_kv_heads: differential key/value heads ``h_kv``; divides ``h``.
+        head_dim: stream width ``d``; a head's value and output are ``2d`` wide.
+        lambda_init: constant part of lambda; see `lambda_init_at`.
+        causal: position ``i`` sees keys up to ``i`` (aligned bottom-right).
+        rope: rotary embedding of queries and keys, or ``None``.
+        norm_eps: epsilon of the RMS norm over each head's ``2d`` outputs.
+        norm_affine: whether that norm has a weight (gamma, ``[2d]``).
+        output_scale: factor behind the norm; the paper's is ``1 - lambda_init``.
+        qkv_bias: whether the q, k and v projections have biases.
+        out_bias: whether the output projection has a bias.
+        gqa_layout: which key stream a query stream reads when ``h_kv < h``; ``canonical``: query head ``i``, stream
+            ``s`` reads key head ``i // (h / h_kv)``, stream ``s``.
+
+    Raises:
+        InputError: a field is out of range; the message names it, what was given and what is accepted.
+    """
+
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    lambda_init: float
+    output_scale: float
+    causal: bool = True
+    rope: RopeConfig | None = None
+    norm_eps: float = 1e-5
+    norm_affine: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    gqa_layout: GqaLayout = "canonical"
+
+    def __post_init__(self) -> None:
+        for field in ("embed_dim", "num_heads", "num_kv_heads", "head_dim"):
+            _require(getattr(self, field) >= 1, field, getattr(self, field), "a positive integer")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of num_heads ({self.num_heads})",
+        )
+        _require(
+            self.rope is None or self.head_dim % 2 == 0,
+            "head_dim",
+            self.head_dim,
+            "even when rotary embedding is used, since it turns pairs of channels",
+        )
+        _require(math.isfinite(self.lambda_init), "lambda_init", self.lambda_init, "a finite number")
+        _require(math.isfinite(self.output_scale), "output_scale", self.output_scale, "a finite number")
+        _require(math.isfinite(self.norm_eps) and self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
+        _require(self.gqa_layout in get_args(GqaLayout), "gqa_layout", self.gqa_layout, "canonical")
+
+    @property
+    def value_dim(self) -> int:
+        """Width ``2d`` of one head's value and output."""
+        return 2 * self.head_dim
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head, ``g = h / h_kv``."""
+        return self.num_heads // self.num_kv_heads
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the canonical weights of this block, as `DiffAttention.state_dict` has them."""
+        q_rows, kv_rows = self.num_heads * self.value_dim, self.num_kv_heads * self.value_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "q_proj.weight": (q_rows, self.embed_dim),
+            "k_proj.weight": (kv_rows, self.embed_dim),
+            "v_proj.weight": (kv_rows, self.embed_dim),
+            "out_proj.weight": (self.embed_dim, q_rows),
+        }
+        if self.qkv_bias:
+            shapes |= {"q_proj.bias": (q_rows,), "k_proj.bias": (kv_rows,), "v_proj.bias": (kv_rows,)}
+        if self.out_bias:
+            shapes["out_proj.bias"] = (self.embed_dim,)
+        shapes |= {f"lambda_{name}": (self.head_dim,) for name in ("q1", "k1", "q2", "k2")}
+        if self.norm_affine:
+            shapes["subln.weight"] = (self.value_dim,)
+        return shapes

@@ -1,0 +1,49 @@
+"""The errors users meet. Each class is one exit code of the command line."""
+
+__all__ = [
+    "DiffDeployError",
+    "ExportError",
+    "InputError",
+    "IntegrityError",
+    "UnavailableError",
+    "VerificationError",
+]
+
+
+class DiffDeployError(Exception):
+    """Base of every error that diffdeploy raises on purpose.
+
+    The message is one sentence: what was given, what is accepted, what to do next.
+    """
+
+    exit_code = 4
+
+
+class VerificationError(DiffDeployError):
+    """The artifact does not compute what its weights and config say."""
+
+    exit_code = 1
+
+
+class InputError(DiffDeployError, ValueError):
+    """An argument, a checkpoint or an input tensor is not acceptable."""
+
+    exit_code = 2
+
+
+class UnavailableError(DiffDeployError):
+    """This machine lacks something that was asked for: a package, a device, disk space."""
+
+    exit_code = 3
+
+
+class ExportError(DiffDeployError):
+    """A model could not be lowered to the requested format."""
+
+    exit_code = 4
+
+
+class IntegrityError(DiffDeployError):
+    """A bundle is not what its manifest says."""
+
+    exit_code = 5

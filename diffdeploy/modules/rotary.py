@@ -1,0 +1,77 @@
+"""Rotary position embedding from tables that are rounded once."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from diffdeploy.config import RopeConfig
+from diffdeploy.errors import InputError
+
+__all__ = ["RotaryEmbedding"]
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns channel pairs of ``[..., S, d]`` by ``position * theta ** (-2j / d)`` (RoFormer, arXiv 2104.09864, eq. 34).
+
+    The tables are computed in fp64 and rounded once to the module's dtype, also after ``.to(dtype)``.
+
+    Args:
+        config: style and base.
+        head_dim: width ``d``, even.
+        max_positions: rows of the tables; the longest sequence that can be embedded.
+        device: as for any module.
+        dtype: as for any module.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self,
+        config: RopeConfig,
+        head_dim: int,
+        max_positions: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.head_dim, self.max_positions = config, head_dim, max_positions
+        placeholder = torch.empty(0, device=device, dtype=dtype)
+        self.register_buffer("cos", placeholder, persistent=False)
+        self.register_buffer("sin", placeholder, persistent=False)
+        self._fill_tables()
+
+    def _fill_tables(self) -> None:
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+        positions = torch.arange(self.max_positions, dtype=torch.float64)
+        angles = torch.outer(positions, self.config.theta**-exponents)
+        self.cos, self.sin = angles.cos().to(self.cos), angles.sin().to(self.sin)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._fill_tables()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed positions ``0 .. S-1``.
+
+        Args:
+            x: ``[..., S, d]``, floating point.
+
+        Returns:
+            The turned channels, same shape and dtype.
+
+        Raises:
+            InputError: ``S`` is larger than ``max_positions``.
+        """
+        length = x.shape[-2]
+        if length > self.max_positions:
+            raise InputError(f"sequence length is {length}, but the rotary tables hold {self.max_positions} positions")
+        cos, sin = self.cos[:length].to(x.dtype), self.sin[:length].to(x.dtype)
+        if self.config.style == "interleaved":
+            first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+            return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,5 @@
+"""The operator ``softmax(q1 k1) v - lambda softmax(q2 k2) v`` and its implementations."""
+
+from diffdeploy.ops.api import Impl, diff_attention, resolve_impl
+
+__all__ = ["Impl", "diff_attention", "resolve_impl"]
