@@ -90,7 +90,9 @@ def train(model: DiffTransformer, tokens: Tensor, steps: int) -> float:
         losses.append(loss.item())
         if step % 100 == 99:
             recent = sum(losses[-100:]) / 100
-            print(f"step {step + 1}/{steps}  {recent:.3f} bits per byte  {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"step {step + 1}/{steps}  {recent:.3f} bits per byte  {time.monotonic() - started:.0f} s", flush=True
+            )
     tail = losses[-max(1, steps // 100) :]
     return sum(tail) / len(tail)
 

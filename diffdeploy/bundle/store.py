@@ -1,0 +1,163 @@
+"""Bundles on disk: written whole or not at all, and checked byte for byte before anything in them is used."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from diffdeploy.bundle.manifest import FileDigest, Manifest
+from diffdeploy.checkpoints.files import file_sha256
+from diffdeploy.errors import InputError, IntegrityError, UnavailableError
+
+__all__ = [
+    "MANIFEST",
+    "REPORT",
+    "WEIGHTS",
+    "Bundle",
+    "default_output",
+    "open_bundle",
+    "staged_bundle",
+    "write_manifest",
+]
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+REPORT = "verification.json"
+GOLDEN = "golden.safetensors"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose digests have been checked."""
+
+    path: Path
+    manifest: Manifest
+
+
+def default_output(name: str, layer: int | None, format_name: str) -> Path:
+    """Where a bundle goes when the user does not say: ``artifacts/NAME-layerN-FORMAT``."""
+    parts = [name, *([] if layer is None else [f"layer{layer}"]), format_name]
+    return Path("artifacts") / "-".join(parts)
+
+
+def _files_in(directory: Path) -> list[str]:
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir())
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
+    """Write ``manifest.json`` with the digests of all other files that are in ``directory`` now."""
+    digests = {
+        name: FileDigest(size=(directory / name).stat().st_size, sha256=file_sha256(directory / name))
+        for name in _files_in(directory)
+        if name != MANIFEST
+    }
+    complete = manifest.model_copy(update={"files": digests})
+    (directory / MANIFEST).write_bytes(complete.to_bytes())
+    return complete
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Read a bundle and check every file in it.
+
+    Raises:
+        InputError: there is no bundle at ``path``.
+        IntegrityError: a byte changed, a file is missing or extra, or a path leads out of the bundle.
+    """
+    directory = Path(path)
+    if not (directory / MANIFEST).is_file():
+        raise InputError(
+            f"{directory} is not a bundle: it has no {MANIFEST}; give a directory that diffdeploy exported"
+        )
+    manifest = Manifest.from_bytes((directory / MANIFEST).read_bytes())
+    for name in manifest.files:
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise IntegrityError(f"the manifest of {directory} names {name!r}, a path that leaves the bundle")
+    present, expected = set(_files_in(directory)), {MANIFEST, *manifest.files}
+    if missing := sorted(expected - present):
+        raise IntegrityError(f"{directory} lacks {', '.join(missing)}; copy the bundle again")
+    if extra := sorted(present - expected):
+        raise IntegrityError(f"{directory} holds files that its manifest does not list: {', '.join(extra)}")
+    for name, digest in manifest.files.items():
+        file = directory / name
+        if file.is_symlink():
+            raise IntegrityError(f"{name} in {directory} is a link, and links may leave the bundle")
+        if file.stat().st_size != digest.size or file_sha256(file) != digest.sha256:
+            raise IntegrityError(f"{name} in {directory} is not the file that was exported: its sha256 differs")
+    return Bundle(directory, manifest)
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise InputError(f"{output} is a file; give a directory that does not exist yet")
+    if not any(output.iterdir()):
+        return
+    if not force:
+        raise InputError(f"{output} is not empty; give another --output, or --force to replace a bundle")
+    if not (output / MANIFEST).is_file():
+        raise InputError(
+            f"{output} is not empty and not a bundle, so --force will not replace it; give another --output"
+        )
+
+
+def _replace(staging: Path, output: Path) -> None:
+    """Move ``staging`` to ``output`` in one rename; an old bundle is kept aside until the new one is in place."""
+    if not output.exists() or not any(output.iterdir()):
+        staging.replace(output)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+    output.replace(aside)
+    try:
+        staging.replace(output)
+    except BaseException:
+        aside.replace(output)
+        raise
+    shutil.rmtree(aside)
+
+
+@contextmanager
+def staged_bundle(output: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary sibling of ``output`` that becomes ``output`` when the block ends well, and is removed otherwise.
+
+    Raises:
+        InputError: ``output`` is taken or cannot be written.
+        UnavailableError: the disk is full.
+    """
+    _check_output(output, force)
+    staging: Path | None = None
+    made = [p for p in (output.parent, *output.parent.parents) if not p.exists()]
+    finished = False
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.new-", dir=output.parent))
+        yield staging
+        staging.chmod(0o777 & ~_umask())
+        _replace(staging, output)
+        finished = True
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UnavailableError(
+                f"no space left to write {output}; nothing was kept: free some and try again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise InputError(f"{output} cannot be written ({error.strerror}); give another --output") from error
+        raise
+    finally:
+        if not finished:
+            if staging is not None:
+                shutil.rmtree(staging, ignore_errors=True)
+            for directory in made:
+                if directory.is_dir() and not any(directory.iterdir()):
+                    directory.rmdir()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

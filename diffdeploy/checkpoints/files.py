@@ -1,0 +1,121 @@
+"""Tensors and config fields from files. Pickled objects are refused, never run."""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import torch
+from torch import Tensor
+
+from diffdeploy.errors import InputError
+
+__all__ = ["SAMPLE", "TensorFile", "file_sha256", "open_tensors", "read_config_fields"]
+
+SAMPLE = Path(__file__).parent / "sample"
+
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
+
+
+class TensorFile(Protocol):
+    """Named tensors that are read when asked for."""
+
+    path: Path
+
+    def keys(self) -> list[str]:
+        """All tensor names."""
+        ...
+
+    def get(self, key: str) -> Tensor:
+        """One tensor, on the CPU."""
+        ...
+
+
+class _SafetensorsFile:
+    """A ``.safetensors`` file, of which only the tensors that are asked for are read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._handle = safetensors.safe_open(path, framework="pt")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise InputError(
+                f"{path} is not a readable safetensors file ({error}); it may be truncated: copy it again"
+            ) from error
+
+    def keys(self) -> list[str]:
+        return list(self._handle.keys())
+
+    def get(self, key: str) -> Tensor:
+        tensor: Tensor = self._handle.get_tensor(key)
+        return tensor
+
+
+class _TorchFile:
+    """A ``torch.save`` file that holds tensors and plain containers only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+            raise InputError(
+                f"{path} cannot be read as weights only, and pickled objects are never executed; save the state dict "
+                "alone, with safetensors.torch.save_file or torch.save(model.state_dict())"
+            ) from error
+        while isinstance(loaded, Mapping) and (inner := next((k for k in _STATE_DICT_KEYS if k in loaded), None)):
+            loaded = loaded[inner]
+        tensors = loaded.items() if isinstance(loaded, Mapping) else ()
+        self._tensors = {str(key): value for key, value in tensors if isinstance(value, Tensor)}
+        if not self._tensors:
+            raise InputError(f"{path} holds no state dict; accepted is a mapping from names to tensors")
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Open a checkpoint: a ``.safetensors`` file, a ``torch.save`` file, or a directory with one of them.
+
+    Raises:
+        InputError: nothing there, several files to choose from, a damaged file, or one with pickled objects.
+    """
+    if path.is_dir():
+        found = [p for suffix in ("*.safetensors", "*.pt", "*.pth", "*.bin") for p in sorted(path.glob(suffix))]
+        if len(found) != 1:
+            names = ", ".join(p.name for p in found) or "none"
+            raise InputError(f"{path} must hold one .safetensors or .pt file, but there are: {names}; give the file")
+        path = found[0]
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give a .safetensors or .pt file, or a directory with one")
+    return _SafetensorsFile(path) if path.suffix == ".safetensors" else _TorchFile(path)
+
+
+def read_config_fields(weights_path: Path) -> dict[str, Any]:
+    """Fields of the ``config.json`` beside the weights; empty when there is none.
+
+    Raises:
+        InputError: the file is not a JSON object.
+    """
+    path = weights_path.parent / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not readable JSON ({error}); mend it or move it away") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} holds a {type(fields).__name__}; accepted is a JSON object")
+    return fields
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,5 @@
+"""Running bundles: `load` checks a bundle and opens it with the backend of its format."""
+
+from diffdeploy.runtime.base import Runtime, load
+
+__all__ = ["Runtime", "load"]
