@@ -15,7 +15,7 @@ from diffdeploy.graphs import GraphSpec
 
 __all__ = ["Environment", "FileDigest", "Manifest", "Provenance"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 

@@ -40,14 +40,15 @@ class _SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._handle = safetensors.safe_open(path, framework="pt")
+            self._handle: Any = safetensors.safe_open(path, framework="pt")
+            self._keys: list[str] = list(self._handle.keys())
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(
                 f"{path} is not a readable safetensors file ({error}); it may be truncated: copy it again"
             ) from error
 
     def keys(self) -> list[str]:
-        return list(self._handle.keys())
+        return list(self._keys)
 
     def get(self, key: str) -> Tensor:
         tensor: Tensor = self._handle.get_tensor(key)

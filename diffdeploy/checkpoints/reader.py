@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -122,7 +122,8 @@ def _sizes(weights: dict[str, Tensor], prefix: str) -> dict[str, int]:
         rows = weights[name].shape[0]
         if rows % (2 * head_dim):
             raise InputError(
-                f"{prefix}{name} has {rows} rows; accepted is a multiple of {2 * head_dim}, twice the length of lambda_q1"
+                f"{prefix}{name} has {rows} rows; accepted is a multiple of {2 * head_dim}, "
+                "twice the length of lambda_q1"
             )
         sizes[field] = rows // (2 * head_dim)
     return sizes
@@ -152,11 +153,10 @@ def _rope(options: CheckpointOptions, fields: dict[str, Any], path: Path) -> Rop
     theta = options.rope_theta if options.rope_theta is not None else _field(known, "theta", float, path)
     if theta is None:
         raise InputError(
-            "--rope-theta is missing: the base of the rotary frequencies is not in the weights, so it cannot be guessed "
-            "(the paper's models use 10000)"
+            "--rope-theta is missing: the base of the rotary frequencies is not in the weights, so it cannot be "
+            "guessed (the paper's models use 10000)"
         )
-    chosen: RopeStyle = style
-    return RopeConfig(style=chosen, theta=float(theta))
+    return RopeConfig(style=cast(RopeStyle, style), theta=float(theta))
 
 
 def _depth(options: CheckpointOptions, layer: int | None, fields: dict[str, Any], path: Path) -> int:
@@ -166,7 +166,8 @@ def _depth(options: CheckpointOptions, layer: int | None, fields: dict[str, Any]
                 raise InputError(f"depth is {depth}; accepted is a 0-based layer index")
             return int(depth)
     raise InputError(
-        "--depth is missing: lambda_init depends on the layer index, the keys have none, and the weights do not record it"
+        "--depth is missing: lambda_init depends on the layer index, the keys have none, and the weights do "
+        "not record it"
     )
 
 
@@ -203,7 +204,10 @@ def read_checkpoint(path: str | Path, options: CheckpointOptions | None = None) 
     lambda_init = lambda_init_at(_depth(options, blocks[prefix], fields, file.path))
     eps = _field(fields, "norm_eps", float, file.path)
     config = DiffAttentionConfig(
-        **sizes,
+        embed_dim=sizes["embed_dim"],
+        num_heads=sizes["num_heads"],
+        num_kv_heads=sizes["num_kv_heads"],
+        head_dim=sizes["head_dim"],
         lambda_init=lambda_init,
         output_scale=1 - lambda_init,
         rope=_rope(options, fields, file.path),
@@ -214,7 +218,8 @@ def read_checkpoint(path: str | Path, options: CheckpointOptions | None = None) 
     for name, shape in config.weight_shapes().items():
         if tuple(weights[name].shape) != shape:
             raise InputError(
-                f"{prefix}{name} has shape {list(weights[name].shape)}; accepted is {list(shape)}, as the other shapes say"
+                f"{prefix}{name} has shape {list(weights[name].shape)}; accepted is {list(shape)}, "
+                "as the other shapes say"
             )
     return Checkpoint(
         config=config,

@@ -52,6 +52,10 @@ class DiffAttention(nn.Module):
         self.k_proj = linear("k_proj", config.qkv_bias)
         self.v_proj = linear("v_proj", config.qkv_bias)
         self.out_proj = linear("out_proj", config.out_bias)
+        self.lambda_q1: Tensor
+        self.lambda_k1: Tensor
+        self.lambda_q2: Tensor
+        self.lambda_k2: Tensor
         lambda_dtype = torch.promote_types(dtype, torch.float32)
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
             vector = torch.empty(config.head_dim, device=device, dtype=lambda_dtype)

@@ -50,7 +50,7 @@ class RotaryEmbedding(nn.Module):
         self.cos, self.sin = angles.cos().to(self.cos), angles.sin().to(self.sin)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self._fill_tables()
         return self
 
@@ -71,7 +71,7 @@ class RotaryEmbedding(nn.Module):
             raise InputError(f"sequence length is {length}, but the rotary tables hold {self.max_positions} positions")
         cos, sin = self.cos[:length].to(x.dtype), self.sin[:length].to(x.dtype)
         if self.config.style == "interleaved":
-            first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+            first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
             return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

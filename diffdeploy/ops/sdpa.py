@@ -13,7 +13,7 @@ __all__ = ["padded", "two_call"]
 def _stream(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, causal: bool, scale: float) -> Tensor:
     """One softmax attention; causal is aligned bottom-right, where SDPA's own flag is aligned top-left."""
     query_length, key_length = q_BHSd.shape[-2], k_BHTd.shape[-2]
-    square = query_length == key_length
+    square = bool(query_length == key_length)
     return F.scaled_dot_product_attention(
         q_BHSd,
         k_BHTd,
