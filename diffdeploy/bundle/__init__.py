@@ -1,9 +1,23 @@
 """Bundles: one directory with the artifact, its weights, its report and a manifest that ties them together."""
 
 from diffdeploy.bundle.manifest import Environment, FileDigest, Manifest, Provenance
-from diffdeploy.bundle.store import Bundle, default_output, open_bundle, staged_bundle
+from diffdeploy.bundle.store import (
+    GOLDEN,
+    MANIFEST,
+    REPORT,
+    WEIGHTS,
+    Bundle,
+    default_output,
+    open_bundle,
+    staged_bundle,
+    write_manifest,
+)
 
 __all__ = [
+    "GOLDEN",
+    "MANIFEST",
+    "REPORT",
+    "WEIGHTS",
     "Bundle",
     "Environment",
     "FileDigest",
@@ -12,4 +26,5 @@ __all__ = [
     "default_output",
     "open_bundle",
     "staged_bundle",
+    "write_manifest",
 ]

@@ -14,6 +14,7 @@ from diffdeploy.checkpoints.files import file_sha256
 from diffdeploy.errors import InputError, IntegrityError, UnavailableError
 
 __all__ = [
+    "GOLDEN",
     "MANIFEST",
     "REPORT",
     "WEIGHTS",

@@ -41,7 +41,7 @@ class _SafetensorsFile:
         self.path = path
         try:
             self._handle: Any = safetensors.safe_open(path, framework="pt")
-            self._keys: list[str] = list(self._handle.keys())
+            self._keys: list[str] = [*self._handle.keys()]
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(
                 f"{path} is not a readable safetensors file ({error}); it may be truncated: copy it again"

@@ -1,0 +1,1 @@
+"""Verification: an artifact is accepted when it computes what its weights and config say."""

@@ -1,0 +1,78 @@
+"""Independent formulas: loops over heads and rows in numpy fp64, sharing nothing with the package."""
+
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def softmax_row(scores: Array) -> Array:
+    shifted = np.exp(scores - scores.max())
+    row: Array = shifted / shifted.sum()
+    return row
+
+
+def attention(q: Array, k: Array, v: Array, *, causal: bool) -> Array:
+    """One head, one stream: ``q [S, d]``, ``k [T, d]``, ``v [T, e]`` -> ``[S, e]``; causal is bottom-right."""
+    rows = []
+    for i in range(len(q)):
+        seen = len(k) - len(q) + i + 1 if causal else len(k)
+        rows.append(softmax_row(k[:seen] @ q[i] / np.sqrt(q.shape[1])) @ v[:seen])
+    return np.stack(rows)
+
+
+def diff_attention(q: Array, k: Array, v: Array, lam: float, *, causal: bool) -> Array:
+    """``q [B, 2h, S, d]``, ``k [B, 2h_kv, T, d]``, ``v [B, h_kv, T, e]`` -> ``[B, h, S, e]``."""
+    batch, heads, kv_heads = q.shape[0], q.shape[1] // 2, v.shape[1]
+    out = np.empty((batch, heads, q.shape[2], v.shape[3]))
+    for b in range(batch):
+        for i in range(heads):
+            j = i * kv_heads // heads
+            signal = attention(q[b, 2 * i], k[b, 2 * j], v[b, j], causal=causal)
+            noise = attention(q[b, 2 * i + 1], k[b, 2 * j + 1], v[b, j], causal=causal)
+            out[b, i] = signal - lam * noise
+    return out
+
+
+def rotate(x: Array, style: str, theta: float) -> Array:
+    """Turn channel pairs of ``[S, d]`` as complex numbers."""
+    length, width = x.shape
+    pairs = (
+        x.reshape(length, -1, 2) if style == "interleaved" else np.stack((x[:, : width // 2], x[:, width // 2 :]), -1)
+    )
+    angles = np.arange(length)[:, None] / theta ** (np.arange(width // 2) * 2 / width)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)
+    if style == "interleaved":
+        return np.stack((turned.real, turned.imag), -1).reshape(length, width)
+    return np.concatenate((turned.real, turned.imag), -1)
+
+
+def block(
+    x: Array,
+    weights: dict[str, Array],
+    *,
+    heads: int,
+    kv_heads: int,
+    lambda_init: float,
+    causal: bool,
+    rope: tuple[str, float] | None,
+    eps: float = 1e-5,
+) -> Array:
+    """The whole block for one sequence ``[S, D]``."""
+    width = len(weights["lambda_q1"])
+
+    def project(name: str, count: int) -> Array:
+        rows = x @ weights[f"{name}_proj.weight"].T + weights.get(f"{name}_proj.bias", 0.0)
+        return np.moveaxis(rows.reshape(len(x), count, -1), 1, 0)
+
+    q, k, v = project("q", 2 * heads), project("k", 2 * kv_heads), project("v", kv_heads)
+    if rope is not None:
+        q, k = (np.stack([rotate(head, *rope) for head in side]) for side in (q, k))
+    lam = lambda_init
+    lam += np.exp(weights["lambda_q1"] @ weights["lambda_k1"]) - np.exp(weights["lambda_q2"] @ weights["lambda_k2"])
+    out = diff_attention(q[None], k[None], v[None], lam, causal=causal)[0]
+    out = out / np.sqrt((out**2).mean(-1, keepdims=True) + eps) * weights.get("subln.weight", np.ones(2 * width))
+    joined = np.moveaxis(out * (1 - lambda_init), 0, 1).reshape(len(x), -1)
+    result: Array = joined @ weights["out_proj.weight"].T + weights.get("out_proj.bias", 0.0)
+    return result
