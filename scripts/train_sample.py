@@ -84,7 +84,7 @@ def train(model: DiffTransformer, tokens: Tensor, steps: int) -> float:
         starts = torch.randint(len(tokens) - CONTEXT - 1, (BATCH_SIZE, 1))
         loss = bits_per_byte(model, tokens[starts + torch.arange(CONTEXT + 1)])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
@@ -101,7 +101,7 @@ def train(model: DiffTransformer, tokens: Tensor, steps: int) -> float:
 def evaluate(model: DiffTransformer, tokens: Tensor) -> float:
     """Bits per byte over all whole windows of ``tokens``."""
     windows = tokens[: len(tokens) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
-    losses = [bits_per_byte(model, chunk).item() * len(chunk) for chunk in windows.split(64)]
+    losses = [bits_per_byte(model, chunk).item() * len(chunk) for chunk in torch.split(windows, 64)]
     return sum(losses) / len(windows)
 
 

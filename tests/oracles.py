@@ -70,7 +70,8 @@ def block(
     if rope is not None:
         q, k = (np.stack([rotate(head, *rope) for head in side]) for side in (q, k))
     lam = lambda_init
-    lam += np.exp(weights["lambda_q1"] @ weights["lambda_k1"]) - np.exp(weights["lambda_q2"] @ weights["lambda_k2"])
+    lam += float(np.exp(weights["lambda_q1"] @ weights["lambda_k1"]))
+    lam -= float(np.exp(weights["lambda_q2"] @ weights["lambda_k2"]))
     out = diff_attention(q[None], k[None], v[None], lam, causal=causal)[0]
     out = out / np.sqrt((out**2).mean(-1, keepdims=True) + eps) * weights.get("subln.weight", np.ones(2 * width))
     joined = np.moveaxis(out * (1 - lambda_init), 0, 1).reshape(len(x), -1)

@@ -41,13 +41,9 @@ def test_imports_point_down() -> None:
 
 def test_packages_list_names_every_folder() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {
-        "diffdeploy"
-        if base == "diffdeploy" and path.parent == ROOT / base
-        else ".".join(
-            ("diffdeploy", *([base] if base != "diffdeploy" else []), *path.parent.relative_to(ROOT / base).parts)
-        )
-        for base in ("diffdeploy", "exporters", "cli")
-        for path in (ROOT / base).rglob("__init__.py")
-    }
+    found = []
+    for base in ("diffdeploy", "exporters", "cli"):
+        for path in (ROOT / base).rglob("__init__.py"):
+            inside = path.parent.relative_to(ROOT / base).parts
+            found.append(".".join(("diffdeploy", *(() if base == "diffdeploy" else (base,)), *inside)))
     assert sorted(listed) == sorted(found)

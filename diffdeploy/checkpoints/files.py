@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,14 +35,17 @@ class TensorFile(Protocol):
         ...
 
 
+_safe_open: Any = safetensors.safe_open  # its methods are unannotated
+
+
 class _SafetensorsFile:
     """A ``.safetensors`` file, of which only the tensors that are asked for are read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._handle: Any = safetensors.safe_open(path, framework="pt")
-            self._keys: list[str] = [*self._handle.keys()]
+            self._handle = _safe_open(path, framework="pt")
+            self._keys: list[str] = list(self._handle.keys())
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(
                 f"{path} is not a readable safetensors file ({error}); it may be truncated: copy it again"
@@ -61,7 +65,9 @@ class _TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle protocols, before the refusal that says it better
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
             raise InputError(
                 f"{path} cannot be read as weights only, and pickled objects are never executed; save the state dict "
