@@ -3,9 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test slow clean
+.PHONY: demo test slow clean
 
-
+demo: $(INSTALLED) ## Export the bundled sample to ONNX and verify it.
+	$(BIN)/diffdeploy export --format onnx --output artifacts/demo --force
 
 test: $(INSTALLED) ## All checks and tests of a change.
 	$(BIN)/ruff check .

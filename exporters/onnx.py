@@ -7,35 +7,64 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from diffdeploy.errors import ExportError
+from diffdeploy.errors import ExportError, InputError
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.modules import DiffAttention
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["MODEL", "lower"]
+    from diffdeploy.exporters.base import ExportOptions
+
+__all__ = ["EXTERNAL_DATA", "MODEL", "OPSETS", "check", "lower"]
 
 MODEL = "model.onnx"
+EXTERNAL_DATA = "model.onnx.data"
+OPSETS = range(18, 25)
+
+# A protobuf message ends at 2 GiB; the rest of the graph needs far less than the difference.
+_MAX_INLINE_BYTES = 2_000_000_000
 
 
-def lower(block: DiffAttention, spec: GraphSpec, directory: Path, *, opset: int = 23) -> Path:
-    """Write ``model.onnx`` into ``directory``.
+def check(options: "ExportOptions") -> None:
+    """Refuse options that ONNX does not have.
+
+    Raises:
+        InputError: the opset is outside 18 to 24.
+    """
+    if options.opset not in OPSETS:
+        raise InputError(f"opset is {options.opset}; accepted is {OPSETS.start} to {OPSETS.stop - 1}")
+
+
+def lower(block: DiffAttention, spec: GraphSpec, directory: Path, options: "ExportOptions") -> dict[str, int | str]:
+    """Write ``model.onnx`` into ``directory``; weights above 2 GB go to ``model.onnx.data`` beside it.
 
     Args:
         block: frozen block in the dtype of the graph.
         spec: interface of the graph.
         directory: existing directory.
-        opset: ONNX operator set; from 23 on the attentions are ``Attention`` nodes, below they are decomposed.
+        options: the opset; from 23 on the attentions are ``Attention`` nodes, below they are decomposed.
 
     Returns:
-        Path of the file.
+        What the manifest records.
 
     Raises:
         ExportError: the block could not be lowered.
     """
+    program = _export(block, spec, options.opset)
+    _strip_metadata(program)
+    _save(program, directory)
+    return {"opset": options.opset}
+
+
+def _save(model: "onnx_ir.Model", directory: Path) -> None:
     import onnx_ir
 
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    onnx_ir.save(model, directory / MODEL, external_data=EXTERNAL_DATA if size > _MAX_INLINE_BYTES else None)
+
+
+def _export(block: DiffAttention, spec: GraphSpec, opset: int) -> "onnx_ir.Model":
     axes = {name: torch.export.Dim(name, min=bounds.min, max=bounds.max) for name, bounds in spec.axes.items()}
     shape = spec.inputs["hidden_states"].shape
     # Sizes of 0 and 1 would be taken for constants; 1 is proved by the verification.
@@ -67,10 +96,7 @@ def lower(block: DiffAttention, spec: GraphSpec, directory: Path, *, opset: int 
         logger.setLevel(level)
     if program is None:
         raise ExportError(f"torch.onnx.export gave no program at opset {opset}")
-    _strip_metadata(program.model)
-    path = directory / MODEL
-    onnx_ir.save(program.model, path)
-    return path
+    return program.model
 
 
 def _strip_metadata(model: "onnx_ir.Model") -> None:

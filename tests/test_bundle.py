@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from diffdeploy import load
 from diffdeploy.bundle import WEIGHTS, Environment, Manifest, Provenance, open_bundle, staged_bundle, write_manifest
 from diffdeploy.errors import DiffDeployError, InputError, IntegrityError
+from diffdeploy.exporters import ExportOptions
 from diffdeploy.exporters.onnx import lower
 from diffdeploy.graphs import plain_graph
 from diffdeploy.modules import DiffAttention
@@ -24,7 +25,12 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = plain_graph(embed_dim=24, dtype="float32", max_batch_size=4, max_sequence_length=16)
     with staged_bundle(output) as staging:
         save_file(weights, staging / WEIGHTS)
-        lower(DiffAttention.from_weights(config, weights, impl="two_call", max_positions=16), spec, staging)
+        lower(
+            DiffAttention.from_weights(config, weights, impl="two_call", max_positions=16),
+            spec,
+            staging,
+            ExportOptions(),
+        )
         manifest = Manifest(
             format="onnx",
             config=config,

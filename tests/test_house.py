@@ -5,7 +5,19 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ["errors", "config", "ops", "modules", "checkpoints", "graphs", "bundle", "runtime", "verify", "bench"]
+FLOORS = [
+    "errors",
+    "digests",
+    "config",
+    "ops",
+    "modules",
+    "checkpoints",
+    "graphs",
+    "bundle",
+    "runtime",
+    "verify",
+    "bench",
+]
 ROOMS = [*FLOORS, "exporters", "cli"]
 
 

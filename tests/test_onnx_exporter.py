@@ -12,7 +12,8 @@ import torch
 from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.config import RopeConfig
-from diffdeploy.exporters.onnx import lower
+from diffdeploy.exporters import ExportOptions
+from diffdeploy.exporters.onnx import MODEL, lower
 from diffdeploy.graphs import DType, plain_graph
 from diffdeploy.modules import DiffAttention
 from diffdeploy.verify.oracle import oracle
@@ -45,7 +46,8 @@ def test_sample_layer_through_onnxruntime(tmp_path: Path, opset: int, dtype: DTy
         checkpoint.config, weights, impl="two_call", max_positions=128, dtype=torch_dtype
     )
     spec = plain_graph(embed_dim=128, dtype=dtype, max_batch_size=4, max_sequence_length=128)
-    path = lower(block, spec, tmp_path, opset=opset)
+    lower(block, spec, tmp_path, ExportOptions(opset=opset))
+    path = tmp_path / MODEL
 
     model = onnx.load(path)
     counts = Counter(node.op_type for node in model.graph.node)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from diffdeploy.bundle.manifest import FileDigest, Manifest
-from diffdeploy.checkpoints.files import file_sha256
+from diffdeploy.digests import file_sha256
 from diffdeploy.errors import InputError, IntegrityError, UnavailableError
 
 __all__ = [

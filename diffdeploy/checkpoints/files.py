@@ -1,6 +1,5 @@
 """Tensors and config fields from files. Pickled objects are refused, never run."""
 
-import hashlib
 import json
 import pickle
 import warnings
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from diffdeploy.errors import InputError
 
-__all__ = ["SAMPLE", "TensorFile", "file_sha256", "open_tensors", "read_config_fields"]
+__all__ = ["SAMPLE", "TensorFile", "open_tensors", "read_config_fields"]
 
 SAMPLE = Path(__file__).parent / "sample"
 
@@ -120,9 +119,3 @@ def read_config_fields(weights_path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise InputError(f"{path} holds a {type(fields).__name__}; accepted is a JSON object")
     return fields
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from diffdeploy.checkpoints import microsoft
-from diffdeploy.checkpoints.files import TensorFile, file_sha256, open_tensors, read_config_fields
+from diffdeploy.checkpoints.files import TensorFile, open_tensors, read_config_fields
 from diffdeploy.config import DiffAttentionConfig, GqaLayout, RopeConfig, RopeStyle, lambda_init_at
+from diffdeploy.digests import file_sha256
 from diffdeploy.errors import InputError
 
-__all__ = ["Checkpoint", "CheckpointOptions", "read_checkpoint"]
+__all__ = ["BlockSummary", "Checkpoint", "CheckpointOptions", "read_checkpoint", "summarise"]
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.)")
@@ -229,4 +230,60 @@ def read_checkpoint(path: str | Path, options: CheckpointOptions | None = None) 
         file_name=file.path.name,
         file_sha256=file_sha256(file.path),
         keys=[prefix + name for name in weights],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSummary:
+    """What can be said of a block without any option; ``None`` where neither the keys nor ``config.json`` say it."""
+
+    prefix: str
+    layer: int | None
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_affine: bool
+    rope: str | None
+    rope_theta: float | None
+    gqa_layout: str | None
+    lambda_init: float | None
+    lambda_value: float | None
+    dtype: str
+    num_parameters: int
+
+
+def summarise(path: str | Path) -> list[BlockSummary]:
+    """Every block of a checkpoint, in the order of its layers.
+
+    Raises:
+        InputError: the file cannot be read or holds no differential-attention block.
+    """
+    file = open_tensors(Path(path))
+    fields = read_config_fields(file.path)
+    blocks = sorted(_find_blocks(file.keys(), file.path).items(), key=lambda item: (item[1] or 0, item[0]))
+    return [_summarise_block(file, prefix, layer, fields) for prefix, layer in blocks]
+
+
+def _summarise_block(file: TensorFile, prefix: str, layer: int | None, fields: dict[str, Any]) -> BlockSummary:
+    weights = _read_weights(file, prefix)
+    stored = fields.get("rope")
+    rope = stored if isinstance(stored, dict) else {"style": stored}
+    depth = _field(fields, "depth", int, file.path)
+    depth = layer if depth is None else depth
+    lambda_init = None if depth is None else lambda_init_at(depth)
+    q1, k1, q2, k2 = (weights[f"lambda_{name}"].double() for name in ("q1", "k1", "q2", "k2"))
+    learned = float(torch.exp(q1 @ k1) - torch.exp(q2 @ k2))
+    return BlockSummary(
+        prefix=prefix,
+        layer=layer,
+        **_sizes(weights, prefix),
+        norm_affine="subln.weight" in weights,
+        rope=rope.get("style"),
+        rope_theta=rope.get("theta"),
+        gqa_layout=_field(fields, "gqa_layout", str, file.path),
+        lambda_init=lambda_init,
+        lambda_value=None if lambda_init is None else learned + lambda_init,
+        dtype=str(weights["q_proj.weight"].dtype).removeprefix("torch."),
+        num_parameters=sum(tensor.numel() for tensor in weights.values()),
     )

@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,11 +15,44 @@ from diffdeploy.graphs import GraphSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Runtime", "load"]
+__all__ = ["Runtime", "load", "require_backend", "why_not_run"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_BACKENDS = {"onnx": "diffdeploy.runtime.onnx:OnnxRuntime"}
+
+class _Backend(NamedTuple):
+    """Where the runtime of a format is, and what it needs that the base installation does not have."""
+
+    module: str
+    class_name: str
+    package: str
+    extra: str
+
+
+_BACKENDS = {"onnx": _Backend("diffdeploy.runtime.onnx", "OnnxRuntime", "onnxruntime", "cpu")}
+
+
+def why_not_run(format_name: str) -> str | None:
+    """Why bundles of a format cannot be run here, found out without loading anything; ``None`` when they can."""
+    backend = _BACKENDS.get(format_name)
+    if backend is None:
+        return f"this version cannot run format {format_name!r}; it runs {', '.join(_BACKENDS)}"
+    if find_spec(backend.package) is None:
+        return (
+            f"{backend.package} is not installed, and {format_name} bundles run on it; "
+            f"pip install 'diffdeploy[{backend.extra}]'"
+        )
+    return None
+
+
+def require_backend(format_name: str) -> None:
+    """Check that bundles of a format can be run here.
+
+    Raises:
+        UnavailableError: this version does not know the format, or its backend is not installed.
+    """
+    if reason := why_not_run(format_name):
+        raise UnavailableError(reason)
 
 
 class Runtime(ABC):
@@ -33,6 +67,11 @@ class Runtime(ABC):
         self.bundle = bundle
         self.spec: GraphSpec = bundle.manifest.graph
         self._open(device, threads)
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """Backend, version and settings, for reports."""
 
     @abstractmethod
     def _open(self, device: str, threads: int | None) -> None:
@@ -109,10 +148,7 @@ def load(path: str | Path, *, device: str = "cpu", threads: int | None = None) -
         UnavailableError: the backend is not installed.
     """
     bundle = open_bundle(path)
-    if bundle.manifest.format not in _BACKENDS:
-        raise UnavailableError(
-            f"this version cannot run format {bundle.manifest.format!r}; it runs {', '.join(_BACKENDS)}"
-        )
-    module, _, name = _BACKENDS[bundle.manifest.format].partition(":")
-    backend: type[Runtime] = getattr(import_module(module), name)
-    return backend(bundle, device=device, threads=threads)
+    require_backend(bundle.manifest.format)
+    backend = _BACKENDS[bundle.manifest.format]
+    runtime: type[Runtime] = getattr(import_module(backend.module), backend.class_name)
+    return runtime(bundle, device=device, threads=threads)

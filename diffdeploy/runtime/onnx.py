@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from diffdeploy.errors import ExportError, InputError, UnavailableError
+from diffdeploy.errors import ExportError, InputError
 from diffdeploy.runtime.base import Array, Runtime
 
 __all__ = ["OnnxRuntime"]
@@ -16,10 +16,8 @@ class OnnxRuntime(Runtime):
     def _open(self, device: str, threads: int | None) -> None:
         if device != "cpu":
             raise InputError(f"device is {device!r}; accepted is cpu")
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise UnavailableError("onnxruntime is not installed; pip install 'diffdeploy[cpu]'") from error
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
@@ -30,6 +28,13 @@ class OnnxRuntime(Runtime):
             self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise ExportError(f"onnxruntime {onnxruntime.__version__} cannot load {model}: {error}") from error
+
+    @property
+    def description(self) -> str:
+        """Backend, version and settings, for reports."""
+        import onnxruntime
+
+        return f"onnxruntime {onnxruntime.__version__}, CPU, all optimisations"
 
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         names = list(self.spec.outputs)

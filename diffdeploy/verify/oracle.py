@@ -7,26 +7,31 @@ import numpy as np
 
 from diffdeploy.config import DiffAttentionConfig, RopeConfig
 
-__all__ = ["oracle"]
+__all__ = ["lambda_value", "oracle", "rope_tables"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+def rope_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, Array]:
+    """Cosines and sines of ``position * theta ** (-2j / d)``, each ``[length, d/2]``, float64."""
+    angles = np.outer(np.arange(length), rope.theta ** (-np.arange(0, head_dim, 2) / head_dim))
+    return np.cos(angles), np.sin(angles)
+
+
+def lambda_value(config: DiffAttentionConfig, weights: Mapping[str, Array]) -> float:
+    """``exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init`` in float64 (arXiv 2410.05258, equation 2)."""
+    q1, k1, q2, k2 = (np.asarray(weights[f"lambda_{name}"], dtype=np.float64) for name in ("q1", "k1", "q2", "k2"))
+    return float(np.exp(q1 @ k1) - np.exp(q2 @ k2) + config.lambda_init)
+
+
 def _rotate(x_SHd: Array, rope: RopeConfig) -> Array:
     length, _, width = x_SHd.shape
-    angles = np.outer(np.arange(length), rope.theta ** (-np.arange(0, width, 2) / width))[:, None]
+    cos, sin = (table[:, None] for table in rope_tables(rope, width, length))
     out = np.empty_like(x_SHd)
-    half = width // 2
-    first, second = (
-        (np.s_[..., 0::2], np.s_[..., 1::2])
-        if rope.style == "interleaved"
-        else (
-            np.s_[..., :half],
-            np.s_[..., half:],
-        )
-    )
-    out[first] = x_SHd[first] * np.cos(angles) - x_SHd[second] * np.sin(angles)
-    out[second] = x_SHd[second] * np.cos(angles) + x_SHd[first] * np.sin(angles)
+    evens, odds, lower, upper = slice(0, None, 2), slice(1, None, 2), slice(width // 2), slice(width // 2, None)
+    a, b = (evens, odds) if rope.style == "interleaved" else (lower, upper)
+    out[..., a] = x_SHd[..., a] * cos - x_SHd[..., b] * sin
+    out[..., b] = x_SHd[..., b] * cos + x_SHd[..., a] * sin
     return out
 
 
@@ -52,7 +57,7 @@ def oracle(config: DiffAttentionConfig, weights: Mapping[str, Array], x_BSD: Arr
         ``[B, S, D]``, float64.
     """
     w = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
-    lam = np.exp(w["lambda_q1"] @ w["lambda_k1"]) - np.exp(w["lambda_q2"] @ w["lambda_k2"]) + config.lambda_init
+    lam = lambda_value(config, w)
     out = np.empty(x_BSD.shape, dtype=np.float64)
     for b, x_SD in enumerate(np.asarray(x_BSD, dtype=np.float64)):
         q, k, v = (x_SD @ w[f"{n}_proj.weight"].T + w.get(f"{n}_proj.bias", 0.0) for n in "qkv")

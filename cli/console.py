@@ -1,0 +1,151 @@
+"""All printing: results to standard output, everything else to standard error."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from diffdeploy.verify import CaseReport, Report
+
+__all__ = [
+    "Activity",
+    "activity",
+    "fail",
+    "note",
+    "print_json",
+    "print_report",
+    "print_rows",
+    "print_text",
+    "print_verdict",
+]
+
+
+def _stderr() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(fields: Any) -> None:
+    """One JSON object on standard output."""
+    sys.stdout.write(json.dumps(fields, indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_text(text: str) -> None:
+    """A line of result on standard output."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """A line on standard error."""
+    sys.stderr.write(text + "\n")
+
+
+def fail(message: str) -> None:
+    """The one sentence that says what went wrong."""
+    note("error: " + " ".join(message.split()))
+
+
+class Activity:
+    """What goes on now, shown on a terminal as one line that changes; `stage` and `progress` are its callbacks."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+
+    def stage(self, text: str) -> None:
+        """A stage begins."""
+        self._show(text)
+
+    def progress(self, done: int, total: int, name: str) -> None:
+        """A case begins."""
+        self._show(f"verifying {done + 1}/{total} {name}")
+
+
+@contextmanager
+def activity(text: str) -> Iterator[Activity]:
+    """Show a spinner on standard error while the block runs; nothing when it is not a terminal."""
+    console = _stderr()
+    with console.status(text) as status:
+        yield Activity(lambda line: status.update(line))
+
+
+def print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    """Names and values in two columns on standard output."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print_text(f"{name:<{width}}  {value}")
+
+
+def print_report(report: "Report") -> None:
+    """The table of a verification, on standard error: the contract, then the cases, grouped by what they try."""
+    console = _stderr()
+    console.print(_contract_table(report))
+    console.print(_case_table(report))
+    for case in report.cases:
+        if not case.passed:
+            console.print(f"  [red]failed[/red] {case.id}: {case.reason}{_where(case)}", soft_wrap=True)
+
+
+def print_verdict(report: "Report", bundle: Path) -> None:
+    """The verdict in one line on standard output."""
+    worst = report.worst
+    share = "" if worst is None or worst.budget_used is None else f", worst {worst.id} with {worst.budget_used:.0%}"
+    verdict = "passed" if report.passed else "failed"
+    print_text(f"{verdict}: {bundle} ({len(report.cases)} cases{share} of its error budget; {report.backend})")
+
+
+def _mark(passed: bool) -> str:
+    return "[green]ok[/green]" if passed else "[red]FAILED[/red]"
+
+
+def _contract_table(report: "Report") -> "Table":
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("check", "", "what was found", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for check in report.contract:
+        table.add_row(check.name, _mark(check.passed), escape(check.detail))
+    return table
+
+
+def _case_table(report: "Report") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("inputs", "", "worst case"):
+        table.add_column(heading)
+    for heading in ("cases", "rmse", "eager's rmse", "budget used"):
+        table.add_column(heading, justify="right")
+    groups: dict[str, list[CaseReport]] = {}
+    for case in report.cases:
+        groups.setdefault(case.id.rpartition("-")[2], []).append(case)
+    for kind, cases in groups.items():
+        worst = max(cases, key=lambda case: float("inf") if case.budget_used is None else case.budget_used)
+        table.add_row(
+            kind,
+            _mark(all(case.passed for case in cases)),
+            worst.id,
+            str(len(cases)),
+            _number(worst.rmse),
+            _number(worst.eager_rmse),
+            "-" if worst.budget_used is None else f"{worst.budget_used:.0%}",
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def _where(case: "CaseReport") -> str:
+    return "" if case.worst_index is None else f", largest error {case.max_error:.3g} at {case.worst_index}"

@@ -1,0 +1,114 @@
+"""``diffdeploy export``: from a checkpoint to a verified bundle."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from diffdeploy.cli import console
+from diffdeploy.cli.results import finish
+
+__all__ = ["export"]
+
+
+def export(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help=".safetensors or .pt file, or a directory with one.", show_default="the bundled sample"),
+    ] = None,
+    format_name: Annotated[Literal["onnx"], typer.Option("--format", help="Deployment format.")] = "onnx",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Directory of the bundle.", show_default="artifacts/NAME-layerN-FORMAT"),
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="0-based layer to export.", show_default="the only one; 0 of the sample")
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="0-based layer index that sets lambda_init.", show_default="as the keys say")
+    ] = None,
+    rope: Annotated[
+        Literal["interleaved", "half", "none"] | None,
+        typer.Option(help="Rotary embedding.", show_default="as config.json says"),
+    ] = None,
+    rope_theta: Annotated[
+        float | None, typer.Option(help="Base of the rotary frequencies.", show_default="as config.json says")
+    ] = None,
+    gqa_layout: Annotated[
+        Literal["canonical"] | None,
+        typer.Option(help="Which key stream a query stream reads.", show_default="as config.json says"),
+    ] = None,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of weights and graph.")] = "float32",
+    max_batch_size: Annotated[int, typer.Option(help="Largest batch.")] = 32,
+    max_sequence_length: Annotated[int, typer.Option(help="Longest sequence.")] = 2048,
+    opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 24; Attention nodes from 23 on.")] = 23,
+    attention_impl: Annotated[
+        Literal["auto", "two_call", "padded", "naive"], typer.Option(help="How the two attentions are written.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the inputs used to verify.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle at --output.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the verification, and say so.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON object.")] = False,
+) -> int:
+    """Package a differential-attention block as a bundle that has proved itself.
+
+    Without CHECKPOINT, the trained sample that comes with diffdeploy. Nothing is left at --output unless the artifact
+    passes.
+    """
+    with console.activity("loading torch") as activity:
+        from diffdeploy.bundle import default_output
+        from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint
+        from diffdeploy.checkpoints.files import SAMPLE
+        from diffdeploy.exporters import ExportOptions, export_bundle
+        from diffdeploy.verify import RejectedError
+
+        activity.stage("reading the checkpoint")
+        found = read_checkpoint(
+            checkpoint or SAMPLE,
+            CheckpointOptions(
+                layer=0 if checkpoint is None and layer is None else layer,
+                depth=depth,
+                rope=rope,
+                rope_theta=rope_theta,
+                gqa_layout=gqa_layout,
+            ),
+        )
+        name = (checkpoint or SAMPLE).resolve().name.removesuffix((checkpoint or SAMPLE).suffix)
+        options = ExportOptions(
+            format=format_name,
+            dtype=dtype,
+            max_batch_size=max_batch_size,
+            max_sequence_length=max_sequence_length,
+            opset=opset,
+            impl=attention_impl,
+            seed=seed,
+        )
+        target = output or default_output(name, found.layer, format_name)
+        rejected: RejectedError | None = None
+        try:
+            result = export_bundle(
+                found,
+                target,
+                options,
+                force=force,
+                verify=not no_verify,
+                stage=activity.stage,
+                progress=activity.progress,
+            )
+        except RejectedError as error:
+            rejected = error
+    if rejected is not None:
+        return finish(rejected.report, target, as_json=as_json, error=str(rejected))
+    if result.report is None:
+        return _finish_unverified(target, format_name, as_json)
+    return finish(result.report, target, as_json=as_json)
+
+
+def _finish_unverified(target: Path, format_name: str, as_json: bool) -> int:
+    if as_json:
+        console.print_json(
+            {"status": "unverified", "format": format_name, "bundle": str(target), "graph": None, "verification": None}
+        )
+    else:
+        console.print_text(f"unverified: {target} (run diffdeploy verify {target} before it is used)")
+    return 0

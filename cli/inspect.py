@@ -1,0 +1,93 @@
+"""``diffdeploy inspect``: what a bundle or a checkpoint is."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffdeploy.cli import console
+
+if TYPE_CHECKING:
+    from diffdeploy.bundle import Bundle
+    from diffdeploy.checkpoints import BlockSummary
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A bundle or a checkpoint.", metavar="BUNDLE|CHECKPOINT")],
+    as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON object.")] = False,
+) -> int:
+    """Say what a bundle or a checkpoint holds, without running it."""
+    from diffdeploy.bundle import MANIFEST, open_bundle
+
+    if (path / MANIFEST).is_file():
+        bundle = open_bundle(path)
+        if as_json:
+            console.print_json({"kind": "bundle", "path": str(path), **bundle.manifest.model_dump(mode="json")})
+        else:
+            console.print_rows(_bundle_rows(bundle))
+        return 0
+    with console.activity("reading the checkpoint"):
+        from diffdeploy.checkpoints import summarise
+
+        blocks = summarise(path)
+    if as_json:
+        layers = [{**block.__dict__} for block in blocks]
+        console.print_json({"kind": "checkpoint", "path": str(path), "layout": "microsoft", "layers": layers})
+        return 0
+    console.print_text(f"checkpoint {path}: layout microsoft, {len(blocks)} differential-attention blocks")
+    for block in blocks:
+        console.print_text("")
+        console.print_rows(_block_rows(block))
+    return 0
+
+
+def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
+    manifest = bundle.manifest
+    config, source = manifest.config, manifest.provenance
+    rope = "none" if config.rope is None else f"{config.rope.style}, theta {config.rope.theta:g}"
+    axes = ", ".join(f"{name} {bounds.min} to {bounds.max}" for name, bounds in manifest.graph.axes.items())
+
+    def tensors(specs: Any) -> str:
+        return ", ".join(f"{name} {spec.dtype} {list(spec.shape)}" for name, spec in specs.items())
+
+    layer = "" if source.layer is None else f", layer {source.layer}"
+    return [
+        ("bundle", str(bundle.path)),
+        ("format", manifest.format + (", verified when it was made" if manifest.verified else ", NOT verified")),
+        ("options", ", ".join(f"{name} {value}" for name, value in manifest.options.items())),
+        ("graph", manifest.graph.variant),
+        ("inputs", tensors(manifest.graph.inputs)),
+        ("outputs", tensors(manifest.graph.outputs)),
+        ("ranges", axes),
+        ("width", f"{config.embed_dim}"),
+        ("heads", f"{config.num_heads} of width 2 x {config.head_dim}, {config.num_kv_heads} key/value heads"),
+        ("lambda_init", f"{config.lambda_init:.6g}, output scale {config.output_scale:.6g}"),
+        ("rope", rope),
+        ("causal", "yes" if config.causal else "no"),
+        ("norm", f"eps {config.norm_eps:g}, " + ("with gamma" if config.norm_affine else "without gamma")),
+        ("gqa layout", config.gqa_layout),
+        ("from", f"{source.file_name}{layer}, layout {source.layout}, sha256 {source.file_sha256}"),
+        ("made with", ", ".join(f"{name} {found}" for name, found in manifest.environment.packages.items())),
+        ("files", ", ".join(f"{name} ({file.size:,} bytes)" for name, file in manifest.files.items())),
+    ]
+
+
+def _block_rows(block: "BlockSummary") -> list[tuple[str, str]]:
+    def known(value: object, option: str) -> str:
+        return f"not recorded: give {option}" if value is None else str(value)
+
+    theta = "" if block.rope_theta is None else f", theta {block.rope_theta:g}"
+    return [
+        ("block", block.prefix.rstrip(".") or "at the top level"),
+        ("layer", "no index in the keys" if block.layer is None else str(block.layer)),
+        ("width", str(block.embed_dim)),
+        ("heads", f"{block.num_heads} of width 2 x {block.head_dim}, {block.num_kv_heads} key/value heads"),
+        ("norm", "with gamma" if block.norm_affine else "without gamma"),
+        ("rope", known(block.rope, "--rope") + theta),
+        ("gqa layout", known(block.gqa_layout, "--gqa-layout") if block.num_heads != block.num_kv_heads else "any"),
+        ("lambda_init", "not known: give --depth" if block.lambda_init is None else f"{block.lambda_init:.6g}"),
+        ("lambda", "not known: give --depth" if block.lambda_value is None else f"{block.lambda_value:.6g}"),
+        ("weights", f"{block.num_parameters:,} in {block.dtype}"),
+    ]

@@ -1,0 +1,98 @@
+"""The typer application, and the one place where errors become a sentence and an exit code."""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from diffdeploy import __version__
+from diffdeploy.cli import console
+from diffdeploy.cli.env import env
+from diffdeploy.cli.export import export
+from diffdeploy.cli.inspect import inspect
+from diffdeploy.cli.verify import verify
+from diffdeploy.errors import DiffDeployError, UnavailableError
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    help="Package trained differential attention for deployment, and prove that the package is right.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 passed, 1 verification failed, 2 bad input, 3 this machine lacks something, "
+    "4 export failed, 5 damaged bundle.",
+)
+
+_INTERRUPTED = 130
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print_text(f"diffdeploy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    pass
+
+
+for command in (export, verify, inspect, env):
+    app.command(no_args_is_help=False)(command)
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def run() -> None:
+    """Run the command line and exit with its code."""
+    arguments = sys.argv[1:]
+    # Accepted anywhere on the line, since one adds it to a command that has just failed.
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(_run(arguments, debug=debug))
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
+    as_json = "--json" in arguments
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="diffdeploy")
+    except (KeyboardInterrupt, typer.Abort):
+        return _report("interrupted; nothing was kept", _INTERRUPTED, as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _INTERRUPTED
+    except TyperException as error:
+        if not error.format_message():  # the help was asked for by giving nothing
+            return error.exit_code
+        return _report(f"{error.format_message().rstrip('.')}; see diffdeploy --help", 2, as_json)
+    except MemoryError:
+        return _report("not enough memory; use a smaller --max-sequence-length", UnavailableError.exit_code, as_json)
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, DiffDeployError):
+            return _report(str(error), error.exit_code, as_json)
+        kind = type(error).__name__
+        return _report(f"unexpected {kind}: {error}; --debug shows where", DiffDeployError.exit_code, as_json)
+    return code if isinstance(code, int) else 0
+
+
+def _report(message: str, code: int, as_json: bool) -> int:
+    if as_json:
+        console.print_json({"status": "failed", "error": message, "exit_code": code})
+    console.fail(message)
+    return code

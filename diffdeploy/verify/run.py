@@ -1,0 +1,137 @@
+"""Verifying a bundle: the exact formula, the eager block and the artifact on every case, and the contract."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffdeploy.bundle import GOLDEN, WEIGHTS, Bundle, open_bundle
+from diffdeploy.config import DiffAttentionConfig
+from diffdeploy.errors import DiffDeployError, ExportError, IntegrityError
+from diffdeploy.graphs import GraphSpec
+from diffdeploy.verify.cases import Case, golden_cases, plain_cases
+from diffdeploy.verify.contracts import examine
+from diffdeploy.verify.metrics import judge
+from diffdeploy.verify.oracle import oracle
+from diffdeploy.verify.report import CaseReport, Check, Report
+from diffdeploy.verify.worker import ArtifactProcess
+
+if TYPE_CHECKING:
+    from diffdeploy.modules import DiffAttention
+
+__all__ = ["Progress", "golden_arrays", "verify_bundle"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Progress = Callable[[int, int, str], None]
+
+
+def golden_arrays(
+    config: DiffAttentionConfig, spec: GraphSpec, weights: Mapping[str, Array], seed: int
+) -> dict[str, Array]:
+    """Inputs and exact outputs of `golden_cases`, named ``CASE.INPUT`` and ``CASE.output``."""
+    arrays: dict[str, Array] = {}
+    for case in golden_cases(spec, seed):
+        inputs = case.inputs(spec)
+        arrays |= {f"{case.id}.{name}": array for name, array in inputs.items()}
+        arrays[f"{case.id}.output"] = oracle(config, weights, inputs["hidden_states"])
+    return arrays
+
+
+def verify_bundle(path: str | Path, *, seed: int | None = None, progress: Progress | None = None) -> Report:
+    """Verify a bundle from its own files.
+
+    Three computations per case are compared: the formula in fp64 from ``weights.safetensors``, the eager block with
+    ``impl="naive"`` in the artifact's dtype, and the artifact, run by the public runtime in a process of its own.
+
+    Args:
+        path: the bundle's directory.
+        seed: of the inputs; by default the one the bundle was made with.
+        progress: called with cases done, cases in all, and the name of the next one.
+
+    Raises:
+        InputError: no bundle there.
+        IntegrityError: the bundle is not what was exported.
+        UnavailableError: this machine cannot run the format.
+    """
+    from diffdeploy.runtime import require_backend
+
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    require_backend(manifest.format)
+    if seed is None:
+        seed = int(manifest.options["seed"])
+    cases = plain_cases(manifest.config, manifest.graph, seed)
+    with ArtifactProcess(bundle.path) as artifact:
+        weights = _read_arrays(bundle, WEIGHTS)
+        facts, checks = examine(bundle, weights)
+        exact_weights = {name: array.astype(np.float64) for name, array in weights.items()}
+        checks.append(_golden(bundle, exact_weights))
+        eager = _eager_block(bundle, max(case.sequence_length for case in cases))
+        reports = []
+        try:
+            backend = artifact.backend
+        except ExportError as error:
+            backend, cases = "none", []
+            checks.append(Check(name="loads", passed=False, detail=str(error)))
+        for done, case in enumerate(cases):
+            if progress is not None:
+                progress(done, len(cases), case.id)
+            reports.append(_run_case(case, bundle, artifact, eager, exact_weights))
+    return Report(format=manifest.format, backend=backend, seed=seed, graph=facts, contract=checks, cases=reports)
+
+
+def _read_arrays(bundle: Bundle, name: str) -> dict[str, Array]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(bundle.path / name)
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"{name} in {bundle.path} cannot be read: {error}") from error
+
+
+def _eager_block(bundle: Bundle, max_positions: int) -> "DiffAttention":
+    import torch
+    from safetensors.torch import load_file
+
+    from diffdeploy.modules import DiffAttention
+
+    dtype = getattr(torch, bundle.manifest.graph.outputs["output"].dtype)
+    weights = load_file(bundle.path / WEIGHTS)
+    return DiffAttention.from_weights(
+        bundle.manifest.config, weights, impl="naive", max_positions=max_positions, dtype=dtype
+    )
+
+
+def _run_case(
+    case: Case, bundle: Bundle, artifact: ArtifactProcess, eager: "DiffAttention", exact_weights: Mapping[str, Array]
+) -> CaseReport:
+    import torch
+
+    inputs = case.inputs(bundle.manifest.graph)
+    artifact.start(inputs)
+    x_BSD = inputs["hidden_states"]
+    with torch.no_grad():
+        eager_output = eager(torch.from_numpy(x_BSD)).numpy()
+    expected = oracle(bundle.manifest.config, exact_weights, x_BSD)
+    try:
+        actual = artifact.result()["output"]
+    except DiffDeployError as error:
+        return CaseReport.failed(case.id, f"the artifact did not run: {error}")
+    return judge(case.id, actual, eager_output, expected)
+
+
+def _golden(bundle: Bundle, exact_weights: Mapping[str, Array]) -> Check:
+    """The stored exact outputs must be what the formula gives here and now."""
+    manifest = bundle.manifest
+    stored = _read_arrays(bundle, GOLDEN)
+    fresh = golden_arrays(manifest.config, manifest.graph, exact_weights, int(manifest.options["seed"]))
+    problems = [] if stored.keys() == fresh.keys() else [f"it holds {sorted(stored)}, expected {sorted(fresh)}"]
+    for name in stored.keys() & fresh.keys():
+        scale = float(np.abs(fresh[name]).max())
+        if stored[name].shape != fresh[name].shape or not np.allclose(
+            stored[name], fresh[name], rtol=0.0, atol=1e-10 * scale
+        ):
+            problems.append(f"{name} is not what the formula gives")
+    return Check(name="golden", passed=not problems, detail="; ".join(problems) or "stored outputs are the formula's")

@@ -1,0 +1,149 @@
+"""The process that runs an artifact: it has not exported it, and knows only the bundle and the public runtime.
+
+Frames on its standard input and output are one line of JSON, with names, dtypes and shapes of arrays, followed by the
+bytes of those arrays. Nothing else is written to standard output; what backends print there goes to standard error.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+
+import diffdeploy
+from diffdeploy.errors import DiffDeployError, ExportError
+
+__all__ = ["ArtifactProcess"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def _send(stream: IO[bytes], header: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+    shapes = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+    stream.write(json.dumps({**header, "arrays": shapes}).encode() + b"\n")
+    for array in arrays.values():
+        stream.write(array.tobytes())
+    stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]] | None:
+    line = stream.readline()
+    if not line:
+        return None
+    header = json.loads(line)
+    arrays: dict[str, Array] = {}
+    for name, (dtype, shape) in header["arrays"].items():
+        size = np.dtype(dtype).itemsize * math.prod(shape)
+        arrays[name] = np.frombuffer(stream.read(size), dtype).reshape(shape)
+    return header, arrays
+
+
+class ArtifactProcess:
+    """A fresh process that has loaded a bundle. `start` an input, do something else, then take its `result`.
+
+    Use it as a context manager; the process ends with the block.
+
+    Args:
+        bundle: directory of the bundle.
+    """
+
+    def __init__(self, bundle: Path) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        package_root = str(Path(diffdeploy.__file__).parents[1])
+        search_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "diffdeploy.verify.worker", str(bundle.absolute())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, "PYTHONPATH": search_path},
+        )
+        self._backend: str | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+    @property
+    def backend(self) -> str:
+        """What runs the artifact; waits until it is loaded.
+
+        Raises:
+            ExportError: the runtime cannot load the bundle.
+        """
+        if self._backend is None:
+            try:
+                header, _ = self._answer()
+            except ExportError as error:
+                raise ExportError(f"the runtime could not load the artifact: {error}") from error
+            self._backend = str(header["backend"])
+        return self._backend
+
+    def start(self, inputs: Mapping[str, Array]) -> None:
+        """Hand over an input without waiting for the output."""
+        self.backend  # noqa: B018 - the first answer is that the artifact is loaded
+        assert self._process.stdin is not None
+        try:
+            _send(self._process.stdin, {}, inputs)
+        except BrokenPipeError:
+            return  # `result` says how it died
+
+    def result(self) -> dict[str, Array]:
+        """Outputs by name of the input that was started.
+
+        Raises:
+            ExportError: the artifact did not run.
+        """
+        _, outputs = self._answer()
+        return outputs
+
+    def _answer(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        assert self._process.stdout is not None
+        frame = _receive(self._process.stdout)
+        if frame is None:
+            code = self._process.wait()
+            self._log.seek(0)
+            said = self._log.read().decode(errors="replace").strip().splitlines()
+            raise ExportError(f"the process running it ended with status {code}" + (f": {said[-1]}" if said else ""))
+        if "error" in frame[0]:
+            raise ExportError(frame[0]["error"])
+        return frame
+
+
+def _main(bundle: str) -> int:
+    stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    from diffdeploy.runtime import load
+
+    try:
+        runtime = load(bundle)
+    except DiffDeployError as error:
+        _send(stdout, {"error": str(error)}, {})
+        return error.exit_code
+    _send(stdout, {"backend": runtime.description}, {})
+    while (frame := _receive(stdin)) is not None:
+        try:
+            outputs = runtime(**frame[1])
+        except Exception as error:  # whatever a backend raises is the finding
+            _send(stdout, {"error": f"{type(error).__name__}: {error}"}, {})
+            continue
+        _send(stdout, {}, outputs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1]))

@@ -1,0 +1,229 @@
+"""The life of an export: checkpoint, cast weights, lowered artifact, verification, then one rename into place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from diffdeploy.bundle import (
+    GOLDEN,
+    REPORT,
+    WEIGHTS,
+    Environment,
+    Manifest,
+    Provenance,
+    staged_bundle,
+    write_manifest,
+)
+from diffdeploy.errors import InputError, UnavailableError
+from diffdeploy.graphs import DType, GraphSpec, plain_graph
+from diffdeploy.ops import Impl, resolve_impl
+from diffdeploy.verify import Progress, RejectedError, Report, golden_arrays, verify_bundle
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffdeploy.checkpoints import Checkpoint
+    from diffdeploy.modules import DiffAttention
+
+__all__ = ["FORMATS", "Export", "ExportOptions", "export_bundle", "why_not_export"]
+
+
+class Format(NamedTuple):
+    """A row of the table of formats: the module that lowers, and the packages it needs."""
+
+    module: str
+    packages: tuple[str, ...]
+
+
+FORMATS = {"onnx": Format("diffdeploy.exporters.onnx", ("onnx", "onnxscript"))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What the user can choose about the artifact.
+
+    Attributes:
+        format: one of `FORMATS`.
+        dtype: of the graph and its weights.
+        max_batch_size: largest batch the artifact is declared for.
+        max_sequence_length: longest sequence the artifact is declared for.
+        opset: ONNX operator set, 18 to 24.
+        impl: how the two attentions are written down.
+        seed: of the inputs that the artifact is verified with.
+    """
+
+    format: str = "onnx"
+    dtype: DType = "float32"
+    max_batch_size: int = 32
+    max_sequence_length: int = 2048
+    opset: int = 23
+    impl: Impl | str = Impl.AUTO
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished export: the manifest of the bundle, where it is, and the report that accepted it, if one was made."""
+
+    path: Path
+    manifest: Manifest
+    report: Report | None
+
+
+class _Exporter(Protocol):
+    def check(self, options: ExportOptions) -> None: ...
+
+    def lower(
+        self, block: "DiffAttention", spec: GraphSpec, directory: Path, options: ExportOptions
+    ) -> dict[str, int | str]: ...
+
+
+def why_not_export(format_name: str) -> str | None:
+    """Why a format cannot be exported here, found out without loading anything; ``None`` when it can."""
+    missing = [name for name in FORMATS[format_name].packages if find_spec(name) is None]
+    return f"format {format_name} needs {' and '.join(missing)}, which is not installed" if missing else None
+
+
+def _exporter(options: ExportOptions) -> _Exporter:
+    """The module of a format, after the checks that need no weights."""
+    row = FORMATS.get(options.format)
+    if row is None:
+        raise InputError(f"format is {options.format!r}; accepted: {', '.join(FORMATS)}")
+    if reason := why_not_export(options.format):
+        raise UnavailableError(reason)
+    if resolve_impl(options.impl, target=options.format) == Impl.NAIVE:
+        raise InputError(
+            "attention implementation 'naive' writes the difference of two probability matrices into the graph, "
+            "which no runtime has a fast kernel for; accepted for an export: auto, two_call, padded"
+        )
+    if options.seed < 0:
+        raise InputError(f"seed is {options.seed}; accepted is 0 or more")
+    exporter: Any = import_module(row.module)
+    exporter.check(options)
+    return exporter  # type: ignore[no-any-return]  # a module stands for the protocol
+
+
+def _cast_weights(checkpoint: "Checkpoint", dtype: DType) -> dict[str, "Tensor"]:
+    """Weights as the artifact holds them; the lambda vectors stay fp32, as in the block."""
+    import torch
+
+    cast = {}
+    for (name, tensor), key in zip(checkpoint.weights.items(), checkpoint.keys, strict=True):
+        target = torch.float32 if name.startswith("lambda") else getattr(torch, dtype)
+        cast[name] = tensor.to(target).contiguous()
+        if not bool(torch.isfinite(cast[name]).all()):
+            raise InputError(
+                f"{key} holds values up to {tensor.abs().max().item():.3g}, too large for {target}; "
+                "export with --dtype float32"
+            )
+    return cast
+
+
+def _write_weights(block_config: Any, weights: dict[str, "Tensor"], spec: GraphSpec, seed: int, staging: Path) -> None:
+    import numpy as np
+    import safetensors.numpy
+
+    arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+    exact = {name: array.astype(np.float64) for name, array in arrays.items()}
+    # Serialised first: the library's own file writer hides the reason when a disk is full.
+    (staging / WEIGHTS).write_bytes(safetensors.numpy.save(arrays))
+    (staging / GOLDEN).write_bytes(safetensors.numpy.save(golden_arrays(block_config, spec, exact, seed)))
+
+
+def export_bundle(
+    checkpoint: "Checkpoint",
+    output: Path,
+    options: ExportOptions | None = None,
+    *,
+    force: bool = False,
+    verify: bool = True,
+    stage: Callable[[str], None] = lambda _: None,
+    progress: Progress | None = None,
+) -> Export:
+    """Lower a block, verify the artifact and put the bundle at ``output``; whatever fails leaves nothing there.
+
+    Args:
+        checkpoint: the block, from `diffdeploy.read_checkpoint`.
+        output: directory of the bundle; made with its parents.
+        options: what to make.
+        force: replace a bundle that is at ``output``.
+        verify: run the verification; without it the manifest says that the bundle is not verified.
+        stage: called with a few words when a stage begins.
+        progress: called with cases done, cases in all, and the name of the next one.
+
+    Raises:
+        InputError: an option, a weight or ``output`` is not acceptable.
+        UnavailableError: a package or disk space is missing.
+        ExportError: the block could not be lowered.
+        RejectedError: the artifact does not compute what its weights and config say.
+    """
+    options = options or ExportOptions()
+    exporter = _exporter(options)
+    if verify:
+        from diffdeploy.runtime import require_backend
+
+        require_backend(options.format)
+    spec = plain_graph(
+        embed_dim=checkpoint.config.embed_dim,
+        dtype=options.dtype,
+        max_batch_size=options.max_batch_size,
+        max_sequence_length=options.max_sequence_length,
+    )
+    weights = _cast_weights(checkpoint, options.dtype)
+    report = None
+    with staged_bundle(output, force=force) as staging:
+        stage("lowering")
+        recorded = exporter.lower(_block(checkpoint, weights, options), spec, staging, options)
+        _write_weights(checkpoint.config, weights, spec, options.seed, staging)
+        manifest = write_manifest(staging, _manifest(checkpoint, spec, options, recorded))
+        if verify:
+            stage("verifying")
+            report = verify_bundle(staging, progress=progress)
+            if not report.passed:
+                raise RejectedError(
+                    f"the exported {options.format} artifact failed verification and was not kept: "
+                    f"{report.first_failure()}",
+                    report,
+                )
+            (staging / REPORT).write_bytes(report.to_bytes())
+            manifest = write_manifest(staging, manifest.model_copy(update={"verified": True}))
+    return Export(output, manifest, report)
+
+
+def _block(checkpoint: "Checkpoint", weights: dict[str, "Tensor"], options: ExportOptions) -> "DiffAttention":
+    import torch
+
+    from diffdeploy.modules import DiffAttention
+
+    return DiffAttention.from_weights(
+        checkpoint.config,
+        weights,
+        impl=resolve_impl(options.impl, target=options.format),
+        max_positions=options.max_sequence_length,
+        dtype=getattr(torch, options.dtype),
+    )
+
+
+def _manifest(
+    checkpoint: "Checkpoint", spec: GraphSpec, options: ExportOptions, recorded: dict[str, int | str]
+) -> Manifest:
+    impl = resolve_impl(options.impl, target=options.format)
+    return Manifest(
+        format=options.format,
+        config=checkpoint.config,
+        graph=spec,
+        options={"attention_impl": impl.value, "seed": options.seed, **recorded},
+        verified=False,
+        environment=Environment.current(),
+        provenance=Provenance(
+            file_name=checkpoint.file_name,
+            file_sha256=checkpoint.file_sha256,
+            layout=checkpoint.layout,
+            layer=checkpoint.layer,
+            keys=checkpoint.keys,
+        ),
+        files={},
+    )
