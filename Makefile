@@ -15,7 +15,7 @@ test: $(INSTALLED) ## All checks and tests of a change.
 	$(BIN)/pytest
 
 slow: $(INSTALLED) ## The long verification campaigns.
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -rP
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

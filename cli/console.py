@@ -97,9 +97,11 @@ def print_report(report: "Report") -> None:
 def print_verdict(report: "Report", bundle: Path) -> None:
     """The verdict in one line on standard output."""
     worst = report.worst
-    share = "" if worst is None or worst.budget_used is None else f", worst {worst.id} with {worst.budget_used:.0%}"
     verdict = "passed" if report.passed else "failed"
-    print_text(f"{verdict}: {bundle} ({len(report.cases)} cases{share} of its error budget; {report.backend})")
+    share = ""
+    if worst is not None and worst.budget_used is not None:
+        share = f"worst {worst.id} used {worst.budget_used:.0%} of its error budget; "
+    print_text(f"{verdict}: {bundle} ({len(report.cases)} cases; {share}{report.backend})")
 
 
 def _mark(passed: bool) -> str:

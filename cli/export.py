@@ -1,12 +1,15 @@
 """``diffdeploy export``: from a checkpoint to a verified bundle."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from diffdeploy.cli import console
 from diffdeploy.cli.results import finish
+
+if TYPE_CHECKING:
+    from diffdeploy.exporters import Export
 
 __all__ = ["export"]
 
@@ -52,8 +55,9 @@ def export(
 ) -> int:
     """Package a differential-attention block as a bundle that has proved itself.
 
-    Without CHECKPOINT, the trained sample that comes with diffdeploy. Nothing is left at --output unless the artifact
-    passes.
+    Without CHECKPOINT, the trained sample that comes with diffdeploy.
+
+    Nothing is left at --output unless the artifact passes.
     """
     with console.activity("loading torch") as activity:
         from diffdeploy.bundle import default_output
@@ -100,15 +104,21 @@ def export(
     if rejected is not None:
         return finish(rejected.report, target, as_json=as_json, error=str(rejected))
     if result.report is None:
-        return _finish_unverified(target, format_name, as_json)
+        return _finish_unverified(result, format_name, as_json)
     return finish(result.report, target, as_json=as_json)
 
 
-def _finish_unverified(target: Path, format_name: str, as_json: bool) -> int:
+def _finish_unverified(result: "Export", format_name: str, as_json: bool) -> int:
     if as_json:
         console.print_json(
-            {"status": "unverified", "format": format_name, "bundle": str(target), "graph": None, "verification": None}
+            {
+                "status": "unverified",
+                "format": format_name,
+                "bundle": str(result.path),
+                "graph": result.graph.model_dump(),
+                "verification": {"passed": False, "num_cases": 0, "worst": None},
+            }
         )
     else:
-        console.print_text(f"unverified: {target} (run diffdeploy verify {target} before it is used)")
+        console.print_text(f"unverified: {result.path}; run diffdeploy verify {result.path} before it is used")
     return 0

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from diffdeploy.cli.inspect import inspect
 from diffdeploy.cli.verify import verify
 from diffdeploy.errors import DiffDeployError, UnavailableError
 
-__all__ = ["app", "run"]
+__all__ = ["app", "main", "run"]
 
 app = typer.Typer(
     help="Package trained differential attention for deployment, and prove that the package is right.",
@@ -57,13 +58,24 @@ def _terminated(_signal: int, _frame: FrameType | None) -> None:
 
 
 def run() -> None:
-    """Run the command line and exit with its code."""
-    arguments = sys.argv[1:]
-    # Accepted anywhere on the line, since one adds it to a command that has just failed.
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    """Entry point of the installed command: run it and exit with its code."""
     signal.signal(signal.SIGTERM, _terminated)
-    sys.exit(_run(arguments, debug=debug))
+    sys.exit(main())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; by default those of this process.
+
+    Returns:
+        The exit code.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Accepted anywhere on the line, since one adds it to a command that has just failed.
+    debug = "--debug" in given
+    return _run([argument for argument in given if argument != "--debug"], debug=debug)
 
 
 def _run(arguments: list[str], *, debug: bool) -> int:
@@ -78,7 +90,8 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except TyperException as error:
         if not error.format_message():  # the help was asked for by giving nothing
             return error.exit_code
-        return _report(f"{error.format_message().rstrip('.')}; see diffdeploy --help", 2, as_json)
+        message = error.format_message().rstrip(".").replace("Value error, ", "")
+        return _report(f"{message}; see diffdeploy --help", 2, as_json)
     except MemoryError:
         return _report("not enough memory; use a smaller --max-sequence-length", UnavailableError.exit_code, as_json)
     except Exception as error:
@@ -88,6 +101,8 @@ def _run(arguments: list[str], *, debug: bool) -> int:
             return _report(str(error), error.exit_code, as_json)
         kind = type(error).__name__
         return _report(f"unexpected {kind}: {error}; --debug shows where", DiffDeployError.exit_code, as_json)
+    if code == _INTERRUPTED:  # typer turns an interrupt of a command into this code
+        return _report("interrupted; nothing was kept", _INTERRUPTED, as_json)
     return code if isinstance(code, int) else 0
 
 

@@ -11,6 +11,7 @@ from diffdeploy.bundle import (
     GOLDEN,
     REPORT,
     WEIGHTS,
+    Bundle,
     Environment,
     Manifest,
     Provenance,
@@ -20,7 +21,7 @@ from diffdeploy.bundle import (
 from diffdeploy.errors import InputError, UnavailableError
 from diffdeploy.graphs import DType, GraphSpec, plain_graph
 from diffdeploy.ops import Impl, resolve_impl
-from diffdeploy.verify import Progress, RejectedError, Report, golden_arrays, verify_bundle
+from diffdeploy.verify import GraphFacts, Progress, RejectedError, Report, contracts, golden_arrays, verify_bundle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,10 +67,10 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Export:
-    """A finished export: the manifest of the bundle, where it is, and the report that accepted it, if one was made."""
+    """A finished export: where the bundle is, what the artifact says of itself, and the report that accepted it."""
 
     path: Path
-    manifest: Manifest
+    graph: GraphFacts
     report: Report | None
 
 
@@ -179,6 +180,7 @@ def export_bundle(
         recorded = exporter.lower(_block(checkpoint, weights, options), spec, staging, options)
         _write_weights(checkpoint.config, weights, spec, options.seed, staging)
         manifest = write_manifest(staging, _manifest(checkpoint, spec, options, recorded))
+        graph = contracts.facts(Bundle(staging, manifest))
         if verify:
             stage("verifying")
             report = verify_bundle(staging, progress=progress)
@@ -189,8 +191,8 @@ def export_bundle(
                     report,
                 )
             (staging / REPORT).write_bytes(report.to_bytes())
-            manifest = write_manifest(staging, manifest.model_copy(update={"verified": True}))
-    return Export(output, manifest, report)
+            write_manifest(staging, manifest.model_copy(update={"verified": True}))
+    return Export(output, graph, report)
 
 
 def _block(checkpoint: "Checkpoint", weights: dict[str, "Tensor"], options: ExportOptions) -> "DiffAttention":

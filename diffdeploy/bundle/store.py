@@ -122,6 +122,23 @@ def _replace(staging: Path, output: Path) -> None:
     shutil.rmtree(aside)
 
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _no_space(output: Path) -> UnavailableError:
+    return UnavailableError(f"no space left to write {output}; nothing was kept: free some and try again")
+
+
+def _staging_beside(output: Path) -> Path:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{output.name}.new-", dir=output.parent))
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise _no_space(output) from error
+        raise InputError(f"{output} cannot be written ({error.strerror}); give another --output") from error
+
+
 @contextmanager
 def staged_bundle(output: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary sibling of ``output`` that becomes ``output`` when the block ends well, and is removed otherwise.
@@ -130,24 +147,20 @@ def staged_bundle(output: Path, *, force: bool = False) -> Iterator[Path]:
         InputError: ``output`` is taken or cannot be written.
         UnavailableError: the disk is full.
     """
+    output = output.absolute()
     _check_output(output, force)
     staging: Path | None = None
     made = [p for p in (output.parent, *output.parent.parents) if not p.exists()]
     finished = False
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.new-", dir=output.parent))
+        staging = _staging_beside(output)
         yield staging
         staging.chmod(0o777 & ~_umask())
         _replace(staging, output)
         finished = True
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UnavailableError(
-                f"no space left to write {output}; nothing was kept: free some and try again"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise InputError(f"{output} cannot be written ({error.strerror}); give another --output") from error
+        if error.errno in _NO_SPACE:
+            raise _no_space(output) from error
         raise
     finally:
         if not finished:

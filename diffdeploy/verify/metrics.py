@@ -1,4 +1,8 @@
-"""The criterion: an artifact may be at most a little less exact than the eager block in the same dtype."""
+"""The criterion: an artifact may be at most a little less exact than the eager block in the same dtype.
+
+Where a softmax is nearly tied or the two attentions nearly cancel, the error of *one* right computation can be tiny or
+large by luck. So eager's error is taken over several runs on inputs that differ in the last bit.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +12,7 @@ import numpy as np
 from diffdeploy.graphs import DType
 from diffdeploy.verify.report import CaseReport
 
-__all__ = ["BUDGETS", "Budget", "judge"]
+__all__ = ["BUDGETS", "Budget", "Yardstick", "judge"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -28,12 +32,14 @@ class Budget:
     max_floor: float
 
 
-# k: two right computations in one dtype differ by the order of their sums. fp16 gets 3, since backends differ in what
-#    they keep in fp32 (eager rounds the probabilities to fp16, onnxruntime rounds other intermediates).
-# floors: outputs are stored in the dtype, so a perfect computation is off by up to eps/2 per element already, and one
-#    more such rounding must be free where eager happens to hit the exact value.
+# How the numbers were found: `make slow` exports random right blocks and reports the share of the budget that they use.
+# With k = 2 and floors of 1 and 2, 1,953 fp32 cases of 100 such blocks used at most 2.04 (and 18 were rejected), 1,003
+# fp16 cases at most 0.42 of a budget with k = 3. The outliers are lucky yardsticks: sums of equal numbers that eager
+# rounds exactly, and norms that a backend decomposes. So fp32 gets two and a half times as much; it still is a hundred
+# times below the smallest fault in the tests.
+# floors: outputs are stored in the dtype, so even a perfect computation is off by up to eps/2 per element.
 BUDGETS: dict[DType, Budget] = {
-    "float32": Budget(k=2.0, rmse_floor=1.0, max_floor=2.0),
+    "float32": Budget(k=5.0, rmse_floor=2.5, max_floor=5.0),
     "float16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
 }
 
@@ -54,17 +60,42 @@ def _non_finite_differs(actual: Array, expected: Array) -> str | None:
     return None
 
 
-def judge(case_id: str, actual: Array, eager: Array, expected: Array) -> CaseReport:
+class Yardstick:
+    """Error of the eager block against fp64, over runs that differ in the last bits of their inputs."""
+
+    def __init__(self, expected: Array) -> None:
+        self._expected = expected
+        self._squares: list[float] = []
+        self.max_error = 0.0
+
+    def add(self, eager: Array) -> None:
+        """Take in one run, of the shape of ``expected`` and in the artifact's dtype."""
+        error = np.abs(eager - self._expected)
+        self._squares.append(float(np.mean(error**2)))
+        self.max_error = max(self.max_error, float(error.max(initial=0.0)))
+
+    @property
+    def rmse(self) -> float:
+        """Root mean square over all runs and elements."""
+        return float(np.sqrt(np.mean(self._squares)))
+
+    @property
+    def finite(self) -> bool:
+        """Whether no run gave NaN or infinity."""
+        return bool(np.isfinite(self._squares).all())
+
+
+def judge(case_id: str, actual: Array, yardstick: Yardstick, expected: Array, dtype: DType) -> CaseReport:
     """Compare one output with the exact one.
 
     Args:
         case_id: name for the report.
         actual: of the artifact, in its dtype.
-        eager: of the eager block, same shape and dtype.
+        yardstick: error of the eager block.
         expected: exact, float64.
+        dtype: of the artifact.
     """
-    dtype: DType = "float16" if eager.dtype == np.float16 else "float32"
-    if actual.shape != expected.shape or actual.dtype != eager.dtype:
+    if actual.shape != expected.shape or actual.dtype != np.dtype(dtype):
         return CaseReport.failed(
             case_id,
             f"the output is {actual.dtype.name} {list(actual.shape)}, expected {dtype} {list(expected.shape)}",
@@ -75,23 +106,22 @@ def judge(case_id: str, actual: Array, eager: Array, expected: Array) -> CaseRep
     exact = expected[finite]
     if exact.size == 0:
         return CaseReport(id=case_id, passed=True, budget_used=0.0)
-    error, eager_error = np.abs(actual[finite] - exact), np.abs(eager[finite] - exact)
-    if not np.isfinite(eager_error).all():
+    error = np.abs(actual[finite] - exact)
+    if not yardstick.finite:
         return CaseReport.failed(case_id, "the eager block gives NaN or infinity here, so there is no yardstick")
     budget, eps = BUDGETS[dtype], float(np.finfo(dtype).eps)
-    rmse, eager_rmse = (float(np.sqrt(np.mean(e**2))) for e in (error, eager_error))
-    max_error, eager_max = float(error.max()), float(eager_error.max())
-    allowed_rmse = budget.k * eager_rmse + budget.rmse_floor * eps * float(np.sqrt(np.mean(exact**2)))
-    allowed_max = budget.k * eager_max + budget.max_floor * eps * float(np.abs(exact).max())
+    rmse, max_error = float(np.sqrt(np.mean(error**2))), float(error.max())
+    allowed_rmse = budget.k * yardstick.rmse + budget.rmse_floor * eps * float(np.sqrt(np.mean(exact**2)))
+    allowed_max = budget.k * yardstick.max_error + budget.max_floor * eps * float(np.abs(exact).max())
     used = max(_share(rmse, allowed_rmse), _share(max_error, allowed_max))
     return CaseReport(
         id=case_id,
         passed=used <= 1.0,
         budget_used=used if np.isfinite(used) else None,
         rmse=rmse,
-        eager_rmse=eager_rmse,
+        eager_rmse=yardstick.rmse,
         max_error=max_error,
-        eager_max_error=eager_max,
+        eager_max_error=yardstick.max_error,
         worst_index=[int(i) for i in np.unravel_index(int(np.argmax(np.abs(actual - expected))), actual.shape)],
         reason=None if used <= 1.0 else "the error is above the budget",
     )

@@ -10,9 +10,9 @@ from diffdeploy.bundle import GOLDEN, WEIGHTS, Bundle, open_bundle
 from diffdeploy.config import DiffAttentionConfig
 from diffdeploy.errors import DiffDeployError, ExportError, IntegrityError
 from diffdeploy.graphs import GraphSpec
+from diffdeploy.verify import contracts
 from diffdeploy.verify.cases import Case, golden_cases, plain_cases
-from diffdeploy.verify.contracts import examine
-from diffdeploy.verify.metrics import judge
+from diffdeploy.verify.metrics import Yardstick, judge
 from diffdeploy.verify.oracle import oracle
 from diffdeploy.verify.report import CaseReport, Check, Report
 from diffdeploy.verify.worker import ArtifactProcess
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "golden_arrays", "verify_bundle"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
+# Long sequences average over enough numbers by themselves.
+_EAGER_RUNS, _EAGER_RUNS_WHEN_LONG, _SHORT = 8, 2, 256
+
 Progress = Callable[[int, int, str], None]
 
 
@@ -64,7 +67,7 @@ def verify_bundle(path: str | Path, *, seed: int | None = None, progress: Progre
     cases = plain_cases(manifest.config, manifest.graph, seed)
     with ArtifactProcess(bundle.path) as artifact:
         weights = _read_arrays(bundle, WEIGHTS)
-        facts, checks = examine(bundle, weights)
+        checks = contracts.checks(bundle, weights)
         exact_weights = {name: array.astype(np.float64) for name, array in weights.items()}
         checks.append(_golden(bundle, exact_weights))
         eager = _eager_block(bundle, max(case.sequence_length for case in cases))
@@ -78,7 +81,14 @@ def verify_bundle(path: str | Path, *, seed: int | None = None, progress: Progre
             if progress is not None:
                 progress(done, len(cases), case.id)
             reports.append(_run_case(case, bundle, artifact, eager, exact_weights))
-    return Report(format=manifest.format, backend=backend, seed=seed, graph=facts, contract=checks, cases=reports)
+    return Report(
+        format=manifest.format,
+        backend=backend,
+        seed=seed,
+        graph=contracts.facts(bundle),
+        contract=checks,
+        cases=reports,
+    )
 
 
 def _read_arrays(bundle: Bundle, name: str) -> dict[str, Array]:
@@ -107,19 +117,31 @@ def _eager_block(bundle: Bundle, max_positions: int) -> "DiffAttention":
 def _run_case(
     case: Case, bundle: Bundle, artifact: ArtifactProcess, eager: "DiffAttention", exact_weights: Mapping[str, Array]
 ) -> CaseReport:
-    import torch
-
-    inputs = case.inputs(bundle.manifest.graph)
+    spec = bundle.manifest.graph
+    inputs = case.inputs(spec)
     artifact.start(inputs)
     x_BSD = inputs["hidden_states"]
-    with torch.no_grad():
-        eager_output = eager(torch.from_numpy(x_BSD)).numpy()
     expected = oracle(bundle.manifest.config, exact_weights, x_BSD)
+    yardstick = _eager_error(eager, x_BSD, expected, case.seed)
     try:
         actual = artifact.result()["output"]
     except DiffDeployError as error:
         return CaseReport.failed(case.id, f"the artifact did not run: {error}")
-    return judge(case.id, actual, eager_output, expected)
+    return judge(case.id, actual, yardstick, expected, spec.outputs["output"].dtype)
+
+
+def _eager_error(eager: "DiffAttention", x_BSD: Array, expected: Array, seed: int) -> Yardstick:
+    import torch
+
+    yardstick = Yardstick(expected)
+    generator = np.random.default_rng(seed)
+    infinity = np.asarray(np.inf, x_BSD.dtype)
+    for run in range(_EAGER_RUNS if x_BSD.shape[1] <= _SHORT else _EAGER_RUNS_WHEN_LONG):
+        directions = generator.choice([-1, 1], x_BSD.shape).astype(x_BSD.dtype) * infinity
+        with torch.no_grad():
+            output = eager(torch.from_numpy(x_BSD if run == 0 else np.nextafter(x_BSD, directions)))
+        yardstick.add(output.numpy())
+    return yardstick
 
 
 def _golden(bundle: Bundle, exact_weights: Mapping[str, Array]) -> Check:

@@ -1,28 +1,43 @@
 """Contracts: what must hold of an artifact's structure, read from the artifact itself. One module per format."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from diffdeploy.bundle import Bundle
 from diffdeploy.verify.report import Check, GraphFacts
 
-__all__ = ["Contract", "examine"]
+__all__ = ["checks", "facts"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Contract = Callable[[Bundle, Mapping[str, Array]], tuple[GraphFacts, list[Check]]]
+
+
+class _Contract(Protocol):
+    def facts(self, bundle: Bundle) -> GraphFacts: ...
+
+    def checks(self, bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]: ...
+
 
 _CONTRACTS = {"onnx": "diffdeploy.verify.contracts.onnx"}
 
 
-def examine(bundle: Bundle, weights: Mapping[str, Array]) -> tuple[GraphFacts, list[Check]]:
-    """Read the artifact and check it against the bundle's manifest and weights.
+def _contract(bundle: Bundle) -> _Contract:
+    contract: Any = import_module(_CONTRACTS[bundle.manifest.format])
+    return contract  # type: ignore[no-any-return]  # a module stands for the protocol
+
+
+def facts(bundle: Bundle) -> GraphFacts:
+    """What the artifact says of itself."""
+    return _contract(bundle).facts(bundle)
+
+
+def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
+    """Check the artifact's structure against the bundle's manifest and weights.
 
     Args:
         bundle: an opened bundle.
         weights: canonical weights in the artifact's dtype.
     """
-    contract: Contract = import_module(_CONTRACTS[bundle.manifest.format]).examine
-    return contract(bundle, weights)
+    return _contract(bundle).checks(bundle, weights)

@@ -14,22 +14,36 @@ from diffdeploy.verify.report import Check, GraphFacts
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["examine"]
+__all__ = ["checks", "facts"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _FIRST_OPSET_WITH_ATTENTION = 23
 
 
-def examine(bundle: Bundle, weights: Mapping[str, Array]) -> tuple[GraphFacts, list[Check]]:
-    """See `diffdeploy.verify.contracts.examine`."""
+def facts(bundle: Bundle) -> GraphFacts:
+    """See `diffdeploy.verify.contracts.facts`."""
+    import onnx
+
+    model = onnx.load(bundle.path / "model.onnx", load_external_data=False)
+    return GraphFacts(
+        variant=bundle.manifest.graph.variant,
+        attention_ops=sum(_attention_counts(model)),
+        opset=_opset(model),
+        inputs=[value.name for value in model.graph.input],
+        outputs=[value.name for value in model.graph.output],
+    )
+
+
+def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
+    """See `diffdeploy.verify.contracts.checks`."""
     import onnx
 
     path = bundle.path / "model.onnx"
     model = onnx.load(path)
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     manifest = bundle.manifest
-    checks = [
+    return [
         _is_valid(path),
         _standard_operators(model, manifest),
         _attention_operators(model),
@@ -40,14 +54,6 @@ def examine(bundle: Bundle, weights: Mapping[str, Array]) -> tuple[GraphFacts, l
         _rope_tables(constants, manifest),
         _no_traces(model),
     ]
-    facts = GraphFacts(
-        variant=manifest.graph.variant,
-        attention_ops=sum(_attention_counts(model)),
-        opset=_opset(model),
-        inputs=[value.name for value in model.graph.input],
-        outputs=[value.name for value in model.graph.output],
-    )
-    return facts, checks
 
 
 def _check(name: str, problems: list[str], fine: str) -> Check:
@@ -143,6 +149,9 @@ def _weights(constants: Mapping[str, Array], weights: Mapping[str, Array]) -> Ch
 
 
 def _same_bits(constant: Array, weight: Array) -> bool:
+    """Whether a constant is the weight; a norm that runs in fp32 holds its fp16 weight widened, which loses nothing."""
+    if constant.dtype == np.float32 and weight.dtype == np.float16:
+        weight = weight.astype(np.float32)
     if constant.dtype != weight.dtype:
         return False
     forms = (weight, weight.T) if weight.ndim == 2 else (weight,)

@@ -1,0 +1,29 @@
+"""Bundles that many tests look at, made once."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
+from diffdeploy.checkpoints.files import SAMPLE
+from diffdeploy.exporters import ExportOptions, export_bundle
+
+
+@pytest.fixture(scope="session")
+def sample() -> Checkpoint:
+    return read_checkpoint(SAMPLE, CheckpointOptions(layer=1))
+
+
+@pytest.fixture(scope="session")
+def sample_bundle(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layer 1 of the sample, verified. Shared: copy before changing."""
+    output = tmp_path_factory.mktemp("sample") / "bundle"
+    return export_bundle(sample, output, ExportOptions(max_sequence_length=256)).path
+
+
+@pytest.fixture
+def bundle_copy(sample_bundle: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "bundle"
+    shutil.copytree(sample_bundle, copy)
+    return copy
