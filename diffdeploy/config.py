@@ -6,10 +6,18 @@ from typing import Literal, get_args
 
 from diffdeploy.errors import InputError
 
-__all__ = ["DiffAttentionConfig", "GqaLayout", "RopeConfig", "RopeStyle", "lambda_init_at"]
+__all__ = [
+    "AnyConfig",
+    "DiffAttentionConfig",
+    "DiffAttentionV2Config",
+    "GqaLayout",
+    "RopeConfig",
+    "RopeStyle",
+    "lambda_init_at",
+]
 
 RopeStyle = Literal["interleaved", "half"]
-GqaLayout = Literal["canonical"]
+GqaLayout = Literal["canonical", "legacy"]
 
 
 def lambda_init_at(depth: int) -> float:
@@ -42,6 +50,29 @@ class RopeConfig:
         _require(math.isfinite(self.theta) and self.theta > 0, "rope.theta", self.theta, "a positive number")
 
 
+def _check_sizes(config: "AnyConfig") -> None:
+    for field in ("embed_dim", "num_heads", "num_kv_heads", "head_dim"):
+        _require(getattr(config, field) >= 1, field, getattr(config, field), "a positive integer")
+    _require(
+        config.num_heads % config.num_kv_heads == 0,
+        "num_kv_heads",
+        config.num_kv_heads,
+        f"a divisor of num_heads ({config.num_heads})",
+    )
+    _require(
+        config.rope is None or config.head_dim % 2 == 0,
+        "head_dim",
+        config.head_dim,
+        "even when rotary embedding is used, since it turns pairs of channels",
+    )
+    _require(
+        config.sliding_window is None or (config.sliding_window >= 1 and config.causal),
+        "sliding_window",
+        config.sliding_window,
+        "None, or a positive number of keys in a causal block",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiffAttentionConfig:
     """Sizes and flags of one block in canonical form.
@@ -59,8 +90,11 @@ class DiffAttentionConfig:
         output_scale: factor behind the norm; the paper's is ``1 - lambda_init``.
         qkv_bias: whether the q, k and v projections have biases.
         out_bias: whether the output projection has a bias.
-        gqa_layout: which key stream a query stream reads when ``h_kv < h``; ``canonical``: query head ``i``, stream
-            ``s`` reads key head ``i // (h / h_kv)``, stream ``s``.
+        gqa_layout: which of the ``2 h_kv`` key streams stream ``s`` of query head ``i`` reads, with ``g = h / h_kv``;
+            ``canonical`` (Microsoft's flash modules): ``2 (i // g) + s``; ``legacy`` (Microsoft's naive module and
+            multihead-sdpadiff): ``(2i + s) // g``. The same when ``g`` is 1.
+        sliding_window: keys that a position sees, itself included; ``None`` for all. Needs ``causal``.
+        version: 1, the block of the paper.
 
     Raises:
         InputError: a field is out of range; the message names it, what was given and what is accepted.
@@ -79,31 +113,25 @@ class DiffAttentionConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     gqa_layout: GqaLayout = "canonical"
+    sliding_window: int | None = None
+    version: Literal[1] = 1
 
     def __post_init__(self) -> None:
-        for field in ("embed_dim", "num_heads", "num_kv_heads", "head_dim"):
-            _require(getattr(self, field) >= 1, field, getattr(self, field), "a positive integer")
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            "num_kv_heads",
-            self.num_kv_heads,
-            f"a divisor of num_heads ({self.num_heads})",
-        )
-        _require(
-            self.rope is None or self.head_dim % 2 == 0,
-            "head_dim",
-            self.head_dim,
-            "even when rotary embedding is used, since it turns pairs of channels",
-        )
+        _check_sizes(self)
         _require(math.isfinite(self.lambda_init), "lambda_init", self.lambda_init, "a finite number")
         _require(math.isfinite(self.output_scale), "output_scale", self.output_scale, "a finite number")
         _require(math.isfinite(self.norm_eps) and self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
-        _require(self.gqa_layout in get_args(GqaLayout), "gqa_layout", self.gqa_layout, "canonical")
+        _require(self.gqa_layout in get_args(GqaLayout), "gqa_layout", self.gqa_layout, "canonical or legacy")
 
     @property
     def value_dim(self) -> int:
         """Width ``2d`` of one head's value and output."""
         return 2 * self.head_dim
+
+    @property
+    def num_key_streams(self) -> int:
+        """Heads of the key cache: two per key/value head."""
+        return 2 * self.num_kv_heads
 
     @property
     def group_size(self) -> int:
@@ -127,3 +155,61 @@ class DiffAttentionConfig:
         if self.norm_affine:
             shapes["subln.weight"] = (self.value_dim,)
         return shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffAttentionV2Config:
+    """Sizes and flags of one block of the second version (Microsoft unilm, Diff-Transformer-V2).
+
+    Twice as many query heads as output heads, keys and values of width ``d`` shared by both streams, a sigmoid lambda
+    per token and head, and no norm.
+
+    Attributes:
+        embed_dim: model width ``D``.
+        num_heads: output heads ``h``; there are ``2h`` query heads.
+        num_kv_heads: key/value heads ``h_kv``; divides ``h``, so that the streams of a head share one.
+        head_dim: width ``d`` of queries, keys, values and outputs.
+        causal: position ``i`` sees keys up to ``i`` (aligned bottom-right).
+        rope: rotary embedding of queries and keys, or ``None``.
+        sliding_window: keys that a position sees, itself included; ``None`` for all. Needs ``causal``.
+        version: 2.
+
+    Raises:
+        InputError: a field is out of range; the message names it, what was given and what is accepted.
+    """
+
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    causal: bool = True
+    rope: RopeConfig | None = None
+    sliding_window: int | None = None
+    version: Literal[2] = 2
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+
+    @property
+    def value_dim(self) -> int:
+        """Width of one head's value and output, ``d``."""
+        return self.head_dim
+
+    @property
+    def num_key_streams(self) -> int:
+        """Heads of the key cache: one per key/value head."""
+        return self.num_kv_heads
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights of this block, as `DiffAttentionV2.state_dict` has them."""
+        kv_rows = self.num_kv_heads * self.head_dim
+        return {
+            "q_proj.weight": (2 * self.num_heads * self.head_dim, self.embed_dim),
+            "k_proj.weight": (kv_rows, self.embed_dim),
+            "v_proj.weight": (kv_rows, self.embed_dim),
+            "out_proj.weight": (self.embed_dim, self.num_heads * self.head_dim),
+            "lambda_proj.weight": (self.num_heads, self.embed_dim),
+        }
+
+
+AnyConfig = DiffAttentionConfig | DiffAttentionV2Config

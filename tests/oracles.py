@@ -35,6 +35,42 @@ def diff_attention(q: Array, k: Array, v: Array, lam: float, *, causal: bool) ->
     return out
 
 
+def visible(queries: int, keys: int, *, causal: bool, window: int | None) -> Array:
+    """``[S, T]``, 1 where query ``i`` may see key ``j``; causal is bottom-right."""
+    table = np.zeros((queries, keys))
+    for i in range(queries):
+        for j in range(keys):
+            age = keys - queries + i - j
+            table[i, j] = (not causal or age >= 0) and (window is None or age < window)
+    return table
+
+
+def masked_diff_attention(
+    q: Array, k: Array, v: Array, lam: Array, scores_bias: Array, *, legacy: bool = False
+) -> Array:
+    """The operator one row at a time.
+
+    ``q [B, 2h, S, d]``, ``k [B, 2h_kv or h_kv, T, d]``, ``v [B, h_kv, T, e]``; ``lam`` and ``scores_bias`` (0, -inf
+    where hidden, or any number) broadcastable to ``[B, h, S]`` and ``[B, 2h, S, T]`` -> ``[B, h, S, e]``.
+    """
+    batch, heads, kv_heads, length = q.shape[0], q.shape[1] // 2, v.shape[1], q.shape[2]
+    group = heads // kv_heads
+    lam = np.broadcast_to(lam, (batch, heads, length))
+    bias = np.broadcast_to(scores_bias, (*q.shape[:3], k.shape[2]))
+    out = np.zeros((batch, heads, length, v.shape[3]))
+    for b, i, row, s in np.ndindex(batch, heads, length, 2):
+        key = (2 * i + s) // group if legacy else 2 * (i // group) + s
+        scores = (
+            k[b, i // group if k.shape[1] == kv_heads else key] @ q[b, 2 * i + s, row] / np.sqrt(q.shape[3])
+            + bias[b, 2 * i + s, row]
+        )
+        if np.isneginf(scores).all():
+            continue
+        result = softmax_row(scores) @ v[b, i // group]
+        out[b, i, row] += result if s == 0 else -lam[b, i, row] * result
+    return out
+
+
 def rotate(x: Array, style: str, theta: float) -> Array:
     """Turn channel pairs of ``[S, d]`` as complex numbers."""
     length, width = x.shape

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffdeploy.config import DiffAttentionConfig, RopeConfig
+from diffdeploy.config import AnyConfig, DiffAttentionConfig, RopeConfig
 from diffdeploy.errors import InputError
 from diffdeploy.modules import DiffAttention
 from diffdeploy.ops import diff_attention
 from tests import oracles
 
-IMPLEMENTATIONS = ["naive", "two_call", "padded"]
+IMPLEMENTATIONS = ["naive", "two_call", "padded", "four_call", "stacked_split", "stacked_wide"]
 
 
 def make_config(**changes: Any) -> DiffAttentionConfig:
@@ -28,7 +28,7 @@ def make_config(**changes: Any) -> DiffAttentionConfig:
     return DiffAttentionConfig(**{**fields, **changes})
 
 
-def random_weights(config: DiffAttentionConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_weights(config: AnyConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     scale = config.embed_dim**-0.5
     return {
@@ -107,7 +107,7 @@ def test_rotary_tables_are_rounded_once_after_a_change_of_dtype() -> None:
 
 def test_sequence_longer_than_the_tables_is_refused() -> None:
     block = DiffAttention(make_config(), max_positions=4)
-    with pytest.raises(InputError, match="sequence length is 5, but the rotary tables hold 4"):
+    with pytest.raises(InputError, match="ends at position 5, but the rotary tables hold 4"):
         block(torch.zeros(1, 5, 24))
 
 
@@ -125,7 +125,7 @@ def test_unknown_implementation_is_refused() -> None:
         ({"num_heads": 0}, "num_heads is 0.*positive"),
         ({"norm_eps": 0.0}, "norm_eps is 0.0.*positive"),
         ({"lambda_init": float("nan")}, "lambda_init is nan.*finite"),
-        ({"gqa_layout": "other"}, "gqa_layout is 'other'.*canonical"),
+        ({"gqa_layout": "other"}, "gqa_layout is 'other'.*canonical or legacy"),
     ],
 )
 def test_illegal_configs_cannot_be_built(changes: dict[str, Any], message: str) -> None:

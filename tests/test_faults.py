@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from diffdeploy.checkpoints import Checkpoint
-from diffdeploy.config import DiffAttentionConfig, RopeConfig, lambda_init_at
+from diffdeploy.config import DiffAttentionConfig, GqaLayout, RopeConfig, lambda_init_at
 from diffdeploy.exporters import ExportOptions, base, export_bundle
 from diffdeploy.modules import DiffAttention
 from diffdeploy.ops import Impl, api
+from diffdeploy.ops.masks import Visibility
 from diffdeploy.ops.sdpa import two_call
 from diffdeploy.verify import RejectedError, Report
 
 OPTIONS = ExportOptions(max_batch_size=4, max_sequence_length=70)
-Operator = Callable[[Tensor, Tensor, Tensor, Tensor, bool], Tensor]
+Operator = Callable[[Tensor, Tensor, Tensor, Tensor, Visibility, GqaLayout], Tensor]
 
 
 def report_of_rejection(checkpoint: Checkpoint, tmp_path: Path) -> Report:
@@ -32,38 +33,39 @@ def failed_cases(report: Report) -> int:
     return sum(not case.passed for case in report.cases)
 
 
-def swapped_streams(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool) -> Tensor:
-    return two_call(_swap_pairs(q), _swap_pairs(k), v, lam, causal)
+def swapped_streams(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, seen: Visibility, layout: GqaLayout) -> Tensor:
+    return two_call(_swap_pairs(q), _swap_pairs(k), v, lam, seen, layout)
 
 
-def swapped_key_streams(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool) -> Tensor:
-    return two_call(q, _swap_pairs(k), v, lam, causal)
+def swapped_key_streams(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, seen: Visibility, layout: GqaLayout) -> Tensor:
+    return two_call(q, _swap_pairs(k), v, lam, seen, layout)
 
 
-def wrong_gqa_map(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool) -> Tensor:
+def wrong_gqa_map(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, seen: Visibility, layout: GqaLayout) -> Tensor:
     """Head ``i`` reads key/value head ``i % h_kv``."""
     groups = q.shape[1] // k.shape[1]
-    return two_call(q, k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1), lam, causal)
+    k = k.reshape(k.shape[0], -1, 2, *k.shape[2:]).repeat(1, groups, 1, 1, 1).flatten(1, 2)
+    return two_call(q, k, v.repeat(1, groups, 1, 1), lam, seen, layout)
 
 
-def sees_one_future_key(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool) -> Tensor:
+def sees_one_future_key(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, seen: Visibility, layout: GqaLayout) -> Tensor:
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
-    seen = torch.ones(length, length, dtype=torch.bool).tril(1)
+    mask = torch.ones(length, length, dtype=torch.bool).tril(1)
     signal, noise = (
         torch.nn.functional.scaled_dot_product_attention(
             q[:, s::2],
             k[:, s::2].repeat_interleave(groups, dim=1),
             v.repeat_interleave(groups, dim=1),
-            attn_mask=seen,
+            attn_mask=mask,
         )
         for s in (0, 1)
     )
     return signal - lam * noise
 
 
-def nan_at_length_one(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool) -> Tensor:
+def nan_at_length_one(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, seen: Visibility, layout: GqaLayout) -> Tensor:
     others = torch.ones(q.shape[2]).sum() - 1
-    return two_call(q, k, v, lam, causal) * (others / others)
+    return two_call(q, k, v, lam, seen, layout) * (others / others)
 
 
 def _swap_pairs(heads: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ FLOORS = [
     "config",
     "ops",
     "modules",
+    "compat",
     "checkpoints",
     "graphs",
     "bundle",

@@ -6,10 +6,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from diffdeploy.config import RopeConfig
+from diffdeploy.config import RopeConfig, RopeStyle
 from diffdeploy.errors import InputError
 
-__all__ = ["RotaryEmbedding"]
+__all__ = ["RotaryEmbedding", "rotate"]
 
 
 class RotaryEmbedding(nn.Module):
@@ -54,24 +54,41 @@ class RotaryEmbedding(nn.Module):
         self._fill_tables()
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed positions ``0 .. S-1``.
+    def forward(self, x: Tensor, position_ids: Tensor | None = None, *, offset: int = 0) -> Tensor:
+        """Embed positions.
 
         Args:
-            x: ``[..., S, d]``, floating point.
+            x: ``[B, H, S, d]``, floating point.
+            position_ids: integer ``[B, S]``; by default ``offset .. offset + S - 1``.
+            offset: position of the first row.
 
         Returns:
             The turned channels, same shape and dtype.
 
         Raises:
-            InputError: ``S`` is larger than ``max_positions``.
+            InputError: positions do not fit the tables of ``max_positions``, or are not ``[B, S]``.
         """
         length = x.shape[-2]
-        if length > self.max_positions:
-            raise InputError(f"sequence length is {length}, but the rotary tables hold {self.max_positions} positions")
-        cos, sin = self.cos[:length].to(x.dtype), self.sin[:length].to(x.dtype)
-        if self.config.style == "interleaved":
-            first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
-            return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        if position_ids is not None:
+            if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.is_floating_point():
+                raise InputError(
+                    f"position_ids is {position_ids.dtype} {list(position_ids.shape)}; accepted is an integer "
+                    f"[{x.shape[0]}, {length}]"
+                )
+            return rotate(x, self.cos[position_ids][:, None], self.sin[position_ids][:, None], self.config.style)
+        if offset + length > self.max_positions:
+            raise InputError(
+                f"the sequence ends at position {offset + length}, but the rotary tables hold {self.max_positions}"
+            )
+        rows = slice(offset, offset + length)
+        return rotate(x, self.cos[rows], self.sin[rows], self.config.style)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, style: RopeStyle) -> Tensor:
+    """Turn the channel pairs of ``x`` ``[..., S, d]`` by angles with those cosines and sines ``[..., S, d/2]``."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if style == "interleaved":
+        first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,43 +1,131 @@
 """Decompositions into ``scaled_dot_product_attention``, which fused kernels and exporters understand.
 
-Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e = 2d value width.
+Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width (2d, or d in the second
+version).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
-__all__ = ["padded", "two_call"]
+from diffdeploy.config import GqaLayout
+from diffdeploy.ops.heads import shares_keys, stream_heads
+from diffdeploy.ops.masks import Visibility
+
+__all__ = ["four_call", "padded", "stacked_split", "stacked_wide", "two_call"]
 
 
-def _stream(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, causal: bool, scale: float) -> Tensor:
-    """One softmax attention; causal is aligned bottom-right, where SDPA's own flag is aligned top-left."""
-    query_length, key_length = q_BHSd.shape[-2], k_BHTd.shape[-2]
-    square = bool(query_length == key_length)
-    return F.scaled_dot_product_attention(
+def _attend(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility, scale: float) -> Tensor:
+    """One softmax attention."""
+    output = F.scaled_dot_product_attention(
         q_BHSd,
         k_BHTd,
         v_BHTe,
-        attn_mask=causal_lower_right(query_length, key_length) if causal and not square else None,
-        is_causal=causal and square,
+        attn_mask=seen.mask,
+        is_causal=seen.is_causal,
         scale=scale,
         enable_gqa=q_BHSd.shape[1] != k_BHTd.shape[1],
     )
+    return seen.clear_dead(output)
 
 
-def two_call(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, causal: bool) -> Tensor:
-    """Two calls with value width ``2d``: ``sdpa(q1, k1, v) - lam sdpa(q2, k2, v)``. See `diff_attention` for shapes."""
-    scale = q_BHSd.shape[-1] ** -0.5
-    signal, noise = (_stream(q_BHSd[:, s::2], k_BHTd[:, s::2], v_BHTe, causal, scale) for s in (0, 1))
+def _two_streams(
+    q_BHSd: Tensor,
+    k_BHTd: Tensor,
+    v_BHTe: Tensor,
+    lam: Tensor,
+    seen: Visibility,
+    gqa_layout: GqaLayout,
+    scale: float,
+) -> Tensor:
+    num_heads = q_BHSd.shape[1] // 2
+    signal, noise = (
+        _attend(
+            q_BHSd[:, stream::2],
+            *stream_heads(k_BHTd, v_BHTe, stream, num_heads, gqa_layout),
+            seen.of_stream(stream, num_heads),
+            scale,
+        )
+        for stream in (0, 1)
+    )
     return signal - lam * noise
 
 
-def padded(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, causal: bool) -> Tensor:
-    """`two_call` with q and k zero-padded to ``2d``, for kernels that want equal widths.
+def two_call(
+    q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, gqa_layout: GqaLayout
+) -> Tensor:
+    """Two calls with value width ``2d``: ``sdpa(q1, k1, v) - lam sdpa(q2, k2, v)``. See `diff_attention` for shapes."""
+    return _two_streams(q_BHSd, k_BHTd, v_BHTe, lam, seen, gqa_layout, q_BHSd.shape[-1] ** -0.5)
+
+
+def padded(
+    q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, gqa_layout: GqaLayout
+) -> Tensor:
+    """`two_call` with q and k zero-padded to the width of v, for kernels that want equal widths.
 
     Exact: the zeros add nothing to ``q k^T``, and the scale stays ``d ** -0.5``. See `diff_attention` for shapes.
     """
     width = q_BHSd.shape[-1]
-    q_BHSe, k_BHTe = F.pad(q_BHSd, (0, width)), F.pad(k_BHTd, (0, width))
-    signal, noise = (_stream(q_BHSe[:, s::2], k_BHTe[:, s::2], v_BHTe, causal, width**-0.5) for s in (0, 1))
-    return signal - lam * noise
+    padding = (0, v_BHTe.shape[-1] - width)
+    q_BHSe, k_BHTe = F.pad(q_BHSd, padding), F.pad(k_BHTd, padding)
+    return _two_streams(q_BHSe, k_BHTe, v_BHTe, lam, seen, gqa_layout, width**-0.5)
+
+
+def four_call(
+    q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, gqa_layout: GqaLayout
+) -> Tensor:
+    """`two_call` for each half of the values, so that all widths are ``d``. See `diff_attention` for shapes."""
+    scale = q_BHSd.shape[-1] ** -0.5
+    halves = v_BHTe.chunk(2, dim=-1)
+    return torch.cat([_two_streams(q_BHSd, k_BHTd, v, lam, seen, gqa_layout, scale) for v in halves], dim=-1)
+
+
+def stacked_split(
+    q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, gqa_layout: GqaLayout
+) -> Tensor:
+    """`four_call` as one call of ``4h`` heads: streams 1, 1, 2, 2 with value halves 1, 2, 1, 2.
+
+    See `diff_attention` for shapes.
+    """
+    num_heads = q_BHSd.shape[1] // 2
+    queries, keys, values, masks = [], [], [], []
+    for stream in (0, 1):
+        k_stream, v_stream = stream_heads(k_BHTd, v_BHTe, stream, num_heads, gqa_layout)
+        for half in v_stream.chunk(2, dim=-1):
+            queries.append(q_BHSd[:, stream::2])
+            keys.append(k_stream)
+            values.append(half)
+            masks.append(seen.of_stream(stream, num_heads))
+    output = _attend(
+        torch.cat(queries, dim=1),
+        torch.cat(keys, dim=1),
+        torch.cat(values, dim=1),
+        Visibility.stack(masks),
+        q_BHSd.shape[-1] ** -0.5,
+    )
+    signal_1, signal_2, noise_1, noise_2 = output.chunk(4, dim=1)
+    return torch.cat((signal_1 - lam * noise_1, signal_2 - lam * noise_2), dim=-1)
+
+
+def stacked_wide(
+    q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, gqa_layout: GqaLayout
+) -> Tensor:
+    """`two_call` as one call of ``2h`` heads. Keys are not copied; values are, once per stream, unless keys are shared.
+
+    Query heads are ordered so that those which read one key head are neighbours: key head, stream, member of the group
+    in the canonical layout; natural order in the legacy one and where keys are shared. See `diff_attention` for shapes.
+    """
+    num_heads, num_kv_heads = q_BHSd.shape[1] // 2, v_BHTe.shape[1]
+    scale = q_BHSd.shape[-1] ** -0.5
+    seen = seen.of_half_heads(num_heads)
+    if not shares_keys(k_BHTd, v_BHTe):
+        v_BHTe = v_BHTe.repeat_interleave(2, dim=1)
+        if gqa_layout == "canonical" and num_heads != num_kv_heads:
+            natural = torch.arange(2 * num_heads, device=q_BHSd.device)
+            order = natural.reshape(num_kv_heads, -1, 2).transpose(1, 2).flatten()
+            output = _attend(q_BHSd.index_select(1, order), k_BHTd, v_BHTe, seen.reorder(order), scale)
+            batch, _, length, value_width = output.shape
+            signal, noise = output.reshape(batch, num_kv_heads, 2, -1, length, value_width).unbind(2)
+            return signal.flatten(1, 2) - lam * noise.flatten(1, 2)
+    output = _attend(q_BHSd, k_BHTd, v_BHTe, seen, scale)
+    return output[:, 0::2] - lam * output[:, 1::2]

@@ -1,0 +1,129 @@
+"""What a query may see: causal, window and user's masks made into one, with fully masked rows kept apart.
+
+Shape suffixes: B batch, H heads, S query length, T key length.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffdeploy.errors import InputError
+
+__all__ = ["Visibility", "visibility"]
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """One mask for a kernel.
+
+    Attributes:
+        mask: boolean (``True`` is seen) or additive, broadcastable to ``[B, H, S, T]``; ``None`` when none is needed.
+            No row of it is fully masked, since kernels disagree on those.
+        is_causal: the square causal mask, which kernels know without a tensor.
+        dead: rows that see nothing, ``[..., S, 1]``; their result is 0. ``None`` when there can be none.
+    """
+
+    mask: Tensor | None = None
+    is_causal: bool = False
+    dead: Tensor | None = None
+
+    def of_stream(self, stream: int, num_heads: int) -> "Visibility":
+        """The part of stream 0 or 1, when the mask tells the ``2h`` half heads apart."""
+        return self._heads(lambda mask: mask[:, stream::2] if mask.shape[1] == 2 * num_heads else mask)
+
+    def of_half_heads(self, num_heads: int) -> "Visibility":
+        """For ``2h`` half heads in natural order, when the mask tells heads apart."""
+        return self._heads(lambda mask: mask.repeat_interleave(2, dim=1) if mask.shape[1] == num_heads else mask)
+
+    def reorder(self, order: Tensor) -> "Visibility":
+        """Heads in another order, when the mask tells them apart."""
+        return self._heads(lambda mask: mask.index_select(1, order) if mask.shape[1] > 1 else mask)
+
+    @staticmethod
+    def stack(parts: Sequence["Visibility"]) -> "Visibility":
+        """Of heads that are stacked in that order."""
+        first = parts[0]
+        if first.mask is None or first.mask.ndim < 4 or first.mask.shape[1] == 1:
+            return first
+        masks, dead = [part.mask for part in parts if part.mask is not None], [part.dead for part in parts]
+        together = [rows for rows in dead if rows is not None]
+        return Visibility(torch.cat(masks, dim=1), dead=torch.cat(together, dim=1) if together else None)
+
+    def _heads(self, change: Callable[[Tensor], Tensor]) -> "Visibility":
+        if self.mask is None or self.mask.ndim < 4 or self.mask.shape[1] == 1:
+            return self
+        dead = self.dead
+        return Visibility(change(self.mask), self.is_causal, None if dead is None else change(dead))
+
+    def clear_dead(self, output: Tensor) -> Tensor:
+        """Give rows that see nothing the result 0."""
+        return output if self.dead is None else output.masked_fill(self.dead, 0.0)
+
+
+def visibility(
+    q_BHSd: Tensor, k_BHTd: Tensor, *, causal: bool, attn_mask: Tensor | None, sliding_window: int | None
+) -> Visibility:
+    """Combine all that hides keys from queries.
+
+    Args:
+        q_BHSd: queries, ``2h`` half heads.
+        k_BHTd: keys.
+        causal: query ``i`` of ``S`` sees keys up to ``T - S + i``.
+        attn_mask: boolean (``True`` is seen) or additive, broadcastable to ``[B, 1 or h or 2h, S, T]``.
+        sliding_window: of those, only the last ``sliding_window`` ones.
+
+    Raises:
+        InputError: a mask that is neither boolean nor floating point, or does not fit; a window without ``causal``.
+    """
+    length, key_length = q_BHSd.shape[2], k_BHTd.shape[2]
+    if sliding_window is not None and not causal:
+        raise InputError("a sliding window needs a causal operator: without it there is no end for it to slide along")
+    if attn_mask is not None:
+        attn_mask = _checked(attn_mask, q_BHSd, key_length)
+    band = None
+    square = bool(length == key_length)
+    if causal and (sliding_window is not None or attn_mask is not None or not square):
+        newest = torch.arange(length, device=q_BHSd.device)[:, None] + (key_length - length)
+        keys = torch.arange(key_length, device=q_BHSd.device)
+        band = keys <= newest
+        if sliding_window is not None:
+            band = band & (keys > newest - sliding_window)
+    if attn_mask is None:
+        if band is None:
+            return Visibility(is_causal=causal)
+        # Later keys than queries leave no row empty; the other way round the first queries come before every key.
+        return _without_dead_rows(band, None) if length > key_length else Visibility(mask=band)
+    if attn_mask.dtype == torch.bool:
+        return _without_dead_rows(attn_mask if band is None else attn_mask & band, None)
+    seen = attn_mask != float("-inf")
+    return _without_dead_rows(seen if band is None else seen & band, attn_mask)
+
+
+def _without_dead_rows(seen: Tensor, bias: Tensor | None) -> Visibility:
+    dead = ~seen.any(dim=-1, keepdim=True)
+    seen = seen | dead
+    if bias is None:
+        return Visibility(mask=seen, dead=dead)
+    finite = bias.masked_fill(bias == float("-inf"), 0.0)
+    return Visibility(mask=finite.masked_fill(~seen, float("-inf")), dead=dead)
+
+
+def _checked(attn_mask: Tensor, q_BHSd: Tensor, key_length: int) -> Tensor:
+    batch, half_heads, length, _ = q_BHSd.shape
+    if attn_mask.dtype != torch.bool:
+        if not attn_mask.is_floating_point():
+            raise InputError(f"attn_mask has dtype {attn_mask.dtype}; accepted is boolean (True is seen) or additive")
+        attn_mask = attn_mask.to(q_BHSd.dtype)
+    shape = list(attn_mask.shape)
+    if attn_mask.ndim > 4:
+        raise InputError(f"attn_mask has shape {shape}; accepted is at most 4 axes, [B, heads, S, T]")
+    attn_mask = attn_mask.reshape(*(1,) * (4 - attn_mask.ndim), *shape)
+    wanted = ((1, batch), (1, half_heads // 2, half_heads), (1, length), (1, key_length))
+    if not all(size in sizes for size, sizes in zip(attn_mask.shape, wanted, strict=True)):
+        raise InputError(
+            f"attn_mask has shape {shape}; accepted is what broadcasts to "
+            f"[{batch}, 1 or {half_heads // 2} or {half_heads}, {length}, {key_length}]"
+        )
+    return attn_mask

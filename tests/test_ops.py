@@ -1,0 +1,179 @@
+"""Every implementation of the operator against the row-by-row formula: key maps, masks, windows, gradients."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffdeploy.config import GqaLayout
+from diffdeploy.errors import DiffDeployError, InputError, UnavailableError
+from diffdeploy.ops import diff_attention
+from tests import oracles
+
+IMPLEMENTATIONS = ["naive", "two_call", "padded", "four_call", "stacked_split", "stacked_wide"]
+HEADS = [(4, 4), (4, 2), (4, 1), (6, 2), (6, 3), (3, 1)]
+INFINITY = float("inf")
+
+
+def random_inputs(
+    heads: int, kv_heads: int, queries: int, keys: int, *, shared_keys: bool = False, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * heads + 100 * kv_heads + keys)
+    key_heads, value_width = (kv_heads, 4) if shared_keys else (2 * kv_heads, 8)
+    shapes = [(2, 2 * heads, queries, 4), (2, key_heads, keys, 4), (2, kv_heads, keys, value_width)]
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return q, k, v
+
+
+def masks(queries: int, keys: int, heads: int) -> dict[str, Tensor]:
+    """Masks of every kind, by name; additive ones in fp64."""
+    generator = torch.Generator().manual_seed(7)
+    padding = torch.ones(2, 1, 1, keys, dtype=torch.bool)
+    left, right, ragged, all_hidden = (padding.clone() for _ in range(4))
+    left[1, ..., : keys // 2] = False
+    right[0, ..., keys // 2 :] = False
+    ragged[0, ..., ::3] = False
+    all_hidden[1] = False
+    full = torch.rand(2, 1, queries, keys, generator=generator) > 0.4
+    full[0, 0, queries // 2] = False
+    per_head = torch.rand(1, heads, queries, keys, generator=generator) > 0.3
+    per_half_head = torch.rand(2, 2 * heads, queries, keys, generator=generator) > 0.3
+    additive = torch.randn(2, 1, queries, keys, generator=generator, dtype=torch.float64)
+    additive[full.logical_not()] = -INFINITY
+    return {
+        "left": left,
+        "right": right,
+        "ragged": ragged,
+        "all_hidden": all_hidden,
+        "full": full,
+        "rows_and_keys": full[0, 0],
+        "per_head": per_head,
+        "per_half_head": per_half_head,
+        "additive": additive,
+        "additive_per_head": torch.randn(2, heads, queries, keys, generator=generator, dtype=torch.float64),
+    }
+
+
+def bias_of(mask: Tensor | None, heads: int, *, causal: bool, window: int | None, queries: int, keys: int) -> Any:
+    seen = oracles.visible(queries, keys, causal=causal, window=window)
+    bias = np.where(seen > 0, 0.0, -np.inf)[None, None]
+    if mask is None:
+        return bias
+    extra = mask.numpy() if mask.is_floating_point() else np.where(mask.numpy(), 0.0, -np.inf)
+    extra = extra.reshape((1,) * (4 - extra.ndim) + extra.shape)
+    return bias + (np.repeat(extra, 2, axis=1) if extra.shape[1] == heads else extra)
+
+
+def check(actual: Tensor, expected: Any) -> None:
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", ["canonical", "legacy"])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS, ids=str)
+def test_both_key_maps(impl: str, layout: GqaLayout, heads: int, kv_heads: int) -> None:
+    q, k, v = random_inputs(heads, kv_heads, 5, 5)
+    lam = torch.tensor(0.4, dtype=torch.float64)
+    actual = diff_attention(q, k, v, lam, causal=True, gqa_layout=layout, impl=impl)
+    bias = bias_of(None, heads, causal=True, window=None, queries=5, keys=5)
+    arrays = (q.numpy(), k.numpy(), v.numpy(), np.array(0.4), bias)
+    check(actual, oracles.masked_diff_attention(*arrays, legacy=layout == "legacy"))
+    other = oracles.masked_diff_attention(*arrays, legacy=layout == "canonical")
+    assert (np.abs(actual.numpy() - other).max() > 1e-3) == (heads != kv_heads)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", masks(5, 5, 4))
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (3, 8), (1, 1), (1, 7)], ids=str)
+def test_masks(impl: str, name: str, causal: bool, queries: int, keys: int) -> None:
+    q, k, v = random_inputs(4, 2, queries, keys)
+    mask = masks(queries, keys, 4)[name]
+    lam = torch.tensor(0.4, dtype=torch.float64)
+    actual = diff_attention(q, k, v, lam, causal=causal, attn_mask=mask, impl=impl)
+    bias = bias_of(mask, 4, causal=causal, window=None, queries=queries, keys=keys)
+    check(actual, oracles.masked_diff_attention(q.numpy(), k.numpy(), v.numpy(), np.array(0.4), bias))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("window", [1, 2, 9])
+@pytest.mark.parametrize("name", [None, "left", "additive", "per_head"])
+@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (2, 7), (7, 3)], ids=str)
+def test_sliding_window(impl: str, window: int, name: str | None, queries: int, keys: int) -> None:
+    q, k, v = random_inputs(3, 1, queries, keys)
+    mask = None if name is None else masks(queries, keys, 3)[name]
+    lam = torch.tensor(0.4, dtype=torch.float64)
+    actual = diff_attention(q, k, v, lam, causal=True, attn_mask=mask, sliding_window=window, impl=impl)
+    bias = bias_of(mask, 3, causal=True, window=window, queries=queries, keys=keys)
+    check(actual, oracles.masked_diff_attention(q.numpy(), k.numpy(), v.numpy(), np.array(0.4), bias))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS, ids=str)
+@pytest.mark.parametrize("name", [None, "ragged", "per_head", "per_half_head"])
+def test_shared_keys_and_lambda_per_token(impl: str, heads: int, kv_heads: int, name: str | None) -> None:
+    q, k, v = random_inputs(heads, kv_heads, 5, 5, shared_keys=True)
+    mask = None if name is None else masks(5, 5, heads)[name]
+    lam = torch.rand(2, heads, 5, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    actual = diff_attention(q, k, v, lam, causal=True, attn_mask=mask, impl=impl)
+    bias = bias_of(mask, heads, causal=True, window=None, queries=5, keys=5)
+    check(actual, oracles.masked_diff_attention(q.numpy(), k.numpy(), v.numpy(), lam[..., 0].numpy(), bias))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["all_hidden", "full", "additive"])
+def test_rows_that_see_nothing_are_zero_forward_and_backward(impl: str, dtype: torch.dtype, name: str) -> None:
+    q, k, v = (side.requires_grad_() for side in random_inputs(4, 2, 5, 5, dtype=dtype))
+    mask = masks(5, 5, 4)[name]
+    seen = mask if mask.dtype == torch.bool else mask != -INFINITY
+    output = diff_attention(q, k, v, torch.tensor(0.4), causal=False, attn_mask=mask, impl=impl)
+    torch.autograd.backward(output.square().sum())
+    dead = ~seen.any(-1).expand(2, 1, 5)[:, 0]
+    assert dead.any()
+    assert (output.detach().transpose(1, 2)[dead] == 0).all()
+    for tensor in (output, q.grad, k.grad, v.grad):
+        assert tensor is not None
+        assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", ["canonical", "legacy"])
+@pytest.mark.parametrize("name", [None, "full"])
+def test_gradients(impl: str, layout: GqaLayout, name: str | None) -> None:
+    q, k, v = (side[:1].requires_grad_() for side in random_inputs(4, 2, 3, 3))
+    mask = None if name is None else masks(3, 3, 4)[name][:1]
+    lam = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
+        return diff_attention(q, k, v, lam, causal=True, attn_mask=mask, gqa_layout=layout, impl=impl)
+
+    assert torch.autograd.gradcheck(run, (q, k, v, lam))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attn_mask": torch.ones(3, 3, dtype=torch.bool)}, "accepted is what broadcasts to"),
+        ({"attn_mask": torch.ones(5, 5, dtype=torch.int64)}, "accepted is boolean"),
+        ({"attn_mask": torch.ones(1, 1, 1, 5, 5, dtype=torch.bool)}, "at most 4 axes"),
+        ({"sliding_window": 2, "causal": False}, "needs a causal operator"),
+        ({"impl": "flash2"}, "flash2 runs on CUDA only, and the tensors are on cpu"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_what_cannot_be_done_is_refused(changes: dict[str, Any], message: str) -> None:
+    q, k, v = random_inputs(4, 2, 5, 5)
+    with pytest.raises(DiffDeployError, match=message) as refused:
+        diff_attention(q, k, v, torch.tensor(0.4), **{"causal": True, **changes})
+    assert isinstance(refused.value, UnavailableError if "impl" in changes else InputError)
+
+
+@pytest.mark.parametrize(("side", "kept"), [(0, 3), (0, 6), (1, 3), (2, 1)], ids=str)
+def test_shapes_that_do_not_fit_are_refused(side: int, kept: int) -> None:
+    inputs = list(random_inputs(4, 2, 5, 5))
+    inputs[side] = inputs[side][:, :kept]
+    with pytest.raises(InputError, match="do not fit"):
+        diff_attention(inputs[0], inputs[1], inputs[2], torch.tensor(0.4), causal=True)
