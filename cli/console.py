@@ -130,9 +130,9 @@ def _case_table(report: "Report") -> "Table":
         table.add_column(heading, justify="right")
     groups: dict[str, list[CaseReport]] = {}
     for case in report.cases:
-        groups.setdefault(case.id.rpartition("-")[2], []).append(case)
+        groups.setdefault(_group(case.id), []).append(case)
     for kind, cases in groups.items():
-        worst = max(cases, key=lambda case: float("inf") if case.budget_used is None else case.budget_used)
+        worst = max(cases, key=lambda case: case.severity)
         table.add_row(
             kind,
             _mark(all(case.passed for case in cases)),
@@ -143,6 +143,15 @@ def _case_table(report: "Report") -> "Table":
             "-" if worst.budget_used is None else f"{worst.budget_used:.0%}",
         )
     return table
+
+
+def _group(case_id: str) -> str:
+    """What a case tries: its kind of numbers, its padding, a past, steps."""
+    parts = case_id.split("-")
+    if "in" in parts:
+        return "in steps"
+    past = "past, " if any(part[0] == "P" for part in parts) else ""
+    return past + ", ".join(part for part in parts if part[0] not in "BPS")
 
 
 def _number(value: float | None) -> str:

@@ -38,12 +38,16 @@ def export(
         float | None, typer.Option(help="Base of the rotary frequencies.", show_default="as config.json says")
     ] = None,
     gqa_layout: Annotated[
-        Literal["canonical"] | None,
+        Literal["canonical", "legacy"] | None,
         typer.Option(help="Which key stream a query stream reads.", show_default="as config.json says"),
     ] = None,
+    graph: Annotated[
+        Literal["plain", "masked", "cached"],
+        typer.Option(help="Inputs: hidden states; with a padding mask; with a key/value cache."),
+    ] = "plain",
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of weights and graph.")] = "float32",
     max_batch_size: Annotated[int, typer.Option(help="Largest batch.")] = 32,
-    max_sequence_length: Annotated[int, typer.Option(help="Longest sequence.")] = 2048,
+    max_sequence_length: Annotated[int, typer.Option(help="Longest sequence, past included.")] = 2048,
     opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 24; Attention nodes from 23 on.")] = 23,
     attention_impl: Annotated[
         Literal["auto", "two_call", "padded", "naive"], typer.Option(help="How the two attentions are written.")
@@ -80,6 +84,7 @@ def export(
         name = (checkpoint or SAMPLE).resolve().name.removesuffix((checkpoint or SAMPLE).suffix)
         options = ExportOptions(
             format=format_name,
+            graph=graph,
             dtype=dtype,
             max_batch_size=max_batch_size,
             max_sequence_length=max_sequence_length,

@@ -10,6 +10,7 @@ from diffdeploy.cli import console
 if TYPE_CHECKING:
     from diffdeploy.bundle import Bundle
     from diffdeploy.checkpoints import BlockSummary
+    from diffdeploy.config import AnyConfig
 
 __all__ = ["inspect"]
 
@@ -62,15 +63,26 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
         ("outputs", tensors(manifest.graph.outputs)),
         ("ranges", axes),
         ("width", f"{config.embed_dim}"),
-        ("heads", f"{config.num_heads} of width 2 x {config.head_dim}, {config.num_kv_heads} key/value heads"),
-        ("lambda_init", f"{config.lambda_init:.6g}, output scale {config.output_scale:.6g}"),
+        ("heads", f"{config.num_heads} of width {config.value_dim}, {config.num_kv_heads} key/value heads"),
         ("rope", rope),
         ("causal", "yes" if config.causal else "no"),
-        ("norm", f"eps {config.norm_eps:g}, " + ("with gamma" if config.norm_affine else "without gamma")),
-        ("gqa layout", config.gqa_layout),
+        ("window", "none" if config.sliding_window is None else f"{config.sliding_window} keys"),
+        *_version_rows(config),
         ("from", f"{source.file_name}{layer}, layout {source.layout}, sha256 {source.file_sha256}"),
         ("made with", ", ".join(f"{name} {found}" for name, found in manifest.environment.packages.items())),
         ("files", ", ".join(f"{name} ({file.size:,} bytes)" for name, file in manifest.files.items())),
+    ]
+
+
+def _version_rows(config: "AnyConfig") -> list[tuple[str, str]]:
+    from diffdeploy.config import DiffAttentionConfig
+
+    if not isinstance(config, DiffAttentionConfig):
+        return [("version", "2: lambda per token and head, no norm")]
+    return [
+        ("lambda_init", f"{config.lambda_init:.6g}, output scale {config.output_scale:.6g}"),
+        ("norm", f"eps {config.norm_eps:g}, " + ("with gamma" if config.norm_affine else "without gamma")),
+        ("gqa layout", config.gqa_layout),
     ]
 
 

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from diffdeploy.errors import InputError
 
 __all__ = [
+    "LAMBDA_VECTORS",
     "AnyConfig",
     "DiffAttentionConfig",
     "DiffAttentionV2Config",
@@ -17,6 +18,9 @@ __all__ = [
 ]
 
 RopeStyle = Literal["interleaved", "half"]
+# Vectors of the paper's lambda; they stay in fp32, whatever the dtype of a block.
+LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+
 GqaLayout = Literal["canonical", "legacy"]
 
 
@@ -151,7 +155,7 @@ class DiffAttentionConfig:
             shapes |= {"q_proj.bias": (q_rows,), "k_proj.bias": (kv_rows,), "v_proj.bias": (kv_rows,)}
         if self.out_bias:
             shapes["out_proj.bias"] = (self.embed_dim,)
-        shapes |= {f"lambda_{name}": (self.head_dim,) for name in ("q1", "k1", "q2", "k2")}
+        shapes |= dict.fromkeys(LAMBDA_VECTORS, (self.head_dim,))
         if self.norm_affine:
             shapes["subln.weight"] = (self.value_dim,)
         return shapes

@@ -1,62 +1,141 @@
 """`GraphSpec`: names, dtypes, axes and ranges of a deployed graph; what exporters promise and runtimes check."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from diffdeploy.config import AnyConfig
 from diffdeploy.errors import InputError
 
-__all__ = ["AxisRange", "DType", "GraphSpec", "TensorSpec", "plain_graph"]
+__all__ = ["DType", "GraphSpec", "Range", "TensorSpec", "Variant", "graph_spec", "run_block"]
 
 DType = Literal["float32", "float16"]
+Variant = Literal["plain", "masked", "cached"]
+
+# Tracing needs two sizes above 1 that add up to the total.
+_SMALLEST_CACHED = 4
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class AxisRange(_Frozen):
-    """Smallest and largest accepted size of a named axis, both inclusive."""
+class Range(_Frozen):
+    """Smallest and largest accepted number, both inclusive."""
 
     min: int
     max: int
 
 
 class TensorSpec(_Frozen):
-    """One input or output. An axis is a size, or the name of a range in `GraphSpec.axes`."""
+    """One input or output.
 
-    dtype: DType
+    Attributes:
+        dtype: of its elements.
+        shape: an axis is a size, or the name of a range in `GraphSpec.axes`.
+        values: what its elements may be; ``None`` for anything.
+    """
+
+    dtype: DType | Literal["int64"]
     shape: tuple[int | str, ...]
+    values: Range | None = None
 
 
 class GraphSpec(_Frozen):
     """The interface of a deployed graph.
 
     Attributes:
-        variant: ``plain`` is ``hidden_states [batch_size, sequence_length, D] -> output`` at positions ``0 .. S-1``.
+        variant: ``plain`` is ``hidden_states [batch_size, sequence_length, D] -> output`` at positions ``0 .. S-1``;
+            ``masked`` takes an ``attention_mask`` and ``position_ids`` too; ``cached`` also takes keys and values of
+            the past, and gives those of past and present.
         inputs: by name, in order.
         outputs: by name, in order.
         axes: ranges of the named axes.
+        sums: axes whose size is the sum of others.
     """
 
-    variant: Literal["plain"]
+    variant: Variant
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
-    axes: dict[str, AxisRange]
+    axes: dict[str, Range]
+    sums: dict[str, tuple[str, ...]]
 
 
-def plain_graph(*, embed_dim: int, dtype: DType, max_batch_size: int, max_sequence_length: int) -> GraphSpec:
-    """The ``plain`` variant with both axes dynamic from 1.
+def graph_spec(
+    variant: Variant, config: AnyConfig, *, dtype: DType, max_batch_size: int, max_sequence_length: int
+) -> GraphSpec:
+    """The interface of a block's graph, with all axes dynamic.
+
+    Args:
+        variant: see `GraphSpec`.
+        config: of the block; ``position_ids`` is an input only where there is rotary embedding.
+        dtype: of everything that is not a mask or a position.
+        max_batch_size: largest batch.
+        max_sequence_length: longest sequence, past included.
 
     Raises:
-        InputError: a maximum is below 2, so that its axis would not be dynamic.
+        InputError: a maximum is so low that its axis would not be dynamic.
     """
-    for name, size in (("max batch size", max_batch_size), ("max sequence length", max_sequence_length)):
-        if size < 2:
-            raise InputError(f"{name} is {size}; accepted is 2 or more, since the axis is dynamic from 1")
-    tensor = TensorSpec(dtype=dtype, shape=("batch_size", "sequence_length", embed_dim))
+    smallest = _SMALLEST_CACHED if variant == "cached" else 2
+    for name, size, least in (
+        ("max batch size", max_batch_size, 2),
+        ("max sequence length", max_sequence_length, smallest),
+    ):
+        if size < least:
+            raise InputError(f"{name} is {size}; accepted is {least} or more, since the axis is dynamic from 1")
     axes = {
-        "batch_size": AxisRange(min=1, max=max_batch_size),
-        "sequence_length": AxisRange(min=1, max=max_sequence_length),
+        "batch_size": Range(min=1, max=max_batch_size),
+        "sequence_length": Range(min=1, max=max_sequence_length),
     }
-    return GraphSpec(variant="plain", inputs={"hidden_states": tensor}, outputs={"output": tensor}, axes=axes)
+    total = "sequence_length"
+    if variant == "cached":
+        total = "total_sequence_length"
+        axes["past_sequence_length"] = Range(min=0, max=max_sequence_length - 1)
+        axes[total] = Range(min=1, max=max_sequence_length)
+    hidden = TensorSpec(dtype=dtype, shape=("batch_size", "sequence_length", config.embed_dim))
+    inputs, outputs = {"hidden_states": hidden}, {"output": hidden}
+    if variant != "plain":
+        inputs["attention_mask"] = TensorSpec(dtype="int64", shape=("batch_size", total), values=Range(min=0, max=1))
+        if config.rope is not None:
+            inputs["position_ids"] = TensorSpec(
+                dtype="int64",
+                shape=("batch_size", "sequence_length"),
+                values=Range(min=0, max=max_sequence_length - 1),
+            )
+    if variant == "cached":
+        for side, heads, width in (
+            ("key", config.num_key_streams, config.head_dim),
+            ("value", config.num_kv_heads, config.value_dim),
+        ):
+            inputs[f"past_key_values.{side}"] = TensorSpec(
+                dtype=dtype, shape=("batch_size", heads, "past_sequence_length", width)
+            )
+            outputs[f"present.{side}"] = TensorSpec(dtype=dtype, shape=("batch_size", heads, total, width))
+    return GraphSpec(
+        variant=variant,
+        inputs=inputs,
+        outputs=outputs,
+        axes=axes,
+        sums={total: ("past_sequence_length", "sequence_length")} if variant == "cached" else {},
+    )
+
+
+def run_block(block: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Call an eager block by the names of a graph.
+
+    Args:
+        block: a `diffdeploy.modules.AttentionBlock`.
+        inputs: tensors by the names of `GraphSpec.inputs`.
+
+    Returns:
+        Tensors by the names of `GraphSpec.outputs`.
+    """
+    past = None
+    if "past_key_values.key" in inputs:
+        past = (inputs["past_key_values.key"], inputs["past_key_values.value"])
+    result = block(inputs["hidden_states"], inputs.get("attention_mask"), inputs.get("position_ids"), past)
+    if past is None:
+        return {"output": result}
+    output, (key, value) = result
+    return {"output": output, "present.key": key, "present.value": value}

@@ -18,8 +18,9 @@ from diffdeploy.bundle import (
     staged_bundle,
     write_manifest,
 )
+from diffdeploy.config import LAMBDA_VECTORS, AnyConfig
 from diffdeploy.errors import InputError, UnavailableError
-from diffdeploy.graphs import DType, GraphSpec, plain_graph
+from diffdeploy.graphs import DType, GraphSpec, Variant, graph_spec
 from diffdeploy.ops import Impl, resolve_impl
 from diffdeploy.verify import GraphFacts, Progress, RejectedError, Report, contracts, golden_arrays, verify_bundle
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffdeploy.checkpoints import Checkpoint
-    from diffdeploy.modules import DiffAttention
+    from diffdeploy.modules import AttentionBlock
 
 __all__ = ["FORMATS", "Export", "ExportOptions", "export_bundle", "why_not_export"]
 
@@ -42,12 +43,16 @@ class Format(NamedTuple):
 FORMATS = {"onnx": Format("diffdeploy.exporters.onnx", ("onnx", "onnxscript"))}
 
 
+_TWO_ATTENTIONS = (Impl.TWO_CALL, Impl.PADDED)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """What the user can choose about the artifact.
 
     Attributes:
         format: one of `FORMATS`.
+        graph: variant of the graph, see `GraphSpec`.
         dtype: of the graph and its weights.
         max_batch_size: largest batch the artifact is declared for.
         max_sequence_length: longest sequence the artifact is declared for.
@@ -57,6 +62,7 @@ class ExportOptions:
     """
 
     format: str = "onnx"
+    graph: Variant = "plain"
     dtype: DType = "float32"
     max_batch_size: int = 32
     max_sequence_length: int = 2048
@@ -78,7 +84,7 @@ class _Exporter(Protocol):
     def check(self, options: ExportOptions) -> None: ...
 
     def lower(
-        self, block: "DiffAttention", spec: GraphSpec, directory: Path, options: ExportOptions
+        self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
     ) -> dict[str, int | str]: ...
 
 
@@ -95,10 +101,11 @@ def _exporter(options: ExportOptions) -> _Exporter:
         raise InputError(f"format is {options.format!r}; accepted: {', '.join(FORMATS)}")
     if reason := why_not_export(options.format):
         raise UnavailableError(reason)
-    if resolve_impl(options.impl, target=options.format) == Impl.NAIVE:
+    impl = resolve_impl(options.impl, target=options.format)
+    if impl not in _TWO_ATTENTIONS:
         raise InputError(
-            "attention implementation 'naive' writes the difference of two probability matrices into the graph, "
-            "which no runtime has a fast kernel for; accepted for an export: auto, two_call, padded"
+            f"attention implementation {impl.value!r} does not write the difference as two attention operators; "
+            "accepted for an export: auto, two_call, padded"
         )
     if options.seed < 0:
         raise InputError(f"seed is {options.seed}; accepted is 0 or more")
@@ -113,7 +120,7 @@ def _cast_weights(checkpoint: "Checkpoint", dtype: DType) -> dict[str, "Tensor"]
 
     cast = {}
     for (name, tensor), key in zip(checkpoint.weights.items(), checkpoint.keys, strict=True):
-        target = torch.float32 if name.startswith("lambda") else getattr(torch, dtype)
+        target = torch.float32 if name in LAMBDA_VECTORS else getattr(torch, dtype)
         cast[name] = tensor.to(target).contiguous()
         if not bool(torch.isfinite(cast[name]).all()):
             raise InputError(
@@ -123,7 +130,7 @@ def _cast_weights(checkpoint: "Checkpoint", dtype: DType) -> dict[str, "Tensor"]
     return cast
 
 
-def _write_weights(block_config: Any, weights: dict[str, "Tensor"], spec: GraphSpec, seed: int, staging: Path) -> None:
+def _write_weights(config: AnyConfig, weights: dict[str, "Tensor"], spec: GraphSpec, seed: int, staging: Path) -> None:
     import numpy as np
     import safetensors.numpy
 
@@ -131,7 +138,7 @@ def _write_weights(block_config: Any, weights: dict[str, "Tensor"], spec: GraphS
     exact = {name: array.astype(np.float64) for name, array in arrays.items()}
     # Serialised first: the library's own file writer hides the reason when a disk is full.
     (staging / WEIGHTS).write_bytes(safetensors.numpy.save(arrays))
-    (staging / GOLDEN).write_bytes(safetensors.numpy.save(golden_arrays(block_config, spec, exact, seed)))
+    (staging / GOLDEN).write_bytes(safetensors.numpy.save(golden_arrays(config, spec, exact, seed)))
 
 
 def export_bundle(
@@ -167,8 +174,9 @@ def export_bundle(
         from diffdeploy.runtime import require_backend
 
         require_backend(options.format)
-    spec = plain_graph(
-        embed_dim=checkpoint.config.embed_dim,
+    spec = graph_spec(
+        options.graph,
+        checkpoint.config,
         dtype=options.dtype,
         max_batch_size=options.max_batch_size,
         max_sequence_length=options.max_sequence_length,
@@ -195,12 +203,12 @@ def export_bundle(
     return Export(output, graph, report)
 
 
-def _block(checkpoint: "Checkpoint", weights: dict[str, "Tensor"], options: ExportOptions) -> "DiffAttention":
+def _block(checkpoint: "Checkpoint", weights: dict[str, "Tensor"], options: ExportOptions) -> "AttentionBlock":
     import torch
 
-    from diffdeploy.modules import DiffAttention
+    from diffdeploy.modules import block_class
 
-    return DiffAttention.from_weights(
+    return block_class(checkpoint.config).from_weights(
         checkpoint.config,
         weights,
         impl=resolve_impl(options.impl, target=options.format),

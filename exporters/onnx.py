@@ -3,13 +3,13 @@
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from diffdeploy.errors import ExportError, InputError
-from diffdeploy.graphs import GraphSpec
-from diffdeploy.modules import DiffAttention
+from diffdeploy.graphs import GraphSpec, run_block
+from diffdeploy.modules import AttentionBlock
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -36,7 +36,7 @@ def check(options: "ExportOptions") -> None:
         raise InputError(f"opset is {options.opset}; accepted is {OPSETS.start} to {OPSETS.stop - 1}")
 
 
-def lower(block: DiffAttention, spec: GraphSpec, directory: Path, options: "ExportOptions") -> dict[str, int | str]:
+def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "ExportOptions") -> dict[str, int | str]:
     """Write ``model.onnx`` into ``directory``; weights above 2 GB go to ``model.onnx.data`` beside it.
 
     Args:
@@ -52,6 +52,7 @@ def lower(block: DiffAttention, spec: GraphSpec, directory: Path, options: "Expo
         ExportError: the block could not be lowered.
     """
     program = _export(block, spec, options.opset)
+    _name_axes(program, spec)
     _strip_metadata(program)
     _save(program, directory)
     return {"opset": options.opset}
@@ -64,14 +65,40 @@ def _save(model: "onnx_ir.Model", directory: Path) -> None:
     onnx_ir.save(model, directory / MODEL, external_data=EXTERNAL_DATA if size > _MAX_INLINE_BYTES else None)
 
 
-def _export(block: DiffAttention, spec: GraphSpec, opset: int) -> "onnx_ir.Model":
-    axes = {name: torch.export.Dim(name, min=bounds.min, max=bounds.max) for name, bounds in spec.axes.items()}
-    shape = spec.inputs["hidden_states"].shape
-    # Sizes of 0 and 1 would be taken for constants; 1 is proved by the verification.
-    example_sizes = {"batch_size": min(3, spec.axes["batch_size"].max), "sequence_length": 2}
-    sizes = [axis if isinstance(axis, int) else example_sizes[axis] for axis in shape]
-    example = torch.zeros(sizes, dtype=block.q_proj.weight.dtype)
-    dynamic = {index: axes[axis] for index, axis in enumerate(shape) if isinstance(axis, str)}
+class _Graph(torch.nn.Module):
+    """A block with the signature of a graph: tensors in the order of its inputs and outputs."""
+
+    def __init__(self, block: AttentionBlock, spec: GraphSpec) -> None:
+        super().__init__()
+        self.block, self.spec = block, spec
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = run_block(self.block, dict(zip(self.spec.inputs, tensors, strict=True)))
+        return tuple(outputs[name] for name in self.spec.outputs)
+
+
+def _example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Tensors to trace with, and which of their axes are dynamic.
+
+    Sizes of 0 and 1 would be taken for constants; that they work is proved by the verification.
+    """
+    axes: dict[str, Any] = {
+        name: torch.export.Dim(name, min=bounds.min, max=bounds.max) for name, bounds in spec.axes.items()
+    }
+    sizes = {"batch_size": min(3, spec.axes["batch_size"].max), "sequence_length": 2, "past_sequence_length": 2}
+    for total, parts in spec.sums.items():
+        axes[total] = torch.export.Dim.DYNAMIC  # follows from its parts
+        sizes[total] = sum(sizes[part] for part in parts)
+    tensors, dynamic = [], []
+    for tensor in spec.inputs.values():
+        shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
+        tensors.append(torch.ones(shape, dtype=torch.int64 if tensor.dtype == "int64" else dtype))
+        dynamic.append({index: axes[axis] for index, axis in enumerate(tensor.shape) if isinstance(axis, str)})
+    return tuple(tensors), tuple(dynamic)
+
+
+def _export(block: AttentionBlock, spec: GraphSpec, opset: int) -> "onnx_ir.Model":
+    tensors, dynamic = _example(spec, block.q_proj.weight.dtype)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -79,14 +106,13 @@ def _export(block: DiffAttention, spec: GraphSpec, opset: int) -> "onnx_ir.Model
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                block,
-                (),
-                kwargs={"hidden_states": example},
+                _Graph(block, spec),
+                tensors,
                 dynamo=True,
                 opset_version=opset,
                 input_names=list(spec.inputs),
                 output_names=list(spec.outputs),
-                dynamic_shapes={"hidden_states": dynamic},
+                dynamic_shapes=(dynamic,),
                 verbose=False,
             )
     except Exception as error:
@@ -97,6 +123,15 @@ def _export(block: DiffAttention, spec: GraphSpec, opset: int) -> "onnx_ir.Model
     if program is None:
         raise ExportError(f"torch.onnx.export gave no program at opset {opset}")
     return program.model
+
+
+def _name_axes(model: "onnx_ir.Model", spec: GraphSpec) -> None:
+    """Call the axes of inputs and outputs by their declared names, also those which torch names after a sum."""
+    import onnx_ir
+
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        tensor = spec.inputs.get(str(value.name)) or spec.outputs[str(value.name)]
+        value.shape = onnx_ir.Shape(tensor.shape)
 
 
 def _strip_metadata(model: "onnx_ir.Model") -> None:

@@ -12,7 +12,7 @@ from diffdeploy.bundle import WEIGHTS, Environment, Manifest, Provenance, open_b
 from diffdeploy.errors import DiffDeployError, InputError, IntegrityError
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.exporters.onnx import lower
-from diffdeploy.graphs import plain_graph
+from diffdeploy.graphs import graph_spec
 from diffdeploy.modules import DiffAttention
 from tests.test_attention import make_config, random_weights
 
@@ -22,7 +22,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("bundles") / "block"
     config = make_config()
     weights = {name: tensor.float() for name, tensor in random_weights(config).items()}
-    spec = plain_graph(embed_dim=24, dtype="float32", max_batch_size=4, max_sequence_length=16)
+    spec = graph_spec("plain", config, dtype="float32", max_batch_size=4, max_sequence_length=16)
     with staged_bundle(output) as staging:
         save_file(weights, staging / WEIGHTS)
         lower(

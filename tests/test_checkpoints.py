@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint
 from diffdeploy.checkpoints.files import SAMPLE
-from diffdeploy.config import lambda_init_at
+from diffdeploy.config import DiffAttentionConfig, lambda_init_at
 from diffdeploy.errors import InputError
 from tests.test_attention import make_config, random_weights
 
@@ -28,6 +28,7 @@ def test_sample_has_learned_and_reads() -> None:
     assert (SAMPLE / "model.safetensors").stat().st_size < 4_000_000
     checkpoint = read_checkpoint(SAMPLE, CheckpointOptions(layer=3))
     assert (checkpoint.config.num_heads, checkpoint.config.num_kv_heads, checkpoint.config.head_dim) == (4, 2, 16)
+    assert isinstance(checkpoint.config, DiffAttentionConfig)
     assert checkpoint.config.lambda_init == lambda_init_at(3)
     assert all(key.startswith("layers.3.self_attn.") for key in checkpoint.keys)
 
@@ -37,6 +38,7 @@ def test_bare_state_dict(tmp_path: Path, suffix: str) -> None:
     weights, path = bare_weights(), tmp_path / f"block{suffix}"
     save_file(weights, path) if suffix == ".safetensors" else torch.save({"model": weights}, path)
     checkpoint = read_checkpoint(path, GIVEN)
+    assert isinstance(checkpoint.config, DiffAttentionConfig)
     assert checkpoint.config.lambda_init == lambda_init_at(2)
     assert checkpoint.weights.keys() == weights.keys()
     assert all(torch.equal(checkpoint.weights[name], weights[name]) for name in weights)

@@ -110,6 +110,7 @@ def test_faults_in_the_config(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert isinstance(sample.config, DiffAttentionConfig)
     faulty = change(sample.config)
     build = base._block
     monkeypatch.setattr(
@@ -152,6 +153,7 @@ def _report_with(
 
     def spoiled(found: Checkpoint, weights: dict[str, Tensor], options: ExportOptions) -> DiffAttention:
         block = build(found, weights, options)
+        assert isinstance(block, DiffAttention)
         spoil(block)
         return block
 

@@ -14,7 +14,7 @@ from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.config import RopeConfig
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.exporters.onnx import MODEL, lower
-from diffdeploy.graphs import DType, plain_graph
+from diffdeploy.graphs import DType, graph_spec
 from diffdeploy.modules import DiffAttention
 from diffdeploy.verify.oracle import oracle
 from tests import oracles
@@ -26,7 +26,7 @@ def test_oracle_matches_loops(style: str) -> None:
     config = make_config(rope=RopeConfig(style="half" if style == "half" else "interleaved", theta=100.0))
     weights = {name: tensor.numpy() for name, tensor in random_weights(config).items()}
     x = np.random.default_rng(0).standard_normal((2, 7, 24))
-    for row, sequence in zip(oracle(config, weights, x), x, strict=True):
+    for row, sequence in zip(oracle(config, weights, {"hidden_states": x})["output"], x, strict=True):
         expected = oracles.block(
             sequence, weights, heads=4, kv_heads=2, lambda_init=config.lambda_init, causal=True, rope=(style, 100.0)
         )
@@ -45,7 +45,7 @@ def test_sample_layer_through_onnxruntime(tmp_path: Path, opset: int, dtype: DTy
     block = DiffAttention.from_weights(
         checkpoint.config, weights, impl="two_call", max_positions=128, dtype=torch_dtype
     )
-    spec = plain_graph(embed_dim=128, dtype=dtype, max_batch_size=4, max_sequence_length=128)
+    spec = graph_spec("plain", checkpoint.config, dtype=dtype, max_batch_size=4, max_sequence_length=128)
     lower(block, spec, tmp_path, ExportOptions(opset=opset))
     path = tmp_path / MODEL
 
@@ -60,6 +60,6 @@ def test_sample_layer_through_onnxruntime(tmp_path: Path, opset: int, dtype: DTy
     for batch, length in ((1, 1), (2, 1), (3, 65), (1, 128)):
         x = generator.standard_normal((batch, length, 128)).astype(dtype)
         (actual,) = session.run(["output"], {"hidden_states": x})
-        expected = oracle(checkpoint.config, arrays, x)
+        expected = oracle(checkpoint.config, arrays, {"hidden_states": x})["output"]
         relative = np.sqrt(((actual - expected) ** 2).mean() / (expected**2).mean())
         assert relative < 16 * np.finfo(dtype).eps

@@ -4,12 +4,12 @@ import hashlib
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffdeploy import __version__
-from diffdeploy.config import DiffAttentionConfig
+from diffdeploy.config import AnyConfig
 from diffdeploy.errors import IntegrityError
 from diffdeploy.graphs import GraphSpec
 
@@ -82,7 +82,7 @@ class Manifest(_Frozen):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     format: str
-    config: DiffAttentionConfig
+    config: Annotated[AnyConfig, Field(discriminator="version")]
     graph: GraphSpec
     options: dict[str, int | str]
     verified: bool

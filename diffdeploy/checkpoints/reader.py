@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffdeploy.checkpoints import microsoft
 from diffdeploy.checkpoints.files import TensorFile, open_tensors, read_config_fields
-from diffdeploy.config import DiffAttentionConfig, GqaLayout, RopeConfig, RopeStyle, lambda_init_at
+from diffdeploy.config import AnyConfig, DiffAttentionConfig, GqaLayout, RopeConfig, RopeStyle, lambda_init_at
 from diffdeploy.digests import file_sha256
 from diffdeploy.errors import InputError
 
@@ -53,7 +53,7 @@ class Checkpoint:
         keys: the keys that were read.
     """
 
-    config: DiffAttentionConfig
+    config: AnyConfig
     weights: dict[str, Tensor]
     layout: str
     layer: int | None

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from diffdeploy.config import AnyConfig, DiffAttentionConfig, DiffAttentionV2Config
+from diffdeploy.config import LAMBDA_VECTORS, AnyConfig, DiffAttentionConfig, DiffAttentionV2Config
 from diffdeploy.errors import InputError
 from diffdeploy.modules.rotary import RotaryEmbedding
 from diffdeploy.ops import Impl, diff_attention
@@ -227,7 +227,7 @@ class DiffAttention(AttentionBlock):
         self.lambda_q2: Tensor
         self.lambda_k2: Tensor
         lambda_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+        for name in LAMBDA_VECTORS:
             vector = torch.empty(config.head_dim, device=device, dtype=lambda_dtype)
             self.register_parameter(name, nn.Parameter(nn.init.normal_(vector, std=0.1)))
         self.subln = nn.RMSNorm(

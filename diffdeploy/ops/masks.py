@@ -81,7 +81,8 @@ def visibility(
     if sliding_window is not None and not causal:
         raise InputError("a sliding window needs a causal operator: without it there is no end for it to slide along")
     if attn_mask is not None:
-        attn_mask = _checked(attn_mask, q_BHSd, key_length)
+        # Runtimes that broadcast batch and heads of a mask do not all broadcast its queries and keys.
+        attn_mask = _checked(attn_mask, q_BHSd, key_length).expand(-1, -1, length, key_length)
     band = None
     square = bool(length == key_length)
     if causal and (sliding_window is not None or attn_mask is not None or not square):

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffdeploy.bundle import Bundle, open_bundle
 from diffdeploy.errors import InputError, UnavailableError
-from diffdeploy.graphs import GraphSpec
+from diffdeploy.graphs import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,21 +108,32 @@ class Runtime(ABC):
             raise InputError(f"inputs are {sorted(arrays)}; accepted are {sorted(self.spec.inputs)}")
         sizes: dict[str, int] = {}
         for name, spec in self.spec.inputs.items():
-            array = arrays[name]
-            if array.dtype.name != spec.dtype:
-                raise InputError(f"{name} has dtype {array.dtype.name}; accepted is {spec.dtype}")
-            if array.ndim != len(spec.shape):
-                raise InputError(f"{name} has shape {list(array.shape)}; accepted is {list(spec.shape)}")
-            for given, axis in zip(array.shape, spec.shape, strict=True):
-                if isinstance(axis, int):
-                    if given != axis:
-                        raise InputError(f"{name} has shape {list(array.shape)}; accepted is {list(spec.shape)}")
-                    continue
-                bounds = self.spec.axes[axis]
-                if not bounds.min <= given <= bounds.max:
-                    raise InputError(f"{axis} of {name} is {given}; accepted is {bounds.min} to {bounds.max}")
-                if sizes.setdefault(axis, given) != given:
-                    raise InputError(f"{axis} is {given} in {name}, but {sizes[axis]} in another input")
+            self._check_tensor(name, spec, arrays[name], sizes)
+        for total, parts in self.spec.sums.items():
+            if sizes[total] != sum(sizes[part] for part in parts):
+                given = " + ".join(f"{part} {sizes[part]}" for part in parts)
+                raise InputError(f"{total} is {sizes[total]}; accepted is {given}")
+
+    def _check_tensor(self, name: str, spec: TensorSpec, array: Array, sizes: dict[str, int]) -> None:
+        if array.dtype.name != spec.dtype:
+            raise InputError(f"{name} has dtype {array.dtype.name}; accepted is {spec.dtype}")
+        if array.ndim != len(spec.shape):
+            raise InputError(f"{name} has shape {list(array.shape)}; accepted is {list(spec.shape)}")
+        for given, axis in zip(array.shape, spec.shape, strict=True):
+            if isinstance(axis, int):
+                if given != axis:
+                    raise InputError(f"{name} has shape {list(array.shape)}; accepted is {list(spec.shape)}")
+                continue
+            bounds = self.spec.axes[axis]
+            if not bounds.min <= given <= bounds.max:
+                raise InputError(f"{axis} of {name} is {given}; accepted is {bounds.min} to {bounds.max}")
+            if sizes.setdefault(axis, given) != given:
+                raise InputError(f"{axis} is {given} in {name}, but {sizes[axis]} in another input")
+        if spec.values is not None and (array.min() < spec.values.min or array.max() > spec.values.max):
+            raise InputError(
+                f"{name} holds numbers from {array.min()} to {array.max()}; "
+                f"accepted are {spec.values.min} to {spec.values.max}"
+            )
 
 
 def _to_numpy(name: str, value: Any) -> Array:

@@ -85,11 +85,12 @@ class Yardstick:
         return bool(np.isfinite(self._squares).all())
 
 
-def judge(case_id: str, actual: Array, yardstick: Yardstick, expected: Array, dtype: DType) -> CaseReport:
+def judge(case_id: str, output: str, actual: Array, yardstick: Yardstick, expected: Array, dtype: DType) -> CaseReport:
     """Compare one output with the exact one.
 
     Args:
         case_id: name for the report.
+        output: name of the output.
         actual: of the artifact, in its dtype.
         yardstick: error of the eager block.
         expected: exact, float64.
@@ -99,16 +100,17 @@ def judge(case_id: str, actual: Array, yardstick: Yardstick, expected: Array, dt
         return CaseReport.failed(
             case_id,
             f"the output is {actual.dtype.name} {list(actual.shape)}, expected {dtype} {list(expected.shape)}",
+            output,
         )
     if reason := _non_finite_differs(actual, expected):
-        return CaseReport.failed(case_id, reason)
+        return CaseReport.failed(case_id, reason, output)
     finite = np.isfinite(actual) & np.isfinite(expected)
     exact = expected[finite]
     if exact.size == 0:
-        return CaseReport(id=case_id, passed=True, budget_used=0.0)
+        return CaseReport(id=case_id, output=output, passed=True, budget_used=0.0)
     error = np.abs(actual[finite] - exact)
     if not yardstick.finite:
-        return CaseReport.failed(case_id, "the eager block gives NaN or infinity here, so there is no yardstick")
+        return CaseReport.failed(case_id, "there is no yardstick: the eager block gives NaN or infinity", output)
     budget, eps = BUDGETS[dtype], float(np.finfo(dtype).eps)
     rmse, max_error = float(np.sqrt(np.mean(error**2))), float(error.max())
     allowed_rmse = budget.k * yardstick.rmse + budget.rmse_floor * eps * float(np.sqrt(np.mean(exact**2)))
@@ -116,6 +118,7 @@ def judge(case_id: str, actual: Array, yardstick: Yardstick, expected: Array, dt
     used = max(_share(rmse, allowed_rmse), _share(max_error, allowed_max))
     return CaseReport(
         id=case_id,
+        output=output,
         passed=used <= 1.0,
         budget_used=used if np.isfinite(used) else None,
         rmse=rmse,

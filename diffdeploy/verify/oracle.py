@@ -1,11 +1,15 @@
-"""The block's formula in numpy fp64, straight from the canonical weights; one score matrix at a time."""
+"""The blocks' formulas in numpy fp64, straight from the canonical weights; one score matrix at a time.
+
+Shape suffixes: B batch, H heads, S query length, P past length, T = P + S key length, D model width, d stream width,
+e value width.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from diffdeploy.config import DiffAttentionConfig, RopeConfig
+from diffdeploy.config import AnyConfig, DiffAttentionConfig, RopeConfig
 
 __all__ = ["lambda_value", "oracle", "rope_tables"]
 
@@ -24,53 +28,92 @@ def lambda_value(config: DiffAttentionConfig, weights: Mapping[str, Array]) -> f
     return float(np.exp(q1 @ k1) - np.exp(q2 @ k2) + config.lambda_init)
 
 
-def _rotate(x_SHd: Array, rope: RopeConfig) -> Array:
-    length, _, width = x_SHd.shape
-    cos, sin = (table[:, None] for table in rope_tables(rope, width, length))
-    out = np.empty_like(x_SHd)
+def _rotate(x_HSd: Array, rope: RopeConfig, positions_S: Array) -> Array:
+    width = x_HSd.shape[-1]
+    cos, sin = (table[positions_S] for table in rope_tables(rope, width, int(positions_S.max()) + 1))
+    out = np.empty_like(x_HSd)
     evens, odds, lower, upper = slice(0, None, 2), slice(1, None, 2), slice(width // 2), slice(width // 2, None)
     a, b = (evens, odds) if rope.style == "interleaved" else (lower, upper)
-    out[..., a] = x_SHd[..., a] * cos - x_SHd[..., b] * sin
-    out[..., b] = x_SHd[..., b] * cos + x_SHd[..., a] * sin
+    out[..., a] = x_HSd[..., a] * cos - x_HSd[..., b] * sin
+    out[..., b] = x_HSd[..., b] * cos + x_HSd[..., a] * sin
     return out
 
 
-def _softmax_times(q_Sd: Array, k_Sd: Array, v_Se: Array, causal: bool) -> Array:
-    scores = q_Sd @ k_Sd.T / np.sqrt(q_Sd.shape[1])
-    if causal:
-        scores[np.triu_indices(len(scores), 1)] = -np.inf
-    scores -= scores.max(axis=1, keepdims=True)
+def _hidden(config: AnyConfig, length: int, key_length: int, tokens_T: Array | None) -> Array:
+    """``[S, T]``, ``True`` where a query may not see a key."""
+    age = np.arange(key_length - length, key_length)[:, None] - np.arange(key_length)
+    hidden: Array = (age < 0) if config.causal else np.zeros(age.shape, dtype=bool)
+    if config.sliding_window is not None:
+        hidden |= age >= config.sliding_window
+    return hidden if tokens_T is None else hidden | (tokens_T == 0)
+
+
+def _softmax_times(q_Sd: Array, k_Td: Array, v_Te: Array, hidden_ST: Array) -> Array:
+    scores = q_Sd @ k_Td.T / np.sqrt(q_Sd.shape[1])
+    scores[hidden_ST] = -np.inf
+    largest = scores.max(axis=1, keepdims=True)
+    scores -= np.where(np.isneginf(largest), 0.0, largest)
     np.exp(scores, out=scores)
-    product: Array = scores @ v_Se / scores.sum(axis=1, keepdims=True)
+    total = scores.sum(axis=1, keepdims=True)
+    product: Array = scores @ v_Te / np.where(total == 0.0, 1.0, total)
     return product
 
 
-def oracle(config: DiffAttentionConfig, weights: Mapping[str, Array], x_BSD: Array) -> Array:
-    """Differential attention as in arXiv 2410.05258, equations 1 to 3.
+def _key_head(config: AnyConfig, head: int, stream: int) -> int:
+    group_size = config.num_heads // config.num_kv_heads
+    if not isinstance(config, DiffAttentionConfig):
+        return head // group_size
+    return (2 * head + stream) // group_size if config.gqa_layout == "legacy" else 2 * (head // group_size) + stream
+
+
+def oracle(config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Differential attention as in arXiv 2410.05258, equations 1 to 3, or its second version.
 
     Args:
         config: of the block.
         weights: canonical weights, any floating dtype.
-        x_BSD: ``[B, S, D]``, any floating dtype.
+        inputs: by the names of the graph: ``hidden_states [B, S, D]``, and what of ``attention_mask [B, T]``,
+            ``position_ids [B, S]``, ``past_key_values.key`` and ``past_key_values.value`` the variant has.
 
     Returns:
-        ``[B, S, D]``, float64.
+        float64 arrays by the names of the graph: ``output [B, S, D]``; with a past also ``present.key`` and
+        ``present.value``.
     """
     w = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
-    lam = lambda_value(config, w)
-    out = np.empty(x_BSD.shape, dtype=np.float64)
-    for b, x_SD in enumerate(np.asarray(x_BSD, dtype=np.float64)):
-        q, k, v = (x_SD @ w[f"{n}_proj.weight"].T + w.get(f"{n}_proj.bias", 0.0) for n in "qkv")
-        q, k = (side.reshape(len(x_SD), -1, config.head_dim) for side in (q, k))
-        v = v.reshape(len(x_SD), -1, config.value_dim)
-        if config.rope is not None:
-            q, k = _rotate(q, config.rope), _rotate(k, config.rope)
-        heads = []
-        for i in range(config.num_heads):
-            j = i // config.group_size
-            signal, noise = (_softmax_times(q[:, 2 * i + s], k[:, 2 * j + s], v[:, j], config.causal) for s in (0, 1))
-            head = signal - lam * noise
+    rows = [
+        _sequence(config, w, {name: array[b] for name, array in inputs.items()})
+        for b in range(len(inputs["hidden_states"]))
+    ]
+    names = ("output", "present.key", "present.value") if "past_key_values.key" in inputs else ("output",)
+    return {name: np.stack([row[name] for row in rows]) for name in names}
+
+
+def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """One batch row; inputs and outputs without their batch axis."""
+    x_SD = np.asarray(inputs["hidden_states"], dtype=np.float64)
+    length = len(x_SD)
+    q, k, v = (
+        np.swapaxes((x_SD @ w[f"{n}_proj.weight"].T + w.get(f"{n}_proj.bias", 0.0)).reshape(length, -1, width), 0, 1)
+        for n, width in (("q", config.head_dim), ("k", config.head_dim), ("v", config.value_dim))
+    )
+    past_length = inputs["past_key_values.key"].shape[1] if "past_key_values.key" in inputs else 0
+    if config.rope is not None:
+        positions = inputs.get("position_ids", np.arange(past_length, past_length + length))
+        q, k = _rotate(q, config.rope, positions), _rotate(k, config.rope, positions)
+    if "past_key_values.key" in inputs:
+        k = np.concatenate((inputs["past_key_values.key"].astype(np.float64), k), axis=1)
+        v = np.concatenate((inputs["past_key_values.value"].astype(np.float64), v), axis=1)
+    hidden = _hidden(config, length, past_length + length, inputs.get("attention_mask"))
+    heads = []
+    for i in range(config.num_heads):
+        value = v[i // (config.num_heads // config.num_kv_heads)]
+        signal, noise = (_softmax_times(q[2 * i + s], k[_key_head(config, i, s)], value, hidden) for s in (0, 1))
+        if isinstance(config, DiffAttentionConfig):
+            head = signal - lambda_value(config, w) * noise
             head /= np.sqrt(np.mean(head**2, axis=1, keepdims=True) + config.norm_eps)
             heads.append(head * w.get("subln.weight", 1.0) * config.output_scale)
-        out[b] = np.concatenate(heads, axis=1) @ w["out_proj.weight"].T + w.get("out_proj.bias", 0.0)
-    return out
+        else:
+            lam_S = 1.0 / (1.0 + np.exp(-x_SD @ w["lambda_proj.weight"][i]))
+            heads.append(signal - lam_S[:, None] * noise)
+    output = np.concatenate(heads, axis=1) @ w["out_proj.weight"].T + w.get("out_proj.bias", 0.0)
+    return {"output": output, "present.key": k, "present.value": v}

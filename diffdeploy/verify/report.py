@@ -21,7 +21,8 @@ class CaseReport(_Frozen):
 
     Attributes:
         id: name of the case.
-        passed: whether the output is within its budget.
+        output: the output that the numbers are of: the one that used most of its budget.
+        passed: whether every output is within its budget.
         budget_used: error over allowed error, the larger of the two measures; ``None`` where there is no number.
         rmse: root mean square of the artifact's error against fp64.
         eager_rmse: the same of the eager block in the artifact's dtype.
@@ -32,6 +33,7 @@ class CaseReport(_Frozen):
     """
 
     id: str
+    output: str
     passed: bool
     budget_used: Rounded | None = None
     rmse: Rounded | None = None
@@ -42,9 +44,14 @@ class CaseReport(_Frozen):
     reason: str | None = None
 
     @classmethod
-    def failed(cls, case_id: str, reason: str) -> Self:
+    def failed(cls, case_id: str, reason: str, output: str = "output") -> Self:
         """A case that has no number to show."""
-        return cls(id=case_id, passed=False, reason=reason)
+        return cls(id=case_id, output=output, passed=False, reason=reason)
+
+    @property
+    def severity(self) -> float:
+        """For finding the worst: the budget used, infinite where there is no number."""
+        return float("inf") if self.budget_used is None else self.budget_used
 
 
 class Check(_Frozen):
@@ -99,11 +106,7 @@ class Report(_Frozen):
     @property
     def worst(self) -> CaseReport | None:
         """The failed case without a number, else the one that used most of its budget; ``None`` without cases."""
-        return max(
-            self.cases,
-            key=lambda case: float("inf") if case.budget_used is None else case.budget_used,
-            default=None,
-        )
+        return max(self.cases, key=lambda case: case.severity, default=None)
 
     def first_failure(self) -> str | None:
         """One clause that says what failed first; ``None`` when nothing did."""
@@ -115,7 +118,8 @@ class Report(_Frozen):
             return None if self.cases else "no case was run"
         first = failed[0]
         share = "" if first.budget_used is None else f" ({first.budget_used:.3g} times what is allowed)"
-        return f"{len(failed)} of {len(self.cases)} cases failed, first {first.id}: {first.reason}{share}"
+        where = "" if first.output == "output" else f", {first.output}"
+        return f"{len(failed)} of {len(self.cases)} cases failed, first {first.id}{where}: {first.reason}{share}"
 
     def to_bytes(self) -> bytes:
         """JSON, always the same bytes for the same content."""

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffdeploy.bundle import GOLDEN, WEIGHTS, Bundle, open_bundle
-from diffdeploy.config import DiffAttentionConfig
+from diffdeploy.config import AnyConfig
 from diffdeploy.errors import DiffDeployError, ExportError, IntegrityError
-from diffdeploy.graphs import GraphSpec
+from diffdeploy.graphs import GraphSpec, run_block
 from diffdeploy.verify import contracts
-from diffdeploy.verify.cases import Case, golden_cases, plain_cases
+from diffdeploy.verify.cases import Case, golden_cases, sweep
 from diffdeploy.verify.metrics import Yardstick, judge
 from diffdeploy.verify.oracle import oracle
 from diffdeploy.verify.report import CaseReport, Check, Report
 from diffdeploy.verify.worker import ArtifactProcess
 
 if TYPE_CHECKING:
-    from diffdeploy.modules import DiffAttention
+    from diffdeploy.modules import AttentionBlock
 
 __all__ = ["Progress", "golden_arrays", "verify_bundle"]
 
@@ -29,15 +29,13 @@ _EAGER_RUNS, _EAGER_RUNS_WHEN_LONG, _SHORT = 8, 2, 256
 Progress = Callable[[int, int, str], None]
 
 
-def golden_arrays(
-    config: DiffAttentionConfig, spec: GraphSpec, weights: Mapping[str, Array], seed: int
-) -> dict[str, Array]:
-    """Inputs and exact outputs of `golden_cases`, named ``CASE.INPUT`` and ``CASE.output``."""
+def golden_arrays(config: AnyConfig, spec: GraphSpec, weights: Mapping[str, Array], seed: int) -> dict[str, Array]:
+    """Inputs and exact outputs of `golden_cases`, named ``CASE.NAME``."""
     arrays: dict[str, Array] = {}
     for case in golden_cases(spec, seed):
         inputs = case.inputs(spec)
         arrays |= {f"{case.id}.{name}": array for name, array in inputs.items()}
-        arrays[f"{case.id}.output"] = oracle(config, weights, inputs["hidden_states"])
+        arrays |= {f"{case.id}.{name}": array for name, array in oracle(config, weights, inputs).items()}
     return arrays
 
 
@@ -64,13 +62,13 @@ def verify_bundle(path: str | Path, *, seed: int | None = None, progress: Progre
     require_backend(manifest.format)
     if seed is None:
         seed = int(manifest.options["seed"])
-    cases = plain_cases(manifest.config, manifest.graph, seed)
+    cases = sweep(manifest.config, manifest.graph, seed)
     with ArtifactProcess(bundle.path) as artifact:
         weights = _read_arrays(bundle, WEIGHTS)
         checks = contracts.checks(bundle, weights)
         exact_weights = {name: array.astype(np.float64) for name, array in weights.items()}
         checks.append(_golden(bundle, exact_weights))
-        eager = _eager_block(bundle, max(case.sequence_length for case in cases))
+        eager = _eager_block(bundle)
         reports = []
         try:
             backend = artifact.backend
@@ -101,47 +99,75 @@ def _read_arrays(bundle: Bundle, name: str) -> dict[str, Array]:
         raise IntegrityError(f"{name} in {bundle.path} cannot be read: {error}") from error
 
 
-def _eager_block(bundle: Bundle, max_positions: int) -> "DiffAttention":
+def _eager_block(bundle: Bundle) -> "AttentionBlock":
     import torch
     from safetensors.torch import load_file
 
-    from diffdeploy.modules import DiffAttention
+    from diffdeploy.modules import block_class
 
-    dtype = getattr(torch, bundle.manifest.graph.outputs["output"].dtype)
-    weights = load_file(bundle.path / WEIGHTS)
-    return DiffAttention.from_weights(
-        bundle.manifest.config, weights, impl="naive", max_positions=max_positions, dtype=dtype
+    manifest = bundle.manifest
+    return block_class(manifest.config).from_weights(
+        manifest.config,
+        load_file(bundle.path / WEIGHTS),
+        impl="naive",
+        max_positions=manifest.graph.axes["sequence_length"].max,
+        dtype=getattr(torch, manifest.graph.inputs["hidden_states"].dtype),
     )
 
 
 def _run_case(
-    case: Case, bundle: Bundle, artifact: ArtifactProcess, eager: "DiffAttention", exact_weights: Mapping[str, Array]
+    case: Case, bundle: Bundle, artifact: ArtifactProcess, eager: "AttentionBlock", exact_weights: Mapping[str, Array]
 ) -> CaseReport:
     spec = bundle.manifest.graph
     inputs = case.inputs(spec)
-    artifact.start(inputs)
-    x_BSD = inputs["hidden_states"]
-    expected = oracle(bundle.manifest.config, exact_weights, x_BSD)
-    yardstick = _eager_error(eager, x_BSD, expected, case.seed)
+    if not case.chunks:
+        artifact.start(inputs)
+    expected = oracle(bundle.manifest.config, exact_weights, inputs)
+    yardsticks = _eager_error(eager, inputs, expected, case.seed)
     try:
-        actual = artifact.result()["output"]
+        actual = _in_chunks(case, artifact, inputs) if case.chunks else artifact.result()
     except DiffDeployError as error:
         return CaseReport.failed(case.id, f"the artifact did not run: {error}")
-    return judge(case.id, actual, yardstick, expected, spec.outputs["output"].dtype)
+    dtype = spec.inputs["hidden_states"].dtype
+    assert dtype != "int64"
+    reports = [judge(case.id, name, actual[name], yardsticks[name], expected[name], dtype) for name in spec.outputs]
+    return max(reports, key=lambda report: report.severity)
 
 
-def _eager_error(eager: "DiffAttention", x_BSD: Array, expected: Array, seed: int) -> Yardstick:
+def _in_chunks(case: Case, artifact: ArtifactProcess, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Feed a sequence in several calls, each with the cache of the one before."""
+    key, value = inputs["past_key_values.key"], inputs["past_key_values.value"]
+    outputs, done = [], 0
+    for chunk in case.chunks:
+        part = {
+            name: inputs[name][:, done : done + chunk] for name in ("hidden_states", "position_ids") if name in inputs
+        }
+        part["attention_mask"] = inputs["attention_mask"][:, : done + chunk]
+        artifact.start({**part, "past_key_values.key": key, "past_key_values.value": value})
+        result = artifact.result()
+        key, value = result["present.key"], result["present.value"]
+        outputs.append(result["output"])
+        done += chunk
+    return {"output": np.concatenate(outputs, axis=1), "present.key": key, "present.value": value}
+
+
+def _eager_error(
+    eager: "AttentionBlock", inputs: Mapping[str, Array], expected: Mapping[str, Array], seed: int
+) -> dict[str, Yardstick]:
     import torch
 
-    yardstick = Yardstick(expected)
+    yardsticks = {name: Yardstick(array) for name, array in expected.items()}
     generator = np.random.default_rng(seed)
+    x_BSD = inputs["hidden_states"]
     infinity = np.asarray(np.inf, x_BSD.dtype)
     for run in range(_EAGER_RUNS if x_BSD.shape[1] <= _SHORT else _EAGER_RUNS_WHEN_LONG):
         directions = generator.choice([-1, 1], x_BSD.shape).astype(x_BSD.dtype) * infinity
+        nudged = {**inputs, "hidden_states": x_BSD if run == 0 else np.nextafter(x_BSD, directions)}
         with torch.no_grad():
-            output = eager(torch.from_numpy(x_BSD if run == 0 else np.nextafter(x_BSD, directions)))
-        yardstick.add(output.numpy())
-    return yardstick
+            outputs = run_block(eager, {name: torch.from_numpy(array) for name, array in nudged.items()})
+        for name, yardstick in yardsticks.items():
+            yardstick.add(outputs[name].numpy())
+    return yardsticks
 
 
 def _golden(bundle: Bundle, exact_weights: Mapping[str, Array]) -> Check:
@@ -151,7 +177,7 @@ def _golden(bundle: Bundle, exact_weights: Mapping[str, Array]) -> Check:
     fresh = golden_arrays(manifest.config, manifest.graph, exact_weights, int(manifest.options["seed"]))
     problems = [] if stored.keys() == fresh.keys() else [f"it holds {sorted(stored)}, expected {sorted(fresh)}"]
     for name in stored.keys() & fresh.keys():
-        scale = float(np.abs(fresh[name]).max())
+        scale = float(np.abs(fresh[name]).max(initial=0.0))
         if stored[name].shape != fresh[name].shape or not np.allclose(
             stored[name], fresh[name], rtol=0.0, atol=1e-10 * scale
         ):

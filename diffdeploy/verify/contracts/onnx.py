@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffdeploy.bundle import Bundle, Manifest
+from diffdeploy.config import LAMBDA_VECTORS, DiffAttentionConfig
 from diffdeploy.verify.oracle import lambda_value, rope_tables
 from diffdeploy.verify.report import Check, GraphFacts
 
@@ -138,7 +139,7 @@ def _weights(constants: Mapping[str, Array], weights: Mapping[str, Array]) -> Ch
     left = dict(constants)
     problems = []
     for name, weight in weights.items():
-        if name.startswith("lambda"):
+        if name in LAMBDA_VECTORS:
             continue
         match = next((key for key, constant in left.items() if _same_bits(constant, weight)), None)
         if match is None:
@@ -159,6 +160,8 @@ def _same_bits(constant: Array, weight: Array) -> bool:
 
 
 def _lambda(constants: Mapping[str, Array], manifest: Manifest, weights: Mapping[str, Array]) -> Check:
+    if not isinstance(manifest.config, DiffAttentionConfig):
+        return _check("lambda", [], "one per token and head")
     expected = lambda_value(manifest.config, weights)
     # A few roundings of fp32 in exp(.) - exp(.) + lambda_init, then one to the dtype of the graph.
     scalars = {name: c for name, c in constants.items() if c.size == 1 and c.dtype.kind == "f"}

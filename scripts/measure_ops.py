@@ -1,0 +1,136 @@
+"""Time and peak extra memory of every implementation of the operator, as ratios to ``naive``.
+
+    python scripts/measure_ops.py [--device cuda] [--lengths 128 512 2048 8192] [--dtypes float32 bfloat16]
+
+All implementations of one size are timed in turns, round by round, so that drift hits all alike; medians are printed.
+On a CPU the extra memory of each is the growth of the peak resident size in a process of its own.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffdeploy.errors import DiffDeployError
+from diffdeploy.ops import Impl, diff_attention
+
+SHAPES = ((8, 64), (4, 128))
+IMPLEMENTATIONS = [impl.value for impl in Impl if impl != Impl.AUTO]
+
+
+def inputs(heads: int, width: int, length: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    shapes = [(1, 2 * heads, length, width), (1, 2 * heads, length, width), (1, heads, length, 2 * width)]
+    q, k, v = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    return q, k, v, torch.tensor(0.4, device=device)
+
+
+def timed(run: Callable[[], Tensor], device: str) -> float:
+    if device == "cpu":
+        started = time.perf_counter()
+        run()
+        return (time.perf_counter() - started) * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    repeats = 10
+    begin.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def latencies_ms(heads: int, width: int, length: int, dtype: torch.dtype, device: str) -> dict[str, float]:
+    q, k, v, lam = inputs(heads, width, length, dtype, device)
+    runs: dict[str, Callable[[], Tensor]] = {}
+    for impl in [*IMPLEMENTATIONS, "auto"]:
+
+        def run(impl: str = impl) -> Tensor:
+            return diff_attention(q, k, v, lam, causal=True, impl=impl)
+
+        try:
+            run()
+        except (DiffDeployError, torch.OutOfMemoryError):
+            continue
+        runs[impl] = run
+    rounds = 15 if length <= 2048 else 4
+    samples: dict[str, list[float]] = {impl: [] for impl in runs}
+    for _ in range(rounds):
+        for impl, run in runs.items():
+            samples[impl].append(timed(run, device))
+    return {impl: statistics.median(times) for impl, times in samples.items()}
+
+
+def peak_extra_bytes(impl: str, heads: int, width: int, length: int, dtype: torch.dtype) -> int:
+    """In this process: growth of the peak resident size by one call."""
+    with torch.inference_mode():
+        small = inputs(heads, width, 16, dtype, "cpu")
+        diff_attention(*small, causal=True, impl=impl)
+        q, k, v, lam = inputs(heads, width, length, dtype, "cpu")
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident_bytes()
+        diff_attention(q, k, v, lam, causal=True, impl=impl)
+    return peak_resident_bytes() - before
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_resident_bytes() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def memory_in_own_process(impl: str, heads: int, width: int, length: int, dtype: str) -> float:
+    arguments = ["--memory-of", impl, str(heads), str(width), str(length), dtype]
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
+    return int(done.stdout) / 2**20
+
+
+def cuda_memory(impl: str, heads: int, width: int, length: int, dtype: torch.dtype) -> float:
+    q, k, v, lam = inputs(heads, width, length, dtype, "cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    diff_attention(q, k, v, lam, causal=True, impl=impl)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048, 8192])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--memory-of", nargs=5, metavar=("IMPL", "HEADS", "WIDTH", "LENGTH", "DTYPE"))
+    options = parser.parse_args()
+    if options.memory_of:
+        impl, *sizes, dtype = options.memory_of
+        heads, width, length = map(int, sizes)
+        print(peak_extra_bytes(impl, heads, width, length, getattr(torch, dtype)))
+        return
+    print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads; B 1, causal, MHA")
+    print("| dtype | h, d | S | implementation | ms | of naive | extra MiB |\n|---|---|---|---|---|---|---|")
+    for dtype in options.dtypes:
+        for heads, width in SHAPES:
+            for length in options.lengths:
+                with torch.inference_mode():
+                    found = latencies_ms(heads, width, length, getattr(torch, dtype), options.device)
+                for impl, latency in found.items():
+                    memory = (
+                        memory_in_own_process(impl, heads, width, length, dtype)
+                        if options.device == "cpu"
+                        else cuda_memory(impl, heads, width, length, getattr(torch, dtype))
+                    )
+                    ratio = latency / found["naive"] if "naive" in found else float("nan")
+                    row = f"| {dtype} | {heads}, {width} | {length} | {impl} | {latency:.3g} | {ratio:.3f} | {memory:.1f} |"
+                    print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Masked and cached graphs, the legacy key map and the second version through the whole export."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffdeploy import load
+from diffdeploy.checkpoints import Checkpoint
+from diffdeploy.config import AnyConfig, DiffAttentionConfig, DiffAttentionV2Config, GqaLayout, RopeConfig
+from diffdeploy.errors import InputError
+from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.graphs import DType, Variant
+from diffdeploy.modules import RotaryEmbedding, attention, block_class
+from diffdeploy.ops import Impl, api, masks
+from diffdeploy.ops.masks import Visibility
+from diffdeploy.ops.sdpa import two_call
+from diffdeploy.verify import RejectedError, Report
+from tests.test_attention import make_config, random_weights
+
+CONFIGS: dict[str, AnyConfig] = {
+    "legacy": make_config(gqa_layout="legacy"),
+    "legacy-odd": make_config(gqa_layout="legacy", num_heads=3, num_kv_heads=1),
+    "window": make_config(sliding_window=4),
+    "full": make_config(causal=False, rope=None, qkv_bias=True, out_bias=True),
+    "v2": DiffAttentionV2Config(
+        embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, rope=RopeConfig(style="half", theta=100.0)
+    ),
+}
+
+
+def checkpoint_of(config: AnyConfig, seed: int = 0) -> Checkpoint:
+    weights = {name: tensor.float() for name, tensor in random_weights(config, seed).items()}
+    return Checkpoint(
+        config=config, weights=weights, layout="none", layer=None, file_name="x", file_sha256="0", keys=list(weights)
+    )
+
+
+def options(graph: Variant, opset: int = 23, dtype: DType = "float32") -> ExportOptions:
+    return ExportOptions(graph=graph, opset=opset, dtype=dtype, max_batch_size=4, max_sequence_length=70)
+
+
+@pytest.mark.parametrize(
+    ("name", "graph", "opset", "dtype"),
+    [
+        ("legacy", "plain", 23, "float32"),
+        ("legacy", "cached", 18, "float32"),
+        ("legacy-odd", "masked", 24, "float16"),
+        ("window", "cached", 23, "float32"),
+        ("window", "plain", 18, "float16"),
+        ("full", "masked", 18, "float32"),
+        ("full", "cached", 23, "float16"),
+        ("full", "masked", 24, "float32"),
+        ("v2", "plain", 23, "float32"),
+        ("v2", "masked", 20, "float16"),
+        ("v2", "cached", 24, "float32"),
+    ],
+    ids=str,
+)
+def test_exports_that_pass(name: str, graph: Variant, opset: int, dtype: DType, tmp_path: Path) -> None:
+    done = export_bundle(checkpoint_of(CONFIGS[name]), tmp_path / "out", options(graph, opset, dtype))
+    assert done.report is not None
+    assert done.report.passed
+    assert done.graph.attention_ops == 2
+
+
+@pytest.fixture(scope="module")
+def cached_bundle(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_bundle(sample, tmp_path_factory.mktemp("cached") / "out", options("cached")).path
+
+
+def test_generating_token_by_token_with_a_padded_prompt(sample: Checkpoint, cached_bundle: Path) -> None:
+    runtime = load(cached_bundle)
+    assert list(runtime.spec.inputs) == [
+        "hidden_states",
+        "attention_mask",
+        "position_ids",
+        "past_key_values.key",
+        "past_key_values.value",
+    ]
+    assert list(runtime.spec.outputs) == ["output", "present.key", "present.value"]
+    x = torch.randn(2, 12, 128, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    block = block_class(sample.config).from_weights(sample.config, sample.weights, max_positions=64)
+    expected = block(x, mask, positions)
+    past = {"past_key_values.key": torch.empty(2, 4, 0, 16), "past_key_values.value": torch.empty(2, 2, 0, 32)}
+    outputs = []
+    for start, stop in [(0, 8), (8, 9), (9, 10), (10, 12)]:
+        result = runtime(
+            hidden_states=x[:, start:stop],
+            attention_mask=mask[:, :stop],
+            position_ids=positions[:, start:stop],
+            **past,
+        )
+        outputs.append(result["output"])
+        past = {f"past_key_values.{side}": result[f"present.{side}"] for side in ("key", "value")}
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"attention_mask": np.ones((1, 4), np.int64)},
+            "total_sequence_length is 4; accepted is past_sequence_length 2",
+        ),
+        ({"attention_mask": np.full((1, 5), 2)}, "attention_mask holds numbers from 2 to 2; accepted are 0 to 1"),
+        ({"position_ids": np.array([[0, 1, 70]])}, "position_ids holds numbers from 0 to 70; accepted are 0 to 69"),
+        ({"past_key_values.key": np.zeros((1, 3, 2, 16), np.float32)}, "past_key_values.key has shape"),
+        ({"hidden_states": np.zeros((2, 3, 128), np.float32)}, "batch_size is 1 in attention_mask, but 2 in another"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_wrong_inputs_are_refused(changes: dict[str, Any], message: str, cached_bundle: Path) -> None:
+    good: dict[str, Any] = {
+        "hidden_states": np.zeros((1, 3, 128), np.float32),
+        "attention_mask": np.ones((1, 5), np.int64),
+        "position_ids": np.array([[2, 3, 4]]),
+        "past_key_values.key": np.zeros((1, 4, 2, 16), np.float32),
+        "past_key_values.value": np.zeros((1, 2, 2, 32), np.float32),
+    }
+    runtime = load(cached_bundle)
+    assert runtime(**good)["present.key"].shape == (1, 4, 5, 16)
+    with pytest.raises(InputError, match=message):
+        runtime(**{**good, **changes})
+
+
+def test_a_cache_too_short_to_trace_is_refused(sample: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="max sequence length is 3; accepted is 4 or more"):
+        export_bundle(sample, tmp_path / "out", replace(options("cached"), max_sequence_length=3))
+
+
+Fault = Callable[[pytest.MonkeyPatch], None]
+
+
+def mask_is_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(attention, "_key_padding", lambda mask, values: (mask >= 0)[:, None, None])
+
+
+def mask_is_inverted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(attention, "_key_padding", lambda mask, values: (mask == 0)[:, None, None])
+
+
+def mask_in_stream_1_only(patch: pytest.MonkeyPatch) -> None:
+    of_stream = Visibility.of_stream
+
+    def wrong(self: Visibility, stream: int, num_heads: int) -> Visibility:
+        seen = of_stream(self, stream, num_heads)
+        if stream == 1 and seen.mask is not None:
+            causal = torch.ones(seen.mask.shape[-2:], dtype=torch.bool).tril(seen.mask.shape[-1] - seen.mask.shape[-2])
+            return Visibility(causal[None, None], False, seen.dead)
+        return seen
+
+    patch.setattr(Visibility, "of_stream", wrong)
+
+
+def hidden_rows_are_averages(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Visibility, "clear_dead", lambda self, output: output)
+
+
+def causal_is_top_left(patch: pytest.MonkeyPatch) -> None:
+    build = masks.visibility
+
+    def wrong(q: Tensor, k: Tensor, *, causal: bool, attn_mask: Tensor, sliding_window: None) -> Visibility:
+        band = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        return build(q, k, causal=False, attn_mask=attn_mask & band, sliding_window=None)
+
+    patch.setattr(api, "visibility", wrong)
+
+
+def cache_is_not_appended(patch: pytest.MonkeyPatch) -> None:
+    def wrong(past: Any, k: Tensor, v: Tensor) -> Any:
+        keys, values = (torch.cat((old, new * 0), dim=2) for old, new in zip(past, (k, v), strict=True))
+        return keys, values
+
+    patch.setattr(attention, "_append", wrong)
+
+
+def past_comes_last(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(attention, "_append", lambda past, k, v: (torch.cat((k, past[0]), 2), torch.cat((v, past[1]), 2)))
+
+
+def positions_start_at_zero(patch: pytest.MonkeyPatch) -> None:
+    turn = RotaryEmbedding.forward
+    patch.setattr(RotaryEmbedding, "forward", lambda self, x, ids=None, *, offset=0: turn(self, x, ids * 0, offset=0))
+
+
+def wrong_half_of_the_values(patch: pytest.MonkeyPatch) -> None:
+    def wrong(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, seen: Visibility, layout: GqaLayout) -> Tensor:
+        return two_call(q, k, v.roll(v.shape[-1] // 2, dims=-1), lam, seen, layout)
+
+    patch.setitem(api._IMPLEMENTATIONS, Impl.TWO_CALL, wrong)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        mask_is_ignored,
+        mask_is_inverted,
+        mask_in_stream_1_only,
+        hidden_rows_are_averages,
+        causal_is_top_left,
+        cache_is_not_appended,
+        past_comes_last,
+        positions_start_at_zero,
+        wrong_half_of_the_values,
+    ],
+    ids=lambda fault: fault.__name__,
+)
+def test_faults_in_masks_and_cache_are_caught(
+    fault: Fault, sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault is in the exported graph alone: the eager yardstick is made before it is put in."""
+    report = _report_with(fault, sample, tmp_path, monkeypatch)
+    assert sum(not case.passed for case in report.cases) > 0
+
+
+def _report_with(fault: Fault, sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
+    from diffdeploy.exporters import onnx
+
+    lower = onnx._export
+
+    def faulty(*arguments: Any) -> Any:
+        with monkeypatch.context() as patch:
+            fault(patch)
+            return lower(*arguments)
+
+    monkeypatch.setattr(onnx, "_export", faulty)
+    with pytest.raises(RejectedError) as rejected:
+        export_bundle(sample, tmp_path / "out", options("cached"))
+    assert list(tmp_path.iterdir()) == []
+    return rejected.value.report
+
+
+def test_legacy_and_canonical_are_told_apart(
+    sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffdeploy.exporters import base
+
+    assert isinstance(sample.config, DiffAttentionConfig)
+    wrong, build = replace(sample.config, gqa_layout="legacy"), base._block
+    monkeypatch.setattr(
+        base, "_block", lambda found, weights, chosen: build(replace(found, config=wrong), weights, chosen)
+    )
+    with pytest.raises(RejectedError):
+        export_bundle(sample, tmp_path / "out", options("plain"))
