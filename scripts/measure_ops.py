@@ -13,13 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffdeploy.errors import DiffDeployError
 from diffdeploy.ops import Impl, diff_attention
+from diffdeploy.ops.flash2 import flash2
 
 SHAPES = ((8, 64), (4, 128))
 IMPLEMENTATIONS = [impl.value for impl in Impl if impl != Impl.AUTO]
@@ -36,35 +39,44 @@ def timed(run: Callable[[], Tensor], device: str) -> float:
         started = time.perf_counter()
         run()
         return (time.perf_counter() - started) * 1e3
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     repeats = 10
     begin.record()
     for _ in range(repeats):
         run()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / repeats
+    elapsed: float = begin.elapsed_time(end)
+    return elapsed / repeats
+
+
+def candidates(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Every way that runs here, by name; FlashAttention-2 also by each road to equal widths."""
+    runs: dict[str, Callable[[], Tensor]] = {
+        impl: partial(diff_attention, q, k, v, lam, causal=True, impl=impl) for impl in [*IMPLEMENTATIONS, "auto"]
+    }
+    for name, pad in (("flash2 padded", True), ("flash2 split", False)):
+        settings: dict[str, Any] = {"causal": True, "key_padding": None, "sliding_window": None}
+        runs[name] = partial(flash2, q, k, v, lam, **settings, gqa_layout="canonical", pad=pad)
+    able = {}
+    for name, run in runs.items():
+        try:
+            run()
+        except (DiffDeployError, ImportError, RuntimeError, torch.OutOfMemoryError) as error:
+            print(f"{name} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
+        else:
+            able[name] = run
+    return able
 
 
 def latencies_ms(heads: int, width: int, length: int, dtype: torch.dtype, device: str) -> dict[str, float]:
-    q, k, v, lam = inputs(heads, width, length, dtype, device)
-    runs: dict[str, Callable[[], Tensor]] = {}
-    for impl in [*IMPLEMENTATIONS, "auto"]:
-
-        def run(impl: str = impl) -> Tensor:
-            return diff_attention(q, k, v, lam, causal=True, impl=impl)
-
-        try:
-            run()
-        except (DiffDeployError, torch.OutOfMemoryError):
-            continue
-        runs[impl] = run
-    rounds = 15 if length <= 2048 else 4
-    samples: dict[str, list[float]] = {impl: [] for impl in runs}
+    runs = candidates(*inputs(heads, width, length, dtype, device))
+    rounds = 15 if length <= 2048 else 2
+    samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for impl, run in runs.items():
-            samples[impl].append(timed(run, device))
-    return {impl: statistics.median(times) for impl, times in samples.items()}
+        for name, run in runs.items():
+            samples[name].append(timed(run, device))
+    return {name: statistics.median(times) for name, times in samples.items()}
 
 
 def peak_extra_bytes(impl: str, heads: int, width: int, length: int, dtype: torch.dtype) -> int:
@@ -95,10 +107,10 @@ def memory_in_own_process(impl: str, heads: int, width: int, length: int, dtype:
 
 
 def cuda_memory(impl: str, heads: int, width: int, length: int, dtype: torch.dtype) -> float:
-    q, k, v, lam = inputs(heads, width, length, dtype, "cuda")
+    run = candidates(*inputs(heads, width, length, dtype, "cuda"))[impl]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    diff_attention(q, k, v, lam, causal=True, impl=impl)
+    run()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
@@ -128,8 +140,8 @@ def main() -> None:
                         else cuda_memory(impl, heads, width, length, getattr(torch, dtype))
                     )
                     ratio = latency / found["naive"] if "naive" in found else float("nan")
-                    row = f"| {dtype} | {heads}, {width} | {length} | {impl} | {latency:.3g} | {ratio:.3f} | {memory:.1f} |"
-                    print(row, flush=True)
+                    where = f"| {dtype} | {heads}, {width} | {length} | {impl} "
+                    print(f"{where}| {latency:.3g} | {ratio:.3f} | {memory:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -177,3 +177,13 @@ def test_shapes_that_do_not_fit_are_refused(side: int, kept: int) -> None:
     inputs[side] = inputs[side][:, :kept]
     with pytest.raises(InputError, match="do not fit"):
         diff_attention(inputs[0], inputs[1], inputs[2], torch.tensor(0.4), causal=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 300), (40, 40), (300, 300)], ids=str)
+def test_auto_takes_one_that_is_right(dtype: torch.dtype, queries: int, keys: int) -> None:
+    q, k, v = random_inputs(4, 2, queries, keys, dtype=dtype)
+    lam = torch.tensor(0.4)
+    exact = diff_attention(q.double(), k.double(), v.double(), lam.double(), causal=True, impl="two_call")
+    actual = diff_attention(q, k, v, lam, causal=True)
+    assert (actual - exact).abs().max() < 16 * torch.finfo(dtype).eps * exact.abs().max()

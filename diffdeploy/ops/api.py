@@ -1,8 +1,6 @@
 """One entry point and one resolver for all implementations of the operator."""
 
 from collections.abc import Callable
-from enum import StrEnum
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -10,24 +8,13 @@ from torch import Tensor
 from diffdeploy.config import GqaLayout
 from diffdeploy.errors import InputError
 from diffdeploy.ops import sdpa
+from diffdeploy.ops.auto import FASTEST_IN_FORMAT, fastest
 from diffdeploy.ops.flash2 import flash2, require_flash2
+from diffdeploy.ops.impl import Impl
 from diffdeploy.ops.masks import Visibility, visibility
 from diffdeploy.ops.naive import naive
 
-__all__ = ["Impl", "diff_attention", "resolve_impl"]
-
-
-class Impl(StrEnum):
-    """How the two attentions of a differential head are computed."""
-
-    AUTO = "auto"
-    NAIVE = "naive"
-    TWO_CALL = "two_call"
-    PADDED = "padded"
-    FOUR_CALL = "four_call"
-    STACKED_SPLIT = "stacked_split"
-    STACKED_WIDE = "stacked_wide"
-    FLASH2 = "flash2"
+__all__ = ["diff_attention", "resolve_impl"]
 
 
 _Decomposition = Callable[[Tensor, Tensor, Tensor, Tensor, Visibility, GqaLayout], Tensor]
@@ -41,37 +28,20 @@ _IMPLEMENTATIONS: dict[Impl, _Decomposition] = {
     Impl.STACKED_WIDE: sdpa.stacked_wide,
 }
 
-# The fastest of what is measured by `python scripts/measure_ops.py`, by device, or by format for an export.
-_FASTEST = {"cpu": Impl.PADDED, "cuda": Impl.PADDED, "onnx": Impl.TWO_CALL}
 
-
-def resolve_impl(impl: Impl | str, *, target: str = "cpu") -> Impl:
-    """Turn ``auto`` into the fastest implementation for ``target``; anything else is kept as asked for.
+def resolve_impl(impl: Impl | str, *, target: str | None = None) -> Impl:
+    """Turn ``auto`` into the fastest implementation for a deployment format; anything else is kept as asked for.
 
     Args:
         impl: what the user asked for.
-        target: a device type, or the deployment format that the block is lowered to.
+        target: a deployment format; ``None`` keeps ``auto``, which then looks at the tensors.
 
     Raises:
         InputError: ``impl`` is not an implementation.
     """
     if impl not in list(Impl):
         raise InputError(f"attention implementation {str(impl)!r} is not known; accepted: {', '.join(Impl)}")
-    return _FASTEST.get(target, Impl.PADDED) if impl == Impl.AUTO else Impl(impl)
-
-
-def _fastest_flash2(q_BHSd: Tensor, v_BHTe: Tensor, attn_mask: Tensor | None) -> bool:
-    """Whether ``auto`` takes FlashAttention-2: on CUDA, in half precision, without a mask, where it is installed."""
-    return (
-        q_BHSd.device.type == "cuda"
-        and attn_mask is None
-        and q_BHSd.dtype in (torch.float16, torch.bfloat16)
-        and q_BHSd.shape[-1] % 8 == 0
-        and v_BHTe.shape[-1] <= 256
-        and not torch.compiler.is_compiling()
-        and not (q_BHSd.requires_grad and torch.is_grad_enabled())
-        and find_spec("flash_attn") is not None
-    )
+    return FASTEST_IN_FORMAT.get(target or "", Impl.AUTO) if impl == Impl.AUTO else Impl(impl)
 
 
 def diff_attention(
@@ -111,8 +81,10 @@ def diff_attention(
     """
     _check_shapes(q_BHSd, k_BHTd, v_BHTe)
     lam = lam.to(q_BHSd.dtype)
-    resolved = resolve_impl(impl, target=q_BHSd.device.type)
-    if resolved == Impl.FLASH2 or (impl == Impl.AUTO and _fastest_flash2(q_BHSd, v_BHTe, attn_mask)):
+    resolved = resolve_impl(impl)
+    if resolved == Impl.AUTO:
+        resolved = fastest(q_BHSd, k_BHTd)
+    if resolved == Impl.FLASH2:
         require_flash2(q_BHSd, v_BHTe)
         return flash2(
             q_BHSd,

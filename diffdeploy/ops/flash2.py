@@ -22,6 +22,7 @@ from diffdeploy.ops.heads import stream_heads
 __all__ = ["flash2", "pads", "require_flash2"]
 
 _MAX_WIDTH = 256
+_WIDEST_FAST = 128
 
 
 def require_flash2(q_BHSd: Tensor, v_BHTe: Tensor) -> None:
@@ -47,10 +48,10 @@ def require_flash2(q_BHSd: Tensor, v_BHTe: Tensor) -> None:
 def pads(width: int, value_width: int) -> bool:
     """Whether zero-padding (two calls of width ``2d``) is chosen over splitting the values (four calls of width ``d``).
 
-    Both do the work of 16 d multiplications and additions per query and key, but padding computes each exponential
-    once and not twice, as long as there is a kernel of that width.
+    Both take 16 d multiplications and additions per query and key, but padding computes each exponential once and not
+    twice. Above 128 the kernels of the package have smaller tiles, which costs more than that.
     """
-    return width < value_width <= _MAX_WIDTH
+    return width < value_width <= _WIDEST_FAST
 
 
 def flash2(

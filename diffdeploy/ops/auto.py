@@ -1,0 +1,38 @@
+"""What ``auto`` takes: the fastest implementation for the device, dtype and size at hand.
+
+Every rule comes from `python scripts/measure_ops.py` (``--device cuda``); `docs/operator-speed.md` has the figures.
+"""
+
+import torch
+from torch import Tensor
+
+from diffdeploy.ops.impl import Impl
+
+__all__ = ["FASTEST_IN_FORMAT", "fastest"]
+
+# Deployment formats, whose graphs serve all sizes.
+FASTEST_IN_FORMAT = {"onnx": Impl.TWO_CALL}
+
+# As long as one stream's scores stay in the processor's caches, plain matrix products win.
+_CACHED_SCORES_BYTES = 2**22
+_CACHED_SCORES_FP16 = 2**21
+_SHORTEST_FOR_NAIVE = 32
+
+
+def fastest(q_BHSd: Tensor, k_BHTd: Tensor) -> Impl:
+    """The fastest implementation for these tensors.
+
+    Args:
+        q_BHSd: queries ``[B, 2h, S, d]``.
+        k_BHTd: keys ``[B, 2 h_kv or h_kv, T, d]``.
+    """
+    if q_BHSd.device.type == "cuda":
+        return Impl.STACKED_WIDE
+    if q_BHSd.device.type != "cpu" or torch.compiler.is_compiling():
+        return Impl.PADDED  # sizes may be symbols, and a rule on them would become a guard
+    length = q_BHSd.shape[2]
+    scores = q_BHSd.shape[0] * (q_BHSd.shape[1] // 2) * length * k_BHTd.shape[2]
+    if q_BHSd.dtype == torch.float16:
+        return Impl.STACKED_WIDE if scores < _CACHED_SCORES_FP16 else Impl.PADDED
+    in_cache = scores * q_BHSd.element_size() <= _CACHED_SCORES_BYTES
+    return Impl.NAIVE if in_cache and length >= _SHORTEST_FOR_NAIVE else Impl.PADDED

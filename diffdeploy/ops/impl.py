@@ -1,0 +1,18 @@
+"""The names of the implementations."""
+
+from enum import StrEnum
+
+__all__ = ["Impl"]
+
+
+class Impl(StrEnum):
+    """How the two attentions of a differential head are computed."""
+
+    AUTO = "auto"
+    NAIVE = "naive"
+    TWO_CALL = "two_call"
+    PADDED = "padded"
+    FOUR_CALL = "four_call"
+    STACKED_SPLIT = "stacked_split"
+    STACKED_WIDE = "stacked_wide"
+    FLASH2 = "flash2"
