@@ -1,15 +1,13 @@
 """``diffdeploy export``: from a checkpoint to a verified bundle."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from diffdeploy.cli import console
-from diffdeploy.cli.results import finish
-
-if TYPE_CHECKING:
-    from diffdeploy.exporters import Export
+from diffdeploy.cli.jobs import Job, export_all
+from diffdeploy.errors import InputError
 
 __all__ = ["export"]
 
@@ -24,8 +22,12 @@ def export(
         Path | None,
         typer.Option("--output", "-o", help="Directory of the bundle.", show_default="artifacts/NAME-layerN-FORMAT"),
     ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Layout of the checkpoint.", show_default="recognised by its keys")
+    ] = None,
     layer: Annotated[
-        int | None, typer.Option(help="0-based layer to export.", show_default="the only one; 0 of the sample")
+        str | None,
+        typer.Option(help="0-based layer to export, or all.", show_default="the only one; 0 of the sample"),
     ] = None,
     depth: Annotated[
         int | None, typer.Option(help="0-based layer index that sets lambda_init.", show_default="as the keys say")
@@ -63,67 +65,40 @@ def export(
 
     Nothing is left at --output unless the artifact passes.
     """
-    with console.activity("loading torch") as activity:
-        from diffdeploy.bundle import default_output
-        from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint
+    with console.activity("loading torch"):
+        from diffdeploy.checkpoints import CheckpointOptions
         from diffdeploy.checkpoints.files import SAMPLE
-        from diffdeploy.exporters import ExportOptions, export_bundle
-        from diffdeploy.verify import RejectedError
+        from diffdeploy.exporters import ExportOptions
 
-        activity.stage("reading the checkpoint")
-        found = read_checkpoint(
-            checkpoint or SAMPLE,
-            CheckpointOptions(
-                layer=0 if checkpoint is None and layer is None else layer,
-                depth=depth,
-                rope=rope,
-                rope_theta=rope_theta,
-                gqa_layout=gqa_layout,
-            ),
-        )
-        name = (checkpoint or SAMPLE).resolve().name.removesuffix((checkpoint or SAMPLE).suffix)
-        options = ExportOptions(
-            format=format_name,
-            graph=graph,
-            dtype=dtype,
-            max_batch_size=max_batch_size,
-            max_sequence_length=max_sequence_length,
-            opset=opset,
-            impl=attention_impl,
-            seed=seed,
-        )
-        target = output or default_output(name, found.layer, format_name)
-        rejected: RejectedError | None = None
-        try:
-            result = export_bundle(
-                found,
-                target,
-                options,
-                force=force,
-                verify=not no_verify,
-                stage=activity.stage,
-                progress=activity.progress,
-            )
-        except RejectedError as error:
-            rejected = error
-    if rejected is not None:
-        return finish(rejected.report, target, as_json=as_json, error=str(rejected))
-    if result.report is None:
-        return _finish_unverified(result, format_name, as_json)
-    return finish(result.report, target, as_json=as_json)
+    if checkpoint is None:
+        checkpoint, layer = SAMPLE, layer or "0"
+    reading = CheckpointOptions(
+        layout=None if layout == "auto" else layout,
+        layer=None if layer in (None, "all") else _layer_number(layer),
+        depth=depth,
+        rope=rope,
+        rope_theta=rope_theta,
+        gqa_layout=gqa_layout,
+    )
+    options = ExportOptions(
+        format=format_name,
+        graph=graph,
+        dtype=dtype,
+        max_batch_size=max_batch_size,
+        max_sequence_length=max_sequence_length,
+        opset=opset,
+        impl=attention_impl,
+        seed=seed,
+    )
+    job = Job(checkpoint, reading, options, force=force, verify=not no_verify)
+    if layer == "all":
+        return export_all(job, output, as_json=as_json)
+    done = job.run(output)
+    return done.finish(as_json=as_json)
 
 
-def _finish_unverified(result: "Export", format_name: str, as_json: bool) -> int:
-    if as_json:
-        console.print_json(
-            {
-                "status": "unverified",
-                "format": format_name,
-                "bundle": str(result.path),
-                "graph": result.graph.model_dump(),
-                "verification": {"passed": False, "num_cases": 0, "worst": None},
-            }
-        )
-    else:
-        console.print_text(f"unverified: {result.path}; run diffdeploy verify {result.path} before it is used")
-    return 0
+def _layer_number(text: str | None) -> int:
+    try:
+        return int(text or "")
+    except ValueError as error:
+        raise InputError(f"--layer is {text!r}; accepted is a number or all") from error

@@ -1,5 +1,6 @@
 """``diffdeploy inspect``: what a bundle or a checkpoint is."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,9 @@ __all__ = ["inspect"]
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="A bundle or a checkpoint.", metavar="BUNDLE|CHECKPOINT")],
+    layout: Annotated[
+        str | None, typer.Option(help="Layout of a checkpoint.", show_default="recognised by its keys")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON object.")] = False,
 ) -> int:
     """Say what a bundle or a checkpoint holds, without running it."""
@@ -32,15 +36,17 @@ def inspect(
     with console.activity("reading the checkpoint"):
         from diffdeploy.checkpoints import summarise
 
-        blocks = summarise(path)
+        found = summarise(path, layout)
     if as_json:
-        layers = [{**block.__dict__} for block in blocks]
-        console.print_json({"kind": "checkpoint", "path": str(path), "layout": "microsoft", "layers": layers})
+        fields = asdict(found)
+        console.print_json({"kind": "checkpoint", "path": str(path), "layers": fields.pop("blocks"), **fields})
         return 0
-    console.print_text(f"checkpoint {path}: layout microsoft, {len(blocks)} differential-attention blocks")
-    for block in blocks:
+    also = f"; {', '.join(found.also)} has the same keys" if found.also else ""
+    console.print_text(f"checkpoint {path}: {len(found.blocks)} differential-attention blocks")
+    console.print_text(f"layout {found.layout} (version {found.version}), recognised by {found.why}{also}")
+    for block in found.blocks:
         console.print_text("")
-        console.print_rows(_block_rows(block))
+        console.print_rows(_block_rows(block, found.version))
     return 0
 
 
@@ -68,7 +74,7 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
         ("causal", "yes" if config.causal else "no"),
         ("window", "none" if config.sliding_window is None else f"{config.sliding_window} keys"),
         *_version_rows(config),
-        ("from", f"{source.file_name}{layer}, layout {source.layout}, sha256 {source.file_sha256}"),
+        ("from", f"{', '.join(source.files)}{layer}, layout {source.layout}"),
         ("made with", ", ".join(f"{name} {found}" for name, found in manifest.environment.packages.items())),
         ("files", ", ".join(f"{name} ({file.size:,} bytes)" for name, file in manifest.files.items())),
     ]
@@ -86,20 +92,27 @@ def _version_rows(config: "AnyConfig") -> list[tuple[str, str]]:
     ]
 
 
-def _block_rows(block: "BlockSummary") -> list[tuple[str, str]]:
+def _block_rows(block: "BlockSummary", version: int) -> list[tuple[str, str]]:
+    if block.refused is not None:
+        return [("block", block.prefix.rstrip(".")), ("refused", block.refused)]
+
     def known(value: object, option: str) -> str:
         return f"not recorded: give {option}" if value is None else str(value)
 
+    def number(value: float | None) -> str:
+        return "not known: give --depth" if value is None else f"{value:.6g}"
+
     theta = "" if block.rope_theta is None else f", theta {block.rope_theta:g}"
+    lambdas = [("lambda_init", number(block.lambda_init)), ("lambda", number(block.lambda_value))]
     return [
         ("block", block.prefix.rstrip(".") or "at the top level"),
         ("layer", "no index in the keys" if block.layer is None else str(block.layer)),
         ("width", str(block.embed_dim)),
-        ("heads", f"{block.num_heads} of width 2 x {block.head_dim}, {block.num_kv_heads} key/value heads"),
-        ("norm", "with gamma" if block.norm_affine else "without gamma"),
+        ("heads", f"{block.num_heads} with streams of width {block.head_dim}, {block.num_kv_heads} key/value heads"),
+        ("norm", str(block.norm)),
         ("rope", known(block.rope, "--rope") + theta),
-        ("gqa layout", known(block.gqa_layout, "--gqa-layout") if block.num_heads != block.num_kv_heads else "any"),
-        ("lambda_init", "not known: give --depth" if block.lambda_init is None else f"{block.lambda_init:.6g}"),
-        ("lambda", "not known: give --depth" if block.lambda_value is None else f"{block.lambda_value:.6g}"),
-        ("weights", f"{block.num_parameters:,} in {block.dtype}"),
+        ("window", "none" if block.sliding_window is None else f"{block.sliding_window} keys"),
+        ("gqa layout", known(block.gqa_layout, "--gqa-layout")),
+        *([] if version == 2 else lambdas),
+        ("weights", f"{block.num_parameters:,} in {block.dtype}, {block.num_bytes:,} bytes"),
     ]

@@ -9,7 +9,7 @@ from diffdeploy.errors import VerificationError
 if TYPE_CHECKING:
     from diffdeploy.verify import Report
 
-__all__ = ["finish"]
+__all__ = ["finish", "report_fields"]
 
 
 def finish(report: "Report", bundle: Path, *, as_json: bool, error: str | None = None) -> int:
@@ -20,7 +20,7 @@ def finish(report: "Report", bundle: Path, *, as_json: bool, error: str | None =
     """
     console.print_report(report)
     if as_json:
-        console.print_json({**_fields(report, bundle), **({} if error is None else {"error": error})})
+        console.print_json({**report_fields(report, bundle), **({} if error is None else {"error": error})})
     elif error is None:
         console.print_verdict(report, bundle)
     if error is None:
@@ -29,7 +29,7 @@ def finish(report: "Report", bundle: Path, *, as_json: bool, error: str | None =
     return VerificationError.exit_code
 
 
-def _fields(report: "Report", bundle: Path) -> dict[str, Any]:
+def report_fields(report: "Report", bundle: Path) -> dict[str, Any]:
     """Status, bundle, graph and verdict of a report; ``budget_used`` is ``null`` where an output had no number."""
     worst = report.worst
     return {

@@ -13,6 +13,9 @@ __all__ = ["verify"]
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Directory that diffdeploy export made.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Prove that the weights are still those of this checkpoint.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the inputs.", show_default="as the bundle was made")
     ] = None,
@@ -21,10 +24,17 @@ def verify(
     """Check a bundle's digests, structure and numbers, on this machine.
 
     The exact result is computed in fp64 from the weights in the bundle; the checkpoint is not needed.
+
+    With --checkpoint, its block is read again as for the export, and must give the same weights bit for bit.
     """
     with console.activity("opening the bundle") as activity:
         from diffdeploy.verify import verify_bundle
 
         report = verify_bundle(bundle, seed=seed, progress=activity.progress)
+        if checkpoint is not None:
+            from diffdeploy.exporters.origin import check_origin
+
+            activity.stage("reading the checkpoint")
+            report = report.with_check(check_origin(bundle, checkpoint))
     error = None if report.passed else f"{bundle} failed verification: {report.first_failure()}"
     return finish(report, bundle, as_json=as_json, error=error)

@@ -13,6 +13,7 @@ __all__ = [
     "DiffAttentionV2Config",
     "GqaLayout",
     "RopeConfig",
+    "RopeScaling",
     "RopeStyle",
     "lambda_init_at",
 ]
@@ -38,16 +39,49 @@ def _require(condition: bool, field: str, given: object, accepted: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are changed for longer sequences, by the names of transformers' configs.
+
+    Attributes:
+        kind: ``linear`` divides all by ``factor``; ``llama3`` divides those whose wavelength is above
+            ``original_max_position_embeddings / low_freq_factor``, keeps those below
+            ``original_max_position_embeddings / high_freq_factor``, and goes from one to the other in between.
+        factor: at least 1.
+        low_freq_factor: of ``llama3``.
+        high_freq_factor: of ``llama3``.
+        original_max_position_embeddings: of ``llama3``.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("linear", "llama3"), "rope scaling", self.kind, "linear or llama3")
+        _require(math.isfinite(self.factor) and self.factor >= 1, "rope scaling factor", self.factor, "1 or more")
+        _require(
+            self.high_freq_factor > self.low_freq_factor > 0,
+            "high_freq_factor",
+            self.high_freq_factor,
+            f"above low_freq_factor ({self.low_freq_factor})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding of the query and key heads.
 
     Attributes:
         style: ``interleaved`` rotates the pairs ``(x[2j], x[2j+1])``, ``half`` the pairs ``(x[j], x[j + d/2])``.
         theta: base of the geometric frequency series ``theta ** (-2j / d)``.
+        scaling: change of that series, or ``None``.
     """
 
     style: RopeStyle
     theta: float
+    scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         _require(self.style in get_args(RopeStyle), "rope.style", self.style, "interleaved or half")
@@ -92,6 +126,8 @@ class DiffAttentionConfig:
         norm_eps: epsilon of the RMS norm over each head's ``2d`` outputs.
         norm_affine: whether that norm has a weight (gamma, ``[2d]``).
         output_scale: factor behind the norm; the paper's is ``1 - lambda_init``.
+        qk_norm_eps: epsilon of an RMS norm with a weight over each query and key stream (``d``), before the rotary
+            embedding; ``None`` for no such norm.
         qkv_bias: whether the q, k and v projections have biases.
         out_bias: whether the output projection has a bias.
         gqa_layout: which of the ``2 h_kv`` key streams stream ``s`` of query head ``i`` reads, with ``g = h / h_kv``;
@@ -114,6 +150,7 @@ class DiffAttentionConfig:
     rope: RopeConfig | None = None
     norm_eps: float = 1e-5
     norm_affine: bool = True
+    qk_norm_eps: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     gqa_layout: GqaLayout = "canonical"
@@ -156,6 +193,8 @@ class DiffAttentionConfig:
         if self.out_bias:
             shapes["out_proj.bias"] = (self.embed_dim,)
         shapes |= dict.fromkeys(LAMBDA_VECTORS, (self.head_dim,))
+        if self.qk_norm_eps is not None:
+            shapes |= {"q_norm.weight": (self.head_dim,), "k_norm.weight": (self.head_dim,)}
         if self.norm_affine:
             shapes["subln.weight"] = (self.value_dim,)
         return shapes

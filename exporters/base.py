@@ -13,6 +13,7 @@ from diffdeploy.bundle import (
     WEIGHTS,
     Bundle,
     Environment,
+    FileDigest,
     Manifest,
     Provenance,
     staged_bundle,
@@ -114,17 +115,17 @@ def _exporter(options: ExportOptions) -> _Exporter:
     return exporter  # type: ignore[no-any-return]  # a module stands for the protocol
 
 
-def _cast_weights(checkpoint: "Checkpoint", dtype: DType) -> dict[str, "Tensor"]:
+def cast_weights(checkpoint: "Checkpoint", dtype: DType) -> dict[str, "Tensor"]:
     """Weights as the artifact holds them; the lambda vectors stay fp32, as in the block."""
     import torch
 
     cast = {}
-    for (name, tensor), key in zip(checkpoint.weights.items(), checkpoint.keys, strict=True):
+    for name, tensor in checkpoint.weights.items():
         target = torch.float32 if name in LAMBDA_VECTORS else getattr(torch, dtype)
         cast[name] = tensor.to(target).contiguous()
         if not bool(torch.isfinite(cast[name]).all()):
             raise InputError(
-                f"{key} holds values up to {tensor.abs().max().item():.3g}, too large for {target}; "
+                f"{name} holds values up to {tensor.abs().max().item():.3g}, too large for {target}; "
                 "export with --dtype float32"
             )
     return cast
@@ -181,7 +182,7 @@ def export_bundle(
         max_batch_size=options.max_batch_size,
         max_sequence_length=options.max_sequence_length,
     )
-    weights = _cast_weights(checkpoint, options.dtype)
+    weights = cast_weights(checkpoint, options.dtype)
     report = None
     with staged_bundle(output, force=force) as staging:
         stage("lowering")
@@ -229,11 +230,11 @@ def _manifest(
         verified=False,
         environment=Environment.current(),
         provenance=Provenance(
-            file_name=checkpoint.file_name,
-            file_sha256=checkpoint.file_sha256,
+            files={file.name: FileDigest(size=file.size, sha256=file.sha256) for file in checkpoint.files},
             layout=checkpoint.layout,
             layer=checkpoint.layer,
             keys=checkpoint.keys,
+            options=checkpoint.options.given(),
         ),
         files={},
     )

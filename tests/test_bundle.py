@@ -38,7 +38,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
             options={"opset": 23},
             verified=False,
             environment=Environment.current(),
-            provenance=Provenance(file_name="x", file_sha256="0", layout="microsoft", layer=None, keys=[]),
+            provenance=Provenance(files={}, layout="microsoft", layer=None, keys=[], options={}),
             files={},
         )
         write_manifest(staging, manifest)

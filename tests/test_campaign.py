@@ -39,9 +39,7 @@ def random_block(choose: random.Random) -> Checkpoint:
     }
     if config.norm_affine:
         weights["subln.weight"] = 1 + 0.2 * torch.randn(config.value_dim, generator=generator)
-    return Checkpoint(
-        config=config, weights=weights, layout="none", layer=None, file_name="", file_sha256="", keys=list(weights)
-    )
+    return Checkpoint(config=config, weights=weights, layout="none", layer=None, keys=list(weights))
 
 
 @pytest.mark.slow

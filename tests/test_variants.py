@@ -36,9 +36,7 @@ CONFIGS: dict[str, AnyConfig] = {
 
 def checkpoint_of(config: AnyConfig, seed: int = 0) -> Checkpoint:
     weights = {name: tensor.float() for name, tensor in random_weights(config, seed).items()}
-    return Checkpoint(
-        config=config, weights=weights, layout="none", layer=None, file_name="x", file_sha256="0", keys=list(weights)
-    )
+    return Checkpoint(config=config, weights=weights, layout="none", layer=None, keys=list(weights))
 
 
 def options(graph: Variant, opset: int = 23, dtype: DType = "float32") -> ExportOptions:

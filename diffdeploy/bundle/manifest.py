@@ -31,13 +31,21 @@ class FileDigest(_Frozen):
 
 
 class Provenance(_Frozen):
-    """Where the weights come from."""
+    """Where the weights come from.
 
-    file_name: str
-    file_sha256: str
+    Attributes:
+        files: the files that were read, by name.
+        layout: of the checkpoint.
+        layer: of the block in it, if its keys have an index.
+        keys: the keys that were read.
+        options: what was given to read it.
+    """
+
+    files: dict[str, FileDigest]
     layout: str
     layer: int | None
     keys: list[str]
+    options: dict[str, int | float | str]
 
 
 class Environment(_Frozen):

@@ -40,7 +40,7 @@ class Bundle:
 
 
 def default_output(name: str, layer: int | None, format_name: str) -> Path:
-    """Where a bundle goes when the user does not say: ``artifacts/NAME-layerN-FORMAT``."""
+    """Where a bundle goes when the user does not say: ``artifacts/NAME-layerN-FORMAT``, or without the layer."""
     parts = [name, *([] if layer is None else [f"layer{layer}"]), format_name]
     return Path("artifacts") / "-".join(parts)
 

@@ -1,5 +1,17 @@
-"""Reading checkpoints: files, the layouts found in them, and the canonical block that comes out."""
+"""Reading and writing checkpoints: files, the layouts found in them, and the canonical block that comes out."""
 
-from diffdeploy.checkpoints.reader import BlockSummary, Checkpoint, CheckpointOptions, read_checkpoint, summarise
+from diffdeploy.checkpoints.reader import Checkpoint, CheckpointOptions, SourceFile, list_layers, read_checkpoint
+from diffdeploy.checkpoints.summary import BlockSummary, CheckpointSummary, summarise
+from diffdeploy.checkpoints.writer import write_checkpoint
 
-__all__ = ["BlockSummary", "Checkpoint", "CheckpointOptions", "read_checkpoint", "summarise"]
+__all__ = [
+    "BlockSummary",
+    "Checkpoint",
+    "CheckpointOptions",
+    "CheckpointSummary",
+    "SourceFile",
+    "list_layers",
+    "read_checkpoint",
+    "summarise",
+    "write_checkpoint",
+]

@@ -17,6 +17,7 @@ __all__ = ["SAMPLE", "TensorFile", "open_tensors", "read_config_fields"]
 
 SAMPLE = Path(__file__).parent / "sample"
 
+_INDEX = "model.safetensors.index.json"
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 
 
@@ -29,8 +30,16 @@ class TensorFile(Protocol):
         """All tensor names."""
         ...
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+        ...
+
     def get(self, key: str) -> Tensor:
         """One tensor, on the CPU."""
+        ...
+
+    def holder(self, key: str) -> Path:
+        """The file that one tensor is in."""
         ...
 
 
@@ -53,9 +62,52 @@ class _SafetensorsFile:
     def keys(self) -> list[str]:
         return list(self._keys)
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._handle.get_slice(key).get_shape())
+
     def get(self, key: str) -> Tensor:
         tensor: Tensor = self._handle.get_tensor(key)
         return tensor
+
+    def holder(self, key: str) -> Path:
+        return self.path
+
+
+class _ShardedFile:
+    """Several ``.safetensors`` files and the index that says which tensor is in which; each is opened when needed."""
+
+    def __init__(self, index: Path) -> None:
+        self.path = index
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self._files = {str(key): index.parent / str(name) for key, name in weight_map.items()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{index} is not a readable index of shards ({error}); copy it again") from error
+        if outside := [file for file in self._files.values() if file.parent != index.parent]:
+            raise InputError(f"{index} names {outside[0].name}, which is not beside it")
+        if missing := sorted({file.name for file in self._files.values() if not file.is_file()}):
+            raise InputError(f"{index.parent} lacks the shards {', '.join(missing)}; copy them again")
+        self._open: dict[Path, _SafetensorsFile] = {}
+
+    def _shard(self, key: str) -> _SafetensorsFile:
+        file = self._files[key]
+        if file not in self._open:
+            self._open[file] = _SafetensorsFile(file)
+        if key not in set(self._open[file].keys()):
+            raise InputError(f"{file} lacks the key {key}, which {self.path.name} says is there; copy it again")
+        return self._open[file]
+
+    def keys(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._shard(key).shape(key)
+
+    def get(self, key: str) -> Tensor:
+        return self._shard(key).get(key)
+
+    def holder(self, key: str) -> Path:
+        return self._files[key]
 
 
 class _TorchFile:
@@ -82,16 +134,24 @@ class _TorchFile:
     def keys(self) -> list[str]:
         return list(self._tensors)
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensors[key].shape)
+
     def get(self, key: str) -> Tensor:
         return self._tensors[key]
 
+    def holder(self, key: str) -> Path:
+        return self.path
+
 
 def open_tensors(path: Path) -> TensorFile:
-    """Open a checkpoint: a ``.safetensors`` file, a ``torch.save`` file, or a directory with one of them.
+    """Open a checkpoint: a ``.safetensors`` file, a ``torch.save`` file, an index of shards, or a directory with one.
 
     Raises:
         InputError: nothing there, several files to choose from, a damaged file, or one with pickled objects.
     """
+    if path.is_dir() and (path / _INDEX).is_file():
+        path = path / _INDEX
     if path.is_dir():
         found = [p for suffix in ("*.safetensors", "*.pt", "*.pth", "*.bin") for p in sorted(path.glob(suffix))]
         if len(found) != 1:
@@ -100,6 +160,8 @@ def open_tensors(path: Path) -> TensorFile:
         path = found[0]
     if not path.is_file():
         raise InputError(f"{path} does not exist; give a .safetensors or .pt file, or a directory with one")
+    if path.name.endswith(".index.json"):
+        return _ShardedFile(path)
     return _SafetensorsFile(path) if path.suffix == ".safetensors" else _TorchFile(path)
 
 

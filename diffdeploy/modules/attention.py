@@ -102,6 +102,12 @@ class AttentionBlock(nn.Module):
         """What happens to the heads before they are joined."""
         return heads_BHSe
 
+    def _normalise_queries(self, q_BHSd: Tensor) -> Tensor:
+        return q_BHSd
+
+    def _normalise_keys(self, k_BHSd: Tensor) -> Tensor:
+        return k_BHSd
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -147,8 +153,8 @@ class AttentionBlock(nn.Module):
         causal: bool | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
         config = self.config
-        q_BHSd = rotate(_split_heads(self.q_proj(hidden_states), config.head_dim))
-        k_BHTd = rotate(_split_heads(self.k_proj(hidden_states), config.head_dim))
+        q_BHSd = rotate(self._normalise_queries(_split_heads(self.q_proj(hidden_states), config.head_dim)))
+        k_BHTd = rotate(self._normalise_keys(_split_heads(self.k_proj(hidden_states), config.head_dim)))
         v_BHTe = _split_heads(self.v_proj(hidden_states), config.value_dim)
         if past_key_values is not None:
             k_BHTd, v_BHTe = _append(past_key_values, k_BHTd, v_BHTe)
@@ -233,6 +239,12 @@ class DiffAttention(AttentionBlock):
         self.subln = nn.RMSNorm(
             config.value_dim, config.norm_eps, elementwise_affine=config.norm_affine, device=device, dtype=dtype
         )
+        self.q_norm, self.k_norm = (
+            None
+            if config.qk_norm_eps is None
+            else nn.RMSNorm(config.head_dim, config.qk_norm_eps, device=device, dtype=dtype)
+            for _ in range(2)
+        )
         self._frozen_lambda: Tensor | None
         self.register_buffer("_frozen_lambda", None, persistent=False)
 
@@ -249,6 +261,12 @@ class DiffAttention(AttentionBlock):
 
     def _lambda(self, hidden_states: Tensor) -> Tensor:
         return self.lambda_value() if self._frozen_lambda is None else self._frozen_lambda
+
+    def _normalise_queries(self, q_BHSd: Tensor) -> Tensor:
+        return q_BHSd if self.q_norm is None else self.q_norm(q_BHSd)
+
+    def _normalise_keys(self, k_BHSd: Tensor) -> Tensor:
+        return k_BHSd if self.k_norm is None else self.k_norm(k_BHSd)
 
     def _normalise(self, heads_BHSe: Tensor) -> Tensor:
         normalised: Tensor = self.subln(heads_BHSe)

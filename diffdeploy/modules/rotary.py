@@ -1,5 +1,6 @@
 """Rotary position embedding from tables that are rounded once."""
 
+import math
 from collections.abc import Callable
 from typing import Self
 
@@ -44,9 +45,8 @@ class RotaryEmbedding(nn.Module):
         self._fill_tables()
 
     def _fill_tables(self) -> None:
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
         positions = torch.arange(self.max_positions, dtype=torch.float64)
-        angles = torch.outer(positions, self.config.theta**-exponents)
+        angles = torch.outer(positions, _frequencies(self.config, self.head_dim))
         self.cos, self.sin = angles.cos().to(self.cos), angles.sin().to(self.sin)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -82,6 +82,20 @@ class RotaryEmbedding(nn.Module):
             )
         rows = slice(offset, offset + length)
         return rotate(x, self.cos[rows], self.sin[rows], self.config.style)
+
+
+def _frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    """Radians per position, ``[d/2]``, float64."""
+    frequencies = config.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    scaling = config.scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, style: RopeStyle) -> Tensor:

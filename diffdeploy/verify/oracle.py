@@ -17,9 +17,23 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def rope_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, Array]:
-    """Cosines and sines of ``position * theta ** (-2j / d)``, each ``[length, d/2]``, float64."""
-    angles = np.outer(np.arange(length), rope.theta ** (-np.arange(0, head_dim, 2) / head_dim))
+    """Cosines and sines of ``position * theta ** (-2j / d)``, scaled, each ``[length, d/2]``, float64."""
+    angles = np.outer(np.arange(length), [_frequency(rope, j / head_dim) for j in range(0, head_dim, 2)])
     return np.cos(angles), np.sin(angles)
+
+
+def _frequency(rope: RopeConfig, exponent: float) -> float:
+    """One frequency, as the transformers library defines the scalings (``modeling_rope_utils``)."""
+    plain, scaling = float(rope.theta**-exponent), rope.scaling
+    if scaling is None:
+        return plain
+    wavelength, context = 2 * np.pi / plain, scaling.original_max_position_embeddings
+    if scaling.kind == "linear" or wavelength > context / scaling.low_freq_factor:
+        return plain / scaling.factor
+    if wavelength < context / scaling.high_freq_factor:
+        return plain
+    share = (context / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return float((1 - share) * plain / scaling.factor + share * plain)
 
 
 def lambda_value(config: DiffAttentionConfig, weights: Mapping[str, Array]) -> float:
@@ -96,6 +110,11 @@ def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Ar
         np.swapaxes((x_SD @ w[f"{n}_proj.weight"].T + w.get(f"{n}_proj.bias", 0.0)).reshape(length, -1, width), 0, 1)
         for n, width in (("q", config.head_dim), ("k", config.head_dim), ("v", config.value_dim))
     )
+    if isinstance(config, DiffAttentionConfig) and config.qk_norm_eps is not None:
+        q, k = (
+            side / np.sqrt(np.mean(side**2, axis=-1, keepdims=True) + config.qk_norm_eps) * w[f"{n}_norm.weight"]
+            for n, side in (("q", q), ("k", k))
+        )
     past_length = inputs["past_key_values.key"].shape[1] if "past_key_values.key" in inputs else 0
     if config.rope is not None:
         positions = inputs.get("position_ids", np.arange(past_length, past_length + length))

@@ -108,6 +108,10 @@ class Report(_Frozen):
         """The failed case without a number, else the one that used most of its budget; ``None`` without cases."""
         return max(self.cases, key=lambda case: case.severity, default=None)
 
+    def with_check(self, check: Check) -> "Report":
+        """The same report with one more structural check."""
+        return self.model_copy(update={"contract": [*self.contract, check]})
+
     def first_failure(self) -> str | None:
         """One clause that says what failed first; ``None`` when nothing did."""
         for check in self.contract:

@@ -1,0 +1,106 @@
+"""What a layout is: a table from canonical weights to the keys and rows of a code base, and a few facts beside it."""
+
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from diffdeploy.config import LAMBDA_VECTORS, GqaLayout, RopeConfig, RopeScaling
+from diffdeploy.errors import InputError
+
+__all__ = ["Fields", "Layout", "Source", "huggingface_rope", "lambda_sources"]
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a canonical weight stands.
+
+    Attributes:
+        key: behind the prefix of the block.
+        part: of a projection that packs the rows of q, k and v one after the other.
+        halves: its heads are those of stream 1 first, then those of stream 2; canonical are pairs.
+        scalar: a number that stands for the inner product of two vectors.
+    """
+
+    key: str
+    part: Literal["q", "k", "v"] | None = None
+    halves: bool = False
+    scalar: bool = False
+
+
+def lambda_sources(prefix: str = "") -> dict[str, Source]:
+    """The four lambda vectors under their usual names."""
+    return {name: Source(prefix + name) for name in LAMBDA_VECTORS}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layout:
+    """A code base whose checkpoints can be read and written.
+
+    Attributes:
+        name: for ``--layout``.
+        what: the code base, for people.
+        sources: canonical weights that every block has.
+        optional: canonical weights that a block may have.
+        absent: keys which no block of this layout has.
+        model_types: ``model_type`` in config.json begins with one of these; empty where it says nothing.
+        version: of differential attention.
+        depth_offset: added to the layer index to give the depth of ``lambda_init``.
+        gqa_layout: key map; ``None`` where the same keys are used for both.
+        causal: whether the block is.
+        rope: rotary embedding by the fields of config.json; ``None`` where they do not say.
+        norm_eps_field: field with the norm's epsilon, 1e-5 where there is none.
+        qk_norm_eps: epsilon of the optional norms of queries and keys.
+        head_fields: fields that must agree with the shapes, with the multiple of ``num_heads`` or ``num_kv_heads``.
+        sliding_window: by the fields and the layer.
+        refuse: why a block cannot be deployed, by its keys, the fields and the layer.
+    """
+
+    name: str
+    what: str
+    sources: Mapping[str, Source]
+    optional: Mapping[str, Source] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    version: Literal[1, 2] = 1
+    depth_offset: int = 0
+    gqa_layout: GqaLayout | None = "canonical"
+    causal: bool = True
+    rope: Callable[[Fields], RopeConfig | None] | None = None
+    norm_eps_field: str = "norm_eps"
+    qk_norm_eps: float | None = None
+    head_fields: Mapping[str, tuple[Literal["num_heads", "num_kv_heads"], int]] = field(default_factory=dict)
+    sliding_window: Callable[[Fields, int | None], int | None] = lambda fields, layer: None
+    refuse: Callable[[AbstractSet[str], Fields, int | None], str | None] = lambda keys, fields, layer: None
+
+    @property
+    def anchor(self) -> str:
+        """The key that tells where blocks are."""
+        return self.sources["q_proj.weight"].key
+
+    def required_keys(self) -> list[str]:
+        """Keys that every block has."""
+        return list(dict.fromkeys(source.key for source in self.sources.values()))
+
+
+def huggingface_rope(fields: Fields) -> RopeConfig:
+    """Rotate-half embedding from the fields of a transformers config, of version 4 or 5.
+
+    Raises:
+        InputError: a scaling that is not supported.
+    """
+    parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    theta = float(parameters.get("rope_theta") or fields.get("rope_theta") or 10_000.0)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    partial = parameters.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
+    if partial not in (None, 1, 1.0):
+        raise InputError(f"partial_rotary_factor is {partial}; accepted is 1: every channel is turned")
+    if kind == "default":
+        return RopeConfig(style="half", theta=theta)
+    if kind not in ("linear", "llama3"):
+        raise InputError(f"rope_type is {kind!r}; accepted are default, linear and llama3")
+    known = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    scaling = RopeScaling(kind=kind, **{name: parameters[name] for name in known if name in parameters})
+    return RopeConfig(style="half", theta=theta, scaling=scaling)

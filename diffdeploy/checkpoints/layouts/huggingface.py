@@ -1,0 +1,57 @@
+"""Models of the transformers family: DiffLlama and Motif, with ``o_proj`` and rotate-half embedding.
+
+Source: transformers 5.23 ``DiffLlamaForCausalLM``; Motif-Technologies/Motif-2.6B. DiffLlama stores the heads of
+stream 1 first, then those of stream 2, in q, k and v alike; Motif stores pairs and counts layers from 1 less.
+"""
+
+from collections.abc import Set as AbstractSet
+
+from diffdeploy.checkpoints.layouts.base import Fields, Layout, Source, huggingface_rope, lambda_sources
+
+__all__ = ["DIFFLLAMA", "MOTIF"]
+
+_OUTPUT = {"out_proj.weight": Source("o_proj.weight")}
+
+DIFFLLAMA = Layout(
+    name="diffllama",
+    what="transformers DiffLlamaForCausalLM",
+    sources={
+        **{f"{name}_proj.weight": Source(f"{name}_proj.weight", halves=True) for name in "qkv"},
+        **_OUTPUT,
+        **lambda_sources(),
+    },
+    optional={
+        **{f"{name}_proj.bias": Source(f"{name}_proj.bias", halves=True) for name in "qkv"},
+        "out_proj.bias": Source("o_proj.bias"),
+    },
+    absent=("subln.weight", "lambda_init"),
+    model_types=("diffllama",),
+    rope=huggingface_rope,
+    norm_eps_field="rms_norm_eps",
+    head_fields={"num_attention_heads": ("num_heads", 2), "num_key_value_heads": ("num_kv_heads", 2)},
+)
+
+
+def _refuse_grouped(keys: AbstractSet[str], fields: Fields, layer: int | None) -> str | None:
+    if fields.get("num_noise_heads"):
+        return "num_noise_heads is set: grouped differential attention shares noise heads, which has no canonical form"
+    return None
+
+
+MOTIF = Layout(
+    name="motif",
+    what="Motif-2.6B",
+    sources={
+        **{f"{name}_proj.weight": Source(f"{name}_proj.weight") for name in "qkv"},
+        **_OUTPUT,
+        **lambda_sources(),
+        "subln.weight": Source("subln.weight"),
+    },
+    absent=("lambda_init",),
+    model_types=("motif", "Motif"),
+    depth_offset=-1,
+    rope=huggingface_rope,
+    norm_eps_field="attn_rms_norm_eps",
+    head_fields={"num_attention_heads": ("num_heads", 2), "num_key_value_heads": ("num_kv_heads", 2)},
+    refuse=_refuse_grouped,
+)

@@ -1,0 +1,43 @@
+"""Microsoft unilm: the three V1 modules, their early revision without ``subln.weight``, and V2.
+
+Source: microsoft/unilm, Diff-Transformer and Diff-Transformer-V2. Rows are in canonical order already. Our own sample
+and multihead-sdpadiff have the keys of V1.
+"""
+
+from typing import Any
+
+from diffdeploy.checkpoints.layouts.base import Layout, Source, lambda_sources
+
+__all__ = ["DIFFDEPLOY", "MICROSOFT", "MICROSOFT_V2", "SDPADIFF"]
+
+_V1: dict[str, Any] = {
+    "sources": {
+        **{f"{name}_proj.weight": Source(f"{name}_proj.weight") for name in ("q", "k", "v", "out")},
+        **lambda_sources(),
+    },
+    "optional": {"subln.weight": Source("subln.weight")},
+}
+
+MICROSOFT = Layout(name="microsoft", what="Microsoft unilm, Diff-Transformer", gqa_layout=None, **_V1)
+
+SDPADIFF = Layout(
+    name="sdpadiff",
+    what="vasqu/multihead-sdpadiff, variants 1 to 4",
+    gqa_layout="legacy",
+    **_V1,
+)
+
+DIFFDEPLOY = Layout(
+    name="diffdeploy", what="diffdeploy's own decoder", model_types=("diffdeploy",), gqa_layout="canonical", **_V1
+)
+
+MICROSOFT_V2 = Layout(
+    name="microsoft-v2",
+    what="Microsoft unilm, Diff-Transformer-V2",
+    sources={
+        **{f"{name}_proj.weight": Source(f"{name}_proj.weight") for name in ("q", "k", "v")},
+        "out_proj.weight": Source("o_proj.weight"),
+        "lambda_proj.weight": Source("lambda_proj.weight"),
+    },
+    version=2,
+)

@@ -1,0 +1,57 @@
+"""Phi-4-mini-flash-reasoning: attention layers with packed ``Wqkv``, biases and no rotary embedding.
+
+Source: microsoft/Phi-4-mini-flash-reasoning (SambaY). Of its 32 layers the even ones are Mamba or gated memory units, 1
+to 15 have a sliding window, 17 sees everything, and 19 to 31 read the keys and values of layer 17.
+"""
+
+from collections.abc import Set as AbstractSet
+
+from diffdeploy.checkpoints.layouts.base import Fields, Layout, Source, lambda_sources
+from diffdeploy.config import RopeConfig
+
+__all__ = ["PHI4FLASH"]
+
+
+def _no_rope(fields: Fields) -> RopeConfig | None:
+    return None
+
+
+def _full_layer(fields: Fields) -> int:
+    """The layer whose keys and values the later ones read: the first one behind the middle."""
+    return int(fields.get("num_hidden_layers", 32)) // 2 + 1
+
+
+def _window(fields: Fields, layer: int | None) -> int | None:
+    window = fields.get("sliding_window", 512)
+    if isinstance(window, list):
+        window = window[layer] if layer is not None and layer < len(window) else None
+    return None if window is None or layer is None or layer >= _full_layer(fields) else int(window)
+
+
+def _refuse_cross(keys: AbstractSet[str], fields: Fields, layer: int | None) -> str | None:
+    if layer is not None and layer > _full_layer(fields):
+        return (
+            f"layer {layer} is a cross-attention layer: it has no keys and values of its own and reads those of layer "
+            f"{_full_layer(fields)}, so it cannot be deployed alone"
+        )
+    return None
+
+
+_NORM = "inner_cross_attn."
+
+PHI4FLASH = Layout(
+    name="phi4flash",
+    what="Phi-4-mini-flash-reasoning",
+    sources={
+        **{f"{part}_proj.weight": Source("Wqkv.weight", part=part) for part in ("q", "k", "v")},
+        **{f"{part}_proj.bias": Source("Wqkv.bias", part=part) for part in ("q", "k", "v")},
+        "out_proj.weight": Source("out_proj.weight"),
+        "out_proj.bias": Source("out_proj.bias"),
+        **lambda_sources(_NORM),
+        "subln.weight": Source(_NORM + "subln.weight"),
+    },
+    rope=_no_rope,
+    head_fields={"num_attention_heads": ("num_heads", 2), "num_key_value_heads": ("num_kv_heads", 2)},
+    sliding_window=_window,
+    refuse=_refuse_cross,
+)

@@ -1,0 +1,57 @@
+"""timm's vision transformers with ``attn_layer='diff'``: packed ``qkv``, not causal, no rotary embedding.
+
+Source: huggingface/pytorch-image-models, ``timm/layers/diff_attention.py``. The form with ``dual_lambda`` learns
+the two exponents of lambda themselves, in place of inner products.
+"""
+
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+from diffdeploy.checkpoints.layouts.base import Fields, Layout, Source, lambda_sources
+from diffdeploy.config import RopeConfig
+
+__all__ = ["TIMM", "TIMM_DUAL"]
+
+
+def _no_rope(fields: Fields) -> RopeConfig | None:
+    return None
+
+
+def _refuse(keys: AbstractSet[str], fields: Fields, layer: int | None) -> str | None:
+    if "norm.weight" in keys:
+        return "norm.weight (scale_norm) is a second norm before the output projection, which has no canonical form"
+    if "q_norm.bias" in keys:
+        return "q_norm.bias belongs to a LayerNorm of queries and keys; accepted is an RMS norm"
+    return None
+
+
+_SHARED: dict[str, Any] = {
+    "optional": {
+        **{f"{part}_proj.bias": Source("qkv.bias", part=part) for part in ("q", "k", "v")},
+        "out_proj.bias": Source("proj.bias"),
+        "q_norm.weight": Source("q_norm.weight"),
+        "k_norm.weight": Source("k_norm.weight"),
+    },
+    "causal": False,
+    "rope": _no_rope,
+    "qk_norm_eps": 1e-6,
+    "refuse": _refuse,
+}
+_PROJECTIONS = {
+    **{f"{part}_proj.weight": Source("qkv.weight", part=part) for part in ("q", "k", "v")},
+    "out_proj.weight": Source("proj.weight"),
+    "subln.weight": Source("sub_norm.weight"),
+}
+
+TIMM = Layout(name="timm", what="timm DiffAttention", sources={**_PROJECTIONS, **lambda_sources()}, **_SHARED)
+
+TIMM_DUAL = Layout(
+    name="timm-dual",
+    what="timm DiffAttention with dual_lambda",
+    sources={
+        **_PROJECTIONS,
+        "lambda_q1": Source("lambda_a", scalar=True),
+        "lambda_q2": Source("lambda_b", scalar=True),
+    },
+    **_SHARED,
+)

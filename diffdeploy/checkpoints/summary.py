@@ -1,0 +1,113 @@
+"""What can be said of a checkpoint's blocks without any option."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from diffdeploy.checkpoints.detect import find_blocks
+from diffdeploy.checkpoints.files import open_tensors, read_config_fields
+from diffdeploy.checkpoints.reader import BlockReader, CheckpointOptions
+from diffdeploy.config import lambda_init_at
+from diffdeploy.errors import InputError
+
+__all__ = ["BlockSummary", "CheckpointSummary", "summarise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSummary:
+    """One block; ``None`` where neither the keys nor ``config.json`` say it.
+
+    Attributes:
+        refused: why it cannot be deployed; then nothing but ``prefix`` and ``layer`` is known.
+    """
+
+    prefix: str
+    layer: int | None
+    embed_dim: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    norm: str | None = None
+    rope: str | None = None
+    rope_theta: float | None = None
+    gqa_layout: str | None = None
+    sliding_window: int | None = None
+    lambda_init: float | None = None
+    lambda_value: float | None = None
+    dtype: str | None = None
+    num_parameters: int | None = None
+    num_bytes: int | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSummary:
+    """A checkpoint: its layout, why it was recognised, other layouts with the same keys, and its blocks."""
+
+    layout: str
+    why: str
+    also: tuple[str, ...]
+    version: int
+    blocks: tuple[BlockSummary, ...]
+
+
+def summarise(path: str | Path, layout: str | None = None) -> CheckpointSummary:
+    """Every block of a checkpoint, in the order of its layers.
+
+    Raises:
+        InputError: the file cannot be read or holds no differential attention that is known.
+    """
+    file = open_tensors(Path(path))
+    fields = read_config_fields(file.path)
+    found = find_blocks(file.keys(), fields, layout, file.path)
+    blocks = []
+    for prefix, layer in found.blocks.items():
+        try:
+            reader = BlockReader(file, fields, found, prefix, CheckpointOptions(layout=layout))
+        except InputError as error:
+            blocks.append(BlockSummary(prefix=prefix, layer=layer, refused=str(error)))
+            continue
+        blocks.append(_block(reader))
+    return CheckpointSummary(
+        layout=found.layout.name,
+        why=found.why,
+        also=tuple(other.name for other in found.also),
+        version=found.layout.version,
+        blocks=tuple(blocks),
+    )
+
+
+def _block(reader: BlockReader) -> BlockSummary:
+    tensors = [reader.file.get(key) for key in reader.keys]
+    depth = reader.depth()
+    lambda_init = None if depth is None or reader.layout.version == 2 else lambda_init_at(depth)
+    affine = "with gamma" if "subln.weight" in reader.sources else "without gamma"
+    return BlockSummary(
+        prefix=reader.prefix,
+        layer=reader.layer,
+        **reader.sizes._asdict(),
+        norm="none" if reader.layout.version == 2 else f"eps {reader.norm_eps():g}, {affine}",
+        rope=reader.rope_style(),
+        rope_theta=reader.rope_theta(),
+        gqa_layout=reader.gqa_layout(),
+        sliding_window=reader.layout.sliding_window(reader.fields, reader.layer),
+        lambda_init=lambda_init,
+        lambda_value=None if lambda_init is None else lambda_init + _learned_lambda(reader),
+        dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
+        num_parameters=sum(tensor.numel() for tensor in tensors),
+        num_bytes=sum(tensor.nbytes for tensor in tensors),
+    )
+
+
+def _learned_lambda(reader: BlockReader) -> float:
+    """``exp(lq1 . lk1) - exp(lq2 . lk2)``, or of the two numbers that stand for the products."""
+
+    def exponent(pair: int) -> float:
+        source = reader.sources[f"lambda_q{pair}"]
+        q = reader.file.get(reader.prefix + source.key).double()
+        if source.scalar:
+            return float(q)
+        return float(q @ reader.file.get(reader.prefix + reader.sources[f"lambda_k{pair}"].key).double())
+
+    return float(torch.tensor(exponent(1)).double().exp() - torch.tensor(exponent(2)).double().exp())
