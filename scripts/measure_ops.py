@@ -7,6 +7,7 @@ On a CPU the extra memory of each is the growth of the peak resident size in a p
 """
 
 import argparse
+import random
 import resource
 import statistics
 import subprocess
@@ -73,9 +74,11 @@ def latencies_ms(heads: int, width: int, length: int, dtype: torch.dtype, device
     runs = candidates(*inputs(heads, width, length, dtype, device))
     rounds = 15 if length <= 2048 else 2
     samples: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
     for _ in range(rounds):
-        for name, run in runs.items():
-            samples[name].append(timed(run, device))
+        random.shuffle(order)  # what ran before leaves its mark on the caches
+        for name in order:
+            samples[name].append(timed(runs[name], device))
     return {name: statistics.median(times) for name, times in samples.items()}
 
 

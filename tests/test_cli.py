@@ -314,3 +314,40 @@ def test_force_replaces_a_bundle(bundle_copy: Path) -> None:
     assert main(["export", "--layer", "3", *SMALL, "-o", "old", "--force"]) == 0
     assert json.loads(Path("old/manifest.json").read_text())["provenance"]["layer"] == 3
     assert [path.name for path in Path.cwd().iterdir()] == ["old"]
+
+
+def test_every_layer_of_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    from diffdeploy.checkpoints.files import SAMPLE
+
+    Path("out/layer2").mkdir(parents=True)
+    Path("out/layer2/mine").write_text("precious")
+    assert main(["export", str(SAMPLE), "--layer", "all", *SMALL, "-o", "out", "--json"]) == 2
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    assert result["status"] == "failed"
+    assert [bundle["layer"] for bundle in result["bundles"]] == [0, 1, 3]
+    assert all(bundle["status"] == "passed" for bundle in result["bundles"])
+    assert [(failure["layer"], failure["exit_code"]) for failure in result["failures"]] == [(2, 2)]
+    assert "layer 2 (3 of 4)" in said.err
+    assert said.err.strip().splitlines()[-1].startswith("error: layer 2: out/layer2 is not empty")
+    assert sorted(path.name for path in Path("out").iterdir()) == ["layer0", "layer1", "layer2", "layer3"]
+
+
+def test_verify_against_the_checkpoint(sample_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diffdeploy.checkpoints.files import SAMPLE
+
+    assert main(["verify", str(sample_bundle), "--checkpoint", str(SAMPLE)]) == 0
+    assert "the weights are those of model.safetensors, bit for bit" in capsys.readouterr().err
+    from safetensors.torch import load_file
+
+    shutil.copytree(SAMPLE, tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["layers.1.self_attn.k_proj.weight"][7, 7] += 1e-6
+    save_file(weights, tmp_path / "other" / "model.safetensors")
+    assert main(["verify", str(sample_bundle), "--checkpoint", str(tmp_path / "other")]) == 1
+    assert "origin: k_proj.weight differs" in capsys.readouterr().err
+
+
+def test_inspect_of_a_model_without_differential_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    assert "it holds no differential attention" in refused(["inspect", str(tmp_path)], capsys)
