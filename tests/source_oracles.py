@@ -1,7 +1,7 @@
 """The forward passes of the code bases that checkpoints come from, by their own head numbering, in loops and fp64.
 
-Written from descriptions of those projects. Each says, in the source's numbering, which row block of q, k and v a stream
-of a head reads; nothing is permuted to a canonical order.
+Written from descriptions of those projects. Each says, in the source's numbering, which row block of q, k and v a
+stream of a head reads; nothing is permuted to a canonical order.
 """
 
 from collections.abc import Callable

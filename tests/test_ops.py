@@ -187,3 +187,10 @@ def test_auto_takes_one_that_is_right(dtype: torch.dtype, queries: int, keys: in
     exact = diff_attention(q.double(), k.double(), v.double(), lam.double(), causal=True, impl="two_call")
     actual = diff_attention(q, k, v, lam, causal=True)
     assert (actual - exact).abs().max() < 16 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("impl", ["four_call", "stacked_split"])
+def test_odd_values_cannot_be_halved(impl: str) -> None:
+    q, k, v = random_inputs(4, 2, 5, 5, shared_keys=True)
+    with pytest.raises(InputError, match="their width 3 is odd"):
+        diff_attention(q, k, v[..., :3], torch.tensor(0.4), causal=True, impl=impl)

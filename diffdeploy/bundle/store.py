@@ -147,7 +147,6 @@ def staged_bundle(output: Path, *, force: bool = False) -> Iterator[Path]:
         InputError: ``output`` is taken or cannot be written.
         UnavailableError: the disk is full.
     """
-    output = output.absolute()
     _check_output(output, force)
     staging: Path | None = None
     made = [p for p in (output.parent, *output.parent.parents) if not p.exists()]

@@ -29,6 +29,9 @@ _IMPLEMENTATIONS: dict[Impl, _Decomposition] = {
 }
 
 
+_HALVE_VALUES = (Impl.FOUR_CALL, Impl.STACKED_SPLIT)
+
+
 def resolve_impl(impl: Impl | str, *, target: str | None = None) -> Impl:
     """Turn ``auto`` into the fastest implementation for a deployment format; anything else is kept as asked for.
 
@@ -96,6 +99,8 @@ def diff_attention(
             sliding_window=sliding_window,
             gqa_layout=gqa_layout,
         )
+    if resolved in _HALVE_VALUES and v_BHTe.shape[-1] % 2:
+        raise InputError(f"{resolved.value} halves the values, and their width {v_BHTe.shape[-1]} is odd")
     seen = visibility(q_BHSd, k_BHTd, causal=causal, attn_mask=attn_mask, sliding_window=sliding_window)
     return _IMPLEMENTATIONS[resolved](q_BHSd, k_BHTd, v_BHTe, lam, seen, gqa_layout)
 
