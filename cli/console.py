@@ -125,8 +125,8 @@ def _case_table(report: "Report") -> "Table":
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("inputs", "", "worst case"):
-        table.add_column(heading)
-    for heading in ("cases", "rmse", "eager's rmse", "budget used"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("cases", "rmse", "eager", "budget"):
         table.add_column(heading, justify="right")
     groups: dict[str, list[CaseReport]] = {}
     for case in report.cases:
@@ -146,12 +146,18 @@ def _case_table(report: "Report") -> "Table":
 
 
 def _group(case_id: str) -> str:
-    """What a case tries: its kind of numbers, its padding, a past, steps."""
-    parts = case_id.split("-")
-    if "in" in parts:
+    """What a case tries: steps, a past, its padding, its kind of numbers."""
+    sizes: list[str] = []
+    words: list[str] = []
+    for part in case_id.split("-"):
+        (sizes if part[0] in "BPS" else words).append(part)
+    if "in" in words:
         return "in steps"
-    past = "past, " if any(part[0] == "P" for part in parts) else ""
-    return past + ", ".join(part for part in parts if part[0] not in "BPS")
+    padding = [f"{word} padding" for word in words if word in ("left", "right", "ragged")]
+    padding += ["hidden rows"] if "hidden" in words else []
+    past = ["past"] if any(size[0] == "P" for size in sizes) else []
+    kind = [] if words[-1] == "normal" and (padding or past) else [words[-1]]
+    return ", ".join(past + padding + kind)
 
 
 def _number(value: float | None) -> str:

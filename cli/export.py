@@ -17,7 +17,9 @@ def export(
         Path | None,
         typer.Argument(help=".safetensors or .pt file, or a directory with one.", show_default="the bundled sample"),
     ] = None,
-    format_name: Annotated[Literal["onnx"], typer.Option("--format", help="Deployment format.")] = "onnx",
+    format_name: Annotated[
+        Literal["onnx", "pt2", "aoti"], typer.Option("--format", help="Deployment format.")
+    ] = "onnx",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Directory of the bundle.", show_default="artifacts/NAME-layerN-FORMAT"),
@@ -50,7 +52,10 @@ def export(
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of weights and graph.")] = "float32",
     max_batch_size: Annotated[int, typer.Option(help="Largest batch.")] = 32,
     max_sequence_length: Annotated[int, typer.Option(help="Longest sequence, past included.")] = 2048,
-    opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 24; Attention nodes from 23 on.")] = 23,
+    opset: Annotated[
+        int | None,
+        typer.Option(help="ONNX operator set, 18 to 24; Attention nodes from 23 on.", show_default="23 for onnx"),
+    ] = None,
     attention_impl: Annotated[
         Literal["auto", "two_call", "padded", "naive"], typer.Option(help="How the two attentions are written.")
     ] = "auto",

@@ -1,5 +1,7 @@
 """The life of an export: checkpoint, cast weights, lowered artifact, verification, then one rename into place."""
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -35,13 +37,18 @@ __all__ = ["FORMATS", "Export", "ExportOptions", "export_bundle", "why_not_expor
 
 
 class Format(NamedTuple):
-    """A row of the table of formats: the module that lowers, and the packages it needs."""
+    """A row of the table of formats: the module that lowers, and what it needs beside torch."""
 
     module: str
-    packages: tuple[str, ...]
+    packages: tuple[str, ...] = ()
+    compiler: bool = False
 
 
-FORMATS = {"onnx": Format("diffdeploy.exporters.onnx", ("onnx", "onnxscript"))}
+FORMATS = {
+    "onnx": Format("diffdeploy.exporters.onnx", ("onnx", "onnxscript")),
+    "pt2": Format("diffdeploy.exporters.pt2"),
+    "aoti": Format("diffdeploy.exporters.aoti", compiler=True),
+}
 
 
 _TWO_ATTENTIONS = (Impl.TWO_CALL, Impl.PADDED)
@@ -57,7 +64,7 @@ class ExportOptions:
         dtype: of the graph and its weights.
         max_batch_size: largest batch the artifact is declared for.
         max_sequence_length: longest sequence the artifact is declared for.
-        opset: ONNX operator set, 18 to 24.
+        opset: ONNX operator set, 18 to 24; by default 23.
         impl: how the two attentions are written down.
         seed: of the inputs that the artifact is verified with.
     """
@@ -67,7 +74,7 @@ class ExportOptions:
     dtype: DType = "float32"
     max_batch_size: int = 32
     max_sequence_length: int = 2048
-    opset: int = 23
+    opset: int | None = None
     impl: Impl | str = Impl.AUTO
     seed: int = 0
 
@@ -91,8 +98,13 @@ class _Exporter(Protocol):
 
 def why_not_export(format_name: str) -> str | None:
     """Why a format cannot be exported here, found out without loading anything; ``None`` when it can."""
-    missing = [name for name in FORMATS[format_name].packages if find_spec(name) is None]
-    return f"format {format_name} needs {' and '.join(missing)}, which is not installed" if missing else None
+    row = FORMATS[format_name]
+    if missing := [name for name in row.packages if find_spec(name) is None]:
+        return f"format {format_name} needs {' and '.join(missing)}, which is not installed"
+    compiler = os.environ.get("CXX", "g++")
+    if row.compiler and shutil.which(compiler) is None:
+        return f"format {format_name} compiles C++, and {compiler} is not found; install it or set CXX"
+    return None
 
 
 def _exporter(options: ExportOptions) -> _Exporter:
@@ -186,8 +198,8 @@ def export_bundle(
     report = None
     with staged_bundle(output, force=force) as staging:
         stage("lowering")
-        recorded = exporter.lower(_block(checkpoint, weights, options), spec, staging, options)
         _write_weights(checkpoint.config, weights, spec, options.seed, staging)
+        recorded = exporter.lower(_block(checkpoint, weights, options), spec, staging, options)
         manifest = write_manifest(staging, _manifest(checkpoint, spec, options, recorded))
         graph = contracts.facts(Bundle(staging, manifest))
         if verify:

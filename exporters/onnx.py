@@ -3,12 +3,13 @@
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from diffdeploy.errors import ExportError, InputError
-from diffdeploy.graphs import GraphSpec, run_block
+from diffdeploy.exporters.tracing import GraphModule, example
+from diffdeploy.graphs import GraphSpec
 from diffdeploy.modules import AttentionBlock
 
 if TYPE_CHECKING:
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
 
     from diffdeploy.exporters.base import ExportOptions
 
-__all__ = ["EXTERNAL_DATA", "MODEL", "OPSETS", "check", "lower"]
+__all__ = ["DEFAULT_OPSET", "EXTERNAL_DATA", "MODEL", "OPSETS", "check", "lower"]
 
 MODEL = "model.onnx"
 EXTERNAL_DATA = "model.onnx.data"
 OPSETS = range(18, 25)
+DEFAULT_OPSET = 23
 
 # A protobuf message ends at 2 GiB; the rest of the graph needs far less than the difference.
 _MAX_INLINE_BYTES = 2_000_000_000
@@ -32,7 +34,7 @@ def check(options: "ExportOptions") -> None:
     Raises:
         InputError: the opset is outside 18 to 24.
     """
-    if options.opset not in OPSETS:
+    if options.opset is not None and options.opset not in OPSETS:
         raise InputError(f"opset is {options.opset}; accepted is {OPSETS.start} to {OPSETS.stop - 1}")
 
 
@@ -51,11 +53,12 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "Exp
     Raises:
         ExportError: the block could not be lowered.
     """
-    program = _export(block, spec, options.opset)
+    opset = DEFAULT_OPSET if options.opset is None else options.opset
+    program = _export(block, spec, opset)
     _name_axes(program, spec)
     _strip_metadata(program)
     _save(program, directory)
-    return {"opset": options.opset}
+    return {"opset": opset}
 
 
 def _save(model: "onnx_ir.Model", directory: Path) -> None:
@@ -65,40 +68,8 @@ def _save(model: "onnx_ir.Model", directory: Path) -> None:
     onnx_ir.save(model, directory / MODEL, external_data=EXTERNAL_DATA if size > _MAX_INLINE_BYTES else None)
 
 
-class _Graph(torch.nn.Module):
-    """A block with the signature of a graph: tensors in the order of its inputs and outputs."""
-
-    def __init__(self, block: AttentionBlock, spec: GraphSpec) -> None:
-        super().__init__()
-        self.block, self.spec = block, spec
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = run_block(self.block, dict(zip(self.spec.inputs, tensors, strict=True)))
-        return tuple(outputs[name] for name in self.spec.outputs)
-
-
-def _example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Tensors to trace with, and which of their axes are dynamic.
-
-    Sizes of 0 and 1 would be taken for constants; that they work is proved by the verification.
-    """
-    axes: dict[str, Any] = {
-        name: torch.export.Dim(name, min=bounds.min, max=bounds.max) for name, bounds in spec.axes.items()
-    }
-    sizes = {"batch_size": min(3, spec.axes["batch_size"].max), "sequence_length": 2, "past_sequence_length": 2}
-    for total, parts in spec.sums.items():
-        axes[total] = torch.export.Dim.DYNAMIC  # follows from its parts
-        sizes[total] = sum(sizes[part] for part in parts)
-    tensors, dynamic = [], []
-    for tensor in spec.inputs.values():
-        shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
-        tensors.append(torch.ones(shape, dtype=torch.int64 if tensor.dtype == "int64" else dtype))
-        dynamic.append({index: axes[axis] for index, axis in enumerate(tensor.shape) if isinstance(axis, str)})
-    return tuple(tensors), tuple(dynamic)
-
-
 def _export(block: AttentionBlock, spec: GraphSpec, opset: int) -> "onnx_ir.Model":
-    tensors, dynamic = _example(spec, block.q_proj.weight.dtype)
+    tensors, dynamic = example(spec, block.q_proj.weight.dtype)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -106,7 +77,7 @@ def _export(block: AttentionBlock, spec: GraphSpec, opset: int) -> "onnx_ir.Mode
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                _Graph(block, spec),
+                GraphModule(block, spec),
                 tensors,
                 dynamo=True,
                 opset_version=opset,

@@ -29,7 +29,11 @@ class _Backend(NamedTuple):
     extra: str
 
 
-_BACKENDS = {"onnx": _Backend("diffdeploy.runtime.onnx", "OnnxRuntime", "onnxruntime", "cpu")}
+_BACKENDS = {
+    "onnx": _Backend("diffdeploy.runtime.onnx", "OnnxRuntime", "onnxruntime", "cpu"),
+    "pt2": _Backend("diffdeploy.runtime.torch_programs", "Pt2Runtime", "torch", "cpu"),
+    "aoti": _Backend("diffdeploy.runtime.torch_programs", "AotiRuntime", "torch", "cpu"),
+}
 
 
 def why_not_run(format_name: str) -> str | None:

@@ -41,7 +41,7 @@ def _receive(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]] | Non
     arrays: dict[str, Array] = {}
     for name, (dtype, shape) in header["arrays"].items():
         size = np.dtype(dtype).itemsize * math.prod(shape)
-        arrays[name] = np.frombuffer(stream.read(size), dtype).reshape(shape)
+        arrays[name] = np.frombuffer(bytearray(stream.read(size)), dtype).reshape(shape)
     return header, arrays
 
 

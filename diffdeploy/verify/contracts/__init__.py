@@ -20,7 +20,11 @@ class _Contract(Protocol):
     def checks(self, bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]: ...
 
 
-_CONTRACTS = {"onnx": "diffdeploy.verify.contracts.onnx"}
+_CONTRACTS = {
+    "onnx": "diffdeploy.verify.contracts.onnx",
+    "pt2": "diffdeploy.verify.contracts.pt2",
+    "aoti": "diffdeploy.verify.contracts.aoti",
+}
 
 
 def _contract(bundle: Bundle) -> _Contract:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffdeploy.bundle import Bundle, Manifest
-from diffdeploy.config import LAMBDA_VECTORS, DiffAttentionConfig
-from diffdeploy.verify.oracle import lambda_value, rope_tables
+from diffdeploy.verify.contracts.common import check, lambda_constant, rope_constants, weights_bit_for_bit
 from diffdeploy.verify.report import Check, GraphFacts
 
 if TYPE_CHECKING:
@@ -50,15 +49,11 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
         _attention_operators(model),
         _interface(model, manifest),
         _nothing_to_fold(model),
-        _weights(constants, weights),
-        _lambda(constants, manifest, weights),
-        _rope_tables(constants, manifest),
+        weights_bit_for_bit(constants, weights),
+        lambda_constant(constants, manifest, weights),
+        rope_constants(constants, manifest),
         _no_traces(model),
     ]
-
-
-def _check(name: str, problems: list[str], fine: str) -> Check:
-    return Check(name=name, passed=not problems, detail="; ".join(problems) if problems else fine)
 
 
 def _opset(model: "onnx.ModelProto") -> int | None:
@@ -88,7 +83,7 @@ def _standard_operators(model: "onnx.ModelProto", manifest: Manifest) -> Check:
         problems.append(f"{len(model.functions)} local functions")
     if _opset(model) != manifest.options["opset"]:
         problems.append(f"opset {_opset(model)}, but the manifest says {manifest.options['opset']}")
-    return _check("operators", problems, f"standard domain only, opset {_opset(model)}")
+    return check("operators", problems, f"standard domain only, opset {_opset(model)}")
 
 
 def _attention_operators(model: "onnx.ModelProto") -> Check:
@@ -96,7 +91,7 @@ def _attention_operators(model: "onnx.ModelProto") -> Check:
     expected = (2, 0) if (_opset(model) or 0) >= _FIRST_OPSET_WITH_ATTENTION else (0, 2)
     found = f"{fused} Attention and {softmaxes} Softmax nodes"
     problems = [] if (fused, softmaxes) == expected else [f"{found}; expected {expected[0]} and {expected[1]}"]
-    return _check("attention", problems, found)
+    return check("attention", problems, found)
 
 
 def _interface(model: "onnx.ModelProto", manifest: Manifest) -> Check:
@@ -117,7 +112,7 @@ def _interface(model: "onnx.ModelProto", manifest: Manifest) -> Check:
             shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
             if (dtype, shape) != (spec.dtype, list(spec.shape)):
                 problems.append(f"{value.name} is {dtype} {shape}, declared is {spec.dtype} {list(spec.shape)}")
-    return _check("interface", problems, "names, dtypes and dynamic axes as declared")
+    return check("interface", problems, "names, dtypes and dynamic axes as declared")
 
 
 def _nothing_to_fold(model: "onnx.ModelProto") -> Check:
@@ -131,65 +126,7 @@ def _nothing_to_fold(model: "onnx.ModelProto") -> Check:
             foldable.append(f"{node.op_type} {node.name} does not depend on the input")
     used = {name for node in model.graph.node for name in node.input}
     unused = [f"constant {t.name} is not used" for t in model.graph.initializer if t.name not in used]
-    return _check("folded", foldable + unused, "every node depends on the input, every constant is used")
-
-
-def _weights(constants: Mapping[str, Array], weights: Mapping[str, Array]) -> Check:
-    """Each weight stands in the graph once, bit for bit, as it is or transposed."""
-    left = dict(constants)
-    problems = []
-    for name, weight in weights.items():
-        if name in LAMBDA_VECTORS:
-            continue
-        match = next((key for key, constant in left.items() if _same_bits(constant, weight)), None)
-        if match is None:
-            problems.append(f"{name} is not in the graph bit for bit")
-        else:
-            del left[match]
-    return _check("weights", problems, "bit-identical to weights.safetensors")
-
-
-def _same_bits(constant: Array, weight: Array) -> bool:
-    """Whether a constant is the weight; a norm that runs in fp32 holds its fp16 weight widened, which loses nothing."""
-    if constant.dtype == np.float32 and weight.dtype == np.float16:
-        weight = weight.astype(np.float32)
-    if constant.dtype != weight.dtype:
-        return False
-    forms = (weight, weight.T) if weight.ndim == 2 else (weight,)
-    return any(constant.shape == form.shape and constant.tobytes() == form.tobytes() for form in forms)
-
-
-def _lambda(constants: Mapping[str, Array], manifest: Manifest, weights: Mapping[str, Array]) -> Check:
-    if not isinstance(manifest.config, DiffAttentionConfig):
-        return _check("lambda", [], "one per token and head")
-    expected = lambda_value(manifest.config, weights)
-    # A few roundings of fp32 in exp(.) - exp(.) + lambda_init, then one to the dtype of the graph.
-    scalars = {name: c for name, c in constants.items() if c.size == 1 and c.dtype.kind == "f"}
-    near = [
-        name
-        for name, constant in scalars.items()
-        if abs(float(constant.reshape(())) - expected)
-        <= np.finfo(constant.dtype).eps * abs(expected) + 8 * np.finfo(np.float32).eps * (1 + abs(expected))
-    ]
-    problems = [] if near else [f"no constant of the graph is lambda, {expected:.7g}"]
-    return _check("lambda", problems, f"folded to one constant, {expected:.7g}")
-
-
-def _rope_tables(constants: Mapping[str, Array], manifest: Manifest) -> Check:
-    rope, spec = manifest.config.rope, manifest.graph
-    if rope is None:
-        return _check("rope", [], "none")
-    length = spec.axes["sequence_length"].max
-    dtype = np.dtype(spec.inputs["hidden_states"].dtype)
-    problems = []
-    for name, table in zip(("cosine", "sine"), rope_tables(rope, manifest.config.head_dim, length), strict=True):
-        tolerance = float(np.finfo(dtype).eps)
-        if not any(
-            c.dtype == dtype and c.shape == table.shape and np.abs(c - table).max() <= tolerance
-            for c in constants.values()
-        ):
-            problems.append(f"no constant of the graph is the {name} table of {length} positions")
-    return _check("rope", problems, f"tables of {length} positions, theta {rope.theta:g}")
+    return check("folded", foldable + unused, "every node depends on the input, every constant is used")
 
 
 def _strings(model: "onnx.ModelProto") -> Iterator[str]:
@@ -212,7 +149,7 @@ def _no_traces(model: "onnx.ModelProto") -> Check:
     if _annotated(model):
         problems.append("metadata or a doc string on the model")
     problems += [f"{text!r} looks like a path" for text in _strings(model) if "/" in text or "\\" in text]
-    return _check("traces", problems, "no path, metadata or doc string")
+    return check("traces", problems, "no path, metadata or doc string")
 
 
 def _annotated(part: Any) -> bool:

@@ -1,0 +1,80 @@
+"""Checks that the contracts of several formats share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from diffdeploy.bundle import Manifest
+from diffdeploy.config import LAMBDA_VECTORS, DiffAttentionConfig
+from diffdeploy.verify.oracle import lambda_value, rope_tables
+from diffdeploy.verify.report import Check
+
+__all__ = ["check", "lambda_constant", "rope_constants", "weights_bit_for_bit"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def check(name: str, problems: list[str], fine: str) -> Check:
+    """A check that passes when there is no problem."""
+    return Check(name=name, passed=not problems, detail="; ".join(problems) if problems else fine)
+
+
+def weights_bit_for_bit(constants: Mapping[str, Array], weights: Mapping[str, Array]) -> Check:
+    """Each weight stands in the graph once, bit for bit, as it is or transposed."""
+    left = dict(constants)
+    problems = []
+    for name, weight in weights.items():
+        if name in LAMBDA_VECTORS:
+            continue
+        match = next((key for key, constant in left.items() if _same_bits(constant, weight)), None)
+        if match is None:
+            problems.append(f"{name} is not in the graph bit for bit")
+        else:
+            del left[match]
+    return check("weights", problems, "bit-identical to weights.safetensors")
+
+
+def _same_bits(constant: Array, weight: Array) -> bool:
+    """Whether a constant is the weight; a norm that runs in fp32 holds its fp16 weight widened, which loses nothing."""
+    if constant.dtype == np.float32 and weight.dtype == np.float16:
+        weight = weight.astype(np.float32)
+    if constant.dtype != weight.dtype:
+        return False
+    forms = (weight, weight.T) if weight.ndim == 2 else (weight,)
+    return any(constant.shape == form.shape and constant.tobytes() == form.tobytes() for form in forms)
+
+
+def lambda_constant(constants: Mapping[str, Array], manifest: Manifest, weights: Mapping[str, Array]) -> Check:
+    """Lambda of the paper must be one constant of the artifact; in the second version it is computed per token."""
+    if not isinstance(manifest.config, DiffAttentionConfig):
+        return check("lambda", [], "one per token and head")
+    expected = lambda_value(manifest.config, weights)
+    # A few roundings of fp32 in exp(.) - exp(.) + lambda_init, then one to the dtype of the graph.
+    scalars = {name: c for name, c in constants.items() if c.size == 1 and c.dtype.kind == "f"}
+    near = [
+        name
+        for name, constant in scalars.items()
+        if abs(float(constant.reshape(())) - expected)
+        <= np.finfo(constant.dtype).eps * abs(expected) + 8 * np.finfo(np.float32).eps * (1 + abs(expected))
+    ]
+    problems = [] if near else [f"no constant of the graph is lambda, {expected:.7g}"]
+    return check("lambda", problems, f"folded to one constant, {expected:.7g}")
+
+
+def rope_constants(constants: Mapping[str, Array], manifest: Manifest) -> Check:
+    """The rotary tables must stand in the artifact, for all declared positions."""
+    rope, spec = manifest.config.rope, manifest.graph
+    if rope is None:
+        return check("rope", [], "none")
+    length = spec.axes["sequence_length"].max
+    dtype = np.dtype(spec.inputs["hidden_states"].dtype)
+    problems = []
+    for name, table in zip(("cosine", "sine"), rope_tables(rope, manifest.config.head_dim, length), strict=True):
+        tolerance = float(np.finfo(dtype).eps)
+        if not any(
+            c.dtype == dtype and c.shape == table.shape and np.abs(c - table).max() <= tolerance
+            for c in constants.values()
+        ):
+            problems.append(f"no constant of the graph is the {name} table of {length} positions")
+    return check("rope", problems, f"tables of {length} positions, theta {rope.theta:g}")

@@ -1,0 +1,75 @@
+"""Tracing a block into the graph that a `GraphSpec` declares; shared by the exporters that start from torch.export."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdeploy.errors import InputError
+from diffdeploy.graphs import GraphSpec, run_block
+from diffdeploy.modules import AttentionBlock
+
+if TYPE_CHECKING:
+    from diffdeploy.exporters.base import ExportOptions
+
+__all__ = ["GraphModule", "check", "example", "trace"]
+
+
+def check(options: "ExportOptions") -> None:
+    """Refuse options that the format does not have.
+
+    Raises:
+        InputError: an opset was given.
+    """
+    if options.opset is not None:
+        raise InputError(f"opset is {options.opset}, which format {options.format} does not have; leave it out")
+
+
+class GraphModule(nn.Module):
+    """A block with the signature of a graph: tensors in the order of its inputs and outputs."""
+
+    def __init__(self, block: AttentionBlock, spec: GraphSpec) -> None:
+        super().__init__()
+        self.block, self.spec = block, spec
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the block on the inputs of `GraphSpec.inputs`, in that order."""
+        outputs = run_block(self.block, dict(zip(self.spec.inputs, tensors, strict=True)))
+        return tuple(outputs[name] for name in self.spec.outputs)
+
+
+def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Tensors to trace with, and which of their axes are dynamic.
+
+    Sizes of 0 and 1 would be taken for constants; that they work is proved by the verification.
+    """
+    axes: dict[str, Any] = {
+        name: torch.export.Dim(name, min=bounds.min, max=bounds.max) for name, bounds in spec.axes.items()
+    }
+    sizes = {"batch_size": min(3, spec.axes["batch_size"].max), "sequence_length": 2, "past_sequence_length": 2}
+    for total, parts in spec.sums.items():
+        axes[total] = torch.export.Dim.DYNAMIC  # follows from its parts
+        sizes[total] = sum(sizes[part] for part in parts)
+    tensors, dynamic = [], []
+    for tensor in spec.inputs.values():
+        shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
+        tensors.append(torch.ones(shape, dtype=torch.int64 if tensor.dtype == "int64" else dtype))
+        dynamic.append({index: axes[axis] for index, axis in enumerate(tensor.shape) if isinstance(axis, str)})
+    return tuple(tensors), tuple(dynamic)
+
+
+def trace(block: AttentionBlock, spec: GraphSpec) -> torch.export.ExportedProgram:
+    """The block as an exported program with the declared ranges, and without traces of this machine."""
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    tensors, dynamic = example(spec, block.q_proj.weight.dtype)
+    program = torch.export.export(GraphModule(block, spec), tensors, dynamic_shapes=(dynamic,))
+    for expression in program.range_constraints:
+        if len(expression.free_symbols) > 1:  # torch takes 2 for the least of each part of a sum
+            (total,) = (spec.axes[name] for name in spec.sums)
+            program.range_constraints[expression] = ValueRanges(total.min, total.max)
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
+    return program

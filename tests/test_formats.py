@@ -1,0 +1,140 @@
+"""Exported programs and AOTInductor packages: verified, loaded without diffdeploy, held to their ranges and weights."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffdeploy import load
+from diffdeploy.bundle import open_bundle, write_manifest
+from diffdeploy.checkpoints import Checkpoint
+from diffdeploy.errors import InputError, UnavailableError
+from diffdeploy.exporters import ExportOptions, base, export_bundle
+from diffdeploy.graphs import DType, Variant
+from diffdeploy.modules import DiffAttention, block_class
+from diffdeploy.verify import RejectedError, verify_bundle
+
+ALONE = """
+import sys, torch
+sys.modules["diffdeploy"] = None  # an import of it would fail
+torch.manual_seed(0)
+x = torch.randn(1, 3, 128)
+{load}
+(output,) = run(x)
+torch.save((x, output), sys.argv[2])
+"""
+LOADERS = {
+    "pt2": "run = torch.export.load(sys.argv[1]).module()",
+    "aoti": "run = torch._inductor.aoti_load_package(sys.argv[1])",
+}
+
+
+@pytest.fixture(scope="module")
+def bundles(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One plain bundle per format; shared: copy before changing."""
+    folder = tmp_path_factory.mktemp("formats")
+    return {
+        name: export_bundle(
+            sample, folder / name, ExportOptions(format=name, max_batch_size=4, max_sequence_length=70)
+        ).path
+        for name in LOADERS
+    }
+
+
+@pytest.mark.parametrize("graph", ["masked", "cached"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_pt2_of_every_variant(graph: Variant, dtype: DType, sample: Checkpoint, tmp_path: Path) -> None:
+    options = ExportOptions(format="pt2", graph=graph, dtype=dtype, max_batch_size=4, max_sequence_length=70)
+    done = export_bundle(sample, tmp_path / "out", options)
+    assert done.report is not None
+    assert done.report.passed
+    assert done.graph.attention_ops == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", ["masked", "cached"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_aoti_of_every_variant(graph: Variant, dtype: DType, sample: Checkpoint, tmp_path: Path) -> None:
+    options = ExportOptions(format="aoti", graph=graph, dtype=dtype, max_batch_size=4, max_sequence_length=70)
+    done = export_bundle(sample, tmp_path / "out", options)
+    assert done.report is not None
+    assert done.report.passed
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_loads_without_diffdeploy(name: str, bundles: dict[str, Path], sample: Checkpoint, tmp_path: Path) -> None:
+    code = ALONE.format(load=LOADERS[name])
+    model, result = bundles[name] / "model.pt2", tmp_path / "result.pt"
+    subprocess.run([sys.executable, "-c", code, str(model), str(result)], check=True, capture_output=True)
+    x, output = torch.load(result)
+    block = block_class(sample.config).from_weights(sample.config, sample.weights)
+    torch.testing.assert_close(output, block(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_the_runtime_holds_the_ranges(name: str, bundles: dict[str, Path]) -> None:
+    runtime = load(bundles[name])
+    assert runtime(hidden_states=np.ones((4, 70, 128), np.float32))["output"].shape == (4, 70, 128)
+    for shape in ((5, 1, 128), (1, 71, 128), (0, 1, 128)):
+        with pytest.raises(InputError, match="accepted is 1 to"):
+            runtime(hidden_states=np.ones(shape, np.float32))
+
+
+def test_pt2_has_the_same_bytes_twice(bundles: dict[str, Path], sample: Checkpoint, tmp_path: Path) -> None:
+    options = ExportOptions(format="pt2", max_batch_size=4, max_sequence_length=70)
+    again = export_bundle(sample, tmp_path / "again", options).path
+    for file in again.iterdir():
+        assert file.read_bytes() == (bundles["pt2"] / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_no_local_path_is_left(name: str, bundles: dict[str, Path]) -> None:
+    assert str(Path(base.__file__).resolve().parent).encode() not in (bundles[name] / "model.pt2").read_bytes()
+
+
+def test_a_faulty_program_is_refused(sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = base._block
+
+    def spoiled(*arguments: Any) -> Any:
+        block = build(*arguments)
+        assert isinstance(block, DiffAttention)
+        block.v_proj.weight = torch.nn.Parameter(block.v_proj.weight.clone(), requires_grad=False)
+        block.v_proj.weight[5, 7] *= 1.001
+        return block
+
+    monkeypatch.setattr(base, "_block", spoiled)
+    with pytest.raises(RejectedError) as refused:
+        export_bundle(sample, tmp_path / "out", ExportOptions(format="pt2", max_sequence_length=70))
+    report = refused.value.report
+    assert [check.name for check in report.contract if not check.passed] == ["weights"]
+    assert any(not case.passed for case in report.cases)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_aoti_package_of_other_weights_is_seen(bundles: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in bundles["aoti"].iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    weights = load_file(copy / "weights.safetensors")
+    weights["q_proj.weight"][0, 0] *= 1.001
+    save_file(weights, copy / "weights.safetensors")
+    write_manifest(copy, open_bundle(bundles["aoti"]).manifest)
+    failed = [check.name for check in verify_bundle(copy).contract if not check.passed]
+    assert "weights" in failed
+
+
+def test_what_a_format_does_not_have_is_refused(
+    sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="opset is 23, which format pt2 does not have"):
+        export_bundle(sample, tmp_path / "out", ExportOptions(format="pt2", opset=23))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UnavailableError, match="no-such-compiler is not found"):
+        export_bundle(sample, tmp_path / "out", ExportOptions(format="aoti"))
