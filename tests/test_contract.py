@@ -22,7 +22,7 @@ def failed_checks(bundle: Path, change: Callable[[onnx.ModelProto], None]) -> se
 
 
 def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
-    tensor: onnx.TensorProto = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor: onnx.TensorProto = next(tensor for tensor in model.graph.initializer if tensor.name.endswith(name))
     return tensor
 
 
@@ -38,7 +38,8 @@ def add_a_softmax(model: onnx.ModelProto) -> None:
 
 
 def add_a_foldable_node(model: onnx.ModelProto) -> None:
-    model.graph.node.insert(0, onnx.helper.make_node("Neg", ["_frozen_lambda"], ["negative"]))
+    constant = initializer(model, "_frozen_lambda").name
+    model.graph.node.insert(0, onnx.helper.make_node("Neg", [constant], ["negative"]))
 
 
 def leave_an_unused_constant(model: onnx.ModelProto) -> None:
