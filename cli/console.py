@@ -29,7 +29,9 @@ __all__ = [
 def _stderr() -> "Console":
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False)
+    # In a log file or a pipe there is no edge to fit into.
+    return console if console.is_terminal else Console(stderr=True, highlight=False, width=_LOG_WIDTH)
 
 
 def print_json(fields: Any) -> None:
@@ -52,6 +54,9 @@ def note(text: str) -> None:
 def fail(message: str) -> None:
     """The one sentence that says what went wrong."""
     note("error: " + " ".join(message.split()))
+
+
+_LOG_WIDTH = 110
 
 
 class Activity:
@@ -125,9 +130,9 @@ def _case_table(report: "Report") -> "Table":
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("inputs", "", "worst case"):
-        table.add_column(heading, no_wrap=True)
+        table.add_column(heading, overflow="fold")
     for heading in ("cases", "rmse", "eager", "budget"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True, min_width=7 if heading != "cases" else 5)
     groups: dict[str, list[CaseReport]] = {}
     for case in report.cases:
         groups.setdefault(_group(case.id), []).append(case)

@@ -140,7 +140,6 @@ def test_one_weight_off_by_a_thousandth(sample: Checkpoint, tmp_path: Path, monk
         block.v_proj.weight[5, 7] *= 1.001
 
     report = _report_with(nudge, sample, tmp_path, monkeypatch)
-    assert failed_cases(report) > 0
     assert [check.detail for check in report.contract if not check.passed] == [
         "v_proj.weight is not in the graph bit for bit"
     ]

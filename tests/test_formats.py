@@ -111,7 +111,6 @@ def test_a_faulty_program_is_refused(sample: Checkpoint, tmp_path: Path, monkeyp
         export_bundle(sample, tmp_path / "out", ExportOptions(format="pt2", max_sequence_length=70))
     report = refused.value.report
     assert [check.name for check in report.contract if not check.passed] == ["weights"]
-    assert any(not case.passed for case in report.cases)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -144,12 +144,13 @@ def _masked(spec: GraphSpec, seed: int) -> list[Case]:
 
 def _cached(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
     max_total = spec.axes["total_sequence_length"].max
-    pasts = [*_PASTS, (max_total - 1, 1), (max_total // 2, max_total - max_total // 2)]
+    longest_step = min(max_total, max(1, _MAX_SCORES // (2 * 2 * config.num_heads * max_total)))
+    pasts = [*_PASTS, (max_total - 1, 1), (max_total - longest_step, longest_step)]
     cases = [
         Case(batch_size=batch, sequence_length=length, past_length=past, seed=seed)
         for past, length in pasts
         for batch in (1, 2)
-        if past + length <= min(max_total, _MAX_SCORES // 2**12)
+        if past + length <= max_total
     ]
     cases += [
         Case(batch_size=2, sequence_length=length, past_length=past, seed=seed, mask=mask)

@@ -33,13 +33,14 @@ class Budget:
 
 
 # How the numbers were found: `make slow` exports random right blocks and reports the share of the budget that they use.
-# With k = 2 and floors of 1 and 2, 1,953 fp32 cases of 100 such blocks used at most 2.04 (and 18 were rejected), 1,003
-# fp16 cases at most 0.42 of a budget with k = 3. The outliers are lucky yardsticks: sums of equal numbers that eager
-# rounds exactly, and norms that a backend decomposes. So fp32 gets two and a half times as much; it still is a hundred
-# times below the smallest fault in the tests.
+# With k = 2 and floors of 1 and 2, 1,953 fp32 cases of 100 such blocks used at most 2.04 (and 18 were rejected); with
+# 2.5 times as much, 3,800 cases of 200 blocks used at most 1.02 (and 1 was rejected). The outliers: lucky yardsticks,
+# sums of equal numbers that eager rounds exactly, and norms that a backend decomposes. So fp32 gets four times as much.
+# 2,000 fp16 cases used at most 0.69 of a budget with k = 3. One weight off by a thousandth uses 0.7 of the fp32 budget:
+# it is the contract that sees it. The next smallest fault of the tests, a rotary base off by 5 %, uses 7,000 budgets.
 # floors: outputs are stored in the dtype, so even a perfect computation is off by up to eps/2 per element.
 BUDGETS: dict[DType, Budget] = {
-    "float32": Budget(k=5.0, rmse_floor=2.5, max_floor=5.0),
+    "float32": Budget(k=8.0, rmse_floor=4.0, max_floor=8.0),
     "float16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
 }
 
