@@ -10,7 +10,7 @@ from diffdeploy.errors import InputError
 
 __all__ = ["DType", "GraphSpec", "Range", "TensorSpec", "Variant", "graph_spec", "run_block"]
 
-DType = Literal["float32", "float16"]
+DType = Literal["float32", "float16", "bfloat16"]
 Variant = Literal["plain", "masked", "cached"]
 
 # Tracing needs two sizes above 1 that add up to the total.
@@ -60,6 +60,13 @@ class GraphSpec(_Frozen):
     outputs: dict[str, TensorSpec]
     axes: dict[str, Range]
     sums: dict[str, tuple[str, ...]]
+
+    @property
+    def dtype(self) -> DType:
+        """Of everything that is not a mask or a position."""
+        dtype = self.inputs["hidden_states"].dtype
+        assert dtype != "int64"
+        return dtype
 
 
 def graph_spec(

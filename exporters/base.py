@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from diffdeploy.arrays import to_array
 from diffdeploy.bundle import (
     GOLDEN,
     REPORT,
@@ -147,7 +148,7 @@ def _write_weights(config: AnyConfig, weights: dict[str, "Tensor"], spec: GraphS
     import numpy as np
     import safetensors.numpy
 
-    arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+    arrays = {name: to_array(tensor) for name, tensor in weights.items()}
     exact = {name: array.astype(np.float64) for name, array in arrays.items()}
     # Serialised first: the library's own file writer hides the reason when a disk is full.
     (staging / WEIGHTS).write_bytes(safetensors.numpy.save(arrays))
@@ -184,9 +185,10 @@ def export_bundle(
     options = options or ExportOptions()
     exporter = _exporter(options)
     if verify:
-        from diffdeploy.runtime import require_backend
+        from diffdeploy.runtime import why_not_run
 
-        require_backend(options.format)
+        if reason := why_not_run(options.format):
+            raise UnavailableError(reason)
     spec = graph_spec(
         options.graph,
         checkpoint.config,

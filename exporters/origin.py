@@ -5,7 +5,6 @@ from pathlib import Path
 from diffdeploy.bundle import WEIGHTS, open_bundle
 from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint
 from diffdeploy.exporters.base import cast_weights
-from diffdeploy.graphs import DType
 from diffdeploy.verify import Check
 
 __all__ = ["check_origin"]
@@ -23,8 +22,7 @@ def check_origin(bundle: str | Path, checkpoint: str | Path) -> Check:
     manifest = open_bundle(bundle).manifest
     options = CheckpointOptions.from_given(manifest.provenance.options)
     found = read_checkpoint(checkpoint, options)
-    dtype: DType = "float16" if manifest.graph.inputs["hidden_states"].dtype == "float16" else "float32"
-    read, stored = cast_weights(found, dtype), load_file(Path(bundle) / WEIGHTS)
+    read, stored = cast_weights(found, manifest.graph.dtype), load_file(Path(bundle) / WEIGHTS)
     problems = [] if found.config == manifest.config else ["its config is another"]
     if read.keys() != stored.keys():
         problems.append("its weights have other names")

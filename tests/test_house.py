@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors",
     "digests",
+    "arrays",
     "config",
     "ops",
     "modules",

@@ -1,5 +1,6 @@
 """Bundles: one directory with the artifact, its weights, its report and a manifest that ties them together."""
 
+from diffdeploy.bundle.block import eager_block
 from diffdeploy.bundle.manifest import Environment, FileDigest, Manifest, Provenance
 from diffdeploy.bundle.store import (
     GOLDEN,
@@ -24,6 +25,7 @@ __all__ = [
     "Manifest",
     "Provenance",
     "default_output",
+    "eager_block",
     "open_bundle",
     "staged_bundle",
     "write_manifest",

@@ -1,76 +1,58 @@
 """The interface that every format is run through, with the input checks that backends do not make."""
 
 from abc import ABC, abstractmethod
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from diffdeploy.bundle import Bundle, open_bundle
-from diffdeploy.errors import InputError, UnavailableError
+from diffdeploy.arrays import Array
+from diffdeploy.bundle import Bundle
+from diffdeploy.errors import InputError
 from diffdeploy.graphs import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Runtime", "load", "require_backend", "why_not_run"]
-
-Array = np.ndarray[Any, np.dtype[Any]]
+__all__ = ["RunOptions", "Runtime"]
 
 
-class _Backend(NamedTuple):
-    """Where the runtime of a format is, and what it needs that the base installation does not have."""
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What a bundle is run with.
 
-    module: str
-    class_name: str
-    package: str
-    extra: str
-
-
-_BACKENDS = {
-    "onnx": _Backend("diffdeploy.runtime.onnx", "OnnxRuntime", "onnxruntime", "cpu"),
-    "pt2": _Backend("diffdeploy.runtime.torch_programs", "Pt2Runtime", "torch", "cpu"),
-    "aoti": _Backend("diffdeploy.runtime.torch_programs", "AotiRuntime", "torch", "cpu"),
-}
-
-
-def why_not_run(format_name: str) -> str | None:
-    """Why bundles of a format cannot be run here, found out without loading anything; ``None`` when they can."""
-    backend = _BACKENDS.get(format_name)
-    if backend is None:
-        return f"this version cannot run format {format_name!r}; it runs {', '.join(_BACKENDS)}"
-    if find_spec(backend.package) is None:
-        return (
-            f"{backend.package} is not installed, and {format_name} bundles run on it; "
-            f"pip install 'diffdeploy[{backend.extra}]'"
-        )
-    return None
-
-
-def require_backend(format_name: str) -> None:
-    """Check that bundles of a format can be run here.
-
-    Raises:
-        UnavailableError: this version does not know the format, or its backend is not installed.
+    Attributes:
+        device: ``cpu``, ``cuda`` or ``cuda:N``; by default the one that the bundle was made for.
+        threads: of the backend on the CPU; by default its own choice. Those of torch are the whole process's.
+        reference: run ONNX with `onnx.reference`, which is slow and knows every dtype, in place of onnxruntime.
+        recompile: compile a ``compile`` bundle afresh, on a machine other than the one that it was made for.
     """
-    if reason := why_not_run(format_name):
-        raise UnavailableError(reason)
+
+    device: str | None = None
+    threads: int | None = None
+    reference: bool = False
+    recompile: bool = False
 
 
 class Runtime(ABC):
     """A loaded bundle. Call it with the inputs by name; safe to call from several threads.
 
+    A context manager, which closes it.
+
     Attributes:
         bundle: where it came from.
         spec: names, dtypes and ranges of inputs and outputs.
+        device: where it runs.
     """
 
-    def __init__(self, bundle: Bundle, *, device: str, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, options: RunOptions) -> None:
         self.bundle = bundle
         self.spec: GraphSpec = bundle.manifest.graph
-        self._open(device, threads)
+        self.device = options.device or str(bundle.manifest.options.get("device", "cpu"))
+        self._closed = False
+        self._open(options)
 
     @property
     @abstractmethod
@@ -78,92 +60,105 @@ class Runtime(ABC):
         """Backend, version and settings, for reports."""
 
     @abstractmethod
-    def _open(self, device: str, threads: int | None) -> None:
+    def _open(self, options: RunOptions) -> None:
         """Load the artifact into the backend."""
 
     @abstractmethod
-    def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
-        """Run checked inputs."""
+    def _run(self, inputs: Sequence[Any], *, as_torch: bool) -> Sequence[Any]:
+        """Run checked inputs, torch tensors or arrays, and give outputs of the kind that is wanted."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Let the backend go."""
 
     def __call__(self, **inputs: "Tensor | Array") -> "dict[str, Any]":
         """Run the graph.
 
         Args:
-            **inputs: torch tensors or numpy arrays, as `spec` says.
+            **inputs: torch tensors or numpy arrays, as `spec` says; bfloat16 arrays are those of ``ml_dtypes``.
 
         Returns:
-            Outputs by name: torch tensors if the inputs were, else numpy arrays.
+            Outputs by name: torch tensors, where ``hidden_states`` is, if that is one; else numpy arrays.
 
         Raises:
-            InputError: a name, dtype, rank or size is not what `spec` accepts.
+            InputError: a name, dtype, shape or value is not what `spec` accepts, or the runtime is closed. Values of
+                tensors on CUDA are not looked at, since that would wait for the device.
         """
-        as_torch = any(hasattr(value, "detach") for value in inputs.values())
-        arrays = {name: _to_numpy(name, value) for name, value in inputs.items()}
-        self._check(arrays)
-        outputs = self._run(arrays)
-        if not as_torch:
-            return outputs
-        import torch
+        if self._closed:
+            raise InputError(f"the runtime of {self.bundle.path} is closed; load the bundle again")
+        if inputs.keys() != self.spec.inputs.keys():
+            raise InputError(f"inputs are {sorted(inputs)}; accepted are {sorted(self.spec.inputs)}")
+        self._check(inputs)
+        as_torch = not isinstance(inputs["hidden_states"], np.ndarray)
+        outputs = self._run([inputs[name] for name in self.spec.inputs], as_torch=as_torch)
+        return dict(zip(self.spec.outputs, outputs, strict=True))
 
-        return {name: torch.from_numpy(array) for name, array in outputs.items()}
+    def warmup(self, **sizes: int) -> None:
+        """Make one call, so that the first one in production does not pay for what backends put off until then.
 
-    def _check(self, arrays: dict[str, Array]) -> None:
-        if arrays.keys() != self.spec.inputs.keys():
-            raise InputError(f"inputs are {sorted(arrays)}; accepted are {sorted(self.spec.inputs)}")
+        Args:
+            **sizes: of axes, by their names; by default the smallest, and 64 positions, or as many as there can be.
+
+        Raises:
+            InputError: a size is out of its range.
+        """
+        axes = {name: bounds.min for name, bounds in self.spec.axes.items()}
+        axes["sequence_length"] = min(64, self.spec.axes["sequence_length"].max)
+        axes |= sizes
+        for total, parts in self.spec.sums.items():
+            axes[total] = sum(axes[part] for part in parts)
+        self(
+            **{
+                name: np.zeros([axis if isinstance(axis, int) else axes[axis] for axis in spec.shape], spec.dtype)
+                for name, spec in self.spec.inputs.items()
+            }
+        )
+
+    def close(self) -> None:
+        """Release the backend; later calls are refused."""
+        if not self._closed:
+            self._closed = True
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self, inputs: "dict[str, Any]") -> None:
         sizes: dict[str, int] = {}
         for name, spec in self.spec.inputs.items():
-            self._check_tensor(name, spec, arrays[name], sizes)
+            self._check_tensor(name, spec, inputs[name], sizes)
         for total, parts in self.spec.sums.items():
             if sizes[total] != sum(sizes[part] for part in parts):
                 given = " + ".join(f"{part} {sizes[part]}" for part in parts)
                 raise InputError(f"{total} is {sizes[total]}; accepted is {given}")
 
-    def _check_tensor(self, name: str, spec: TensorSpec, array: Array, sizes: dict[str, int]) -> None:
-        if array.dtype.name != spec.dtype:
-            raise InputError(f"{name} has dtype {array.dtype.name}; accepted is {spec.dtype}")
-        if array.ndim != len(spec.shape):
-            raise InputError(f"{name} has shape {list(array.shape)}; accepted is {list(spec.shape)}")
-        for given, axis in zip(array.shape, spec.shape, strict=True):
+    def _check_tensor(self, name: str, spec: TensorSpec, value: Any, sizes: dict[str, int]) -> None:
+        if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+            raise InputError(f"{name} is a {type(value).__name__}; accepted is a torch tensor or a numpy array")
+        dtype = str(value.dtype).removeprefix("torch.")
+        if dtype != spec.dtype:
+            raise InputError(f"{name} has dtype {dtype}; accepted is {spec.dtype}")
+        if len(value.shape) != len(spec.shape):
+            raise InputError(f"{name} has shape {list(value.shape)}; accepted is {list(spec.shape)}")
+        for given, axis in zip(value.shape, spec.shape, strict=True):
             if isinstance(axis, int):
                 if given != axis:
-                    raise InputError(f"{name} has shape {list(array.shape)}; accepted is {list(spec.shape)}")
+                    raise InputError(f"{name} has shape {list(value.shape)}; accepted is {list(spec.shape)}")
                 continue
             bounds = self.spec.axes[axis]
             if not bounds.min <= given <= bounds.max:
                 raise InputError(f"{axis} of {name} is {given}; accepted is {bounds.min} to {bounds.max}")
             if sizes.setdefault(axis, given) != given:
                 raise InputError(f"{axis} is {given} in {name}, but {sizes[axis]} in another input")
-        if spec.values is not None and (array.min() < spec.values.min or array.max() > spec.values.max):
-            raise InputError(
-                f"{name} holds numbers from {array.min()} to {array.max()}; "
-                f"accepted are {spec.values.min} to {spec.values.max}"
-            )
-
-
-def _to_numpy(name: str, value: Any) -> Array:
-    if isinstance(value, np.ndarray):
-        return value
-    if hasattr(value, "detach"):
-        array: Array = value.detach().cpu().numpy()
-        return array
-    raise InputError(f"{name} is a {type(value).__name__}; accepted is a torch tensor or a numpy array")
-
-
-def load(path: str | Path, *, device: str = "cpu", threads: int | None = None) -> Runtime:
-    """Open a bundle for running; its digests are checked first.
-
-    Args:
-        path: the bundle's directory.
-        device: ``cpu``.
-        threads: of the backend; by default its own choice.
-
-    Raises:
-        InputError: no bundle there, or an unknown device.
-        IntegrityError: the bundle is not what was exported.
-        UnavailableError: the backend is not installed.
-    """
-    bundle = open_bundle(path)
-    require_backend(bundle.manifest.format)
-    backend = _BACKENDS[bundle.manifest.format]
-    runtime: type[Runtime] = getattr(import_module(backend.module), backend.class_name)
-    return runtime(bundle, device=device, threads=threads)
+        if spec.values is not None and not getattr(value, "is_cuda", False):
+            smallest, largest = int(value.min()), int(value.max())
+            if smallest < spec.values.min or largest > spec.values.max:
+                raise InputError(
+                    f"{name} holds numbers from {smallest} to {largest}; "
+                    f"accepted are {spec.values.min} to {spec.values.max}"
+                )

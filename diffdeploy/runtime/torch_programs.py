@@ -2,29 +2,31 @@
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from diffdeploy.errors import ExportError, InputError
-from diffdeploy.runtime.base import Array, Runtime
+import numpy as np
+
+from diffdeploy.arrays import to_array, to_tensor
+from diffdeploy.errors import ExportError
+from diffdeploy.runtime.base import RunOptions, Runtime
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["AotiRuntime", "Pt2Runtime"]
+__all__ = ["AotiRuntime", "Pt2Runtime", "TorchRuntime"]
 
 
-class _TorchRuntime(Runtime):
-    """Runs ``model.pt2`` on the CPU. ``threads`` are those of torch, for the whole process."""
+class TorchRuntime(Runtime):
+    """Runs a torch callable that takes the graph's inputs in their order."""
 
     _call: Any
 
-    def _open(self, device: str, threads: int | None) -> None:
-        if device != "cpu":
-            raise InputError(f"device is {device!r}; accepted is cpu")
+    def _open(self, options: RunOptions) -> None:
         import torch
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
         path = self.bundle.path / "model.pt2"
         try:
             with warnings.catch_warnings():
@@ -37,16 +39,24 @@ class _TorchRuntime(Runtime):
     def _load(self, path: "Path") -> Any:
         """The callable in the file."""
 
-    def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+    def _run(self, inputs: Sequence[Any], *, as_torch: bool) -> Sequence[Any]:
         import torch
 
-        tensors = [torch.from_numpy(inputs[name]) for name in self.spec.inputs]
-        with torch.inference_mode():
-            outputs = self._call(*tensors)
-        return {name: output.numpy() for name, output in zip(self.spec.outputs, outputs, strict=True)}
+        tensors = [to_tensor(value) if isinstance(value, np.ndarray) else value for value in inputs]
+        if self.device == "cpu":
+            with torch.no_grad():
+                outputs = self._call(*tensors)
+        else:
+            home = tensors[0].device
+            with torch.no_grad():
+                outputs = [output.to(home) for output in self._call(*(tensor.to(self.device) for tensor in tensors))]
+        return outputs if as_torch else [to_array(output) for output in outputs]
+
+    def _release(self) -> None:
+        self._call = None
 
 
-class Pt2Runtime(_TorchRuntime):
+class Pt2Runtime(TorchRuntime):
     """Runs a program of `torch.export`."""
 
     @property
@@ -54,7 +64,7 @@ class Pt2Runtime(_TorchRuntime):
         """Backend, version and settings, for reports."""
         import torch
 
-        return f"torch {torch.__version__}, exported program, CPU"
+        return f"torch {torch.__version__}, exported program, {self.device.upper()}"
 
     def _load(self, path: "Path") -> Any:
         import torch
@@ -62,7 +72,7 @@ class Pt2Runtime(_TorchRuntime):
         return torch.export.load(path).module()
 
 
-class AotiRuntime(_TorchRuntime):
+class AotiRuntime(TorchRuntime):
     """Runs a package of AOTInductor."""
 
     @property
@@ -70,7 +80,7 @@ class AotiRuntime(_TorchRuntime):
         """Backend, version and settings, for reports."""
         import torch
 
-        return f"torch {torch.__version__}, AOTInductor package, CPU"
+        return f"torch {torch.__version__}, AOTInductor package, {self.device.upper()}"
 
     def _load(self, path: "Path") -> Any:
         import torch

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
+from diffdeploy.arrays import Array
 from diffdeploy.config import AnyConfig
 from diffdeploy.graphs import GraphSpec
 
 __all__ = ["Case", "Kind", "Mask", "golden_cases", "sweep"]
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Kind = Literal["normal", "tiny", "large", "constant"]
 Mask = Literal["none", "left", "right", "ragged", "hidden"]
 

@@ -5,16 +5,14 @@ large by luck. So eager's error is taken over several runs on inputs that differ
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from diffdeploy.arrays import Array, epsilon
 from diffdeploy.graphs import DType
 from diffdeploy.verify.report import CaseReport
 
 __all__ = ["BUDGETS", "Budget", "Yardstick", "judge"]
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Budget:
 BUDGETS: dict[DType, Budget] = {
     "float32": Budget(k=8.0, rmse_floor=4.0, max_floor=8.0),
     "float16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
+    "bfloat16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
 }
 
 
@@ -71,7 +70,7 @@ class Yardstick:
 
     def add(self, eager: Array) -> None:
         """Take in one run, of the shape of ``expected`` and in the artifact's dtype."""
-        error = np.abs(eager - self._expected)
+        error = np.abs(eager.astype(np.float64) - self._expected)
         self._squares.append(float(np.mean(error**2)))
         self.max_error = max(self.max_error, float(error.max(initial=0.0)))
 
@@ -109,10 +108,11 @@ def judge(case_id: str, output: str, actual: Array, yardstick: Yardstick, expect
     exact = expected[finite]
     if exact.size == 0:
         return CaseReport(id=case_id, output=output, passed=True, budget_used=0.0)
-    error = np.abs(actual[finite] - exact)
+    errors = np.abs(actual.astype(np.float64) - expected)
+    error = errors[finite]
     if not yardstick.finite:
         return CaseReport.failed(case_id, "there is no yardstick: the eager block gives NaN or infinity", output)
-    budget, eps = BUDGETS[dtype], float(np.finfo(dtype).eps)
+    budget, eps = BUDGETS[dtype], epsilon(dtype)
     rmse, max_error = float(np.sqrt(np.mean(error**2))), float(error.max())
     allowed_rmse = budget.k * yardstick.rmse + budget.rmse_floor * eps * float(np.sqrt(np.mean(exact**2)))
     allowed_max = budget.k * yardstick.max_error + budget.max_floor * eps * float(np.abs(exact).max())
@@ -126,7 +126,7 @@ def judge(case_id: str, output: str, actual: Array, yardstick: Yardstick, expect
         eager_rmse=yardstick.rmse,
         max_error=max_error,
         eager_max_error=yardstick.max_error,
-        worst_index=[int(i) for i in np.unravel_index(int(np.argmax(np.abs(actual - expected))), actual.shape)],
+        worst_index=[int(i) for i in np.unravel_index(int(np.argmax(errors)), actual.shape)],
         reason=None if used <= 1.0 else "the error is above the budget",
     )
 

@@ -5,15 +5,13 @@ e value width.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
+from diffdeploy.arrays import Array
 from diffdeploy.config import AnyConfig, DiffAttentionConfig, RopeConfig
 
 __all__ = ["lambda_value", "oracle", "rope_tables"]
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def rope_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, Array]:

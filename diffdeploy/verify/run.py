@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffdeploy.bundle import GOLDEN, WEIGHTS, Bundle, open_bundle
+from diffdeploy.arrays import Array, read_safetensors, to_array, to_tensor
+from diffdeploy.bundle import GOLDEN, WEIGHTS, Bundle, eager_block, open_bundle
 from diffdeploy.config import AnyConfig
-from diffdeploy.errors import DiffDeployError, ExportError, IntegrityError
+from diffdeploy.errors import DiffDeployError, ExportError
 from diffdeploy.graphs import GraphSpec, run_block
+from diffdeploy.runtime import RunOptions, require_runnable
 from diffdeploy.verify import contracts
 from diffdeploy.verify.cases import Case, golden_cases, sweep
 from diffdeploy.verify.metrics import Yardstick, judge
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "golden_arrays", "verify_bundle"]
 
-Array = np.ndarray[Any, np.dtype[Any]]
 # Long sequences average over enough numbers by themselves.
 _EAGER_RUNS, _EAGER_RUNS_WHEN_LONG, _SHORT = 8, 2, 256
 
@@ -39,7 +40,13 @@ def golden_arrays(config: AnyConfig, spec: GraphSpec, weights: Mapping[str, Arra
     return arrays
 
 
-def verify_bundle(path: str | Path, *, seed: int | None = None, progress: Progress | None = None) -> Report:
+def verify_bundle(
+    path: str | Path,
+    *,
+    seed: int | None = None,
+    progress: Progress | None = None,
+    run_options: RunOptions | None = None,
+) -> Report:
     """Verify a bundle from its own files.
 
     Three computations per case are compared: the formula in fp64 from ``weights.safetensors``, the eager block with
@@ -49,26 +56,26 @@ def verify_bundle(path: str | Path, *, seed: int | None = None, progress: Progre
         path: the bundle's directory.
         seed: of the inputs; by default the one the bundle was made with.
         progress: called with cases done, cases in all, and the name of the next one.
+        run_options: device and backend that the artifact is run with.
 
     Raises:
         InputError: no bundle there.
         IntegrityError: the bundle is not what was exported.
         UnavailableError: this machine cannot run the format.
     """
-    from diffdeploy.runtime import require_backend
-
+    run_options = run_options or RunOptions()
     bundle = open_bundle(path)
     manifest = bundle.manifest
-    require_backend(manifest.format)
+    require_runnable(manifest, run_options)
     if seed is None:
         seed = int(manifest.options["seed"])
     cases = sweep(manifest.config, manifest.graph, seed)
-    with ArtifactProcess(bundle.path) as artifact:
-        weights = _read_arrays(bundle, WEIGHTS)
+    with ArtifactProcess(bundle.path, run_options) as artifact:
+        weights = read_safetensors(bundle.path / WEIGHTS)
         checks = contracts.checks(bundle, weights)
         exact_weights = {name: array.astype(np.float64) for name, array in weights.items()}
         checks.append(_golden(bundle, exact_weights))
-        eager = _eager_block(bundle)
+        eager = eager_block(bundle, impl="naive")
         reports = []
         try:
             backend = artifact.backend
@@ -89,32 +96,6 @@ def verify_bundle(path: str | Path, *, seed: int | None = None, progress: Progre
     )
 
 
-def _read_arrays(bundle: Bundle, name: str) -> dict[str, Array]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(bundle.path / name)
-    except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"{name} in {bundle.path} cannot be read: {error}") from error
-
-
-def _eager_block(bundle: Bundle) -> "AttentionBlock":
-    import torch
-    from safetensors.torch import load_file
-
-    from diffdeploy.modules import block_class
-
-    manifest = bundle.manifest
-    return block_class(manifest.config).from_weights(
-        manifest.config,
-        load_file(bundle.path / WEIGHTS),
-        impl="naive",
-        max_positions=manifest.graph.axes["sequence_length"].max,
-        dtype=getattr(torch, manifest.graph.inputs["hidden_states"].dtype),
-    )
-
-
 def _run_case(
     case: Case, bundle: Bundle, artifact: ArtifactProcess, eager: "AttentionBlock", exact_weights: Mapping[str, Array]
 ) -> CaseReport:
@@ -128,9 +109,9 @@ def _run_case(
         actual = _in_chunks(case, artifact, inputs) if case.chunks else artifact.result()
     except DiffDeployError as error:
         return CaseReport.failed(case.id, f"the artifact did not run: {error}")
-    dtype = spec.inputs["hidden_states"].dtype
-    assert dtype != "int64"
-    reports = [judge(case.id, name, actual[name], yardsticks[name], expected[name], dtype) for name in spec.outputs]
+    reports = [
+        judge(case.id, name, actual[name], yardsticks[name], expected[name], spec.dtype) for name in spec.outputs
+    ]
     return max(reports, key=lambda report: report.severity)
 
 
@@ -166,16 +147,16 @@ def _eager_error(
         directions = generator.choice([-1, 1], shape).astype(x_BSD.dtype) * infinity
         nudged = {**inputs, "hidden_states": x_BSD if run == 0 else np.nextafter(x_BSD, directions)}
         with torch.no_grad():
-            outputs = run_block(eager, {name: torch.from_numpy(array) for name, array in nudged.items()})
+            outputs = run_block(eager, {name: to_tensor(array) for name, array in nudged.items()})
         for name, yardstick in yardsticks.items():
-            yardstick.add(outputs[name].numpy())
+            yardstick.add(to_array(outputs[name]))
     return yardsticks
 
 
 def _golden(bundle: Bundle, exact_weights: Mapping[str, Array]) -> Check:
     """The stored exact outputs must be what the formula gives here and now."""
     manifest = bundle.manifest
-    stored = _read_arrays(bundle, GOLDEN)
+    stored = read_safetensors(bundle.path / GOLDEN)
     fresh = golden_arrays(manifest.config, manifest.graph, exact_weights, int(manifest.options["seed"]))
     problems = [] if stored.keys() == fresh.keys() else [f"it holds {sorted(stored)}, expected {sorted(fresh)}"]
     for name in stored.keys() & fresh.keys():

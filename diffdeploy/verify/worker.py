@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -18,11 +19,11 @@ from typing import IO, Any, Self
 import numpy as np
 
 import diffdeploy
+from diffdeploy.arrays import Array
 from diffdeploy.errors import DiffDeployError, ExportError
+from diffdeploy.runtime import RunOptions
 
 __all__ = ["ArtifactProcess"]
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def _send(stream: IO[bytes], header: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
@@ -52,14 +53,22 @@ class ArtifactProcess:
 
     Args:
         bundle: directory of the bundle.
+        options: what it is run with.
     """
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, options: RunOptions) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         package_root = str(Path(diffdeploy.__file__).parents[1])
         search_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "diffdeploy.verify.worker", str(bundle.absolute())],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                __name__,
+                str(bundle.absolute()),
+                json.dumps(asdict(options)),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -124,13 +133,13 @@ class ArtifactProcess:
         return frame
 
 
-def _main(bundle: str) -> int:
+def _main(bundle: str, options: str) -> int:
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     from diffdeploy.runtime import load
 
     try:
-        runtime = load(bundle)
+        runtime = load(bundle, **json.loads(options))
     except DiffDeployError as error:
         _send(stdout, {"error": str(error)}, {})
         return error.exit_code
@@ -146,4 +155,4 @@ def _main(bundle: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1]))
+    sys.exit(_main(*sys.argv[1:]))

@@ -4,14 +4,11 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Protocol
 
-import numpy as np
-
+from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
 from diffdeploy.verify.report import Check, GraphFacts
 
 __all__ = ["checks", "facts"]
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class _Contract(Protocol):

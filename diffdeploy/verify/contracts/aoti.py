@@ -4,17 +4,13 @@ The package is machine code, so its structure cannot be read; the counts come fr
 """
 
 from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
-
+from diffdeploy.arrays import Array
 from diffdeploy.bundle import WEIGHTS, Bundle
 from diffdeploy.verify.contracts.common import check
 from diffdeploy.verify.report import Check, GraphFacts
 
 __all__ = ["checks", "facts"]
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def _metadata(bundle: Bundle) -> dict[str, str]:

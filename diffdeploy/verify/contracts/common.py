@@ -1,18 +1,16 @@
 """Checks that the contracts of several formats share."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
+from diffdeploy.arrays import Array, epsilon
 from diffdeploy.bundle import Manifest
 from diffdeploy.config import LAMBDA_VECTORS, DiffAttentionConfig
 from diffdeploy.verify.oracle import lambda_value, rope_tables
 from diffdeploy.verify.report import Check
 
 __all__ = ["check", "lambda_constant", "rope_constants", "weights_bit_for_bit"]
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def check(name: str, problems: list[str], fine: str) -> Check:
@@ -36,8 +34,8 @@ def weights_bit_for_bit(constants: Mapping[str, Array], weights: Mapping[str, Ar
 
 
 def _same_bits(constant: Array, weight: Array) -> bool:
-    """Whether a constant is the weight; a norm that runs in fp32 holds its fp16 weight widened, which loses nothing."""
-    if constant.dtype == np.float32 and weight.dtype == np.float16:
+    """Whether a constant is the weight; a norm that runs in fp32 holds half-precision weights widened, without loss."""
+    if constant.dtype == np.float32 and weight.dtype.itemsize == 2:
         weight = weight.astype(np.float32)
     if constant.dtype != weight.dtype:
         return False
@@ -51,15 +49,19 @@ def lambda_constant(constants: Mapping[str, Array], manifest: Manifest, weights:
         return check("lambda", [], "one per token and head")
     expected = lambda_value(manifest.config, weights)
     # A few roundings of fp32 in exp(.) - exp(.) + lambda_init, then one to the dtype of the graph.
-    scalars = {name: c for name, c in constants.items() if c.size == 1 and c.dtype.kind == "f"}
+    scalars = {name: c for name, c in constants.items() if c.size == 1 and _is_floating(c)}
     near = [
         name
         for name, constant in scalars.items()
         if abs(float(constant.reshape(())) - expected)
-        <= np.finfo(constant.dtype).eps * abs(expected) + 8 * np.finfo(np.float32).eps * (1 + abs(expected))
+        <= epsilon(constant.dtype) * abs(expected) + 8 * epsilon("float32") * (1 + abs(expected))
     ]
     problems = [] if near else [f"no constant of the graph is lambda, {expected:.7g}"]
     return check("lambda", problems, f"folded to one constant, {expected:.7g}")
+
+
+def _is_floating(constant: Array) -> bool:
+    return constant.dtype.kind == "f" or constant.dtype.name == "bfloat16"
 
 
 def rope_constants(constants: Mapping[str, Array], manifest: Manifest) -> Check:
@@ -71,7 +73,7 @@ def rope_constants(constants: Mapping[str, Array], manifest: Manifest) -> Check:
     dtype = np.dtype(spec.inputs["hidden_states"].dtype)
     problems = []
     for name, table in zip(("cosine", "sine"), rope_tables(rope, manifest.config.head_dim, length), strict=True):
-        tolerance = float(np.finfo(dtype).eps)
+        tolerance = epsilon(dtype)
         if not any(
             c.dtype == dtype and c.shape == table.shape and np.abs(c - table).max() <= tolerance
             for c in constants.values()

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
 from diffdeploy.verify.contracts.common import check, lambda_constant, rope_constants, weights_bit_for_bit
 from diffdeploy.verify.report import Check, GraphFacts
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["checks", "facts"]
 
-Array = np.ndarray[Any, np.dtype[Any]]
 
 _FIRST_OPSET_WITH_ATTENTION = 23
 

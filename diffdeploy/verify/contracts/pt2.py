@@ -1,10 +1,9 @@
 """The contract of an exported program: two attentions, the declared ranges, the bundle's weights bit for bit."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from diffdeploy.arrays import Array, to_array
 from diffdeploy.bundle import Bundle
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.verify.contracts.common import check, lambda_constant, rope_constants, weights_bit_for_bit
@@ -14,8 +13,6 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 __all__ = ["checks", "facts"]
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def _program(bundle: Bundle) -> "ExportedProgram":
@@ -40,7 +37,7 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     """See `diffdeploy.verify.contracts.checks`."""
     program = _program(bundle)
     tensors = {**program.state_dict, **program.constants}
-    constants = {name: tensor.detach().numpy() for name, tensor in tensors.items() if hasattr(tensor, "detach")}
+    constants = {name: to_array(tensor) for name, tensor in tensors.items() if hasattr(tensor, "detach")}
     found = _counts(program)
     said = f"{found[0]} scaled_dot_product_attention and {found[1]} softmax calls"
     return [
