@@ -18,7 +18,7 @@ def export(
         typer.Argument(help=".safetensors or .pt file, or a directory with one.", show_default="the bundled sample"),
     ] = None,
     format_name: Annotated[
-        Literal["onnx", "pt2", "aoti"], typer.Option("--format", help="Deployment format.")
+        Literal["onnx", "pt2", "aoti", "compile", "flash2"], typer.Option("--format", help="Deployment format.")
     ] = "onnx",
     output: Annotated[
         Path | None,
@@ -49,16 +49,24 @@ def export(
         Literal["plain", "masked", "cached"],
         typer.Option(help="Inputs: hidden states; with a padding mask; with a key/value cache."),
     ] = "plain",
-    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of weights and graph.")] = "float32",
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of weights and graph.")] = "float32",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it is compiled for, and verified.")] = "cpu",
     max_batch_size: Annotated[int, typer.Option(help="Largest batch.")] = 32,
     max_sequence_length: Annotated[int, typer.Option(help="Longest sequence, past included.")] = 2048,
     opset: Annotated[
         int | None,
         typer.Option(help="ONNX operator set, 18 to 24; Attention nodes from 23 on.", show_default="23 for onnx"),
     ] = None,
+    onnx_flavor: Annotated[
+        Literal["standard", "ort"] | None,
+        typer.Option(help="ONNX operators: of the standard, or onnxruntime's fastest.", show_default="standard"),
+    ] = None,
     attention_impl: Annotated[
         Literal["auto", "two_call", "padded", "naive"], typer.Option(help="How the two attentions are written.")
     ] = "auto",
+    runtime: Annotated[
+        Literal["native", "reference"], typer.Option(help="Verify ONNX with onnx.reference: slow, every dtype.")
+    ] = "native",
     seed: Annotated[int, typer.Option(help="Of the inputs used to verify.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle at --output.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the verification, and say so.")] = False,
@@ -91,7 +99,10 @@ def export(
         dtype=dtype,
         max_batch_size=max_batch_size,
         max_sequence_length=max_sequence_length,
+        device=device,
         opset=opset,
+        onnx_flavor=onnx_flavor,
+        reference=runtime == "reference",
         impl=attention_impl,
         seed=seed,
     )

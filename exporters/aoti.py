@@ -1,52 +1,38 @@
 """AOTInductor: a compiled package for Python or C++ with libtorch; nothing is traced or compiled when it is loaded."""
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from diffdeploy.bundle import WEIGHTS
 from diffdeploy.digests import file_sha256
-from diffdeploy.errors import ExportError
 from diffdeploy.exporters.tracing import check, trace
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.modules import AttentionBlock
+from diffdeploy.runtime.torch_programs import MODEL
 
 if TYPE_CHECKING:
     from diffdeploy.exporters.base import ExportOptions
 
-__all__ = ["MODEL", "check", "lower"]
-
-MODEL = "model.pt2"
+__all__ = ["check", "lower"]
 
 
 def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "ExportOptions") -> dict[str, int | str]:
     """Write ``model.pt2``; `torch._inductor.aoti_load_package` reads it.
 
     Its metadata carry the digest of the weights, the number of attentions, and the torch that compiled it.
-
-    Raises:
-        ExportError: the block could not be compiled.
     """
-    try:
-        program = trace(block, spec)
-        attentions = sum(
-            node.target == torch.ops.aten.scaled_dot_product_attention.default for node in program.graph.nodes
-        )
-        metadata = {
-            "weights_sha256": file_sha256(directory / "weights.safetensors"),
-            "attention_ops": str(attentions),
-            "torch": torch.__version__,
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch._inductor.aoti_compile_and_package(
-                program,
-                package_path=str(directory / MODEL),
-                inductor_configs={"aot_inductor.metadata": metadata},
-            )
-    except OSError:
-        raise
-    except Exception as error:
-        raise ExportError(f"AOTInductor failed: {error}") from error
-    return {"torch": str(torch.__version__), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    program = trace(block, spec)
+    attentions = sum(node.target == torch.ops.aten.scaled_dot_product_attention.default for node in program.graph.nodes)
+    metadata = {
+        "weights_sha256": file_sha256(directory / WEIGHTS),
+        "attention_ops": str(attentions),
+        "torch": torch.__version__,
+    }
+    torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(directory / MODEL),
+        inductor_configs={"aot_inductor.metadata": metadata},
+    )
+    return {}

@@ -2,12 +2,13 @@
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from diffdeploy.arrays import to_array
 from diffdeploy.bundle import (
@@ -23,9 +24,11 @@ from diffdeploy.bundle import (
     write_manifest,
 )
 from diffdeploy.config import LAMBDA_VECTORS, AnyConfig
-from diffdeploy.errors import InputError, UnavailableError
+from diffdeploy.errors import DiffDeployError, ExportError, InputError, UnavailableError
 from diffdeploy.graphs import DType, GraphSpec, Variant, graph_spec
 from diffdeploy.ops import Impl, resolve_impl
+from diffdeploy.runtime import RunOptions, why_not_run
+from diffdeploy.runtime.machine import this_machine
 from diffdeploy.verify import GraphFacts, Progress, RejectedError, Report, contracts, golden_arrays, verify_bundle
 
 if TYPE_CHECKING:
@@ -38,21 +41,32 @@ __all__ = ["FORMATS", "Export", "ExportOptions", "export_bundle", "why_not_expor
 
 
 class Format(NamedTuple):
-    """A row of the table of formats: the module that lowers, and what it needs beside torch."""
+    """A row of the table of formats.
+
+    Attributes:
+        module: the module that lowers.
+        packages: what it needs beside torch.
+        impls: implementations that it can ship.
+        compiles: whether it makes machine code, for one kind of device, and with a C++ compiler.
+        machine: what of `this_machine` that code depends on.
+    """
 
     module: str
     packages: tuple[str, ...] = ()
-    compiler: bool = False
+    impls: tuple[Impl, ...] = (Impl.TWO_CALL, Impl.PADDED)
+    compiles: bool = False
+    machine: tuple[str, ...] = ()
 
 
 FORMATS = {
     "onnx": Format("diffdeploy.exporters.onnx", ("onnx", "onnxscript")),
     "pt2": Format("diffdeploy.exporters.pt2"),
-    "aoti": Format("diffdeploy.exporters.aoti", compiler=True),
+    "aoti": Format("diffdeploy.exporters.aoti", compiles=True, machine=("torch", "platform", "isa", "gpu")),
+    "compile": Format(
+        "diffdeploy.exporters.compile", compiles=True, machine=("torch", "python", "platform", "isa", "gpu")
+    ),
+    "flash2": Format("diffdeploy.exporters.flash2", impls=(Impl.FLASH2,)),
 }
-
-
-_TWO_ATTENTIONS = (Impl.TWO_CALL, Impl.PADDED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +79,13 @@ class ExportOptions:
         dtype: of the graph and its weights.
         max_batch_size: largest batch the artifact is declared for.
         max_sequence_length: longest sequence the artifact is declared for.
+        device: ``cpu`` or ``cuda``: what the formats with machine code are compiled for, and where the artifact is
+            verified; ``flash2`` is for ``cuda`` whatever this says.
         opset: ONNX operator set, 18 to 24; by default 23.
+        onnx_flavor: ``standard`` for operators of the standard alone; ``ort`` for those that onnxruntime runs fastest.
         impl: how the two attentions are written down.
         seed: of the inputs that the artifact is verified with.
+        reference: verify ONNX with `onnx.reference` in place of onnxruntime.
     """
 
     format: str = "onnx"
@@ -75,9 +93,12 @@ class ExportOptions:
     dtype: DType = "float32"
     max_batch_size: int = 32
     max_sequence_length: int = 2048
+    device: Literal["cpu", "cuda"] = "cpu"
     opset: int | None = None
+    onnx_flavor: Literal["standard", "ort"] | None = None
     impl: Impl | str = Impl.AUTO
     seed: int = 0
+    reference: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,14 +118,19 @@ class _Exporter(Protocol):
     ) -> dict[str, int | str]: ...
 
 
-def why_not_export(format_name: str) -> str | None:
-    """Why a format cannot be exported here, found out without loading anything; ``None`` when it can."""
+def why_not_export(format_name: str, device: str = "cpu") -> str | None:
+    """Why a format cannot be exported here for a kind of device; ``None`` when it can."""
     row = FORMATS[format_name]
     if missing := [name for name in row.packages if find_spec(name) is None]:
         return f"format {format_name} needs {' and '.join(missing)}, which is not installed"
     compiler = os.environ.get("CXX", "g++")
-    if row.compiler and shutil.which(compiler) is None:
+    if row.compiles and shutil.which(compiler) is None:
         return f"format {format_name} compiles C++, and {compiler} is not found; install it or set CXX"
+    if row.compiles and device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            return f"format {format_name} compiles for the GPU of this machine, and torch finds none"
     return None
 
 
@@ -113,13 +139,13 @@ def _exporter(options: ExportOptions) -> _Exporter:
     row = FORMATS.get(options.format)
     if row is None:
         raise InputError(f"format is {options.format!r}; accepted: {', '.join(FORMATS)}")
-    if reason := why_not_export(options.format):
+    if reason := why_not_export(options.format, options.device):
         raise UnavailableError(reason)
     impl = resolve_impl(options.impl, target=options.format)
-    if impl not in _TWO_ATTENTIONS:
+    if impl not in row.impls:
         raise InputError(
-            f"attention implementation {impl.value!r} does not write the difference as two attention operators; "
-            "accepted for an export: auto, two_call, padded"
+            f"attention implementation {impl.value!r} is not what format {options.format} ships; "
+            f"accepted: {', '.join(('auto', *row.impls))}"
         )
     if options.seed < 0:
         raise InputError(f"seed is {options.seed}; accepted is 0 or more")
@@ -184,11 +210,9 @@ def export_bundle(
     """
     options = options or ExportOptions()
     exporter = _exporter(options)
-    if verify:
-        from diffdeploy.runtime import why_not_run
-
-        if reason := why_not_run(options.format):
-            raise UnavailableError(reason)
+    run_options = RunOptions(device=_device(options), reference=options.reference)
+    if verify and (reason := _why_not_verify(options)):
+        raise UnavailableError(f"{reason}; --no-verify exports without running it")
     spec = graph_spec(
         options.graph,
         checkpoint.config,
@@ -201,12 +225,12 @@ def export_bundle(
     with staged_bundle(output, force=force) as staging:
         stage("lowering")
         _write_weights(checkpoint.config, weights, spec, options.seed, staging)
-        recorded = exporter.lower(_block(checkpoint, weights, options), spec, staging, options)
+        recorded = _lower(exporter, _block(checkpoint, weights, options), spec, staging, options)
         manifest = write_manifest(staging, _manifest(checkpoint, spec, options, recorded))
         graph = contracts.facts(Bundle(staging, manifest))
         if verify:
             stage("verifying")
-            report = verify_bundle(staging, progress=progress)
+            report = verify_bundle(staging, progress=progress, run_options=run_options)
             if not report.passed:
                 raise RejectedError(
                     f"the exported {options.format} artifact failed verification and was not kept: "
@@ -218,29 +242,56 @@ def export_bundle(
     return Export(output, graph, report)
 
 
+def _device(options: ExportOptions) -> str:
+    return "cuda" if options.format == "flash2" else options.device
+
+
+def _why_not_verify(options: ExportOptions) -> str | None:
+    return why_not_run(options.format, _device(options), options.dtype, reference=options.reference)
+
+
+def _lower(
+    exporter: _Exporter, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
+) -> dict[str, int | str]:
+    """Lower a block; what torch raises while it does becomes one sentence."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of its own workings; what matters is verified
+            return exporter.lower(block, spec, directory, options)
+    except (OSError, MemoryError, DiffDeployError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise ExportError(f"the block could not be lowered to {options.format}: {reason}") from error
+
+
 def _block(checkpoint: "Checkpoint", weights: dict[str, "Tensor"], options: ExportOptions) -> "AttentionBlock":
     import torch
 
     from diffdeploy.modules import block_class
 
-    return block_class(checkpoint.config).from_weights(
+    block = block_class(checkpoint.config).from_weights(
         checkpoint.config,
         weights,
         impl=resolve_impl(options.impl, target=options.format),
         max_positions=options.max_sequence_length,
         dtype=getattr(torch, options.dtype),
     )
+    return block.to(options.device) if FORMATS[options.format].compiles else block
 
 
 def _manifest(
     checkpoint: "Checkpoint", spec: GraphSpec, options: ExportOptions, recorded: dict[str, int | str]
 ) -> Manifest:
-    impl = resolve_impl(options.impl, target=options.format)
+    impl, row = resolve_impl(options.impl, target=options.format), FORMATS[options.format]
+    bound = {"device": _device(options)} if row.compiles or options.format == "flash2" else {}
+    machine = this_machine(options.device) if row.compiles else {}
     return Manifest(
         format=options.format,
         config=checkpoint.config,
         graph=spec,
-        options={"attention_impl": impl.value, "seed": options.seed, **recorded},
+        options={"attention_impl": impl.value, "seed": options.seed, **bound, **recorded},
+        made_for={name: fact for name, fact in machine.items() if name in row.machine},
         verified=False,
         environment=Environment.current(),
         provenance=Provenance(

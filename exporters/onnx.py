@@ -1,7 +1,6 @@
 """Lowering to ONNX: standard operators, two attentions per layer, nothing that does not depend on the input."""
 
 import logging
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,26 +68,21 @@ def _save(model: "onnx_ir.Model", directory: Path) -> None:
 
 
 def _export(block: AttentionBlock, spec: GraphSpec, opset: int) -> "onnx_ir.Model":
-    tensors, dynamic = example(spec, block.q_proj.weight.dtype)
+    tensors, dynamic = example(spec, block.q_proj.weight)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                GraphModule(block, spec),
-                tensors,
-                dynamo=True,
-                opset_version=opset,
-                input_names=list(spec.inputs),
-                output_names=list(spec.outputs),
-                dynamic_shapes=(dynamic,),
-                verbose=False,
-            )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise ExportError(f"torch.onnx.export failed at opset {opset}: {reason}") from error
+        program = torch.onnx.export(
+            GraphModule(block, spec),
+            tensors,
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(spec.inputs),
+            output_names=list(spec.outputs),
+            dynamic_shapes=(dynamic,),
+            verbose=False,
+        )
     finally:
         logger.setLevel(level)
     if program is None:

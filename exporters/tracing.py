@@ -16,13 +16,16 @@ __all__ = ["GraphModule", "check", "example", "trace"]
 
 
 def check(options: "ExportOptions") -> None:
-    """Refuse options that the format does not have.
+    """Refuse options that only ONNX has.
 
     Raises:
-        InputError: an opset was given.
+        InputError: one was given.
     """
-    if options.opset is not None:
-        raise InputError(f"opset is {options.opset}, which format {options.format} does not have; leave it out")
+    for name, given in (("opset", options.opset), ("onnx flavor", options.onnx_flavor)):
+        if given is not None:
+            raise InputError(f"{name} is {given}, which format {options.format} does not have; leave it out")
+    if options.reference:
+        raise InputError(f"the reference runtime interprets ONNX, and format {options.format} is another")
 
 
 class GraphModule(nn.Module):
@@ -38,8 +41,8 @@ class GraphModule(nn.Module):
         return tuple(outputs[name] for name in self.spec.outputs)
 
 
-def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Tensors to trace with, and which of their axes are dynamic.
+def example(spec: GraphSpec, like: Tensor) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Tensors to trace with, of the dtype and on the device of ``like``, and which of their axes are dynamic.
 
     Sizes of 0 and 1 would be taken for constants; that they work is proved by the verification.
     """
@@ -53,7 +56,8 @@ def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tu
     tensors, dynamic = [], []
     for tensor in spec.inputs.values():
         shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
-        tensors.append(torch.ones(shape, dtype=torch.int64 if tensor.dtype == "int64" else dtype))
+        dtype = torch.int64 if tensor.dtype == "int64" else like.dtype
+        tensors.append(torch.ones(shape, dtype=dtype, device=like.device))
         dynamic.append({index: axes[axis] for index, axis in enumerate(tensor.shape) if isinstance(axis, str)})
     return tuple(tensors), tuple(dynamic)
 
@@ -62,7 +66,7 @@ def trace(block: AttentionBlock, spec: GraphSpec) -> torch.export.ExportedProgra
     """The block as an exported program with the declared ranges, and without traces of this machine."""
     from torch.utils._sympy.value_ranges import ValueRanges
 
-    tensors, dynamic = example(spec, block.q_proj.weight.dtype)
+    tensors, dynamic = example(spec, block.q_proj.weight)
     program = torch.export.export(GraphModule(block, spec), tensors, dynamic_shapes=(dynamic,))
     for expression in program.range_constraints:
         if len(expression.free_symbols) > 1:  # torch takes 2 for the least of each part of a sum

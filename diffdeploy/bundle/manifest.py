@@ -16,7 +16,7 @@ from diffdeploy.graphs import GraphSpec
 __all__ = ["Environment", "FileDigest", "Manifest", "Provenance"]
 
 SCHEMA_VERSION: Literal[1] = 1
-_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "flash-attn", "numpy")
 
 
 class _Frozen(BaseModel):
@@ -82,6 +82,7 @@ class Manifest(_Frozen):
         config: canonical config of the block.
         graph: interface of the graph.
         options: what the exporter was asked for and depends on (opset, implementation, seed).
+        made_for: what of a machine the artifact needs, for compiled ones; see `diffdeploy.runtime.machine`.
         verified: whether verification accepted it when it was made.
         environment: versions of what made it.
         provenance: checkpoint it came from.
@@ -93,6 +94,7 @@ class Manifest(_Frozen):
     config: Annotated[AnyConfig, Field(discriminator="version")]
     graph: GraphSpec
     options: dict[str, int | str]
+    made_for: dict[str, str] = {}
     verified: bool
     environment: Environment
     provenance: Provenance

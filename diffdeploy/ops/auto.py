@@ -11,7 +11,13 @@ from diffdeploy.ops.impl import Impl
 __all__ = ["FASTEST_IN_FORMAT", "fastest"]
 
 # Deployment formats, whose graphs serve all sizes.
-FASTEST_IN_FORMAT = {"onnx": Impl.TWO_CALL, "pt2": Impl.PADDED, "aoti": Impl.PADDED}
+FASTEST_IN_FORMAT = {
+    "onnx": Impl.TWO_CALL,
+    "pt2": Impl.PADDED,
+    "aoti": Impl.PADDED,
+    "compile": Impl.PADDED,
+    "flash2": Impl.FLASH2,
+}
 
 # As long as one stream's scores stay in the processor's caches, plain matrix products win.
 _CACHED_SCORES_BYTES = 2**22

@@ -19,7 +19,7 @@ from diffdeploy.config import GqaLayout
 from diffdeploy.errors import InputError, UnavailableError
 from diffdeploy.ops.heads import stream_heads
 
-__all__ = ["flash2", "pads", "require_flash2"]
+__all__ = ["flash2", "num_calls", "pads", "require_flash2"]
 
 _MAX_WIDTH = 256
 _WIDEST_FAST = 128
@@ -52,6 +52,11 @@ def pads(width: int, value_width: int) -> bool:
     twice. Above 128 the kernels of the package have smaller tiles, which costs more than that.
     """
     return width < value_width <= _WIDEST_FAST
+
+
+def num_calls(width: int, value_width: int) -> int:
+    """How many attentions `flash2` runs: one per stream, or two where the values are split."""
+    return 2 if width == value_width or pads(width, value_width) else 4
 
 
 def flash2(

@@ -47,10 +47,9 @@ class Runtime(ABC):
         device: where it runs.
     """
 
-    def __init__(self, bundle: Bundle, options: RunOptions) -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle, options: RunOptions, device: str) -> None:
+        self.bundle, self.device = bundle, device
         self.spec: GraphSpec = bundle.manifest.graph
-        self.device = options.device or str(bundle.manifest.options.get("device", "cpu"))
         self._closed = False
         self._open(options)
 

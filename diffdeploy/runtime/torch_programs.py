@@ -2,7 +2,7 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +12,11 @@ from diffdeploy.errors import ExportError
 from diffdeploy.runtime.base import RunOptions, Runtime
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from torch import Tensor
 
-__all__ = ["AotiRuntime", "Pt2Runtime", "TorchRuntime"]
+__all__ = ["MODEL", "AotiRuntime", "Pt2Runtime", "TorchRuntime"]
+
+MODEL = "model.pt2"
 
 
 class TorchRuntime(Runtime):
@@ -27,17 +29,16 @@ class TorchRuntime(Runtime):
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        path = self.bundle.path / "model.pt2"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self._call = self._load(path)
+                self._call = self._load(options)
         except Exception as error:
-            raise ExportError(f"torch {torch.__version__} cannot load {path}: {error}") from error
+            raise ExportError(f"torch {torch.__version__} cannot load {self.bundle.path}: {error}") from error
 
     @abstractmethod
-    def _load(self, path: "Path") -> Any:
-        """The callable in the file."""
+    def _load(self, options: RunOptions) -> Callable[..., "Sequence[Tensor]"]:
+        """What takes the graph's inputs and gives its outputs, in their order."""
 
     def _run(self, inputs: Sequence[Any], *, as_torch: bool) -> Sequence[Any]:
         import torch
@@ -66,10 +67,16 @@ class Pt2Runtime(TorchRuntime):
 
         return f"torch {torch.__version__}, exported program, {self.device.upper()}"
 
-    def _load(self, path: "Path") -> Any:
+    def _load(self, options: RunOptions) -> Callable[..., "Sequence[Tensor]"]:
         import torch
 
-        return torch.export.load(path).module()
+        program = torch.export.load(self.bundle.path / MODEL)
+        if self.device != "cpu":
+            from torch.export.passes import move_to_device_pass
+
+            program = move_to_device_pass(program, self.device)
+        module: Callable[..., Sequence[Tensor]] = program.module()
+        return module
 
 
 class AotiRuntime(TorchRuntime):
@@ -82,7 +89,11 @@ class AotiRuntime(TorchRuntime):
 
         return f"torch {torch.__version__}, AOTInductor package, {self.device.upper()}"
 
-    def _load(self, path: "Path") -> Any:
+    def _load(self, options: RunOptions) -> Callable[..., "Sequence[Tensor]"]:
         import torch
 
-        return torch._inductor.aoti_load_package(str(path))
+        device = torch.device(self.device)
+        package: Callable[..., Sequence[Tensor]] = torch._inductor.aoti_load_package(
+            str(self.bundle.path / MODEL), device_index=-1 if device.index is None else device.index
+        )
+        return package

@@ -21,6 +21,8 @@ _CONTRACTS = {
     "onnx": "diffdeploy.verify.contracts.onnx",
     "pt2": "diffdeploy.verify.contracts.pt2",
     "aoti": "diffdeploy.verify.contracts.aoti",
+    "compile": "diffdeploy.verify.contracts.compile",
+    "flash2": "diffdeploy.verify.contracts.flash2",
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import WEIGHTS, Bundle
-from diffdeploy.verify.contracts.common import check
+from diffdeploy.verify.contracts.common import check, declared
 from diffdeploy.verify.report import Check, GraphFacts
 
 __all__ = ["checks", "facts"]
@@ -22,14 +22,7 @@ def _metadata(bundle: Bundle) -> dict[str, str]:
 
 def facts(bundle: Bundle) -> GraphFacts:
     """See `diffdeploy.verify.contracts.facts`."""
-    spec = bundle.manifest.graph
-    return GraphFacts(
-        variant=spec.variant,
-        attention_ops=int(_metadata(bundle).get("attention_ops", "0")),
-        opset=None,
-        inputs=list(spec.inputs),
-        outputs=list(spec.outputs),
-    )
+    return declared(bundle, int(_metadata(bundle).get("attention_ops", "0")))
 
 
 def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:

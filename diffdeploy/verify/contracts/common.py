@@ -4,18 +4,41 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from diffdeploy.arrays import Array, epsilon
-from diffdeploy.bundle import Manifest
+from diffdeploy.arrays import Array, epsilon, to_array
+from diffdeploy.bundle import Bundle, Manifest, eager_block
 from diffdeploy.config import LAMBDA_VECTORS, DiffAttentionConfig
 from diffdeploy.verify.oracle import lambda_value, rope_tables
-from diffdeploy.verify.report import Check
+from diffdeploy.verify.report import Check, GraphFacts
 
-__all__ = ["check", "lambda_constant", "rope_constants", "weights_bit_for_bit"]
+__all__ = ["check", "declared", "lambda_constant", "rope_constants", "state_checks", "weights_bit_for_bit"]
 
 
 def check(name: str, problems: list[str], fine: str) -> Check:
     """A check that passes when there is no problem."""
     return Check(name=name, passed=not problems, detail="; ".join(problems) if problems else fine)
+
+
+def declared(bundle: Bundle, attention_ops: int, opset: int | None = None) -> GraphFacts:
+    """Facts of an artifact whose interface is the one that the manifest declares."""
+    spec = bundle.manifest.graph
+    return GraphFacts(
+        variant=spec.variant,
+        attention_ops=attention_ops,
+        opset=opset,
+        inputs=list(spec.inputs),
+        outputs=list(spec.outputs),
+    )
+
+
+def state_checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
+    """Checks of a bundle that runs on the state of the block, rebuilt when it is loaded."""
+    block = eager_block(bundle, impl=str(bundle.manifest.options["attention_impl"]))
+    state = {name: to_array(tensor) for name, tensor in (*block.named_parameters(), *block.named_buffers())}
+    return [
+        weights_bit_for_bit(state, weights),
+        lambda_constant(state, bundle.manifest, weights),
+        rope_constants(state, bundle.manifest),
+    ]
 
 
 def weights_bit_for_bit(constants: Mapping[str, Array], weights: Mapping[str, Array]) -> Check:

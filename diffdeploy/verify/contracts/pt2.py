@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from diffdeploy.arrays import Array, to_array
 from diffdeploy.bundle import Bundle
 from diffdeploy.graphs import GraphSpec
-from diffdeploy.verify.contracts.common import check, lambda_constant, rope_constants, weights_bit_for_bit
+from diffdeploy.verify.contracts.common import check, declared, lambda_constant, rope_constants, weights_bit_for_bit
 from diffdeploy.verify.report import Check, GraphFacts
 
 if TYPE_CHECKING:
@@ -23,14 +23,7 @@ def _program(bundle: Bundle) -> "ExportedProgram":
 
 def facts(bundle: Bundle) -> GraphFacts:
     """See `diffdeploy.verify.contracts.facts`."""
-    spec = bundle.manifest.graph
-    return GraphFacts(
-        variant=spec.variant,
-        attention_ops=_counts(_program(bundle))[0],
-        opset=None,
-        inputs=list(spec.inputs),
-        outputs=list(spec.outputs),
-    )
+    return declared(bundle, _counts(_program(bundle))[0])
 
 
 def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:

@@ -1,0 +1,41 @@
+"""``torch.compile``: inductor's artifact and its kernels, for a warm start with the same torch on the same hardware."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffdeploy.errors import ExportError
+from diffdeploy.exporters.tracing import check, trace
+from diffdeploy.graphs import GraphSpec
+from diffdeploy.modules import AttentionBlock
+from diffdeploy.runtime.compiled import ARTIFACT, KERNELS, state_tensors
+from diffdeploy.runtime.kernels import recorded
+
+if TYPE_CHECKING:
+    from diffdeploy.exporters.base import ExportOptions
+
+__all__ = ["check", "lower"]
+
+
+def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "ExportOptions") -> dict[str, int | str]:
+    """Write ``model.inductor`` and the folder ``kernels``; `diffdeploy.runtime.compiled` loads them.
+
+    The weights are arguments of the artifact, and stay in ``weights.safetensors``.
+
+    Raises:
+        ExportError: the traced graph has other arguments than the block has weights.
+    """
+    from torch._inductor import standalone_compile
+
+    program = trace(block, spec)
+    signature = program.graph_signature
+    lifted = [*signature.parameters, *signature.buffers, *signature.lifted_tensor_constants]
+    if len(lifted) != len(state_tensors(block)):
+        raise ExportError(f"the traced graph takes {', '.join(lifted)}, which is not the state of the block")
+    program = program.run_decompositions({})
+    for node in program.graph.output_node().args[0]:  # where inductor looks for the symbols of the sizes
+        node.meta["example_value"] = node.meta["val"]
+    arguments = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    with recorded(directory / KERNELS):
+        artifact = standalone_compile(program.graph_module, arguments, dynamic_shapes="from_graph")
+    artifact.save(path=str(directory / ARTIFACT), format="binary")
+    return {}
