@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from diffdeploy.errors import ExportError, InputError
+from diffdeploy.exporters.onnx_ort import OrtGraphModule
 from diffdeploy.exporters.tracing import GraphModule, example
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.modules import AttentionBlock
@@ -31,10 +33,21 @@ def check(options: "ExportOptions") -> None:
     """Refuse options that ONNX does not have.
 
     Raises:
-        InputError: the opset is outside 18 to 24.
+        InputError: the opset is outside 18 to 24, or something that the operators of a flavor do not have.
     """
+    if options.onnx_flavor == "ort":
+        _check_ort(options)
     if options.opset is not None and options.opset not in OPSETS:
         raise InputError(f"opset is {options.opset}; accepted is {OPSETS.start} to {OPSETS.stop - 1}")
+
+
+def _check_ort(options: "ExportOptions") -> None:
+    if options.graph == "cached":
+        raise InputError(
+            "graph is cached, where onnxruntime's GroupQueryAttention is slower than Attention; leave --onnx-flavor out"
+        )
+    if options.reference:
+        raise InputError("the reference runtime interprets standard operators alone; leave --onnx-flavor out")
 
 
 def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "ExportOptions") -> dict[str, int | str]:
@@ -53,11 +66,15 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "Exp
         ExportError: the block could not be lowered.
     """
     opset = DEFAULT_OPSET if options.opset is None else options.opset
-    program = _export(block, spec, opset)
+    flavor = options.onnx_flavor or "standard"
+    if flavor == "ort" and not block.config.causal:
+        raise InputError("onnxruntime's GroupQueryAttention is causal, and this block is not; leave --onnx-flavor out")
+    graph = GraphModule(block, spec) if flavor == "standard" else OrtGraphModule(block, spec)
+    program = _export(graph, spec, opset, block.q_proj.weight)
     _name_axes(program, spec)
     _strip_metadata(program)
     _save(program, directory)
-    return {"opset": opset}
+    return {"opset": opset, "flavor": flavor}
 
 
 def _save(model: "onnx_ir.Model", directory: Path) -> None:
@@ -67,14 +84,14 @@ def _save(model: "onnx_ir.Model", directory: Path) -> None:
     onnx_ir.save(model, directory / MODEL, external_data=EXTERNAL_DATA if size > _MAX_INLINE_BYTES else None)
 
 
-def _export(block: AttentionBlock, spec: GraphSpec, opset: int) -> "onnx_ir.Model":
-    tensors, dynamic = example(spec, block.q_proj.weight)
+def _export(graph: nn.Module, spec: GraphSpec, opset: int, like: Tensor) -> "onnx_ir.Model":
+    tensors, dynamic = example(spec, like)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         program = torch.onnx.export(
-            GraphModule(block, spec),
+            graph,
             tensors,
             dynamo=True,
             opset_version=opset,

@@ -41,19 +41,37 @@ def state_checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     ]
 
 
-def weights_bit_for_bit(constants: Mapping[str, Array], weights: Mapping[str, Array]) -> Check:
-    """Each weight stands in the graph once, bit for bit, as it is or transposed."""
+def weights_bit_for_bit(
+    constants: Mapping[str, Array], weights: Mapping[str, Array], stream_width: int | None = None
+) -> Check:
+    """Each weight stands in the graph once, bit for bit, as it is or transposed.
+
+    Args:
+        constants: of the graph.
+        weights: canonical weights in the artifact's dtype.
+        stream_width: ``d``, where the graph may hold the rows ``[heads, 2, d]`` of queries and keys stream by stream.
+    """
     left = dict(constants)
     problems = []
     for name, weight in weights.items():
-        if name in LAMBDA_VECTORS:
+        if name in LAMBDA_VECTORS or _take(left, weight):
             continue
-        match = next((key for key, constant in left.items() if _same_bits(constant, weight)), None)
-        if match is None:
+        paired = stream_width is not None and name.startswith(("q_proj", "k_proj"))
+        if not paired or not all(_take(left, stream) for stream in _by_stream(weight, stream_width)):
             problems.append(f"{name} is not in the graph bit for bit")
-        else:
-            del left[match]
     return check("weights", problems, "bit-identical to weights.safetensors")
+
+
+def _by_stream(weight: Array, width: int | None) -> list[Array]:
+    assert width is not None
+    pairs = weight.reshape(-1, 2, width, *weight.shape[1:])
+    return [pairs[:, stream].reshape(-1, *weight.shape[1:]) for stream in (0, 1)]
+
+
+def _take(constants: dict[str, Array], weight: Array) -> bool:
+    """Whether a weight is among the constants, each of which stands for one weight."""
+    match = next((key for key, constant in constants.items() if _same_bits(constant, weight)), None)
+    return match is not None and constants.pop(match) is not None
 
 
 def _same_bits(constant: Array, weight: Array) -> bool:

@@ -17,6 +17,7 @@ __all__ = ["checks", "facts"]
 
 
 _FIRST_OPSET_WITH_ATTENTION = 23
+_ORT_ATTENTION = "GroupQueryAttention"
 
 
 def facts(bundle: Bundle) -> GraphFacts:
@@ -41,13 +42,14 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     model = onnx.load(path)
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     manifest = bundle.manifest
+    stream_width = manifest.config.head_dim if manifest.options["flavor"] == "ort" else None
     return [
         _is_valid(path),
         _standard_operators(model, manifest),
-        _attention_operators(model),
+        _attention_operators(model, manifest),
         _interface(model, manifest),
         _nothing_to_fold(model),
-        weights_bit_for_bit(constants, weights),
+        weights_bit_for_bit(constants, weights, stream_width),
         lambda_constant(constants, manifest, weights),
         rope_constants(constants, manifest),
         _no_traces(model),
@@ -58,10 +60,10 @@ def _opset(model: "onnx.ModelProto") -> int | None:
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
 
 
-def _attention_counts(model: "onnx.ModelProto") -> tuple[int, int]:
-    """Fused attentions, and softmaxes that stand for decomposed ones."""
+def _attention_counts(model: "onnx.ModelProto") -> tuple[int, int, int]:
+    """Attentions of the standard, those of onnxruntime, and softmaxes that stand for decomposed ones."""
     counts = Counter(node.op_type for node in model.graph.node)
-    return counts["Attention"], counts["Softmax"] + counts["LogSoftmax"]
+    return counts["Attention"], counts[_ORT_ATTENTION], counts["Softmax"] + counts["LogSoftmax"]
 
 
 def _is_valid(path: Path) -> Check:
@@ -75,21 +77,31 @@ def _is_valid(path: Path) -> Check:
 
 
 def _standard_operators(model: "onnx.ModelProto", manifest: Manifest) -> Check:
-    domains = {node.domain for node in model.graph.node} | {entry.domain for entry in model.opset_import}
-    problems = [f"operators of domain {domain!r}" for domain in sorted(domains - {"", "ai.onnx"})]
+    operators = {(node.domain, node.op_type) for node in model.graph.node}
+    domains = {domain for domain, _ in operators} | {entry.domain for entry in model.opset_import}
+    own = set() if manifest.options["flavor"] == "standard" else {"com.microsoft"}
+    problems = [f"operators of domain {domain!r}" for domain in sorted(domains - {"", "ai.onnx"} - own)]
+    contributed = {name for domain, name in operators if domain == "com.microsoft"}
+    problems += [f"operator {name} of onnxruntime" for name in sorted(contributed - {_ORT_ATTENTION}) if own]
     if model.functions:
         problems.append(f"{len(model.functions)} local functions")
     if _opset(model) != manifest.options["opset"]:
         problems.append(f"opset {_opset(model)}, but the manifest says {manifest.options['opset']}")
-    return check("operators", problems, f"standard domain only, opset {_opset(model)}")
+    fine = f"{_ORT_ATTENTION} of onnxruntime, else the standard domain" if own else "standard domain only"
+    return check("operators", problems, f"{fine}, opset {_opset(model)}")
 
 
-def _attention_operators(model: "onnx.ModelProto") -> Check:
-    fused, softmaxes = _attention_counts(model)
-    expected = (2, 0) if (_opset(model) or 0) >= _FIRST_OPSET_WITH_ATTENTION else (0, 2)
-    found = f"{fused} Attention and {softmaxes} Softmax nodes"
-    problems = [] if (fused, softmaxes) == expected else [f"{found}; expected {expected[0]} and {expected[1]}"]
-    return check("attention", problems, found)
+def _attention_operators(model: "onnx.ModelProto", manifest: Manifest) -> Check:
+    if manifest.options["flavor"] == "ort":
+        expected = (0, 2, 0)
+    else:
+        expected = (2, 0, 0) if (_opset(model) or 0) >= _FIRST_OPSET_WITH_ATTENTION else (0, 0, 2)
+    counts = _attention_counts(model)
+    found = ", ".join(
+        f"{count} {name}" for count, name in zip(counts, ("Attention", _ORT_ATTENTION, "Softmax"), strict=True)
+    )
+    wanted = ", ".join(map(str, expected))
+    return check("attention", [] if counts == expected else [f"{found} nodes; expected {wanted}"], f"{found} nodes")
 
 
 def _interface(model: "onnx.ModelProto", manifest: Manifest) -> Check:
