@@ -21,6 +21,7 @@ __all__ = [
     "print_json",
     "print_report",
     "print_rows",
+    "print_table",
     "print_text",
     "print_verdict",
 ]
@@ -57,6 +58,7 @@ def fail(message: str) -> None:
 
 
 _LOG_WIDTH = 110
+_UNLIMITED = 10_000
 
 
 class Activity:
@@ -87,6 +89,23 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print_text(f"{name:<{width}}  {value}")
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output; in a pipe it is as wide as it needs to be."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    if not console.is_terminal:
+        console.width = _UNLIMITED
+        console.width = console.measure(table).maximum
+    console.print(table)
 
 
 def print_report(report: "Report") -> None:

@@ -5,12 +5,14 @@ import platform
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any, get_args
 
 from diffdeploy import __version__
 from diffdeploy.cli import console
+from diffdeploy.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from diffdeploy.graphs import DType
 
 __all__ = ["env"]
 
@@ -27,29 +29,65 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def env(as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON object.")] = False) -> int:
+def _abilities(format_name: str, device: str, dtype: "DType") -> dict[str, Any]:
+    """What can be done with a format on a device in a dtype, and the first reason why something cannot."""
+    from diffdeploy.exporters import why_not_export
+    from diffdeploy.runtime import why_not_run
+
+    no_export, no_run = why_not_export(format_name, device, dtype), why_not_run(format_name, device, dtype)
+    by_reference = format_name == "onnx" and why_not_run(format_name, device, dtype, reference=True) is None
+    return {
+        "format": format_name,
+        "device": device,
+        "dtype": dtype,
+        "export": no_export is None,
+        "run": no_run is None,
+        "verify": no_run is None or by_reference,
+        "why_not": no_export or no_run,
+    }
+
+
+def _matrix() -> list[dict[str, Any]]:
+    from diffdeploy.exporters.base import FORMATS
+    from diffdeploy.graphs import DType
+
+    return [
+        _abilities(name, device, dtype) for name in FORMATS for device in ("cpu", "cuda") for dtype in get_args(DType)
+    ]
+
+
+def _summary(matrix: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By format, what can be done on some device in some dtype; why not, where something cannot be done at all."""
+    verbs = ("export", "run", "verify")
+    summary = {}
+    for name in dict.fromkeys(row["format"] for row in matrix):
+        rows = [row for row in matrix if row["format"] == name]
+        able = {verb: any(row[verb] for row in rows) for verb in verbs}
+        reason = next((row["why_not"] for row in reversed(rows) if row["why_not"]), None)
+        summary[name] = {**able, "why_not": None if all(able.values()) else reason}
+    return summary
+
+
+def _matrix_rows(matrix: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """One line for each format, device and answer: the dtypes that share it, what can be done, and why not the rest."""
+    grouped: dict[tuple[str, str, str, str], list[str]] = {}
+    for row in matrix:
+        able = [verb for verb in ("export", "run", "verify") if row[verb]]
+        key = (row["format"], row["device"], ", ".join(able) or "nothing", row["why_not"] or "")
+        grouped.setdefault(key, []).append(row["dtype"])
+    return [(name, device, ", ".join(dtypes), able, why) for (name, device, able, why), dtypes in grouped.items()]
+
+
+def env(as_json: AsJson = False) -> int:
     """Say what this machine can export, run and verify, and why not the rest."""
     with console.activity("looking around"):
         import torch
 
-        from diffdeploy.exporters import why_not_export
-        from diffdeploy.exporters.base import FORMATS
-        from diffdeploy.runtime import why_not_run
-
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        reasons = {name: (why_not_export(name), why_not_run(name)) for name in FORMATS}
         threads = torch.get_num_threads()
+        matrix = _matrix()
     versions = _versions()
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    formats = {
-        name: {
-            "export": no_export is None,
-            "run": no_run is None,
-            "verify": no_run is None,
-            "why_not": no_export or no_run,
-        }
-        for name, (no_export, no_run) in reasons.items()
-    }
     if as_json:
         console.print_json(
             {
@@ -62,7 +100,8 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON
                 "cuda_device": device,
                 "cxx_compiler": compiler,
                 "packages": versions,
-                "formats": formats,
+                "formats": _summary(matrix),
+                "matrix": matrix,
             }
         )
         return 0
@@ -77,8 +116,5 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON
     ]
     console.print_rows(rows)
     console.print_text("")
-    for name, able in formats.items():
-        verbs = [verb for verb in ("export", "run", "verify") if able[verb]]
-        said = f"can {', '.join(verbs)}" if verbs else "cannot be used"
-        console.print_text(f"format {name}: {said}" + (f"; {able['why_not']}" if able["why_not"] else ""))
+    console.print_table(("format", "device", "dtypes", "can", "why not the rest"), _matrix_rows(matrix))
     return 0

@@ -50,7 +50,10 @@ def export(
         typer.Option(help="Inputs: hidden states; with a padding mask; with a key/value cache."),
     ] = "plain",
     dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of weights and graph.")] = "float32",
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it is compiled for, and verified.")] = "cpu",
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option(help="What it is compiled for, and verified on.", show_default="cpu; cuda for flash2"),
+    ] = None,
     max_batch_size: Annotated[int, typer.Option(help="Largest batch.")] = 32,
     max_sequence_length: Annotated[int, typer.Option(help="Longest sequence, past included.")] = 2048,
     opset: Annotated[

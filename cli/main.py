@@ -15,6 +15,7 @@ from diffdeploy.cli import console
 from diffdeploy.cli.env import env
 from diffdeploy.cli.export import export
 from diffdeploy.cli.inspect import inspect
+from diffdeploy.cli.run import run as run_bundle
 from diffdeploy.cli.verify import verify
 from diffdeploy.errors import DiffDeployError, UnavailableError
 
@@ -49,8 +50,8 @@ def _root(
     pass
 
 
-for command in (export, verify, inspect, env):
-    app.command(no_args_is_help=False)(command)
+for command in (export, verify, run_bundle, inspect, env):
+    app.command(command.__name__, no_args_is_help=False)(command)
 
 
 def _terminated(_signal: int, _frame: FrameType | None) -> None:

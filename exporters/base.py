@@ -47,6 +47,8 @@ class Format(NamedTuple):
         module: the module that lowers.
         packages: what it needs beside torch.
         impls: implementations that it can ship.
+        devices: kinds of device that it is made for.
+        dtypes: of its graphs.
         compiles: whether it makes machine code, for one kind of device, and with a C++ compiler.
         machine: what of `this_machine` that code depends on.
     """
@@ -54,6 +56,8 @@ class Format(NamedTuple):
     module: str
     packages: tuple[str, ...] = ()
     impls: tuple[Impl, ...] = (Impl.TWO_CALL, Impl.PADDED)
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[DType, ...] = ("float32", "float16", "bfloat16")
     compiles: bool = False
     machine: tuple[str, ...] = ()
 
@@ -65,7 +69,9 @@ FORMATS = {
     "compile": Format(
         "diffdeploy.exporters.compile", compiles=True, machine=("torch", "python", "platform", "isa", "gpu")
     ),
-    "flash2": Format("diffdeploy.exporters.flash2", impls=(Impl.FLASH2,)),
+    "flash2": Format(
+        "diffdeploy.exporters.flash2", impls=(Impl.FLASH2,), devices=("cuda",), dtypes=("float16", "bfloat16")
+    ),
 }
 
 
@@ -80,7 +86,7 @@ class ExportOptions:
         max_batch_size: largest batch the artifact is declared for.
         max_sequence_length: longest sequence the artifact is declared for.
         device: ``cpu`` or ``cuda``: what the formats with machine code are compiled for, and where the artifact is
-            verified; ``flash2`` is for ``cuda`` whatever this says.
+            verified; by default the first that the format is made for.
         opset: ONNX operator set, 18 to 24; by default 23.
         onnx_flavor: ``standard`` for operators of the standard alone; ``ort`` for those that onnxruntime runs fastest.
         impl: how the two attentions are written down.
@@ -93,7 +99,7 @@ class ExportOptions:
     dtype: DType = "float32"
     max_batch_size: int = 32
     max_sequence_length: int = 2048
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["cpu", "cuda"] | None = None
     opset: int | None = None
     onnx_flavor: Literal["standard", "ort"] | None = None
     impl: Impl | str = Impl.AUTO
@@ -118,9 +124,13 @@ class _Exporter(Protocol):
     ) -> dict[str, int | str]: ...
 
 
-def why_not_export(format_name: str, device: str = "cpu") -> str | None:
+def why_not_export(format_name: str, device: str = "cpu", dtype: DType = "float32") -> str | None:
     """Why a format cannot be exported here for a kind of device; ``None`` when it can."""
     row = FORMATS[format_name]
+    if dtype not in row.dtypes:
+        return f"format {format_name} has no {dtype} kernels; accepted is {' or '.join(row.dtypes)}"
+    if device not in row.devices:
+        return f"format {format_name} is made for {' or '.join(row.devices)}, not for {device}"
     if missing := [name for name in row.packages if find_spec(name) is None]:
         return f"format {format_name} needs {' and '.join(missing)}, which is not installed"
     compiler = os.environ.get("CXX", "g++")
@@ -139,7 +149,9 @@ def _exporter(options: ExportOptions) -> _Exporter:
     row = FORMATS.get(options.format)
     if row is None:
         raise InputError(f"format is {options.format!r}; accepted: {', '.join(FORMATS)}")
-    if reason := why_not_export(options.format, options.device):
+    if options.dtype not in row.dtypes or _device(options) not in row.devices:
+        raise InputError(str(why_not_export(options.format, _device(options), options.dtype)))
+    if reason := why_not_export(options.format, _device(options), options.dtype):
         raise UnavailableError(reason)
     impl = resolve_impl(options.impl, target=options.format)
     if impl not in row.impls:
@@ -243,7 +255,7 @@ def export_bundle(
 
 
 def _device(options: ExportOptions) -> str:
-    return "cuda" if options.format == "flash2" else options.device
+    return options.device or FORMATS[options.format].devices[0]
 
 
 def _why_not_verify(options: ExportOptions) -> str | None:
@@ -277,15 +289,15 @@ def _block(checkpoint: "Checkpoint", weights: dict[str, "Tensor"], options: Expo
         max_positions=options.max_sequence_length,
         dtype=getattr(torch, options.dtype),
     )
-    return block.to(options.device) if FORMATS[options.format].compiles else block
+    return block.to(_device(options)) if FORMATS[options.format].compiles else block
 
 
 def _manifest(
     checkpoint: "Checkpoint", spec: GraphSpec, options: ExportOptions, recorded: dict[str, int | str]
 ) -> Manifest:
     impl, row = resolve_impl(options.impl, target=options.format), FORMATS[options.format]
-    bound = {"device": _device(options)} if row.compiles or options.format == "flash2" else {}
-    machine = this_machine(options.device) if row.compiles else {}
+    bound = {"device": _device(options)} if row.compiles or row.devices == ("cuda",) else {}
+    machine = this_machine(_device(options)) if row.compiles else {}
     return Manifest(
         format=options.format,
         config=checkpoint.config,

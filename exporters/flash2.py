@@ -18,11 +18,9 @@ def check(options: "ExportOptions") -> None:
     """Refuse what FlashAttention-2 does not have.
 
     Raises:
-        InputError: a dtype that is not half precision, a graph with a mask, or an option of another format.
+        InputError: a graph with a mask, or an option of another format.
     """
     tracing.check(options)
-    if options.dtype == "float32":
-        raise InputError("dtype is float32, and FlashAttention-2 has no such kernels; give --dtype float16 or bfloat16")
     if options.graph != "plain":
         raise InputError(f"graph is {options.graph}, and FlashAttention-2 takes no mask; accepted for flash2 is plain")
 

@@ -1,6 +1,9 @@
 """Bundles that many tests look at, made once."""
 
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.exporters import ExportOptions, export_bundle
+
+CPU_FORMATS = ["onnx", "onnx-ort", "pt2", "aoti", "compile"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,6 +33,24 @@ def sample_bundle(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) 
     """Layer 1 of the sample, verified. Shared: copy before changing."""
     output = tmp_path_factory.mktemp("sample") / "bundle"
     return export_bundle(sample, output, ExportOptions(max_sequence_length=256)).path
+
+
+FormatBundle = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def format_bundle(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> FormatBundle:
+    """A plain, verified bundle for each of `CPU_FORMATS`, made when first asked for. Shared: copy before changing."""
+    folder = tmp_path_factory.mktemp("formats")
+
+    @cache
+    def make(name: str) -> Path:
+        options = ExportOptions(format=name, max_batch_size=4, max_sequence_length=70)
+        if name == "onnx-ort":
+            options = replace(options, format="onnx", onnx_flavor="ort")
+        return export_bundle(sample, folder / name, options).path
+
+    return make
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from diffdeploy.exporters import ExportOptions, base, export_bundle
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.modules import DiffAttention, block_class
 from diffdeploy.verify import RejectedError, verify_bundle
+from tests.conftest import FormatBundle
 
 ALONE = """
 import sys, torch
@@ -31,18 +32,6 @@ LOADERS = {
     "pt2": "run = torch.export.load(sys.argv[1]).module()",
     "aoti": "run = torch._inductor.aoti_load_package(sys.argv[1])",
 }
-
-
-@pytest.fixture(scope="module")
-def bundles(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One plain bundle per format; shared: copy before changing."""
-    folder = tmp_path_factory.mktemp("formats")
-    return {
-        name: export_bundle(
-            sample, folder / name, ExportOptions(format=name, max_batch_size=4, max_sequence_length=70)
-        ).path
-        for name in LOADERS
-    }
 
 
 @pytest.mark.parametrize("graph", ["masked", "cached"])
@@ -66,9 +55,9 @@ def test_aoti_of_every_variant(graph: Variant, dtype: DType, sample: Checkpoint,
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_loads_without_diffdeploy(name: str, bundles: dict[str, Path], sample: Checkpoint, tmp_path: Path) -> None:
+def test_loads_without_diffdeploy(name: str, format_bundle: FormatBundle, sample: Checkpoint, tmp_path: Path) -> None:
     code = ALONE.format(load=LOADERS[name])
-    model, result = bundles[name] / "model.pt2", tmp_path / "result.pt"
+    model, result = format_bundle(name) / "model.pt2", tmp_path / "result.pt"
     subprocess.run([sys.executable, "-c", code, str(model), str(result)], check=True, capture_output=True)
     x, output = torch.load(result)
     block = block_class(sample.config).from_weights(sample.config, sample.weights)
@@ -76,24 +65,24 @@ def test_loads_without_diffdeploy(name: str, bundles: dict[str, Path], sample: C
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_the_runtime_holds_the_ranges(name: str, bundles: dict[str, Path]) -> None:
-    runtime = load(bundles[name])
+def test_the_runtime_holds_the_ranges(name: str, format_bundle: FormatBundle) -> None:
+    runtime = load(format_bundle(name))
     assert runtime(hidden_states=np.ones((4, 70, 128), np.float32))["output"].shape == (4, 70, 128)
     for shape in ((5, 1, 128), (1, 71, 128), (0, 1, 128)):
         with pytest.raises(InputError, match="accepted is 1 to"):
             runtime(hidden_states=np.ones(shape, np.float32))
 
 
-def test_pt2_has_the_same_bytes_twice(bundles: dict[str, Path], sample: Checkpoint, tmp_path: Path) -> None:
+def test_pt2_has_the_same_bytes_twice(format_bundle: FormatBundle, sample: Checkpoint, tmp_path: Path) -> None:
     options = ExportOptions(format="pt2", max_batch_size=4, max_sequence_length=70)
     again = export_bundle(sample, tmp_path / "again", options).path
     for file in again.iterdir():
-        assert file.read_bytes() == (bundles["pt2"] / file.name).read_bytes(), file.name
+        assert file.read_bytes() == (format_bundle("pt2") / file.name).read_bytes(), file.name
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_no_local_path_is_left(name: str, bundles: dict[str, Path]) -> None:
-    assert str(Path(base.__file__).resolve().parent).encode() not in (bundles[name] / "model.pt2").read_bytes()
+def test_no_local_path_is_left(name: str, format_bundle: FormatBundle) -> None:
+    assert str(Path(base.__file__).resolve().parent).encode() not in (format_bundle(name) / "model.pt2").read_bytes()
 
 
 def test_a_faulty_program_is_refused(sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,17 +103,17 @@ def test_a_faulty_program_is_refused(sample: Checkpoint, tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_aoti_package_of_other_weights_is_seen(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_an_aoti_package_of_other_weights_is_seen(format_bundle: FormatBundle, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     copy = tmp_path / "copy"
     copy.mkdir()
-    for file in bundles["aoti"].iterdir():
+    for file in format_bundle("aoti").iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     weights = load_file(copy / "weights.safetensors")
     weights["q_proj.weight"][0, 0] *= 1.001
     save_file(weights, copy / "weights.safetensors")
-    write_manifest(copy, open_bundle(bundles["aoti"]).manifest)
+    write_manifest(copy, open_bundle(format_bundle("aoti")).manifest)
     failed = [check.name for check in verify_bundle(copy).contract if not check.passed]
     assert "weights" in failed
 

@@ -9,6 +9,7 @@ FLOORS = [
     "errors",
     "digests",
     "arrays",
+    "array_files",
     "config",
     "ops",
     "modules",

@@ -36,6 +36,7 @@ _BACKENDS = {
     "compile": _Backend("diffdeploy.runtime.compiled", "CompiledRuntime", "torch", {"cpu": _ALL, "cuda": _ALL}),
     "flash2": _Backend("diffdeploy.runtime.flash2", "Flash2Runtime", "flash_attn", {"cuda": _HALF}),
 }
+_ON_CUDA = {"onnx": _BACKENDS["onnx"]._replace(class_name="OnnxCudaRuntime")}
 _REFERENCE = _Backend("diffdeploy.runtime.onnx", "OnnxReference", "onnx", {"cpu": _ALL})
 RUNNABLE_FORMATS = tuple(_BACKENDS)
 
@@ -73,6 +74,8 @@ def why_not_run(
     backend, kind = _REFERENCE if reference else _BACKENDS[format_name], device.split(":")[0]
     if kind not in backend.dtypes:
         return f"{format_name} bundles run on {' or '.join(backend.dtypes)}, not on {kind}"
+    if kind != "cpu" and (reason := _why_no_cuda(device)):
+        return reason
     if find_spec(backend.package) is None:
         extra = "cpu" if kind == "cpu" else "gpu"
         return (
@@ -83,10 +86,10 @@ def why_not_run(
         return f"{backend.package} has no {dtype} attention on {kind}" + (
             "; --runtime reference verifies such graphs, slowly" if format_name == "onnx" else ""
         )
-    return None if kind == "cpu" else _why_no_cuda(backend.package, device)
+    return _why_no_provider() if kind != "cpu" and backend.package == "onnxruntime" else None
 
 
-def _why_no_cuda(package: str, device: str) -> str | None:
+def _why_no_cuda(device: str) -> str | None:
     import torch
 
     index = int(device.partition(":")[2] or 0)
@@ -94,12 +97,15 @@ def _why_no_cuda(package: str, device: str) -> str | None:
         return f"device {device} needs a GPU that torch {torch.__version__} can use, and there is none"
     if index >= torch.cuda.device_count():
         return f"device {device} does not exist; this machine has {torch.cuda.device_count()}"
-    if package == "onnxruntime":
-        import onnxruntime
-
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            return f"onnxruntime {onnxruntime.__version__} has no CUDA provider; pip install 'diffdeploy[gpu]'"
     return None
+
+
+def _why_no_provider() -> str | None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return None
+    return f"onnxruntime {onnxruntime.__version__} has no CUDA provider; pip install 'diffdeploy[gpu]'"
 
 
 def require_runnable(manifest: Manifest, options: RunOptions) -> None:
@@ -152,6 +158,10 @@ def load(
     options = RunOptions(device=device, threads=threads, reference=reference, recompile=recompile)
     bundle = open_bundle(path)
     require_runnable(bundle.manifest, options)
-    backend = _REFERENCE if reference else _BACKENDS[bundle.manifest.format]
+    device, backend = device_of(bundle.manifest, options), _BACKENDS[bundle.manifest.format]
+    if reference:
+        backend = _REFERENCE
+    elif device != "cpu":
+        backend = _ON_CUDA.get(bundle.manifest.format, backend)
     runtime: type[Runtime] = getattr(import_module(backend.module), backend.class_name)
-    return runtime(bundle, options, device_of(bundle.manifest, options))
+    return runtime(bundle, options, device)

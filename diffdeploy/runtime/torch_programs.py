@@ -43,7 +43,8 @@ class TorchRuntime(Runtime):
     def _run(self, inputs: Sequence[Any], *, as_torch: bool) -> Sequence[Any]:
         import torch
 
-        tensors = [to_tensor(value) if isinstance(value, np.ndarray) else value for value in inputs]
+        # Compiled code takes memory for contiguous, whatever strides a tensor has.
+        tensors = [to_tensor(value) if isinstance(value, np.ndarray) else value.contiguous() for value in inputs]
         if self.device == "cpu":
             with torch.no_grad():
                 outputs = self._call(*tensors)

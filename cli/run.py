@@ -1,0 +1,57 @@
+"""``diffdeploy run``: one call of a bundle, from a file of inputs to a file of outputs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffdeploy.cli import console
+from diffdeploy.cli.options import AsJson, Device, Recompile, RuntimeName, Threads
+
+if TYPE_CHECKING:
+    from diffdeploy.arrays import Array
+
+__all__ = ["run"]
+
+
+def run(
+    bundle: Annotated[Path, typer.Argument(help="Directory that diffdeploy export made.")],
+    inputs: Annotated[
+        Path, typer.Option("--input", "-i", help=".safetensors or .npz file with the graph's inputs by name.")
+    ],
+    outputs: Annotated[Path, typer.Option("--output", "-o", help=".safetensors or .npz file to write.")],
+    device: Device = None,
+    threads: Threads = None,
+    runtime: RuntimeName = "native",
+    recompile: Recompile = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file at --output.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Run a bundle once on inputs from a file, and write its outputs to a file."""
+    from diffdeploy.array_files import check_target, read_arrays, write_arrays
+
+    check_target(outputs, force=force)
+    with console.activity("opening the bundle") as activity:
+        from diffdeploy.runtime import load
+
+        arrays = read_arrays(inputs)
+        with load(
+            bundle, device=device, threads=threads, reference=runtime == "reference", recompile=recompile
+        ) as loaded:
+            activity.stage("running")
+            results = loaded(**arrays)
+            backend = loaded.description
+        write_arrays(outputs, results)
+    _print(results, bundle, outputs, backend, as_json=as_json)
+    return 0
+
+
+def _print(results: "dict[str, Array]", bundle: Path, outputs: Path, backend: str, *, as_json: bool) -> None:
+    if as_json:
+        shapes = {name: {"dtype": array.dtype.name, "shape": list(array.shape)} for name, array in results.items()}
+        console.print_json(
+            {"status": "ran", "bundle": str(bundle), "output": str(outputs), "backend": backend, "outputs": shapes}
+        )
+        return
+    said = ", ".join(f"{name} {array.dtype.name} {list(array.shape)}" for name, array in results.items())
+    console.print_text(f"wrote {outputs}: {said} ({backend})")
