@@ -21,17 +21,11 @@ __all__ = ["check", "lower"]
 def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "ExportOptions") -> dict[str, int | str]:
     """Write ``model.pt2``; `torch._inductor.aoti_load_package` reads it.
 
-    Its metadata carry the digest of the weights, the number of attentions, and the torch that compiled it.
+    Its metadata carry the digest of the weights and the torch that compiled it.
     """
-    program = trace(block, spec)
-    attentions = sum(node.target == torch.ops.aten.scaled_dot_product_attention.default for node in program.graph.nodes)
-    metadata = {
-        "weights_sha256": file_sha256(directory / WEIGHTS),
-        "attention_ops": str(attentions),
-        "torch": torch.__version__,
-    }
+    metadata = {"weights_sha256": file_sha256(directory / WEIGHTS), "torch": torch.__version__}
     torch._inductor.aoti_compile_and_package(
-        program,
+        trace(block, spec),
         package_path=str(directory / MODEL),
         inductor_configs={"aot_inductor.metadata": metadata},
     )

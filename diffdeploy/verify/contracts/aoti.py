@@ -1,37 +1,48 @@
-"""The contract of an AOTInductor package: what its metadata say must be what the bundle says.
+"""The contract of an AOTInductor package, read from its files, without loading machine code into this process.
 
-The package is machine code, so its structure cannot be read; the counts come from the program that was compiled.
+The machine code itself cannot be read; the C++ source that it was compiled from is in the package beside it.
 """
 
+import json
+import re
+import zipfile
 from collections.abc import Mapping
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import WEIGHTS, Bundle
+from diffdeploy.errors import IntegrityError
+from diffdeploy.runtime.torch_programs import MODEL
 from diffdeploy.verify.contracts.common import check, declared
 from diffdeploy.verify.report import Check, GraphFacts
 
 __all__ = ["checks", "facts"]
 
+_ATTENTION = re.compile(rb"\baoti_torch_\w*scaled_dot_product_\w+\(")
 
-def _metadata(bundle: Bundle) -> dict[str, str]:
-    import torch
 
-    metadata: dict[str, str] = torch._inductor.aoti_load_package(str(bundle.path / "model.pt2")).get_metadata()
-    return metadata
+def _member(bundle: Bundle, ending: str) -> bytes:
+    try:
+        with zipfile.ZipFile(bundle.path / MODEL) as package:
+            return package.read(next(name for name in package.namelist() if name.endswith(ending)))
+    except (zipfile.BadZipFile, StopIteration) as error:
+        raise IntegrityError(f"{MODEL} in {bundle.path} is not a package of AOTInductor: it has no {ending}") from error
+
+
+def _attentions(bundle: Bundle) -> int:
+    return len(_ATTENTION.findall(_member(bundle, ".wrapper.cpp")))
 
 
 def facts(bundle: Bundle) -> GraphFacts:
     """See `diffdeploy.verify.contracts.facts`."""
-    return declared(bundle, int(_metadata(bundle).get("attention_ops", "0")))
+    return declared(bundle, _attentions(bundle))
 
 
 def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     """See `diffdeploy.verify.contracts.checks`."""
-    metadata = _metadata(bundle)
-    count, digest = metadata.get("attention_ops"), metadata.get("weights_sha256")
-    counted = [] if count == "2" else [f"the metadata say {count} attentions; expected 2"]
-    same = digest == bundle.manifest.files[WEIGHTS].sha256
+    count, metadata = _attentions(bundle), json.loads(_member(bundle, ".wrapper_metadata.json"))
+    found = f"{count} calls of a fused attention in the source of the package"
+    same = metadata.get("weights_sha256") == bundle.manifest.files[WEIGHTS].sha256
     return [
-        check("attention", counted, "2 scaled_dot_product_attention calls in the program that was compiled"),
+        check("attention", [] if count == 2 else [f"{found}; expected 2"], found),
         check("weights", [] if same else ["the metadata name other weights"], "compiled from weights.safetensors"),
     ]
