@@ -25,7 +25,7 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "Exp
     """
     metadata = {"weights_sha256": file_sha256(directory / WEIGHTS), "torch": torch.__version__}
     torch._inductor.aoti_compile_and_package(
-        trace(block, spec),
+        trace(block, spec, options.target_device),
         package_path=str(directory / MODEL),
         inductor_configs={"aot_inductor.metadata": metadata},
     )

@@ -106,6 +106,11 @@ class ExportOptions:
     seed: int = 0
     reference: bool = False
 
+    @property
+    def target_device(self) -> str:
+        """`device`, or the first one that the format is made for."""
+        return self.device or FORMATS[self.format].devices[0]
+
 
 @dataclass(frozen=True)
 class Export:
@@ -149,9 +154,9 @@ def _exporter(options: ExportOptions) -> _Exporter:
     row = FORMATS.get(options.format)
     if row is None:
         raise InputError(f"format is {options.format!r}; accepted: {', '.join(FORMATS)}")
-    if options.dtype not in row.dtypes or _device(options) not in row.devices:
-        raise InputError(str(why_not_export(options.format, _device(options), options.dtype)))
-    if reason := why_not_export(options.format, _device(options), options.dtype):
+    if options.dtype not in row.dtypes or options.target_device not in row.devices:
+        raise InputError(str(why_not_export(options.format, options.target_device, options.dtype)))
+    if reason := why_not_export(options.format, options.target_device, options.dtype):
         raise UnavailableError(reason)
     impl = resolve_impl(options.impl, target=options.format)
     if impl not in row.impls:
@@ -222,7 +227,7 @@ def export_bundle(
     """
     options = options or ExportOptions()
     exporter = _exporter(options)
-    run_options = RunOptions(device=_device(options), reference=options.reference)
+    run_options = RunOptions(device=options.target_device, reference=options.reference)
     if verify and (reason := _why_not_verify(options)):
         raise UnavailableError(f"{reason}; --no-verify exports without running it")
     spec = graph_spec(
@@ -254,12 +259,8 @@ def export_bundle(
     return Export(output, graph, report)
 
 
-def _device(options: ExportOptions) -> str:
-    return options.device or FORMATS[options.format].devices[0]
-
-
 def _why_not_verify(options: ExportOptions) -> str | None:
-    return why_not_run(options.format, _device(options), options.dtype, reference=options.reference)
+    return why_not_run(options.format, options.target_device, options.dtype, reference=options.reference)
 
 
 def _lower(
@@ -282,22 +283,21 @@ def _block(checkpoint: "Checkpoint", weights: dict[str, "Tensor"], options: Expo
 
     from diffdeploy.modules import block_class
 
-    block = block_class(checkpoint.config).from_weights(
+    return block_class(checkpoint.config).from_weights(
         checkpoint.config,
         weights,
         impl=resolve_impl(options.impl, target=options.format),
         max_positions=options.max_sequence_length,
         dtype=getattr(torch, options.dtype),
     )
-    return block.to(_device(options)) if FORMATS[options.format].compiles else block
 
 
 def _manifest(
     checkpoint: "Checkpoint", spec: GraphSpec, options: ExportOptions, recorded: dict[str, int | str]
 ) -> Manifest:
     impl, row = resolve_impl(options.impl, target=options.format), FORMATS[options.format]
-    bound = {"device": _device(options)} if row.compiles or row.devices == ("cuda",) else {}
-    machine = this_machine(_device(options)) if row.compiles else {}
+    bound = {"device": options.target_device} if row.compiles or row.devices == ("cuda",) else {}
+    machine = this_machine(options.target_device) if row.compiles else {}
     return Manifest(
         format=options.format,
         config=checkpoint.config,

@@ -26,7 +26,7 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "Exp
     """
     from torch._inductor import standalone_compile
 
-    program = trace(block, spec)
+    program = trace(block, spec, options.target_device)
     signature = program.graph_signature
     lifted = [*signature.parameters, *signature.buffers, *signature.lifted_tensor_constants]
     if len(lifted) != len(state_tensors(block)):

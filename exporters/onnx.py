@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffdeploy.errors import ExportError, InputError
 from diffdeploy.exporters.onnx_ort import OrtGraphModule
@@ -70,7 +70,7 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "Exp
     if flavor == "ort" and not block.config.causal:
         raise InputError("onnxruntime's GroupQueryAttention is causal, and this block is not; leave --onnx-flavor out")
     graph = GraphModule(block, spec) if flavor == "standard" else OrtGraphModule(block, spec)
-    program = _export(graph, spec, opset, block.q_proj.weight)
+    program = _export(graph, spec, opset, block.q_proj.weight.dtype)
     _name_axes(program, spec)
     _strip_metadata(program)
     _save(program, directory)
@@ -84,8 +84,8 @@ def _save(model: "onnx_ir.Model", directory: Path) -> None:
     onnx_ir.save(model, directory / MODEL, external_data=EXTERNAL_DATA if size > _MAX_INLINE_BYTES else None)
 
 
-def _export(graph: nn.Module, spec: GraphSpec, opset: int, like: Tensor) -> "onnx_ir.Model":
-    tensors, dynamic = example(spec, like)
+def _export(graph: nn.Module, spec: GraphSpec, opset: int, dtype: torch.dtype) -> "onnx_ir.Model":
+    tensors, dynamic = example(spec, dtype)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -41,8 +41,8 @@ class GraphModule(nn.Module):
         return tuple(outputs[name] for name in self.spec.outputs)
 
 
-def example(spec: GraphSpec, like: Tensor) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Tensors to trace with, of the dtype and on the device of ``like``, and which of their axes are dynamic.
+def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Tensors to trace with, and which of their axes are dynamic.
 
     Sizes of 0 and 1 would be taken for constants; that they work is proved by the verification.
     """
@@ -56,17 +56,26 @@ def example(spec: GraphSpec, like: Tensor) -> tuple[tuple[Tensor, ...], tuple[di
     tensors, dynamic = [], []
     for tensor in spec.inputs.values():
         shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
-        dtype = torch.int64 if tensor.dtype == "int64" else like.dtype
-        tensors.append(torch.ones(shape, dtype=dtype, device=like.device))
+        tensors.append(torch.ones(shape, dtype=torch.int64 if tensor.dtype == "int64" else dtype))
         dynamic.append({index: axes[axis] for index, axis in enumerate(tensor.shape) if isinstance(axis, str)})
     return tuple(tensors), tuple(dynamic)
 
 
-def trace(block: AttentionBlock, spec: GraphSpec) -> torch.export.ExportedProgram:
-    """The block as an exported program with the declared ranges, and without traces of this machine."""
+def trace(block: AttentionBlock, spec: GraphSpec, device: str = "cpu") -> torch.export.ExportedProgram:
+    """The block as an exported program with the declared ranges, and without traces of this machine.
+
+    It is traced on the CPU and moved: on CUDA, torch compares strides to choose a kernel, and takes what it finds for a
+    condition on the sizes.
+
+    Args:
+        block: frozen, on the CPU.
+        spec: interface of the graph.
+        device: where the program is to run.
+    """
+    from torch.export.passes import move_to_device_pass
     from torch.utils._sympy.value_ranges import ValueRanges
 
-    tensors, dynamic = example(spec, block.q_proj.weight)
+    tensors, dynamic = example(spec, block.q_proj.weight.dtype)
     program = torch.export.export(GraphModule(block, spec), tensors, dynamic_shapes=(dynamic,))
     for expression in program.range_constraints:
         if len(expression.free_symbols) > 1:  # torch takes 2 for the least of each part of a sum
@@ -76,4 +85,4 @@ def trace(block: AttentionBlock, spec: GraphSpec) -> torch.export.ExportedProgra
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
                 node.meta.pop("stack_trace", None)
-    return program
+    return program if device == "cpu" else move_to_device_pass(program, device)

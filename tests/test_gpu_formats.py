@@ -49,7 +49,7 @@ def block() -> Checkpoint:
     return checkpoint_of(CONFIG)
 
 
-@pytest.mark.parametrize(("name", "graph", "dtype"), CASES, ids="-".join)
+@pytest.mark.parametrize(("name", "graph", "dtype"), CASES, ids=["-".join(case) for case in CASES])
 def test_a_bundle_is_verified_and_stays_on_the_device(
     name: str, graph: Variant, dtype: DType, block: Checkpoint, tmp_path: Path
 ) -> None:
