@@ -85,4 +85,4 @@ def trace(block: AttentionBlock, spec: GraphSpec, device: str = "cpu") -> torch.
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
                 node.meta.pop("stack_trace", None)
-    return program if device == "cpu" else move_to_device_pass(program, device)
+    return program if device == "cpu" else move_to_device_pass(program, f"{device}:{torch.cuda.current_device()}")

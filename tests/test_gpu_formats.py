@@ -80,13 +80,14 @@ def test_a_bundle_is_verified_and_stays_on_the_device(
     assert error < 64 * torch.finfo(x.dtype).eps * np.abs(expected).max()
 
 
-def test_onnx_runs_whole_on_cuda(block: Checkpoint, tmp_path: Path) -> None:
-    from diffdeploy.runtime.onnx import OnnxRuntime
+def test_onnx_says_where_its_nodes_run(block: Checkpoint, tmp_path: Path) -> None:
+    from diffdeploy.runtime.onnx import OnnxCudaRuntime
 
     options = ExportOptions(device="cuda", max_batch_size=4, max_sequence_length=300)
     runtime = load(export_bundle(block, tmp_path / "out", options).path, device="cuda")
-    assert isinstance(runtime, OnnxRuntime)
-    assert set(runtime.node_placement()) == {"CUDAExecutionProvider"}
+    assert isinstance(runtime, OnnxCudaRuntime)
+    assert runtime.placement["CUDAExecutionProvider"] > runtime.placement.get("CPUExecutionProvider", 0)
+    assert "nodes on CUDA" in runtime.description
 
 
 def test_a_device_that_is_not_there(block: Checkpoint, tmp_path: Path) -> None:

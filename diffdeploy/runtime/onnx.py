@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["OnnxCudaRuntime", "OnnxReference", "OnnxRuntime"]
 
 MODEL = "model.onnx"
+_CPU = "CPUExecutionProvider"
 # By the numbers of onnx.TensorProto.DataType, which onnxruntime takes where numpy has no dtype.
 _ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 
@@ -76,23 +77,8 @@ class OnnxRuntime(_Onnx):
 
         return f"onnxruntime {onnxruntime.__version__}, {self.device.upper()}, all optimisations"
 
-    def node_placement(self) -> dict[str, int]:
-        """How many nodes of the optimised graph each execution provider runs, from onnxruntime's own profile."""
-        with tempfile.TemporaryDirectory() as folder:
-            settings = self._settings()
-            settings.enable_profiling = True
-            settings.profile_file_prefix = str(Path(folder) / "profile")
-            running, self._session = self._session, self._start(settings)
-            try:
-                self.warmup()
-                profile = Path(self._session.end_profiling())
-            finally:
-                self._session = running
-            events = json.loads(profile.read_text())
-        return dict(Counter(event["args"]["provider"] for event in events if "provider" in event.get("args", {})))
-
     def _providers(self) -> list[Any]:
-        return ["CPUExecutionProvider"]
+        return [_CPU]
 
     def _settings(self) -> Any:
         import onnxruntime
@@ -115,17 +101,40 @@ class OnnxRuntime(_Onnx):
 class OnnxCudaRuntime(OnnxRuntime):
     """Runs ``model.onnx`` on the CUDA execution provider, from and to tensors that are on the device already.
 
-    Nodes may not fall back to the CPU: a graph with one that has no CUDA kernel is not loaded.
+    What onnxruntime computes on the CPU must be sizes: a graph of which it puts any more there is not loaded.
+
+    Attributes:
+        placement: how many nodes of the optimised graph each execution provider runs.
     """
+
+    placement: dict[str, int]
+
+    def _open(self, options: RunOptions) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = self._settings()
+            settings.enable_profiling = True
+            settings.profile_file_prefix = str(Path(folder) / "profile")
+            self._session = self._start(settings)
+            self.warmup()
+            events = json.loads(Path(self._session.end_profiling()).read_text())
+        nodes = {event["name"]: event["args"] for event in events if event.get("args", {}).get("provider")}
+        self.placement = dict(Counter(node["provider"] for node in nodes.values()))
+        slow = [name for name, node in nodes.items() if node["provider"] == _CPU and not _gives_sizes(node)]
+        if slow:
+            names = ", ".join(name.removesuffix("_kernel_time") for name in slow)
+            raise ExportError(f"onnxruntime has no CUDA kernels for {names} and would fall back to the CPU")
+
+    @property
+    def description(self) -> str:
+        """Backend, version, settings and where the nodes run, for reports."""
+        placed = ", ".join(
+            f"{count} nodes on {name.removesuffix('ExecutionProvider')}" for name, count in self.placement.items()
+        )
+        return f"{super().description}, {placed}"
 
     def _providers(self) -> list[Any]:
         # TensorFloat-32 is on by default there, and would round float32 graphs to 10 bits.
         return [("CUDAExecutionProvider", {"device_id": str(self._index), "use_tf32": "0"})]
-
-    def _settings(self) -> Any:
-        settings = super()._settings()
-        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        return settings
 
     @property
     def _index(self) -> int:
@@ -164,3 +173,9 @@ class OnnxCudaRuntime(OnnxRuntime):
             name: [axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape]
             for name, spec in self.spec.outputs.items()
         }
+
+
+def _gives_sizes(node: dict[str, Any]) -> bool:
+    """Whether a node of onnxruntime's profile computes integers alone, as shapes are."""
+    outputs = node.get("output_type_shape", [])
+    return bool(outputs) and all(dtype in ("int64", "int32", "bool") for output in outputs for dtype in output)
