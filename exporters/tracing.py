@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from diffdeploy.errors import InputError
 from diffdeploy.graphs import GraphSpec, run_block
 from diffdeploy.modules import AttentionBlock
+from diffdeploy.ops.target import traced_for
 
 if TYPE_CHECKING:
     from diffdeploy.exporters.base import ExportOptions
@@ -76,7 +77,8 @@ def trace(block: AttentionBlock, spec: GraphSpec, device: str = "cpu") -> torch.
     from torch.utils._sympy.value_ranges import ValueRanges
 
     tensors, dynamic = example(spec, block.q_proj.weight.dtype)
-    program = torch.export.export(GraphModule(block, spec), tensors, dynamic_shapes=(dynamic,))
+    with traced_for(device):
+        program = torch.export.export(GraphModule(block, spec), tensors, dynamic_shapes=(dynamic,))
     for expression in program.range_constraints:
         if len(expression.free_symbols) > 1:  # torch takes 2 for the least of each part of a sum
             (total,) = (spec.axes[name] for name in spec.sums)

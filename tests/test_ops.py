@@ -10,6 +10,7 @@ from torch import Tensor
 from diffdeploy.config import GqaLayout
 from diffdeploy.errors import DiffDeployError, InputError, UnavailableError
 from diffdeploy.ops import diff_attention
+from diffdeploy.ops.target import traced_for
 from tests import oracles
 
 IMPLEMENTATIONS = ["naive", "two_call", "padded", "four_call", "stacked_split", "stacked_wide"]
@@ -194,3 +195,21 @@ def test_odd_values_cannot_be_halved(impl: str) -> None:
     q, k, v = random_inputs(4, 2, 5, 5, shared_keys=True)
     with pytest.raises(InputError, match="their width 3 is odd"):
         diff_attention(q, k, v[..., :3], torch.tensor(0.4), causal=True, impl=impl)
+
+
+@pytest.mark.parametrize(("dtype", "groups"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_graphs_for_cuda_give_float32_kernels_whole_heads(dtype: torch.dtype, groups: bool) -> None:
+    """No fused CUDA kernel takes grouped heads in float32, and a graph for CUDA is traced on the CPU."""
+    q, k, v = random_inputs(4, 2, 9, 9, dtype=dtype)
+    lam = torch.tensor(0.4)
+
+    class Operator(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return diff_attention(q, k, v, lam, causal=True, impl="padded")
+
+    with traced_for("cuda"):
+        program = torch.export.export(Operator(), (q, k, v))
+    calls = [node for node in program.graph.nodes if "scaled_dot_product_attention" in str(node.target)]
+    assert [bool(node.kwargs.get("enable_gqa", False)) for node in calls] == [groups, groups]
+    expected = Operator()(q, k, v)
+    torch.testing.assert_close(program.module()(q, k, v), expected)

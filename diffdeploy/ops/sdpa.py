@@ -11,12 +11,18 @@ from torch import Tensor
 from diffdeploy.config import GqaLayout
 from diffdeploy.ops.heads import shares_keys, stream_heads
 from diffdeploy.ops.masks import Visibility
+from diffdeploy.ops.target import runs_on_cuda
 
 __all__ = ["four_call", "padded", "stacked_split", "stacked_wide", "two_call"]
 
 
 def _attend(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility, scale: float) -> Tensor:
     """One softmax attention."""
+    grouped = q_BHSd.shape[1] != k_BHTd.shape[1]
+    if grouped and q_BHSd.dtype == torch.float32 and runs_on_cuda(q_BHSd):
+        # No fused kernel of CUDA takes groups in float32; torch would fall back to plain matrix products.
+        group_size, grouped = q_BHSd.shape[1] // k_BHTd.shape[1], False
+        k_BHTd, v_BHTe = (side.repeat_interleave(group_size, dim=1) for side in (k_BHTd, v_BHTe))
     output = F.scaled_dot_product_attention(
         q_BHSd,
         k_BHTd,
@@ -24,7 +30,7 @@ def _attend(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility, sc
         attn_mask=seen.mask,
         is_causal=seen.is_causal,
         scale=scale,
-        enable_gqa=q_BHSd.shape[1] != k_BHTd.shape[1],
+        enable_gqa=grouped,
     )
     return seen.clear_dead(output)
 
