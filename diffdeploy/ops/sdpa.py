@@ -21,8 +21,9 @@ def _attend(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility, sc
     grouped = q_BHSd.shape[1] != k_BHTd.shape[1]
     if grouped and q_BHSd.dtype == torch.float32 and runs_on_cuda(q_BHSd):
         # No fused kernel of CUDA takes groups in float32; torch would fall back to plain matrix products.
-        group_size, grouped = q_BHSd.shape[1] // k_BHTd.shape[1], False
-        k_BHTd, v_BHTe = (side.repeat_interleave(group_size, dim=1) for side in (k_BHTd, v_BHTe))
+        num_heads, grouped = q_BHSd.shape[1], False
+        read = torch.arange(num_heads, device=q_BHSd.device) // (num_heads // k_BHTd.shape[1])
+        k_BHTd, v_BHTe = (side.index_select(1, read) for side in (k_BHTd, v_BHTe))
     output = F.scaled_dot_product_attention(
         q_BHSd,
         k_BHTd,
