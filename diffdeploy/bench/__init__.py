@@ -1,0 +1,22 @@
+"""Benchmarks: speed and memory of implementations and bundles, side by side, verified before they are timed."""
+
+from diffdeploy.bench.compare import Change, compare
+from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
+from diffdeploy.bench.results import BenchReport, Block, Row
+from diffdeploy.bench.run import Bench, Progress
+from diffdeploy.bench.synthetic import random_checkpoint
+
+__all__ = [
+    "SOFTMAX",
+    "Bench",
+    "BenchReport",
+    "Block",
+    "Candidate",
+    "Change",
+    "Plan",
+    "Progress",
+    "Row",
+    "Size",
+    "compare",
+    "random_checkpoint",
+]

@@ -1,0 +1,136 @@
+"""What a run was measured on: processor, versions, load, and how fast it multiplies matrices."""
+
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from diffdeploy import __version__
+from diffdeploy.bench.timing import latency_ms
+
+__all__ = ["Environment", "OtherLoad", "free_bytes", "matmul_gflop_per_second"]
+
+_PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "flash-attn", "numpy")
+_MATMUL_SIZES = (512, 1024, 2048, 4096)
+_LONGEST_MATMUL_MS = 250.0
+
+
+class Environment(BaseModel):
+    """The machine and its software.
+
+    Attributes:
+        diffdeploy: its version.
+        measured_at: start of the run, in universal time.
+        platform: operating system.
+        python: its version.
+        cpu: model and instruction set.
+        num_cpus: that this process may use.
+        threads: of every candidate.
+        device: ``cpu``, or the name of the CUDA device.
+        packages: versions of what runs the candidates.
+        load_average: over the minute before the run.
+        other_load: cores that other processes kept busy on average while times were taken, which makes them noisy;
+            ``None`` where that is not known.
+        matmul_gflop_per_second: the largest rate of square matrix products in the dtype of the run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    diffdeploy: str
+    measured_at: str
+    platform: str
+    python: str
+    cpu: str
+    num_cpus: int
+    threads: int
+    device: str
+    packages: dict[str, str]
+    load_average: float
+    other_load: float | None = None
+    matmul_gflop_per_second: float
+
+    @classmethod
+    def current(cls, *, dtype: str, device: str, threads: int) -> "Environment":
+        """Of this process; takes a second for the matrix products."""
+        import torch
+
+        load_average = os.getloadavg()[0]
+        packages = {}
+        for name in _PACKAGES:
+            try:
+                packages[name] = version(name)
+            except PackageNotFoundError:
+                continue
+        return cls(
+            diffdeploy=__version__,
+            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            platform=f"{platform.system()} {platform.machine()}",
+            python=platform.python_version(),
+            cpu=f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
+            num_cpus=len(os.sched_getaffinity(0)),
+            threads=threads,
+            device=torch.cuda.get_device_name() if device == "cuda" else device,
+            packages=packages,
+            load_average=round(load_average, 2),
+            matmul_gflop_per_second=round(matmul_gflop_per_second(dtype, device=device, threads=threads), 1),
+        )
+
+
+class OtherLoad:
+    """How many cores other processes keep busy, from its construction on (Linux; man 5 proc_stat)."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def __call__(self) -> float:
+        """The average until now."""
+        wall, busy, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return round(max(0.0, busy - own) / wall, 2)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds of time, of work on all cores, and of work of this process."""
+        user, nice, system, _idle, _wait, *other = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
+        busy = (user + nice + system + sum(other)) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy, time.process_time()
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def matmul_gflop_per_second(dtype: str, *, device: str, threads: int) -> float:
+    """The largest rate among products of square matrices of 512 to 4096, up to those that take a quarter second."""
+    import torch
+
+    best, longest_ms = 0.0, 0.0
+    for size in _MATMUL_SIZES:
+        if 8 * longest_ms > _LONGEST_MATMUL_MS:  # twice the size is eight times the work
+            break
+        left, right = (torch.ones(size, size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
+        longest_ms = latency_ms(partial(torch.matmul, left, right), device=device, threads=threads)
+        best = max(best, 2 * size**3 / longest_ms / 1e6)
+    return best
+
+
+def free_bytes(device: str) -> int:
+    """Memory that a run can have: of the device, or of this machine and the control group that the process is in."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        return min(free, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no control group, or one without a limit
+        return free

@@ -1,0 +1,61 @@
+"""Medians and what is known of them, without a model of the noise."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Estimate", "estimate", "paired_ratios"]
+
+_MISS = 0.05
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A median and its spread.
+
+    Attributes:
+        median: of the values.
+        low: lower end of the 95 % confidence interval of the median; ``None`` for fewer than six values.
+        high: upper end of it.
+        interquartile_range: distance between the quartiles of the values; ``None`` for fewer than two.
+    """
+
+    median: float
+    low: float | None
+    high: float | None
+    interquartile_range: float | None
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Median, confidence interval and quartiles of at least one value.
+
+    The interval lies between two order statistics, ``x_(k)`` and ``x_(n + 1 - k)`` with the largest ``k`` for which
+    ``2 P(Binomial(n, 1/2) < k) <= 0.05``: it holds for every continuous distribution (H. A. David and H. N. Nagaraja,
+    Order Statistics, 3rd edition, section 7.1).
+    """
+    ordered = sorted(values)
+    rank = _rank(len(ordered))
+    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else None
+    return Estimate(
+        median=statistics.median(ordered),
+        low=ordered[rank - 1] if rank else None,
+        high=ordered[-rank] if rank else None,
+        interquartile_range=None if quartiles is None else quartiles[2] - quartiles[0],
+    )
+
+
+def _rank(count: int) -> int:
+    """The largest ``k`` whose interval misses the median in at most 5 % of samples; 0 when there is none."""
+    missed, rank = 0.0, 0
+    while rank < count // 2:
+        missed += 2 * math.comb(count, rank) / 2**count
+        if missed > _MISS:
+            break
+        rank += 1
+    return rank
+
+
+def paired_ratios(values: Sequence[float], baseline: Sequence[float]) -> list[float]:
+    """Ratios round by round, so that what slows down a whole round cancels; the shorter of the two ends the pairing."""
+    return [value / base for value, base in zip(values, baseline, strict=False)]

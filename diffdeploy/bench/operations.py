@@ -1,0 +1,54 @@
+"""Counted operations of a block: what its formula asks for, whatever an implementation really does."""
+
+import math
+
+from diffdeploy.bench.plan import SOFTMAX, Candidate, Size
+from diffdeploy.config import AnyConfig
+
+__all__ = ["FORMULA", "attention_flop", "block_flop", "num_pairs", "num_scores", "projection_flop"]
+
+# What stands below every table, in lines.
+FORMULA = (
+    "counted, a multiplication and an addition as 2: projections, and per query-key pair and head 12 d",
+    "(two attentions, values of width 2d; softmax: 8 d, for two heads with values of width d);",
+    "causal pairs of S tokens behind a past of P: S (S + 1) / 2 + S P",
+)
+
+
+def num_pairs(config: AnyConfig, size: Size) -> int:
+    """Pairs of a query and a key that it sees, in one head and one batch row; padding is not taken off."""
+    length, past = size.sequence_length, size.past_sequence_length
+    if not config.causal:
+        return length * size.total_sequence_length
+    window = config.sliding_window
+    if window is None:
+        return length * past + length * (length + 1) // 2
+    return sum(min(window, past + position + 1) for position in range(length))
+
+
+def num_scores(config: AnyConfig, size: Size) -> int:
+    """Elements of one stream's score matrices, over all batch rows and heads, hidden pairs included."""
+    return size.batch_size * config.num_heads * size.sequence_length * size.total_sequence_length
+
+
+def attention_flop(config: AnyConfig, size: Size, *, softmax: bool = False) -> int:
+    """Operations of the attentions of all heads.
+
+    A stream takes ``2 d`` per pair for a score and ``2 e`` for its share of the values, where ``e`` is their width:
+    with two streams and ``e = 2d`` that is ``12 d`` per pair and head. The softmax block of equal size has two heads
+    with ``e = d`` in place of each differential one: ``8 d``.
+    """
+    value_dim = config.head_dim if softmax else config.value_dim
+    per_pair = 2 * (2 * config.head_dim + 2 * value_dim)
+    return size.batch_size * config.num_heads * num_pairs(config, size) * per_pair
+
+
+def projection_flop(config: AnyConfig, size: Size) -> int:
+    """Operations of the four projections: ``2 D`` per token and row of q, k and v, and per column of the output."""
+    elements = sum(math.prod(shape) for name, shape in config.weight_shapes().items() if name.endswith("_proj.weight"))
+    return 2 * size.batch_size * size.sequence_length * elements
+
+
+def block_flop(config: AnyConfig, size: Size, candidate: Candidate) -> int:
+    """Operations of the whole block as a candidate stands for it."""
+    return projection_flop(config, size) + attention_flop(config, size, softmax=candidate.impl == SOFTMAX)

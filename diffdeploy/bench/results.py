@@ -1,0 +1,173 @@
+"""What a benchmark says: one row per candidate and size, the environment, and their JSON and CSV forms."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from diffdeploy.bench.machine import Environment
+from diffdeploy.bench.plan import Size
+from diffdeploy.errors import InputError
+from diffdeploy.graphs import DType, Variant
+
+__all__ = ["BenchReport", "Block", "Row", "read_report"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Row(_Frozen):
+    """One candidate at one size.
+
+    Attributes:
+        name: of the candidate.
+        impl: implementation of the eager block, or ``softmax``; ``None`` for a bundle.
+        format: of a bundle; ``None`` for an eager block.
+        batch_size: see `Size`, as the two lengths.
+        sequence_length: tokens of a row in this call.
+        past_sequence_length: tokens of a row in the cache.
+        status: ``wrong`` candidates are not timed; ``unmeasured`` ones had their turn cut off.
+        reason: why it is wrong.
+        budget_used: error over allowed error, when it was checked.
+        num_rounds: samples of the latency.
+        latency_ms: median over the rounds.
+        latency_low_ms: lower end of its 95 % confidence interval; ``None`` for fewer than six rounds.
+        latency_high_ms: upper end of it.
+        latency_iqr_ms: distance between the quartiles over the rounds.
+        ratio: median over the rounds of the latency over that of the baseline in the same round.
+        ratio_low: lower end of its 95 % confidence interval.
+        ratio_high: upper end of it.
+        peak_bytes: memory while it runs, weights included.
+        weight_bytes: what the weights take by themselves.
+        extra_bytes: ``peak_bytes`` over ``weight_bytes``.
+        block_gflop: counted operations of the block, in 10^9.
+        attention_gflop: those of the attentions in it.
+        gflop_per_second: ``block_gflop`` over the latency.
+        matmul_share: of the machine's matrix-product rate.
+    """
+
+    name: str
+    impl: str | None
+    format: str | None
+    batch_size: int
+    sequence_length: int
+    past_sequence_length: int
+    status: Literal["measured", "wrong", "unmeasured"]
+    reason: str | None = None
+    budget_used: float | None = None
+    num_rounds: int = 0
+    latency_ms: float | None = None
+    latency_low_ms: float | None = None
+    latency_high_ms: float | None = None
+    latency_iqr_ms: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    peak_bytes: int | None = None
+    weight_bytes: int | None = None
+    extra_bytes: int | None = None
+    block_gflop: float
+    attention_gflop: float
+    gflop_per_second: float | None = None
+    matmul_share: float | None = None
+
+    @property
+    def size(self) -> Size:
+        """Of its input."""
+        return Size(
+            batch_size=self.batch_size,
+            sequence_length=self.sequence_length,
+            past_sequence_length=self.past_sequence_length,
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """For JSON: the one of ``impl`` and ``format`` that it has, and all else."""
+        return {
+            name: value
+            for name, value in self.model_dump().items()
+            if name not in ("impl", "format") or value is not None
+        }
+
+
+class Block(_Frozen):
+    """The block that was measured: its sizes, and where its weights came from."""
+
+    source: str
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    version: int
+    causal: bool
+    rope: str | None
+    sliding_window: int | None
+
+
+class BenchReport(_Frozen):
+    """Everything that one run measured.
+
+    Attributes:
+        schema_version: of this record.
+        status: ``wrong`` when a candidate was; ``interrupted`` when the run did not end.
+        command: that measures the same again.
+        block: what was measured.
+        graph: variant of the graph.
+        dtype: of weights and inputs.
+        baseline: name of the candidate that ratios refer to.
+        results: rows, by size and then as the candidates were named.
+        environment: what it was measured on.
+    """
+
+    schema_version: Literal[1] = 1
+    status: Literal["measured", "wrong", "interrupted"]
+    command: str
+    block: Block
+    graph: Variant
+    dtype: DType
+    baseline: str
+    results: list[Row]
+    environment: Environment
+
+    @property
+    def sizes(self) -> list[Size]:
+        """That have results, in their order."""
+        return list(dict.fromkeys(row.size for row in self.results))
+
+    def rows_of(self, size: Size) -> list[Row]:
+        """Fastest first; those without a latency at the end."""
+        rows = [row for row in self.results if row.size == size]
+        return sorted(rows, key=lambda row: float("inf") if row.latency_ms is None else row.latency_ms)
+
+    def fields(self) -> dict[str, Any]:
+        """For JSON; `read_report` is the inverse."""
+        return {**self.model_dump(), "results": [row.fields() for row in self.results]}
+
+    def to_csv(self) -> str:
+        """One line per row, with the environment in the last columns."""
+        environment = self.environment.model_dump()
+        packages = environment.pop("packages")
+        shared = {"graph": self.graph, "dtype": self.dtype, "baseline": self.baseline, **environment, **packages}
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, [*Row.model_fields, *shared], lineterminator="\n")
+        writer.writeheader()
+        for row in self.results:
+            writer.writerow({**row.model_dump(), **shared})
+        return stream.getvalue()
+
+
+def read_report(path: Path) -> BenchReport:
+    """A report that was saved as the JSON of `BenchReport.fields`.
+
+    Raises:
+        InputError: the file cannot be read, or is something else.
+    """
+    neither = {"impl": None, "format": None}
+    try:
+        stored = json.loads(path.read_bytes())
+        return BenchReport.model_validate({**stored, "results": [{**neither, **row} for row in stored["results"]]})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a result of diffdeploy bench; give a file that --save wrote") from error

@@ -1,0 +1,193 @@
+"""A benchmark from its plan to its report: processes are started, their events collected, and figures made of them.
+
+The times of all candidates are taken in one process, whose threads are those of the plan; the memory of each candidate
+in a process of its own. `Bench.report` can be asked at any time, also after an interrupt.
+"""
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from diffdeploy.bench.compare import require_comparable
+from diffdeploy.bench.estimate import fits_twice
+from diffdeploy.bench.machine import Environment, free_bytes
+from diffdeploy.bench.medians import estimate, paired_ratios
+from diffdeploy.bench.operations import attention_flop, block_flop
+from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
+from diffdeploy.bench.process import MeasuringProcess
+from diffdeploy.bench.results import BenchReport, Block, Row
+
+__all__ = ["Bench", "Progress"]
+
+# What goes on now, and how many seconds are left, if that is known.
+Progress = Callable[[str, float | None], None]
+_Key = tuple[str, str]  # a size's id and a candidate's name
+
+# Until the first of a kind has been seen.
+_SECONDS_PER_SIZE, _SECONDS_PER_MEMORY = 20.0, 3.0
+# Larger tensors then go back to the system when they are freed, and resident is what lives (man 3 mallopt).
+_EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+class Bench:
+    """One run of a plan.
+
+    Args:
+        plan: what to measure.
+        block: what the report says of the block.
+        command: that measures the same again.
+    """
+
+    def __init__(self, plan: Plan, block: Block, command: str) -> None:
+        self.plan, self.block, self._command = plan, block, command
+        self._environment: Environment | None = None
+        self._samples: dict[_Key, list[float]] = defaultdict(list)
+        self._verdicts: dict[_Key, dict[str, Any]] = {}
+        self._memory: dict[_Key, dict[str, int]] = {}
+        self._finished = False
+
+    def measure(self, progress: Progress) -> None:
+        """Time all candidates, then measure the memory of those that are right.
+
+        Raises:
+            DiffDeployError: a measuring process failed.
+        """
+        with tempfile.TemporaryDirectory(prefix="diffdeploy-bench-") as folder:
+            plan_file = Path(folder) / "plan.json"
+            plan_file.write_text(self.plan.model_dump_json())
+            self._measure_times(plan_file, progress)
+            self._measure_memory(plan_file, progress)
+        self._finished = True
+
+    def _measure_times(self, plan_file: Path, progress: Progress) -> None:
+        ids = [size.id for size in self.plan.sizes]
+        current = 0
+        with MeasuringProcess(["time", str(plan_file)], threads=self.plan.threads) as process:
+            for event in process.events():
+                if event["event"] == "stage":
+                    here = event.get("seconds_left", _SECONDS_PER_SIZE)
+                    later = _SECONDS_PER_SIZE * (len(ids) - current - 1)
+                    progress(event["text"], here + later + _SECONDS_PER_MEMORY * len(self.plan.candidates))
+                    continue
+                self._take(event)
+                if event["event"] == "verdict":
+                    current = ids.index(event["size"])
+
+    def _take(self, event: dict[str, Any]) -> None:
+        """Keep what a process has measured."""
+        match event["event"]:
+            case "environment":
+                self._environment = Environment.model_validate(event["environment"])
+            case "load" if self._environment is not None:
+                self._environment = self._environment.model_copy(update={"other_load": event["other_load"]})
+            case "verdict":
+                self._verdicts[event["size"], event["name"]] = event
+            case "sample":
+                self._samples[event["size"], event["name"]].append(event["latency_ms"])
+            case "memory":
+                self._memory[event["size"], event["name"]] = event
+
+    def _measure_memory(self, plan_file: Path, progress: Progress) -> None:
+        """Two processes at a time, if there is memory for two: they do not see each other's."""
+        right = [candidate for candidate in self.plan.candidates if self._is_right(candidate)]
+        at_once = 2 if fits_twice(self.plan, free_bytes(self.plan.device)) else 1
+        with ExitStack() as stack:
+            started: list[MeasuringProcess] = []
+            for number, candidate in enumerate(right):
+                for next_one in right[len(started) : number + at_once]:
+                    process = MeasuringProcess(
+                        ["memory", str(plan_file), next_one.name], threads=self.plan.threads, environment=_EXACT_MALLOC
+                    )
+                    started.append(stack.enter_context(process))
+                progress(f"memory of {candidate.name}", _SECONDS_PER_MEMORY * (len(right) - number))
+                for event in started[number].events():
+                    self._take(event)
+
+    def _is_right(self, candidate: Candidate) -> bool:
+        return all(self._verdicts[size.id, candidate.name]["passed"] for size in self.plan.sizes)
+
+    def require_comparable(self, old: BenchReport) -> None:
+        """Check, before anything is measured, that the run can be compared with an earlier one.
+
+        Raises:
+            InputError: it measures something else.
+        """
+        plan = self.plan
+        require_comparable(
+            old, block=self.block, graph=plan.graph, dtype=plan.dtype, baseline=plan.baseline, threads=plan.threads
+        )
+
+    def report(self) -> BenchReport | None:
+        """What has been measured so far; ``None`` when there is nothing."""
+        if self._environment is None or not self._verdicts:
+            return None
+        rows = [
+            self._row(size, candidate, self._environment)
+            for size in self.plan.sizes
+            for candidate in self.plan.candidates
+            if (size.id, candidate.name) in self._verdicts
+        ]
+        wrong = any(row.status == "wrong" for row in rows)
+        return BenchReport(
+            status="interrupted" if not self._finished else "wrong" if wrong else "measured",
+            command=self._command,
+            block=self.block,
+            graph=self.plan.graph,
+            dtype=self.plan.dtype,
+            baseline=self.plan.baseline,
+            results=rows,
+            environment=self._environment,
+        )
+
+    def _row(self, size: Size, candidate: Candidate, environment: Environment) -> Row:
+        key = size.id, candidate.name
+        verdict, memory, samples = self._verdicts[key], self._memory.get(key), self._samples[key]
+        config, softmax = self.plan.config, candidate.impl == SOFTMAX
+        flop = block_flop(config, size, candidate)
+        status = "wrong" if not verdict["passed"] else "measured" if samples else "unmeasured"
+        return Row(
+            name=candidate.name,
+            impl=candidate.impl,
+            format=candidate.format,
+            **size.model_dump(),
+            status=status,
+            reason=verdict["reason"],
+            budget_used=verdict["budget_used"],
+            block_gflop=flop / 1e9,
+            attention_gflop=attention_flop(config, size, softmax=softmax) / 1e9,
+            **self._times(samples, self._samples[size.id, self.plan.baseline], flop, environment),
+            **({} if memory is None else _memory_fields(memory)),
+        )
+
+    def _times(
+        self, samples: list[float], baseline: list[float], flop: int, environment: Environment
+    ) -> dict[str, Any]:
+        if not samples:
+            return {}
+        latency = estimate(samples)
+        fields = {
+            "num_rounds": len(samples),
+            "latency_ms": latency.median,
+            "latency_low_ms": latency.low,
+            "latency_high_ms": latency.high,
+            "latency_iqr_ms": latency.interquartile_range,
+            "gflop_per_second": flop / latency.median / 1e6,
+            "matmul_share": flop / latency.median / 1e6 / environment.matmul_gflop_per_second,
+        }
+        if ratios := paired_ratios(samples, baseline):
+            ratio = estimate(ratios)
+            fields |= {"ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high}
+        return {name: _rounded(value) for name, value in fields.items()}
+
+
+def _rounded(value: float | int | None) -> float | int | None:
+    """Five digits: more would only hide what a figure is worth."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _memory_fields(event: dict[str, int]) -> dict[str, int]:
+    peak, weights = event["peak_bytes"], event["weight_bytes"]
+    return {"peak_bytes": peak, "weight_bytes": weights, "extra_bytes": peak - weights}

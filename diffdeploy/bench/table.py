@@ -1,0 +1,98 @@
+"""The figures of a run in words and columns, for whatever shows them."""
+
+from diffdeploy.bench.operations import FORMULA
+from diffdeploy.bench.plan import SOFTMAX, Size
+from diffdeploy.bench.results import BenchReport, Row
+
+__all__ = ["HEADINGS", "describe_block", "describe_size", "figures", "legend", "machine"]
+
+HEADINGS = ("candidate", "ms", "±", "ratio", "95 %", "GFLOP/s", "of products", "peak MiB", "over weights")
+
+_MIB = 2**20
+# Cores; above it the spread of repeated runs grows.
+_QUIET = 0.1
+
+
+def figures(row: Row) -> list[str]:
+    """One row, in the columns of `HEADINGS`."""
+    if row.status == "wrong":
+        return [row.name, "wrong", *[""] * 7]
+    if row.latency_ms is None:
+        return [row.name, "not timed", *[""] * 7]
+    spread = None if row.latency_iqr_ms is None else row.latency_iqr_ms / 2 / row.latency_ms
+    known = row.ratio_low is not None and row.ratio_high is not None
+    return [
+        row.name,
+        _three_digits(row.latency_ms),
+        _or_dash(spread, ".1%"),
+        _or_dash(row.ratio, ".3f"),
+        f"{row.ratio_low:.3f}-{row.ratio_high:.3f}" if known else "-",
+        "-" if row.gflop_per_second is None else _three_digits(row.gflop_per_second),
+        _or_dash(row.matmul_share, ".0%"),
+        _or_dash(None if row.peak_bytes is None else row.peak_bytes / _MIB, ".1f"),
+        _or_dash(None if row.extra_bytes is None else row.extra_bytes / _MIB, ".1f"),
+    ]
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def describe_size(report: BenchReport, size: Size) -> str:
+    """Heading of a size: what is run, and how many operations that is."""
+    rows = report.rows_of(size)
+    counted = next((row for row in rows if row.impl != SOFTMAX), rows[0])
+    what = f"sequence length {size.sequence_length}"
+    if size.past_sequence_length:
+        what = f"one token behind a past of {size.past_sequence_length}"
+    return (
+        f"{what}, batch {size.batch_size}: {counted.block_gflop:.3g} GFLOP, {counted.attention_gflop:.3g} of them in "
+        "the attentions"
+    )
+
+
+def describe_block(report: BenchReport) -> str:
+    """The block, the graph and the dtype."""
+    block = report.block
+    kind = "" if block.causal else ", not causal"
+    window = "" if block.sliding_window is None else f", window {block.sliding_window}"
+    rope = "" if block.rope is None else f", rope {block.rope}"
+    return (
+        f"{block.source}: D {block.embed_dim}, h {block.num_heads}, h_kv {block.num_kv_heads}, d {block.head_dim}"
+        f"{kind}{window}{rope}; {report.graph} graph, {report.dtype}"
+    )
+
+
+def machine(report: BenchReport) -> list[tuple[str, str]]:
+    """What the figures were measured on, as names and values."""
+    environment = report.environment
+    versions = ", ".join(f"{name} {found}" for name, found in environment.packages.items())
+    where = environment.cpu if environment.device == "cpu" else f"{environment.device} beside {environment.cpu}"
+    meanwhile = ""
+    if environment.other_load is not None:
+        noisy = ", so the times are noisy" if environment.other_load > _QUIET else ""
+        meanwhile = f"; others kept {environment.other_load:.2f} cores busy meanwhile{noisy}"
+    return [
+        ("block", describe_block(report)),
+        ("machine", f"{where}, {environment.num_cpus} cores, {environment.threads} threads"),
+        ("load", f"{environment.load_average:.2f} in the minute before{meanwhile}"),
+        (
+            "products",
+            f"{environment.matmul_gflop_per_second:.0f} GFLOP/s in {report.dtype}, largest of square matrices",
+        ),
+        ("versions", f"diffdeploy {environment.diffdeploy}, Python {environment.python}, {versions}"),
+    ]
+
+
+def legend(baseline: str) -> list[tuple[str, str]]:
+    """What the columns mean, as names and lines; a name is empty where a line goes on."""
+    return [
+        ("latency", "median over rounds in which all took turns; ± half the distance between the quartiles"),
+        ("ratio", f"median of the ratios to {baseline} in the same round, with its 95 % confidence interval"),
+        ("memory", "peak while it runs, weights included, and over the weights"),
+        *(("" if number else "operations", line) for number, line in enumerate(FORMULA)),
+    ]

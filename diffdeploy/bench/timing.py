@@ -1,0 +1,77 @@
+"""Latencies, round by round: in each round every candidate is timed once, in a new random order.
+
+Whatever slows the machine down for a while then hits all candidates alike, and what ran before a candidate, which
+leaves its mark on caches and on threads that still spin, is another one each time.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from torch.utils.benchmark import Timer
+
+__all__ = ["latency_ms", "num_rounds", "rounds", "seconds_per_call"]
+
+Call = Callable[[], object]
+
+# Long enough for the threads of the candidate before to fall asleep: they spin for a few milliseconds.
+_SECONDS_PER_SAMPLE = 0.05
+_SECONDS_PER_SIZE = 12.0
+_LEAST_ROUNDS, _MOST_ROUNDS = 9, 31
+
+
+def latency_ms(call: Call, *, device: str, threads: int) -> float:
+    """One sample: the median of a few calls on a CPU, the mean of a few on CUDA; the first calls do not count."""
+    return _cuda_ms(call) if device == "cuda" else _cpu_ms(call, threads)
+
+
+def _cpu_ms(call: Call, threads: int) -> float:
+    timer = Timer("call()", globals={"call": call}, num_threads=threads)
+    return float(timer.blocked_autorange(min_run_time=_SECONDS_PER_SAMPLE).median) * 1e3
+
+
+def _cuda_ms(call: Call) -> float:
+    import torch
+
+    count = max(3, int(_SECONDS_PER_SAMPLE / seconds_per_call(call, device="cuda")))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    elapsed: float = begin.elapsed_time(end)
+    return elapsed / count
+
+
+def seconds_per_call(call: Call, *, device: str) -> float:
+    """A rough latency from a single call, for planning."""
+    import torch
+
+    started = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def num_rounds(seconds: Mapping[str, float]) -> tuple[int, float]:
+    """How many rounds fit the time of a size, at least 9 and at most 31, and how long one takes.
+
+    Args:
+        seconds: per call of each candidate.
+    """
+    # One call before the sample does not count, and a sample of a slow candidate is one call.
+    round_seconds = sum(max(2 * each, 1.2 * _SECONDS_PER_SAMPLE) for each in seconds.values())
+    return min(_MOST_ROUNDS, max(_LEAST_ROUNDS, int(_SECONDS_PER_SIZE / round_seconds))), round_seconds
+
+
+def rounds(
+    calls: Mapping[str, Call], count: int, *, device: str, threads: int, seed: int
+) -> Iterator[tuple[int, str, float]]:
+    """Time all candidates in turns; gives round, name and milliseconds."""
+    order, generator = list(calls), random.Random(seed)
+    for number in range(count):
+        generator.shuffle(order)
+        for name in order:
+            yield number, name, latency_ms(calls[name], device=device, threads=threads)

@@ -1,0 +1,147 @@
+"""The process that measures: ``time PLAN`` runs all candidates in turns, ``memory PLAN NAME`` one of them alone.
+
+Events go to standard output, one line of JSON each; what backends print there goes to standard error.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffdeploy.bench import timing
+from diffdeploy.bench.blocks import Run, inputs_of, load_weights, open_candidate, reference_block, weight_bytes
+from diffdeploy.bench.check import Reference, check, reference
+from diffdeploy.bench.machine import Environment, OtherLoad
+from diffdeploy.bench.memory import peak_bytes
+from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
+from diffdeploy.errors import DiffDeployError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Formats whose memory on CUDA torch's allocator does not see.
+_OWN_ALLOCATOR = ("onnx", "onnx-ort")
+
+Send = Callable[..., None]
+Call = Callable[[], object]
+Inputs = Mapping[str, "Tensor"]
+
+
+def _time(plan: Plan, send: Send) -> None:
+    environment = Environment.current(dtype=plan.dtype, device=plan.device, threads=plan.threads)
+    send("environment", environment=environment.model_dump())
+    weights = load_weights(plan)
+    runs: dict[str, Run] = {}
+    for candidate in plan.candidates:
+        send("stage", text=f"loading {candidate.name}")
+        runs[candidate.name] = open_candidate(plan, candidate, weights)
+    other_load = OtherLoad()
+    for size in plan.sizes:
+        _time_size(plan, size, runs, weights, send)
+        send("load", other_load=other_load())
+
+
+def _time_size(plan: Plan, size: Size, runs: Mapping[str, Run], weights: Inputs, send: Send) -> None:
+    calls, seconds = _right_ones(plan, size, runs, weights, send)
+    if not calls:
+        return
+    fitting, round_seconds = timing.num_rounds(seconds)
+    count = plan.rounds or fitting
+    for number, name, latency_ms in timing.rounds(
+        calls, count, device=plan.device, threads=plan.threads, seed=plan.seed
+    ):
+        send("sample", size=size.id, name=name, latency_ms=latency_ms)
+        left = round_seconds * (count - number - 1)
+        send("stage", text=f"{size.id}: round {number + 1} of {count}", seconds_left=left)
+
+
+def _right_ones(
+    plan: Plan, size: Size, runs: Mapping[str, Run], weights: Inputs, send: Send
+) -> tuple[dict[str, Call], dict[str, float]]:
+    """Check all candidates; calls of those that are right, and about how long each takes."""
+    calls: dict[str, Call] = {}
+    seconds: dict[str, float] = {}
+    references: dict[bool, tuple[Inputs, Reference]] = {}
+    for candidate in plan.candidates:
+        formula = candidate.impl == SOFTMAX
+        if formula not in references:
+            send("stage", text=f"{size.id}: exact result")
+            references[formula] = _reference(plan, candidate, size, weights)
+        inputs, expected = references[formula]
+        send("stage", text=f"{size.id}: checking {candidate.name}")
+        verdict = check(runs[candidate.name], inputs, expected, plan, size)
+        send("verdict", size=size.id, name=candidate.name, **vars(verdict))
+        if verdict.passed:
+            calls[candidate.name] = partial(runs[candidate.name], inputs)
+            seconds[candidate.name] = timing.seconds_per_call(calls[candidate.name], device=plan.device)
+    return calls, seconds
+
+
+def _reference(plan: Plan, candidate: Candidate, size: Size, weights: Inputs) -> tuple[Inputs, Reference]:
+    """Inputs on the plan's device, and what a right candidate gives for them."""
+    config, own_weights = reference_block(plan, candidate, weights)
+    inputs = inputs_of(plan, config, size)
+    expected = reference(plan, config, own_weights, inputs, size)
+    return {name: tensor.to(plan.device) for name, tensor in inputs.items()}, expected
+
+
+def _measure_memory(plan: Plan, candidate: Candidate, send: Send) -> None:
+    weights = load_weights(plan)
+    config, _ = reference_block(plan, candidate, weights)
+    smallest = Size(batch_size=1, sequence_length=1, past_sequence_length=int(plan.graph == "cached"))
+
+    def inputs_on_device(size: Size) -> Inputs:
+        return {name: tensor.to(plan.device) for name, tensor in inputs_of(plan, config, size).items()}
+
+    if plan.device == "cuda" and candidate.format in _OWN_ALLOCATOR:
+        return
+    few = inputs_on_device(smallest)
+    open_candidate(plan, candidate, weights)(few)
+    for size in plan.sizes:
+        many = inputs_on_device(size)
+        peak = peak_bytes(
+            lambda: open_candidate(plan, candidate, load_weights(plan)),
+            lambda run, inputs=many: run(inputs),  # type: ignore[misc]  # a default is how a loop is left
+            lambda run: run(few),
+            device=plan.device,
+        )
+        send(
+            "memory",
+            size=size.id,
+            name=candidate.name,
+            peak_bytes=peak,
+            weight_bytes=weight_bytes(plan, candidate, weights),
+        )
+
+
+def _main(arguments: list[str]) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    import torch
+
+    def send(event: str, **fields: Any) -> None:
+        stdout.write(json.dumps({"event": event, **fields}) + "\n")
+
+    what, plan_file, *names = arguments
+    plan = Plan.model_validate_json(Path(plan_file).read_bytes())
+    torch.set_num_threads(plan.threads)
+    try:
+        with torch.inference_mode():
+            if what == "time":
+                _time(plan, send)
+            else:
+                (candidate,) = (each for each in plan.candidates if each.name == names[0])
+                _measure_memory(plan, candidate, send)
+    except DiffDeployError as error:
+        send("error", message=str(error), kind=type(error).__name__)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))
