@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from diffdeploy.verify import CaseReport, Report
 
 __all__ = [
+    "INTERRUPTED",
     "Activity",
+    "Reported",
     "activity",
     "fail",
     "note",
+    "print_figures",
     "print_json",
     "print_report",
     "print_rows",
@@ -25,6 +28,13 @@ __all__ = [
     "print_text",
     "print_verdict",
 ]
+
+
+INTERRUPTED = 130
+
+
+class Reported(int):
+    """The exit code of a command that has said by itself why it is not 0."""
 
 
 def _stderr() -> "Console":
@@ -94,14 +104,35 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output; in a pipe it is as wide as it needs to be."""
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
     table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*map(escape, row))
+    _print_whole(table)
+
+
+def print_figures(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output with a title: names in the first column, figures in the others."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    print_text(title)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(headings[0], overflow="fold")
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    _print_whole(table)
+
+
+def _print_whole(table: "Table") -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _UNLIMITED
         console.width = console.measure(table).maximum

@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 
 from diffdeploy import __version__
 from diffdeploy.cli import console
+from diffdeploy.cli.bench import bench
 from diffdeploy.cli.env import env
 from diffdeploy.cli.export import export
 from diffdeploy.cli.inspect import inspect
@@ -31,8 +32,6 @@ app = typer.Typer(
     "4 export failed, 5 damaged bundle.",
 )
 
-_INTERRUPTED = 130
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -50,7 +49,7 @@ def _root(
     pass
 
 
-for command in (export, verify, run_bundle, inspect, env):
+for command in (export, verify, run_bundle, inspect, bench, env):
     app.command(command.__name__, no_args_is_help=False)(command)
 
 
@@ -84,10 +83,10 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     try:
         code = app(arguments, standalone_mode=False, prog_name="diffdeploy")
     except (KeyboardInterrupt, typer.Abort):
-        return _report("interrupted; nothing was kept", _INTERRUPTED, as_json)
+        return _report("interrupted; nothing was kept", console.INTERRUPTED, as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _INTERRUPTED
+        return console.INTERRUPTED
     except TyperException as error:
         if not error.format_message():  # the help was asked for by giving nothing
             return error.exit_code
@@ -102,8 +101,10 @@ def _run(arguments: list[str], *, debug: bool) -> int:
             return _report(str(error), error.exit_code, as_json)
         kind = type(error).__name__
         return _report(f"unexpected {kind}: {error}; --debug shows where", DiffDeployError.exit_code, as_json)
-    if code == _INTERRUPTED:  # typer turns an interrupt of a command into this code
-        return _report("interrupted; nothing was kept", _INTERRUPTED, as_json)
+    if isinstance(code, console.Reported):
+        return code
+    if code == console.INTERRUPTED:  # typer turns an interrupt of a command into this code
+        return _report("interrupted; nothing was kept", console.INTERRUPTED, as_json)
     return code if isinstance(code, int) else 0
 
 

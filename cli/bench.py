@@ -1,0 +1,227 @@
+"""``diffdeploy bench``: speed and memory of implementations and formats, side by side."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from diffdeploy.cli import console
+from diffdeploy.cli.bench_setup import Request, names, numbers, prepare
+from diffdeploy.cli.bench_view import json_fields, print_bench, print_changes
+from diffdeploy.cli.options import AsJson
+from diffdeploy.errors import DiffDeployError, InputError, VerificationError
+
+if TYPE_CHECKING:
+    from diffdeploy.bench import Bench, BenchReport
+
+__all__ = ["bench"]
+
+
+def bench(
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="A checkpoint, and bundles of the same block.", metavar="CHECKPOINT|BUNDLE", show_default=False
+        ),
+    ] = None,
+    impl: Annotated[
+        str, typer.Option(help="Implementations of the eager block, and softmax: names with commas, all or none.")
+    ] = "all",
+    format_names: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Formats to export for this: names with commas, all or none.",
+            show_default="all; none when a bundle is given",
+        ),
+    ] = None,
+    seq: Annotated[
+        str | None,
+        typer.Option(
+            help="Sequence lengths, with commas; with --graph cached those of the past, of which one token is decoded.",
+            show_default="128,512,2048; 128,512,2048,8192,32768 with --graph cached",
+        ),
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1",
+    embed_dim: Annotated[
+        int | None, typer.Option(min=1, help="Model width of a random block.", show_default="1024")
+    ] = None,
+    num_heads: Annotated[int | None, typer.Option(min=1, help="Its differential heads.", show_default="8")] = None,
+    num_kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="Its key/value heads.", show_default="as --num-heads")
+    ] = None,
+    head_dim: Annotated[
+        int | None, typer.Option(min=1, help="Its stream width.", show_default="--embed-dim / --num-heads / 2")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Of weights and inputs.", show_default="float32, or that of the bundle"),
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where everything runs.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of every candidate, on a CPU.", show_default="as torch does")
+    ] = None,
+    graph: Annotated[
+        Literal["plain", "masked", "cached"] | None,
+        typer.Option(
+            help="Hidden states; with a padding mask; one token with a key/value cache.",
+            show_default="plain, or that of the bundle",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Candidate that ratios refer to.", show_default="naive, or the first one")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Per size.", show_default="what fits 12 s, from 9 to 31")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Layout of the checkpoint.", show_default="recognised by its keys")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="0-based layer of it.", show_default="the only one")] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="0-based layer index that sets lambda_init.", show_default="as the keys say")
+    ] = None,
+    rope: Annotated[
+        Literal["interleaved", "half", "none"] | None,
+        typer.Option(help="Rotary embedding.", show_default="as config.json says"),
+    ] = None,
+    rope_theta: Annotated[
+        float | None, typer.Option(help="Base of the rotary frequencies.", show_default="as config.json says")
+    ] = None,
+    gqa_layout: Annotated[
+        Literal["canonical", "legacy"] | None,
+        typer.Option(help="Which key stream a query stream reads.", show_default="as config.json says"),
+    ] = None,
+    as_json: AsJson = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write a table to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw latency over length: .svg or .png.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Say what changed since the run that --save wrote to this file.")
+    ] = None,
+) -> int:
+    """Measure implementations, formats and plain softmax attention in one run, each verified before it is timed.
+
+    Without a CHECKPOINT or BUNDLE, a block with random weights.
+
+    All candidates take turns, round by round; memory is measured in a process of its own for each.
+    """
+    outputs = Outputs(as_json=as_json, csv=csv, plot=plot, save=save, compare=compare)
+    request = Request(
+        sources=tuple(sources or ()),
+        impl=names(impl),
+        format=None if format_names is None else names(format_names),
+        seq=None if seq is None else numbers("--seq", seq),
+        batch=numbers("--batch", batch),
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        graph=graph,
+        baseline=baseline,
+        rounds=rounds,
+        layout=layout,
+        layer=layer,
+        depth=depth,
+        rope=rope,
+        rope_theta=rope_theta,
+        gqa_layout=gqa_layout,
+    )
+    old = outputs.check()
+    with console.activity("loading torch") as activity, prepare(request, activity.stage) as run:
+        if old is not None:
+            run.require_comparable(old)
+        failure = _measure(run, activity)
+        report = run.report()
+    if report is None:
+        raise failure or KeyboardInterrupt
+    outputs.write(report, old)
+    if isinstance(failure, KeyboardInterrupt):
+        console.fail("interrupted; what had been measured until then is above")
+        return console.Reported(console.INTERRUPTED)
+    if failure is not None:
+        console.fail(str(failure))
+        return console.Reported(failure.exit_code)
+    wrong = [row for row in report.results if row.status == "wrong"]
+    if wrong:
+        first = wrong[0]
+        console.fail(f"{first.name} is wrong at {first.size.id}: {first.reason}")
+    return VerificationError.exit_code if wrong else 0
+
+
+def _measure(run: "Bench", activity: console.Activity) -> KeyboardInterrupt | DiffDeployError | None:
+    """Run to the end, or to what ended it, so that what was measured by then is not lost."""
+
+    def progress(text: str, seconds_left: float | None) -> None:
+        activity.stage(text if seconds_left is None else f"{text}; about {_duration(seconds_left)} left")
+
+    try:
+        run.measure(progress)
+    except (KeyboardInterrupt, DiffDeployError) as failure:
+        return failure
+    return None
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(max(1, round(seconds)), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where the result goes beside standard output, and what it is compared with."""
+
+    as_json: bool
+    csv: Path | None
+    plot: Path | None
+    save: Path | None
+    compare: Path | None
+
+    def check(self) -> "BenchReport | None":
+        """Find out before anything is measured whether all of it can be written.
+
+        Returns:
+            The report to compare with.
+
+        Raises:
+            InputError: a file that cannot be read or written.
+            UnavailableError: no matplotlib.
+        """
+        for path in (self.csv, self.plot, self.save):
+            if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+                raise InputError(f"{path} cannot be written; give a file in a directory that exists")
+        if self.plot is not None:
+            from diffdeploy.bench.plot import require_plot
+
+            require_plot(self.plot)
+        if self.compare is None:
+            return None
+        from diffdeploy.bench.results import read_report
+
+        return read_report(self.compare)
+
+    def write(self, report: "BenchReport", old: "BenchReport | None") -> None:
+        """Write and print everything."""
+        from diffdeploy.bench import compare
+
+        # Files first: a comparison that is refused must not lose the run.
+        if self.save is not None:
+            self.save.write_text(json.dumps(report.fields(), indent=2, allow_nan=False) + "\n")
+        if self.csv is not None:
+            self.csv.write_text(report.to_csv())
+        if self.plot is not None and any(row.latency_ms is not None for row in report.results):
+            from diffdeploy.bench.plot import plot
+
+            plot(report, self.plot)
+        changes = None if old is None else compare(old, report)
+        if self.as_json:
+            console.print_json(json_fields(report, changes))
+            return
+        print_bench(report)
+        if changes is not None:
+            print_changes(changes)
