@@ -11,7 +11,8 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
 from diffdeploy.errors import InputError
-from diffdeploy.graphs import GraphSpec, TensorSpec
+from diffdeploy.graphs import GraphSpec
+from diffdeploy.runtime.inputs import check_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,9 +86,7 @@ class Runtime(ABC):
         """
         if self._closed:
             raise InputError(f"the runtime of {self.bundle.path} is closed; load the bundle again")
-        if inputs.keys() != self.spec.inputs.keys():
-            raise InputError(f"inputs are {sorted(inputs)}; accepted are {sorted(self.spec.inputs)}")
-        self._check(inputs)
+        check_inputs(self.spec, inputs)
         as_torch = not isinstance(inputs["hidden_states"], np.ndarray)
         outputs = self._run([inputs[name] for name in self.spec.inputs], as_torch=as_torch)
         return dict(zip(self.spec.outputs, outputs, strict=True))
@@ -126,38 +125,3 @@ class Runtime(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _check(self, inputs: "dict[str, Any]") -> None:
-        sizes: dict[str, int] = {}
-        for name, spec in self.spec.inputs.items():
-            self._check_tensor(name, spec, inputs[name], sizes)
-        for total, parts in self.spec.sums.items():
-            if sizes[total] != sum(sizes[part] for part in parts):
-                given = " + ".join(f"{part} {sizes[part]}" for part in parts)
-                raise InputError(f"{total} is {sizes[total]}; accepted is {given}")
-
-    def _check_tensor(self, name: str, spec: TensorSpec, value: Any, sizes: dict[str, int]) -> None:
-        if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-            raise InputError(f"{name} is a {type(value).__name__}; accepted is a torch tensor or a numpy array")
-        dtype = str(value.dtype).removeprefix("torch.")
-        if dtype != spec.dtype:
-            raise InputError(f"{name} has dtype {dtype}; accepted is {spec.dtype}")
-        if len(value.shape) != len(spec.shape):
-            raise InputError(f"{name} has shape {list(value.shape)}; accepted is {list(spec.shape)}")
-        for given, axis in zip(value.shape, spec.shape, strict=True):
-            if isinstance(axis, int):
-                if given != axis:
-                    raise InputError(f"{name} has shape {list(value.shape)}; accepted is {list(spec.shape)}")
-                continue
-            bounds = self.spec.axes[axis]
-            if not bounds.min <= given <= bounds.max:
-                raise InputError(f"{axis} of {name} is {given}; accepted is {bounds.min} to {bounds.max}")
-            if sizes.setdefault(axis, given) != given:
-                raise InputError(f"{axis} is {given} in {name}, but {sizes[axis]} in another input")
-        if spec.values is not None and not getattr(value, "is_cuda", False):
-            smallest, largest = int(value.min()), int(value.max())
-            if smallest < spec.values.min or largest > spec.values.max:
-                raise InputError(
-                    f"{name} holds numbers from {smallest} to {largest}; "
-                    f"accepted are {spec.values.min} to {spec.values.max}"
-                )

@@ -1,0 +1,57 @@
+"""What a graph accepts: names, dtypes, shapes, ranges and values of its inputs, checked before a backend sees them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffdeploy.errors import InputError
+from diffdeploy.graphs import GraphSpec, TensorSpec
+
+__all__ = ["check_inputs"]
+
+
+def check_inputs(spec: GraphSpec, inputs: Mapping[str, Any]) -> None:
+    """Check inputs against the interface that the graph declares.
+
+    Args:
+        spec: interface of the graph.
+        inputs: torch tensors or numpy arrays by name.
+
+    Raises:
+        InputError: a name, dtype, shape or value is not what ``spec`` accepts. Values of tensors on CUDA are not looked
+            at, since that would wait for the device.
+    """
+    if inputs.keys() != spec.inputs.keys():
+        raise InputError(f"inputs are {sorted(inputs)}; accepted are {sorted(spec.inputs)}")
+    sizes: dict[str, int] = {}
+    for name, tensor in spec.inputs.items():
+        _check_tensor(spec, name, tensor, inputs[name], sizes)
+    for total, parts in spec.sums.items():
+        if sizes[total] != sum(sizes[part] for part in parts):
+            given = " + ".join(f"{part} {sizes[part]}" for part in parts)
+            raise InputError(f"{total} is {sizes[total]}; accepted is {given}")
+
+
+def _check_tensor(graph: GraphSpec, name: str, spec: TensorSpec, value: Any, sizes: dict[str, int]) -> None:
+    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        raise InputError(f"{name} is a {type(value).__name__}; accepted is a torch tensor or a numpy array")
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype != spec.dtype:
+        raise InputError(f"{name} has dtype {dtype}; accepted is {spec.dtype}")
+    if len(value.shape) != len(spec.shape):
+        raise InputError(f"{name} has shape {list(value.shape)}; accepted is {list(spec.shape)}")
+    for given, axis in zip(value.shape, spec.shape, strict=True):
+        if isinstance(axis, int):
+            if given != axis:
+                raise InputError(f"{name} has shape {list(value.shape)}; accepted is {list(spec.shape)}")
+            continue
+        bounds = graph.axes[axis]
+        if not bounds.min <= given <= bounds.max:
+            raise InputError(f"{axis} of {name} is {given}; accepted is {bounds.min} to {bounds.max}")
+        if sizes.setdefault(axis, given) != given:
+            raise InputError(f"{axis} is {given} in {name}, but {sizes[axis]} in another input")
+    if spec.values is not None and not getattr(value, "is_cuda", False):
+        smallest, largest = int(value.min()), int(value.max())
+        if smallest < spec.values.min or largest > spec.values.max:
+            raise InputError(
+                f"{name} holds numbers from {smallest} to {largest}; accepted are {spec.values.min} to {spec.values.max}"
+            )
