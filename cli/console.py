@@ -185,7 +185,7 @@ def _case_table(report: "Report") -> "Table":
         table.add_column(heading, justify="right", no_wrap=True, min_width=7 if heading != "cases" else 5)
     groups: dict[str, list[CaseReport]] = {}
     for case in report.cases:
-        groups.setdefault(_group(case.id), []).append(case)
+        groups.setdefault(case.group, []).append(case)
     for kind, cases in groups.items():
         worst = max(cases, key=lambda case: case.severity)
         table.add_row(
@@ -198,21 +198,6 @@ def _case_table(report: "Report") -> "Table":
             "-" if worst.budget_used is None else f"{worst.budget_used:.0%}",
         )
     return table
-
-
-def _group(case_id: str) -> str:
-    """What a case tries: steps, a past, its padding, its kind of numbers."""
-    sizes: list[str] = []
-    words: list[str] = []
-    for part in case_id.split("-"):
-        (sizes if part[0] in "BPS" else words).append(part)
-    if "in" in words:
-        return "in steps"
-    padding = [f"{word} padding" for word in words if word in ("left", "right", "ragged")]
-    padding += ["hidden rows"] if "hidden" in words else []
-    past = ["past"] if any(size[0] == "P" for size in sizes) else []
-    kind = [] if words[-1] == "normal" and (padding or past) else [words[-1]]
-    return ", ".join(past + padding + kind)
 
 
 def _number(value: float | None) -> str:

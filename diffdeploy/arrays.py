@@ -11,7 +11,7 @@ from diffdeploy.errors import IntegrityError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Array", "epsilon", "read_safetensors", "to_array", "to_tensor"]
+__all__ = ["Array", "epsilon", "read_safetensors", "smallest_normal", "to_array", "to_tensor"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -30,6 +30,11 @@ _STORED_DTYPES = {
 def epsilon(dtype: "str | np.dtype[Any]") -> float:
     """Distance from 1 to the next larger number of a floating dtype."""
     return float(ml_dtypes.finfo(dtype).eps)  # type: ignore[no-untyped-call]
+
+
+def smallest_normal(dtype: "str | np.dtype[Any]") -> float:
+    """The smallest positive number of a floating dtype that has its full precision."""
+    return float(ml_dtypes.finfo(dtype).smallest_normal)  # type: ignore[no-untyped-call]
 
 
 def to_tensor(array: Array) -> "Tensor":

@@ -53,5 +53,6 @@ def _check_tensor(graph: GraphSpec, name: str, spec: TensorSpec, value: Any, siz
         smallest, largest = int(value.min()), int(value.max())
         if smallest < spec.values.min or largest > spec.values.max:
             raise InputError(
-                f"{name} holds numbers from {smallest} to {largest}; accepted are {spec.values.min} to {spec.values.max}"
+                f"{name} holds numbers from {smallest} to {largest}; "
+                f"accepted are {spec.values.min} to {spec.values.max}"
             )

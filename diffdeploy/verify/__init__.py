@@ -1,15 +1,24 @@
 """Verification: an artifact is accepted when it computes what its weights and config say."""
 
-from diffdeploy.verify.report import CaseReport, Check, GraphFacts, RejectedError, Report
-from diffdeploy.verify.run import Progress, golden_arrays, verify_bundle
+from diffdeploy.verify.golden import golden_arrays, verify_golden
+from diffdeploy.verify.metrics import BUDGETS, rejudge
+from diffdeploy.verify.report import Budget, CaseReport, Check, GraphFacts, OutputReport, RejectedError, Report
+from diffdeploy.verify.run import Progress, verify_bundle
+from diffdeploy.verify.sweep import Selection
 
 __all__ = [
+    "BUDGETS",
+    "Budget",
     "CaseReport",
     "Check",
     "GraphFacts",
+    "OutputReport",
     "Progress",
     "RejectedError",
     "Report",
+    "Selection",
     "golden_arrays",
+    "rejudge",
     "verify_bundle",
+    "verify_golden",
 ]

@@ -4,30 +4,13 @@ Where a softmax is nearly tied or the two attentions nearly cancel, the error of
 large by luck. So eager's error is taken over several runs on inputs that differ in the last bit.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from diffdeploy.arrays import Array, epsilon
+from diffdeploy.arrays import Array, epsilon, smallest_normal
 from diffdeploy.graphs import DType
-from diffdeploy.verify.report import CaseReport
+from diffdeploy.verify.report import Budget, CaseReport, OutputReport, Report
 
-__all__ = ["BUDGETS", "Budget", "Yardstick", "judge"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Allowed error: ``k`` times the eager block's own error, plus a floor.
-
-    Attributes:
-        k: factor on eager's error, for the root mean square and for the maximum alike.
-        rmse_floor: in units of ``eps(dtype) * rms(expected)``.
-        max_floor: in units of ``eps(dtype) * max|expected|``.
-    """
-
-    k: float
-    rmse_floor: float
-    max_floor: float
+__all__ = ["BUDGETS", "Yardstick", "judge", "measure", "rejudge"]
 
 
 # How the numbers were found: `make slow` exports random right blocks and reports the share of the budget that they use.
@@ -44,35 +27,45 @@ BUDGETS: dict[DType, Budget] = {
 }
 
 
-def _first(mask: Array) -> str:
-    return str([int(i) for i in np.argwhere(mask)[0]])
-
-
-def _non_finite_differs(actual: Array, expected: Array) -> str | None:
-    """Where NaN and the infinities are not where the exact result, rounded to the dtype, has them."""
-    with np.errstate(over="ignore"):
-        rounded = expected.astype(actual.dtype)
-    for name, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
-        differs = test(actual) != test(rounded)
-        if differs.any():
-            where = _first(differs)
-            return f"{name} differs from the exact result, first at {where} ({int(differs.sum())} elements)"
-    return None
-
-
 class Yardstick:
-    """Error of the eager block against fp64, over runs that differ in the last bits of their inputs."""
+    """Error of the eager block against fp64, over runs that differ in the last bits of their inputs.
 
-    def __init__(self, expected: Array) -> None:
-        self._expected = expected
+    Only elements count whose exact value is finite in the dtype: of the others there is no error, only a kind.
+
+    Args:
+        expected: exact, float64.
+        dtype: of the artifact.
+    """
+
+    def __init__(self, expected: Array, dtype: DType) -> None:
+        self.expected, self.dtype = expected, dtype
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.rounded = expected.astype(dtype)
+        self.counts = np.isfinite(self.rounded)
         self._squares: list[float] = []
         self.max_error = 0.0
 
     def add(self, eager: Array) -> None:
         """Take in one run, of the shape of ``expected`` and in the artifact's dtype."""
-        error = np.abs(eager.astype(np.float64) - self._expected)
-        self._squares.append(float(np.mean(error**2)))
-        self.max_error = max(self.max_error, float(error.max(initial=0.0)))
+        errors = self.errors(eager)
+        self._squares.append(float(np.mean(np.square(errors))) if errors.size else 0.0)
+        self.max_error = max(self.max_error, float(errors.max(initial=0.0)))
+
+    def recall(self, figures: OutputReport) -> None:
+        """Take in eager's error as an earlier report recorded it, in place of a run."""
+        missing = float("nan")
+        self._squares.append(missing if figures.eager_rmse is None else figures.eager_rmse**2)
+        self.max_error = missing if figures.eager_max_error is None else figures.eager_max_error
+
+    def errors(self, values: Array) -> Array:
+        """Absolute errors, float64, of the elements that count, in one row."""
+        errors: Array = values.astype(np.float64)
+        if not self.counts.all():
+            errors = np.abs(errors[self.counts] - self.expected[self.counts])
+        else:
+            errors -= self.expected
+            np.abs(errors, out=errors)
+        return errors.reshape(-1)
 
     @property
     def rmse(self) -> float:
@@ -81,58 +74,110 @@ class Yardstick:
 
     @property
     def finite(self) -> bool:
-        """Whether no run gave NaN or infinity."""
+        """Whether no run gave NaN or infinity where the exact result has a number."""
         return bool(np.isfinite(self._squares).all())
 
 
-def judge(case_id: str, output: str, actual: Array, yardstick: Yardstick, expected: Array, dtype: DType) -> CaseReport:
-    """Compare one output with the exact one.
+def measure(output: str, actual: Array, yardstick: Yardstick) -> OutputReport:
+    """Compare one output with the exact one, and judge it by the budget of its dtype.
 
     Args:
-        case_id: name for the report.
-        output: name of the output.
-        actual: of the artifact, in its dtype.
-        yardstick: error of the eager block.
-        expected: exact, float64.
+        output: its name.
+        actual: of the artifact.
+        yardstick: the exact result, and the error of the eager block.
+    """
+    expected, dtype = yardstick.expected, yardstick.dtype
+    if actual.shape != expected.shape or actual.dtype != np.dtype(dtype):
+        return OutputReport.failed(
+            output, f"it is {actual.dtype.name} {list(actual.shape)}, expected {dtype} {list(expected.shape)}"
+        )
+    if reason := _non_finite_differs(actual, yardstick.rounded):
+        return OutputReport.failed(output, reason)
+    if not yardstick.counts.any():
+        return OutputReport(output=output, passed=True, budget_used=0.0)
+    if not yardstick.finite:
+        return OutputReport.failed(output, "there is no yardstick: the eager block gives NaN or infinity")
+    errors, exact = yardstick.errors(actual), expected[yardstick.counts]
+    worst = int(np.argmax(errors))
+    if not yardstick.counts.all():
+        worst = int(np.flatnonzero(yardstick.counts)[worst])
+    figures = OutputReport(
+        output=output,
+        passed=False,
+        rmse=float(np.sqrt(np.mean(np.square(errors)))),
+        eager_rmse=yardstick.rmse,
+        max_error=float(errors.max()),
+        eager_max_error=yardstick.max_error,
+        exact_rms=float(np.sqrt(np.mean(np.square(exact)))),
+        exact_max=float(np.abs(exact).max()),
+        worst_index=[int(i) for i in np.unravel_index(worst, actual.shape)],
+    )
+    return judge(figures, BUDGETS[dtype], dtype)
+
+
+def _non_finite_differs(actual: Array, rounded: Array) -> str | None:
+    """Where NaN and the infinities are not where the exact result, rounded to the dtype, has them."""
+    for name, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
+        differs = test(actual) != test(rounded)
+        if differs.any():
+            where = [int(i) for i in np.argwhere(differs)[0]]
+            return f"{name} differs from the exact result, first at {where} ({int(differs.sum())} elements)"
+    return None
+
+
+def judge(figures: OutputReport, budget: Budget, dtype: DType) -> OutputReport:
+    """The verdict on measured figures, from nothing but them; one that has none stays as it is.
+
+    Args:
+        figures: with or without a verdict.
+        budget: what is allowed.
         dtype: of the artifact.
     """
-    if actual.shape != expected.shape or actual.dtype != np.dtype(dtype):
-        return CaseReport.failed(
-            case_id,
-            f"the output is {actual.dtype.name} {list(actual.shape)}, expected {dtype} {list(expected.shape)}",
-            output,
-        )
-    if reason := _non_finite_differs(actual, expected):
-        return CaseReport.failed(case_id, reason, output)
-    finite = np.isfinite(actual) & np.isfinite(expected)
-    exact = expected[finite]
-    if exact.size == 0:
-        return CaseReport(id=case_id, output=output, passed=True, budget_used=0.0)
-    errors = np.abs(actual.astype(np.float64) - expected)
-    error = errors[finite]
-    if not yardstick.finite:
-        return CaseReport.failed(case_id, "there is no yardstick: the eager block gives NaN or infinity", output)
-    budget, eps = BUDGETS[dtype], epsilon(dtype)
-    rmse, max_error = float(np.sqrt(np.mean(error**2))), float(error.max())
-    allowed_rmse = budget.k * yardstick.rmse + budget.rmse_floor * eps * float(np.sqrt(np.mean(exact**2)))
-    allowed_max = budget.k * yardstick.max_error + budget.max_floor * eps * float(np.abs(exact).max())
-    used = max(_share(rmse, allowed_rmse), _share(max_error, allowed_max))
-    return CaseReport(
-        id=case_id,
-        output=output,
-        passed=used <= 1.0,
-        budget_used=used if np.isfinite(used) else None,
-        rmse=rmse,
-        eager_rmse=yardstick.rmse,
-        max_error=max_error,
-        eager_max_error=yardstick.max_error,
-        worst_index=[int(i) for i in np.unravel_index(int(np.argmax(errors)), actual.shape)],
-        reason=None if used <= 1.0 else "the error is above the budget",
+    if figures.rmse is None or figures.max_error is None:
+        return figures
+    assert figures.eager_rmse is not None
+    assert figures.eager_max_error is not None
+    floor_rmse = budget.rmse_floor * _spacing(figures.exact_rms or 0.0, dtype)
+    floor_max = budget.max_floor * _spacing(figures.exact_max or 0.0, dtype)
+    allowed_rmse = budget.k * figures.eager_rmse + floor_rmse
+    allowed_max = budget.k * figures.eager_max_error + floor_max
+    used = max(figures.rmse / allowed_rmse, figures.max_error / allowed_max)
+    smallest = max(
+        _smallest_k(figures.rmse - floor_rmse, figures.eager_rmse),
+        _smallest_k(figures.max_error - floor_max, figures.eager_max_error),
     )
+    verdict = {
+        "passed": used <= 1.0,
+        "budget_used": used,
+        "smallest_k": smallest if np.isfinite(smallest) else None,
+        "allowed_rmse": allowed_rmse,
+        "allowed_max_error": allowed_max,
+        "reason": None if used <= 1.0 else "the error is above the budget",
+    }
+    return OutputReport(**{**{name: getattr(figures, name) for name in OutputReport.model_fields}, **verdict})
 
 
-def _share(error: float, allowed: float) -> float:
-    """``error / allowed``; where nothing is allowed, only no error passes."""
-    if allowed > 0.0:
-        return error / allowed
-    return 0.0 if error == 0.0 else float("inf")
+def _spacing(magnitude: float, dtype: DType) -> float:
+    """About the distance between neighbours of that magnitude; it does not shrink any more below the normal numbers."""
+    return epsilon(dtype) * max(magnitude, smallest_normal(dtype))
+
+
+def _smallest_k(above_floor: float, eager: float) -> float:
+    if above_floor <= 0.0:
+        return 0.0
+    return above_floor / eager if eager > 0.0 else float("inf")
+
+
+def rejudge(report: Report, k: float) -> Report:
+    """The same figures judged with another ``k``; checks, and cases without figures, stay as they were.
+
+    Args:
+        report: of a verification.
+        k: factor on eager's error; the floors stay.
+    """
+    budget = report.budget.model_copy(update={"k": k})
+    cases = [
+        CaseReport.of(case.id, case.group, [judge(output, budget, report.dtype) for output in case.outputs])
+        for case in report.cases
+    ]
+    return report.model_copy(update={"budget": budget, "cases": cases})

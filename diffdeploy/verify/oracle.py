@@ -1,4 +1,4 @@
-"""The blocks' formulas in numpy fp64, straight from the canonical weights; one score matrix at a time.
+"""The blocks' formulas in numpy fp64, straight from the canonical weights; a few rows of one score matrix at a time.
 
 Shape suffixes: B batch, H heads, S query length, P past length, T = P + S key length, D model width, d stream width,
 e value width.
@@ -12,6 +12,9 @@ from diffdeploy.arrays import Array
 from diffdeploy.config import AnyConfig, DiffAttentionConfig, RopeConfig
 
 __all__ = ["lambda_value", "oracle", "rope_tables"]
+
+# Rows of a score matrix that are held at once.
+_ROWS = 256
 
 
 def rope_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, Array]:
@@ -51,17 +54,20 @@ def _rotate(x_HSd: Array, rope: RopeConfig, positions_S: Array) -> Array:
     return out
 
 
-def _hidden(config: AnyConfig, length: int, key_length: int, tokens_T: Array | None) -> Array:
-    """``[S, T]``, ``True`` where a query may not see a key."""
-    age = np.arange(key_length - length, key_length)[:, None] - np.arange(key_length)
-    hidden: Array = (age < 0) if config.causal else np.zeros(age.shape, dtype=bool)
+def _hidden(config: AnyConfig, ends_S: Array, tokens_T: Array) -> Array:
+    """``[S, T]``, ``True`` where a query may not see a key; ``ends_S`` are the places of the queries among the keys."""
+    age = ends_S[:, None] - np.arange(len(tokens_T))
+    hidden: Array = np.broadcast_to(tokens_T == 0, age.shape)
+    if config.causal:
+        hidden = hidden | (age < 0)
     if config.sliding_window is not None:
-        hidden |= age >= config.sliding_window
-    return hidden if tokens_T is None else hidden | (tokens_T == 0)
+        hidden = hidden | (age >= config.sliding_window)
+    return hidden
 
 
 def _softmax_times(q_Sd: Array, k_Td: Array, v_Te: Array, hidden_ST: Array) -> Array:
-    scores = q_Sd @ k_Td.T / np.sqrt(q_Sd.shape[1])
+    scores = q_Sd @ k_Td.T
+    scores /= np.sqrt(q_Sd.shape[1])
     scores[hidden_ST] = -np.inf
     largest = scores.max(axis=1, keepdims=True)
     scores -= np.where(np.isneginf(largest), 0.0, largest)
@@ -120,17 +126,31 @@ def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Ar
     if "past_key_values.key" in inputs:
         k = np.concatenate((inputs["past_key_values.key"].astype(np.float64), k), axis=1)
         v = np.concatenate((inputs["past_key_values.value"].astype(np.float64), v), axis=1)
-    hidden = _hidden(config, length, past_length + length, inputs.get("attention_mask"))
-    heads = []
-    for i in range(config.num_heads):
-        value = v[i // (config.num_heads // config.num_kv_heads)]
-        signal, noise = (_softmax_times(q[2 * i + s], k[_key_head(config, i, s)], value, hidden) for s in (0, 1))
-        if isinstance(config, DiffAttentionConfig):
-            head = signal - lambda_value(config, w) * noise
-            head /= np.sqrt(np.mean(head**2, axis=1, keepdims=True) + config.norm_eps)
-            heads.append(head * w.get("subln.weight", 1.0) * config.output_scale)
-        else:
-            lam_S = 1.0 / (1.0 + np.exp(-x_SD @ w["lambda_proj.weight"][i]))
-            heads.append(signal - lam_S[:, None] * noise)
-    output = np.concatenate(heads, axis=1) @ w["out_proj.weight"].T + w.get("out_proj.bias", 0.0)
+    tokens = inputs.get("attention_mask", np.ones(past_length + length))
+    joined = np.empty((length, config.num_heads * config.value_dim))
+    for start in range(0, length, _ROWS):
+        rows = slice(start, min(start + _ROWS, length))
+        # Of causal queries, later keys are hidden from the whole block.
+        num_keys = past_length + (rows.stop if config.causal else length)
+        hidden = _hidden(config, np.arange(past_length + start, past_length + rows.stop), tokens[:num_keys])
+        for i in range(config.num_heads):
+            value = v[i // (config.num_heads // config.num_kv_heads), :num_keys]
+            signal, noise = (
+                _softmax_times(q[2 * i + s, rows], k[_key_head(config, i, s), :num_keys], value, hidden) for s in (0, 1)
+            )
+            columns = slice(i * config.value_dim, (i + 1) * config.value_dim)
+            joined[rows, columns] = _head(config, w, i, signal, noise, x_SD[rows])
+    output = joined @ w["out_proj.weight"].T + w.get("out_proj.bias", 0.0)
     return {"output": output, "present.key": k, "present.value": v}
+
+
+def _head(config: AnyConfig, w: Mapping[str, Array], i: int, signal: Array, noise: Array, x_SD: Array) -> Array:
+    """What head ``i`` makes of its two streams."""
+    if not isinstance(config, DiffAttentionConfig):
+        lam_S = 1.0 / (1.0 + np.exp(-x_SD @ w["lambda_proj.weight"][i]))
+        second: Array = signal - lam_S[:, None] * noise
+        return second
+    difference = signal - lambda_value(config, w) * noise
+    difference /= np.sqrt(np.mean(difference**2, axis=1, keepdims=True) + config.norm_eps)
+    first: Array = difference * w.get("subln.weight", 1.0) * config.output_scale
+    return first

@@ -1,12 +1,15 @@
 """What a verification says: one record per case and per structural check, and the verdict."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from diffdeploy.errors import VerificationError
+from diffdeploy.bundle import REPORT, Environment, Manifest
+from diffdeploy.errors import InputError, VerificationError
+from diffdeploy.graphs import DType
 
-__all__ = ["CaseReport", "Check", "GraphFacts", "RejectedError", "Report"]
+__all__ = ["Budget", "CaseReport", "Check", "GraphFacts", "OutputReport", "RejectedError", "Report", "files_judged"]
 
 # Four digits are what a person reads; more would let a report differ where nothing that matters does.
 Rounded = Annotated[float, AfterValidator(lambda value: float(f"{value:.4g}"))]
@@ -16,37 +19,67 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class CaseReport(_Frozen):
-    """One case.
+class Budget(_Frozen):
+    """Allowed error: ``k`` times the eager block's own error, plus a floor in units of the dtype's spacing.
 
     Attributes:
-        id: name of the case.
-        output: the output that the numbers are of: the one that used most of its budget.
-        passed: whether every output is within its budget.
+        k: factor on eager's error, for the root mean square and for the maximum alike.
+        rmse_floor: times the spacing of numbers as large as the root mean square of the exact result.
+        max_floor: times the spacing of numbers as large as the largest exact one.
+    """
+
+    k: float
+    rmse_floor: float
+    max_floor: float
+
+
+class OutputReport(_Frozen):
+    """One output of one case: all that judging it needs, and the verdict.
+
+    Attributes:
+        output: its name.
+        passed: whether it is within its budget.
         budget_used: error over allowed error, the larger of the two measures; ``None`` where there is no number.
+        smallest_k: the smallest `Budget.k` that it would still pass with; ``None`` where none is enough.
         rmse: root mean square of the artifact's error against fp64.
         eager_rmse: the same of the eager block in the artifact's dtype.
+        allowed_rmse: the most that ``rmse`` may be.
         max_error: largest absolute error of the artifact against fp64.
         eager_max_error: the same of the eager block.
+        allowed_max_error: the most that ``max_error`` may be.
+        exact_rms: root mean square of the exact result, where it is finite.
+        exact_max: largest magnitude of the exact result, where it is finite.
         worst_index: where ``max_error`` is.
         reason: why it failed.
     """
 
-    id: str
     output: str
     passed: bool
     budget_used: Rounded | None = None
+    smallest_k: Rounded | None = None
     rmse: Rounded | None = None
     eager_rmse: Rounded | None = None
+    allowed_rmse: Rounded | None = None
     max_error: Rounded | None = None
     eager_max_error: Rounded | None = None
+    allowed_max_error: Rounded | None = None
+    exact_rms: Rounded | None = None
+    exact_max: Rounded | None = None
     worst_index: list[int] | None = None
     reason: str | None = None
 
     @classmethod
-    def failed(cls, case_id: str, reason: str, output: str = "output") -> Self:
-        """A case that has no number to show."""
-        return cls(id=case_id, output=output, passed=False, reason=reason)
+    def failed(cls, output: str, reason: str) -> Self:
+        """An output that has no number to show."""
+        return cls(output=output, passed=False, reason=reason)
+
+    @property
+    def failure(self) -> str:
+        """What is wrong with it, where and by how much."""
+        if self.budget_used is None:
+            return f"{self.output}: {self.reason}"
+        times = f"{self.budget_used:,.3g} times what is allowed"
+        return f"the error of {self.output} is {times}, largest at {self.worst_index}"
 
     @property
     def severity(self) -> float:
@@ -54,8 +87,36 @@ class CaseReport(_Frozen):
         return float("inf") if self.budget_used is None else self.budget_used
 
 
+class CaseReport(OutputReport):
+    """One case. What it inherits is of its worst output: the one that used most of its budget.
+
+    Attributes:
+        id: name of the case.
+        group: what the case tries, in a few words that cases share.
+        outputs: every output.
+    """
+
+    id: str
+    group: str
+    outputs: list[OutputReport]
+
+    @classmethod
+    def of(cls, case_id: str, group: str, outputs: Sequence[OutputReport]) -> Self:
+        """A case with these outputs, at least one."""
+        worst = max(outputs, key=lambda report: report.severity)
+        return cls(id=case_id, group=group, outputs=list(outputs), **{name: getattr(worst, name) for name in _FIGURES})
+
+    @classmethod
+    def did_not_run(cls, case_id: str, group: str, reason: str) -> Self:
+        """A case without outputs."""
+        return cls.of(case_id, group, [OutputReport.failed("output", f"the artifact did not run: {reason}")])
+
+
+_FIGURES = tuple(OutputReport.model_fields)
+
+
 class Check(_Frozen):
-    """One structural check of the artifact."""
+    """One check that is passed or not: of the artifact's structure, or of how its outputs hang together."""
 
     name: str
     passed: bool
@@ -78,17 +139,27 @@ class Report(_Frozen):
     Attributes:
         schema_version: of this record.
         format: deployment format.
+        dtype: of the graph, which sets the budget.
         backend: what ran the artifact.
         seed: of the cases.
+        selection: which cases: ``full``, ``quick``, a number, ``user`` or ``golden``.
+        budget: what the cases are judged by.
+        files: sha256 of the files of the bundle, by name, but for reports: whose verdict this is.
+        environment: versions of what verified it.
         graph: facts read from the artifact.
-        contract: structural checks.
+        contract: checks of its structure and properties.
         cases: numerical comparisons.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     format: str
+    dtype: DType
     backend: str
     seed: int
+    selection: str
+    budget: Budget
+    files: dict[str, str]
+    environment: Environment
     graph: GraphFacts
     contract: list[Check]
     cases: list[CaseReport]
@@ -113,21 +184,43 @@ class Report(_Frozen):
         return self.model_copy(update={"contract": [*self.contract, check]})
 
     def first_failure(self) -> str | None:
-        """One clause that says what failed first; ``None`` when nothing did."""
-        for check in self.contract:
-            if not check.passed:
-                return f"{check.name}: {check.detail}"
+        """One clause that says what failed first, where, and by how much; ``None`` when nothing did."""
+        clauses = [f"{check.name}: {check.detail}" for check in self.contract if not check.passed][:1]
         failed = [case for case in self.cases if not case.passed]
-        if not failed:
-            return None if self.cases else "no case was run"
-        first = failed[0]
-        share = "" if first.budget_used is None else f" ({first.budget_used:.3g} times what is allowed)"
-        where = "" if first.output == "output" else f", {first.output}"
-        return f"{len(failed)} of {len(self.cases)} cases failed, first {first.id}{where}: {first.reason}{share}"
+        if failed:
+            first = failed[0]
+            clauses.append(f"{len(failed)} of {len(self.cases)} cases failed, first {first.id}: {first.failure}")
+        if not self.cases and not clauses:
+            clauses.append("no case was run")
+        return "; ".join(clauses) or None
 
     def to_bytes(self) -> bytes:
         """JSON, always the same bytes for the same content."""
         return (self.model_dump_json(indent=2) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str) -> Self:
+        """Inverse of `to_bytes`.
+
+        Args:
+            data: of the file.
+            name: of the file, for the error.
+
+        Raises:
+            InputError: not a report, or one of a version with other fields.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise InputError(
+                f"{name} is not a report of this version of diffdeploy; accepted is the verification.json of a bundle, "
+                "or what diffdeploy verify --save-report wrote"
+            ) from error
+
+
+def files_judged(manifest: Manifest) -> dict[str, str]:
+    """Digests of the files that a verdict on a bundle is about, by name: of all but an earlier report."""
+    return {name: digest.sha256 for name, digest in manifest.files.items() if name != REPORT}
 
 
 class RejectedError(VerificationError):

@@ -120,6 +120,15 @@ class ArtifactProcess:
         _, outputs = self._answer()
         return outputs
 
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name, waited for.
+
+        Raises:
+            ExportError: the artifact did not run.
+        """
+        self.start(inputs)
+        return self.result()
+
     def _answer(self) -> tuple[dict[str, Any], dict[str, Array]]:
         assert self._process.stdout is not None
         frame = _receive(self._process.stdout)

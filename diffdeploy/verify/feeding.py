@@ -1,0 +1,47 @@
+"""How a case is fed to an artifact: in one call, in steps that hand on the cache, or one row at a time."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from diffdeploy.arrays import Array
+from diffdeploy.verify.cases import AnyCase
+from diffdeploy.verify.worker import ArtifactProcess
+
+__all__ = ["feed"]
+
+
+def feed(case: AnyCase, artifact: ArtifactProcess, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Outputs by name, of all calls together. A case of one call must have been started.
+
+    Raises:
+        ExportError: the artifact did not run.
+    """
+    if case.chunks:
+        return _in_chunks(case.chunks, artifact, inputs)
+    if case.row_by_row:
+        return _row_by_row(artifact, inputs)
+    return artifact.result()
+
+
+def _in_chunks(chunks: tuple[int, ...], artifact: ArtifactProcess, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    key, value = inputs["past_key_values.key"], inputs["past_key_values.value"]
+    outputs, done = [], 0
+    for chunk in chunks:
+        part = {
+            name: inputs[name][:, done : done + chunk] for name in ("hidden_states", "position_ids") if name in inputs
+        }
+        part["attention_mask"] = inputs["attention_mask"][:, : done + chunk]
+        result = artifact.run({**part, "past_key_values.key": key, "past_key_values.value": value})
+        key, value = result["present.key"], result["present.value"]
+        outputs.append(result["output"])
+        done += chunk
+    return {"output": np.concatenate(outputs, axis=1), "present.key": key, "present.value": value}
+
+
+def _row_by_row(artifact: ArtifactProcess, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    rows = [
+        artifact.run({name: array[row : row + 1] for name, array in inputs.items()})
+        for row in range(len(inputs["hidden_states"]))
+    ]
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}

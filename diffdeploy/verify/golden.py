@@ -1,0 +1,106 @@
+"""Golden vectors: inputs with exact outputs that travel with a bundle, for machines with nothing but its runtime."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from diffdeploy.arrays import Array, read_safetensors
+from diffdeploy.bundle import GOLDEN, REPORT, Bundle, Environment, open_bundle
+from diffdeploy.config import AnyConfig
+from diffdeploy.errors import InputError
+from diffdeploy.graphs import GraphSpec
+from diffdeploy.runtime import RunOptions, Runtime, load
+from diffdeploy.verify.cases import Case
+from diffdeploy.verify.metrics import BUDGETS, Yardstick, measure
+from diffdeploy.verify.oracle import oracle
+from diffdeploy.verify.report import CaseReport, Check, Report
+from diffdeploy.verify.sweep import golden_cases
+
+__all__ = ["golden_arrays", "golden_check", "verify_golden"]
+
+
+def golden_arrays(config: AnyConfig, spec: GraphSpec, weights: Mapping[str, Array], seed: int) -> dict[str, Array]:
+    """Inputs and exact outputs of `golden_cases`, named ``CASE.NAME``."""
+    arrays: dict[str, Array] = {}
+    for case in golden_cases(spec, seed):
+        inputs = case.inputs(spec)
+        arrays |= {f"{case.id}.{name}": array for name, array in inputs.items()}
+        arrays |= {f"{case.id}.{name}": array for name, array in oracle(config, weights, inputs).items()}
+    return arrays
+
+
+def golden_check(bundle: Bundle, exact_weights: Mapping[str, Array]) -> Check:
+    """The stored exact outputs must be what the formula gives here and now."""
+    manifest = bundle.manifest
+    stored = read_safetensors(bundle.path / GOLDEN)
+    fresh = golden_arrays(manifest.config, manifest.graph, exact_weights, int(manifest.options["seed"]))
+    problems = [] if stored.keys() == fresh.keys() else [f"it holds {sorted(stored)}, expected {sorted(fresh)}"]
+    for name in stored.keys() & fresh.keys():
+        scale = float(np.abs(fresh[name]).max(initial=0.0))
+        if stored[name].shape != fresh[name].shape or not np.allclose(
+            stored[name], fresh[name], rtol=0.0, atol=1e-10 * scale
+        ):
+            problems.append(f"{name} is not what the formula gives")
+    return Check(name="golden", passed=not problems, detail="; ".join(problems) or "stored outputs are the formula's")
+
+
+def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Report:
+    """Run the golden inputs through the runtime, in this process, and hold the outputs against the stored exact ones.
+
+    Needs numpy and the backend of the format alone: eager's error, which sets the budget, is that of the report which
+    accepted the bundle.
+
+    Args:
+        path: the bundle's directory.
+        run_options: device and backend that the artifact is run with.
+
+    Raises:
+        InputError: no bundle there, or one that was never verified.
+        IntegrityError: the bundle is not what was exported.
+        UnavailableError: this machine cannot run the format.
+        ExportError: the backend cannot load the artifact.
+    """
+    bundle = open_bundle(path)
+    accepted = _accepting_report(bundle)
+    stored = read_safetensors(bundle.path / GOLDEN)
+    with load(path, **asdict(run_options or RunOptions())) as runtime:
+        cases = [
+            _run_case(runtime, case, stored, accepted) for case in golden_cases(bundle.manifest.graph, accepted.seed)
+        ]
+        backend = runtime.description
+    return accepted.model_copy(
+        update={
+            "backend": backend,
+            "selection": "golden",
+            "budget": BUDGETS[accepted.dtype],
+            "environment": Environment.current(),
+            "contract": [Check(name="digests", passed=True, detail="every file is the one that was exported")],
+            "cases": cases,
+        }
+    )
+
+
+def _accepting_report(bundle: Bundle) -> Report:
+    if REPORT not in bundle.manifest.files:
+        raise InputError(
+            f"{bundle.path} was exported without verification, so no error of the eager block is on record for its "
+            "budget; run diffdeploy verify without --golden"
+        )
+    return Report.from_bytes((bundle.path / REPORT).read_bytes(), str(bundle.path / REPORT))
+
+
+def _run_case(runtime: Runtime, case: Case, stored: Mapping[str, Array], accepted: Report) -> CaseReport:
+    spec = runtime.spec
+    try:
+        outputs = runtime(**{name: stored[f"{case.id}.{name}"] for name in spec.inputs})
+    except Exception as error:  # whatever a backend raises is the finding
+        return CaseReport.did_not_run(case.id, case.group, f"{type(error).__name__}: {error}")
+    recorded = next(report for report in accepted.cases if report.id == case.id)
+    reports = []
+    for eager in recorded.outputs:
+        yardstick = Yardstick(stored[f"{case.id}.{eager.output}"], spec.dtype)
+        yardstick.recall(eager)
+        reports.append(measure(eager.output, outputs[eager.output], yardstick))
+    return CaseReport.of(case.id, case.group, reports)

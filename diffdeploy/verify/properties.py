@@ -1,0 +1,182 @@
+"""How an artifact's outputs must hang together, whatever they are: what an input cannot reach keeps every bit.
+
+Two runs of equal shapes do the same operations on the same numbers wherever the changed part of the input is not read,
+or is weighted with an exact 0, so a difference of one bit is a finding. Runs of other shapes may take other kernels:
+for those, batch and cache equivalence are cases against the exact result.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from diffdeploy.arrays import Array
+from diffdeploy.config import AnyConfig
+from diffdeploy.errors import DiffDeployError
+from diffdeploy.graphs import GraphSpec
+from diffdeploy.verify.cases import Case, Mask
+from diffdeploy.verify.report import Check
+from diffdeploy.verify.worker import ArtifactProcess
+
+__all__ = ["property_checks"]
+
+_LENGTHS = (1, 7, 65)
+_PADDINGS: tuple[Mask, ...] = ("left", "right", "ragged")
+_REPETITIONS = 3
+
+Arrays = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two inputs, and where their outputs must be equal.
+
+    Attributes:
+        name: of the pair, for the report.
+        inputs: the one.
+        changed: the other.
+        kept: by name of output, ``True`` where not a bit may differ; broadcastable to the output's ``[B, T]``, where
+            ``T`` is its axis of positions.
+    """
+
+    name: str
+    inputs: Arrays
+    changed: Arrays
+    kept: dict[str, Array]
+
+
+def property_checks(artifact: ArtifactProcess, config: AnyConfig, spec: GraphSpec, seed: int) -> list[Check]:
+    """Determinism, batch invariance, and where they apply causality, padding invariance and the handing on of a cache.
+
+    Args:
+        artifact: a process that has loaded the bundle.
+        config: of the block.
+        spec: interface of the graph.
+        seed: of the inputs.
+    """
+    checks = [
+        _check("determinism", artifact, _determinism(spec, seed), "the same bits when an input comes again"),
+        _check("batch invariance", artifact, _other_rows(spec, seed), "other rows do not change a bit of a row"),
+    ]
+    if config.causal:
+        checks.append(
+            _check("causality", artifact, _later_tokens(spec, seed), "later tokens do not change a bit before them")
+        )
+    if spec.variant != "plain":
+        checks.append(
+            _check("padding invariance", artifact, _padding(spec, seed), "what padding holds does not change a bit")
+        )
+    if spec.variant == "cached":
+        checks.append(_cache_is_handed_on(artifact, spec, seed))
+    return checks
+
+
+def _check(name: str, artifact: ArtifactProcess, pairs: Iterator[_Pair], fine: str) -> Check:
+    num_pairs = 0
+    for pair in pairs:
+        num_pairs += 1
+        try:
+            one, other = artifact.run(pair.inputs), artifact.run(pair.changed)
+        except DiffDeployError as error:
+            return Check(name=name, passed=False, detail=f"{pair.name}: the artifact did not run: {error}")
+        for output, kept in pair.kept.items():
+            if difference := _difference(one[output], other[output], kept):
+                return Check(name=name, passed=False, detail=f"{pair.name}: {output} changed, {difference}")
+    return Check(name=name, passed=True, detail=f"{fine} ({num_pairs} pairs of runs)")
+
+
+def _difference(one: Array, other: Array, kept: Array) -> str | None:
+    """Where two outputs differ that must not, with ``kept`` as in `_Pair`."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return f"from {one.dtype} {list(one.shape)} to {other.dtype} {list(other.shape)}"
+    bits = f"u{one.dtype.itemsize}"
+    wide = kept[:, :, None] if one.ndim == 3 else kept[:, None, :, None]
+    differs = (np.ascontiguousarray(one).view(bits) != np.ascontiguousarray(other).view(bits)) & wide
+    if not differs.any():
+        return None
+    first = tuple(int(i) for i in np.argwhere(differs)[0])
+    return f"first at {list(first)} from {float(one[first]):.6g} to {float(other[first]):.6g}"
+
+
+def _base(spec: GraphSpec, seed: int, length: int, mask: Mask = "none") -> Case:
+    total = spec.axes["sequence_length"].max
+    past = min(5, total - length) if spec.variant == "cached" else 0
+    return Case(
+        batch_size=min(3, spec.axes["batch_size"].max), sequence_length=length, past_length=past, mask=mask, seed=seed
+    )
+
+
+def _bases(spec: GraphSpec, seed: int, mask: Mask = "none") -> Iterator[tuple[Case, Arrays, Arrays]]:
+    """Cases with their inputs and other inputs of the same shapes and the same mask."""
+    for length in _LENGTHS:
+        if length <= spec.axes["sequence_length"].max:
+            case = _base(spec, seed, length, mask)
+            yield case, case.inputs(spec), replace(case, kind="large", number=1).inputs(spec)
+
+
+def _everywhere(spec: GraphSpec, kept: Array, past_length: int) -> dict[str, Array]:
+    """Of all outputs, where ``kept [B, P + S]`` says so; ``output`` has no past."""
+    return {name: kept[:, past_length:] if name == "output" else kept for name in spec.outputs}
+
+
+def _determinism(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
+    for case, inputs, _ in _bases(spec, seed):
+        kept = np.ones((case.batch_size, case.past_length + case.sequence_length), dtype=bool)
+        for _ in range(_REPETITIONS):
+            yield _Pair(case.id, inputs, inputs, _everywhere(spec, kept, case.past_length))
+
+
+def _other_rows(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
+    for case, inputs, others in _bases(spec, seed):
+        for row in (0, case.batch_size - 1):
+            changed = {name: array.copy() for name, array in others.items()}
+            for name, array in inputs.items():
+                changed[name][row] = array[row]
+            kept = np.zeros((case.batch_size, case.past_length + case.sequence_length), dtype=bool)
+            kept[row] = True
+            yield _Pair(f"{case.id}, row {row}", inputs, changed, _everywhere(spec, kept, case.past_length))
+
+
+def _later_tokens(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
+    for case, inputs, others in _bases(spec, seed):
+        length = case.sequence_length
+        for first in sorted({1, length // 2, length - 1} - {0, length}):
+            changed = dict(inputs)
+            changed["hidden_states"] = inputs["hidden_states"].copy()
+            changed["hidden_states"][:, first:] = others["hidden_states"][:, first:]
+            kept = np.arange(case.past_length + length)[None] < case.past_length + first
+            name = f"{case.id}, tokens from {first} on"
+            yield _Pair(name, inputs, changed, _everywhere(spec, kept, case.past_length))
+
+
+def _padding(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
+    for mask in _PADDINGS:
+        for case, inputs, others in _bases(spec, seed, mask):
+            tokens, past = inputs["attention_mask"] == 1, case.past_length
+            changed = dict(inputs)
+            changed["hidden_states"] = _where(tokens[:, past:, None], inputs, others, "hidden_states")
+            for name in ("past_key_values.key", "past_key_values.value"):
+                if name in inputs:
+                    changed[name] = _where(tokens[:, None, :past, None], inputs, others, name)
+            if "position_ids" in inputs:
+                changed["position_ids"] = np.where(tokens[:, past:], inputs["position_ids"], 0)
+            yield _Pair(case.id, inputs, changed, _everywhere(spec, tokens, past))
+
+
+def _where(kept: Array, inputs: Arrays, others: Arrays, name: str) -> Array:
+    return np.where(kept, inputs[name], others[name])
+
+
+def _cache_is_handed_on(artifact: ArtifactProcess, spec: GraphSpec, seed: int) -> Check:
+    name, case = "cache handed on", _base(spec, seed, 1)
+    inputs = case.inputs(spec)
+    try:
+        outputs = artifact.run(inputs)
+    except DiffDeployError as error:
+        return Check(name=name, passed=False, detail=f"{case.id}: the artifact did not run: {error}")
+    for side in ("key", "value"):
+        past, present = inputs[f"past_key_values.{side}"], outputs[f"present.{side}"]
+        kept = np.ones((case.batch_size, case.past_length), dtype=bool)
+        if difference := _difference(past, present[:, :, : case.past_length], kept):
+            return Check(name=name, passed=False, detail=f"{case.id}: the past of present.{side} changed, {difference}")
+    return Check(name=name, passed=True, detail="the past comes out bit for bit")
