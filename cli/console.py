@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from diffdeploy.verify import CaseReport, Report
+    from diffdeploy.verify import CaseReport, OutputReport, Report
 
 __all__ = [
     "INTERRUPTED",
@@ -27,6 +27,7 @@ __all__ = [
     "print_table",
     "print_text",
     "print_verdict",
+    "warn",
 ]
 
 
@@ -65,6 +66,11 @@ def note(text: str) -> None:
 def fail(message: str) -> None:
     """The one sentence that says what went wrong."""
     note("error: " + " ".join(message.split()))
+
+
+def warn(message: str) -> None:
+    """What went wrong, where that is no error."""
+    note("warning: " + " ".join(message.split()))
 
 
 _LOG_WIDTH = 110
@@ -140,13 +146,14 @@ def _print_whole(table: "Table") -> None:
 
 
 def print_report(report: "Report") -> None:
-    """The table of a verification, on standard error: the contract, then the cases, grouped by what they try."""
+    """The tables of a verification, on standard error: the contract, the cases by what they try, and what failed."""
     console = _stderr()
     console.print(_contract_table(report))
-    console.print(_case_table(report))
-    for case in report.cases:
-        if not case.passed:
-            console.print(f"  [red]failed[/red] {case.id}: {case.reason}{_where(case)}", soft_wrap=True)
+    if report.cases:
+        console.print(_case_table(report))
+    failed = [(case.id, output) for case in report.cases for output in case.outputs if not output.passed]
+    if failed:
+        console.print(_failure_table(failed))
 
 
 def print_verdict(report: "Report", bundle: Path) -> None:
@@ -164,45 +171,57 @@ def _mark(passed: bool) -> str:
 
 
 def _contract_table(report: "Report") -> "Table":
-    from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table("check", "", "what was found", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = _table(("check", "", "what was found"), ())
     for check in report.contract:
         table.add_row(check.name, _mark(check.passed), escape(check.detail))
     return table
 
 
 def _case_table(report: "Report") -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("inputs", "", "worst case"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("cases", "rmse", "eager", "budget"):
-        table.add_column(heading, justify="right", no_wrap=True, min_width=7 if heading != "cases" else 5)
+    table = _table(("inputs", "", "worst case"), ("cases", "rmse", "eager", "budget", "smallest k"))
     groups: dict[str, list[CaseReport]] = {}
     for case in report.cases:
         groups.setdefault(case.group, []).append(case)
-    for kind, cases in groups.items():
+    for group, cases in groups.items():
         worst = max(cases, key=lambda case: case.severity)
         table.add_row(
-            kind,
+            group,
             _mark(all(case.passed for case in cases)),
             worst.id,
             str(len(cases)),
             _number(worst.rmse),
             _number(worst.eager_rmse),
             "-" if worst.budget_used is None else f"{worst.budget_used:.0%}",
+            _number(worst.smallest_k),
         )
+    return table
+
+
+def _failure_table(failed: "Sequence[tuple[str, OutputReport]]") -> "Table":
+    from rich.markup import escape
+
+    table = _table(("failed", "output", "why"), ("max error", "allowed", "eager"))
+    for case_id, output in failed:
+        why = output.reason if output.worst_index is None else f"largest error at {output.worst_index}"
+        figures = (output.max_error, output.allowed_max_error, output.eager_max_error)
+        table.add_row(case_id, output.output, escape(str(why)), *map(_number, figures))
+    return table
+
+
+def _table(words: Sequence[str], numbers: Sequence[str]) -> "Table":
+    """Columns of words on the left, of numbers on the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in words:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True, min_width=min(7, len(heading)))
     return table
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}"
-
-
-def _where(case: "CaseReport") -> str:
-    return "" if case.worst_index is None else f", largest error {case.max_error:.3g} at {case.worst_index}"

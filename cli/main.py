@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 from diffdeploy import __version__
 from diffdeploy.cli import console
 from diffdeploy.cli.bench import bench
+from diffdeploy.cli.diff import diff
 from diffdeploy.cli.env import env
 from diffdeploy.cli.export import export
 from diffdeploy.cli.inspect import inspect
@@ -49,7 +50,7 @@ def _root(
     pass
 
 
-for command in (export, verify, run_bundle, inspect, bench, env):
+for command in (export, verify, diff, run_bundle, inspect, bench, env):
     app.command(command.__name__, no_args_is_help=False)(command)
 
 

@@ -12,38 +12,57 @@ if TYPE_CHECKING:
 __all__ = ["finish", "report_fields"]
 
 
-def finish(report: "Report", bundle: Path, *, as_json: bool, error: str | None = None) -> int:
-    """Print a report, as JSON on standard output if wanted, and the error if there is one.
+def finish(report: "Report", subject: Path, *, as_json: bool, error: str | None = None, warn_only: bool = False) -> int:
+    """Print a report: what failed and what to do about it, the table, and the verdict or JSON on standard output.
+
+    Args:
+        report: of a verification.
+        subject: the bundle, or the report that was judged again.
+        as_json: in place of the line with the verdict.
+        error: what failed; by default what `Report.first_failure` says.
+        warn_only: whether a failure is no error.
 
     Returns:
         The exit code.
     """
+    failed = not report.passed
+    if failed:
+        error = error or f"{subject} failed verification: {report.first_failure()}; {_next_step(report, subject)}"
+        (console.warn if warn_only else console.fail)(error)
     console.print_report(report)
     if as_json:
-        console.print_json({**report_fields(report, bundle), **({} if error is None else {"error": error})})
-    elif error is None:
-        console.print_verdict(report, bundle)
-    if error is None:
-        return 0
-    console.fail(error)
-    return VerificationError.exit_code
+        console.print_json({**report_fields(report, subject), **({"error": error} if failed else {})})
+    elif warn_only or not failed:
+        console.print_verdict(report, subject)
+    return VerificationError.exit_code if failed and not warn_only else 0
 
 
-def report_fields(report: "Report", bundle: Path) -> dict[str, Any]:
-    """Status, bundle, graph and verdict of a report; ``budget_used`` is ``null`` where an output had no number."""
+def _next_step(report: "Report", subject: Path) -> str:
+    """The command that shows more of a failure."""
+    if not subject.is_dir():
+        return "run diffdeploy verify on the bundle itself"
+    if report.selection == "golden":
+        return f"run diffdeploy verify {subject} for the whole sweep"
+    if any(not case.passed for case in report.cases):
+        return (
+            f"diffdeploy verify {subject} --seed {report.seed} --save-inputs inputs.safetensors keeps the inputs that "
+            "it fails on"
+        )
+    return f"diffdeploy inspect {subject} says what it was made from"
+
+
+def report_fields(report: "Report", subject: Path) -> dict[str, Any]:
+    """Status, bundle or report, graph and verdict; ``budget_used`` is ``null`` where an output had no number."""
     worst = report.worst
     return {
         "status": "passed" if report.passed else "failed",
         "format": report.format,
-        "bundle": str(bundle),
+        "bundle" if subject.is_dir() else "report": str(subject),
         "graph": report.graph.model_dump(),
         "verification": {
             "passed": report.passed,
             "num_cases": len(report.cases),
             "worst": None if worst is None else {"case": worst.id, "budget_used": worst.budget_used},
-            "backend": report.backend,
-            "seed": report.seed,
-            "contract": [check.model_dump() for check in report.contract],
-            "cases": [case.model_dump() for case in report.cases],
+            **report.model_dump(mode="json", exclude={"format", "graph", "schema_version"}),
         },
     }

@@ -1,40 +1,144 @@
-"""``diffdeploy verify``: everything that accepted a bundle, again, from the bundle alone."""
+"""``diffdeploy verify``: everything that accepted a bundle, again, from the bundle alone; or a part of it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from diffdeploy.cli import console
 from diffdeploy.cli.results import finish
+from diffdeploy.errors import InputError
+
+if TYPE_CHECKING:
+    from diffdeploy.verify import Report, Selection
 
 __all__ = ["verify"]
 
 
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="Directory that diffdeploy export made.")],
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Directory that diffdeploy export made.", show_default=False)
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Prove that the weights are still those of this checkpoint.")
+    ] = None,
+    cases: Annotated[
+        str | None,
+        typer.Option(
+            help="quick, full, or how many: quick ones first, random ones last.",
+            show_default="full; none beside --load-inputs",
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the inputs.", show_default="as the bundle was made")
     ] = None,
+    load_inputs: Annotated[
+        Path | None, typer.Option(help="Verify on these inputs: .safetensors or .npz with the graph's input names.")
+    ] = None,
+    save_inputs: Annotated[
+        Path | None, typer.Option(help="Write the inputs of all cases: .safetensors or .npz.")
+    ] = None,
+    golden: Annotated[
+        bool, typer.Option("--golden", help="Run the stored inputs alone, with numpy and the format's runtime.")
+    ] = False,
+    from_report: Annotated[
+        Path | None, typer.Option(help="Judge the figures of this report again, without running anything.")
+    ] = None,
+    k: Annotated[
+        float | None,
+        typer.Option("--k", min=0.0, help="Errors of the eager block that are allowed, with --from-report."),
+    ] = None,
+    save_report: Annotated[Path | None, typer.Option(help="Write the report, for --from-report and diff.")] = None,
+    warn_only: Annotated[bool, typer.Option("--warn-only", help="Exit with 0 also when verification fails.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON object.")] = False,
 ) -> int:
-    """Check a bundle's digests, structure and numbers, on this machine.
+    """Check a bundle's digests, structure, properties and numbers, on this machine.
 
     The exact result is computed in fp64 from the weights in the bundle; the checkpoint is not needed.
 
     With --checkpoint, its block is read again as for the export, and must give the same weights bit for bit.
     """
+    chosen = {"--cases": cases, "--seed": seed, "--load-inputs": load_inputs, "--save-inputs": save_inputs}
+    if from_report is not None:
+        _refuse("--from-report", "runs nothing", {**chosen, "--golden": golden or None, "--checkpoint": checkpoint})
+        subject, report = bundle or from_report, _judged_again(from_report, bundle, k)
+    else:
+        if bundle is None:
+            raise InputError("no bundle was given; give a directory that diffdeploy exported, or --from-report")
+        _refuse("verify without --from-report", "judges by its own table", {"--k": k})
+        if golden:
+            _refuse("--golden", "runs the stored inputs alone", {**chosen, "--checkpoint": checkpoint})
+            subject, report = bundle, _golden(bundle)
+        else:
+            subject, report = bundle, _verified(bundle, checkpoint, cases, seed, load_inputs, save_inputs)
+    if save_report is not None:
+        _save(report, save_report)
+    return finish(report, subject, as_json=as_json, warn_only=warn_only)
+
+
+def _refuse(option: str, why: str, others: dict[str, object]) -> None:
+    if given := [name for name, value in others.items() if value is not None]:
+        raise InputError(f"{option} {why}, so it does not go with {', '.join(given)}; leave one out")
+
+
+def _verified(
+    bundle: Path,
+    checkpoint: Path | None,
+    cases: str | None,
+    seed: int | None,
+    load_inputs: Path | None,
+    save_inputs: Path | None,
+) -> "Report":
     with console.activity("opening the bundle") as activity:
         from diffdeploy.verify import verify_bundle
 
-        report = verify_bundle(bundle, seed=seed, progress=activity.progress)
+        report = verify_bundle(
+            bundle,
+            seed=seed,
+            cases=_selection(cases),
+            load_inputs=load_inputs,
+            save_inputs=save_inputs,
+            progress=activity.progress,
+        )
         if checkpoint is not None:
             from diffdeploy.exporters.origin import check_origin
 
             activity.stage("reading the checkpoint")
             report = report.with_check(check_origin(bundle, checkpoint))
-    error = None if report.passed else f"{bundle} failed verification: {report.first_failure()}"
-    return finish(report, bundle, as_json=as_json, error=error)
+    return report
+
+
+def _selection(cases: str | None) -> "Selection | None":
+    if cases is None:
+        return None
+    if cases == "quick":
+        return "quick"
+    if cases == "full":
+        return "full"
+    if cases.isdecimal() and int(cases) > 0:
+        return int(cases)
+    raise InputError(f"--cases is {cases!r}; accepted is quick, full or a number above 0")
+
+
+def _golden(bundle: Path) -> "Report":
+    with console.activity("running the golden inputs"):
+        from diffdeploy.verify import verify_golden
+
+        return verify_golden(bundle)
+
+
+def _judged_again(path: Path, bundle: Path | None, k: float | None) -> "Report":
+    from diffdeploy.bundle import open_bundle
+    from diffdeploy.verify import read_report, rejudge
+
+    report = read_report(path)
+    if bundle is not None:
+        report.require_of(open_bundle(bundle), path)
+    return report if k is None else rejudge(report, k)
+
+
+def _save(report: "Report", path: Path) -> None:
+    try:
+        path.write_bytes(report.to_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); give another --save-report") from error

@@ -251,7 +251,7 @@ def export_bundle(
             if not report.passed:
                 raise RejectedError(
                     f"the exported {options.format} artifact failed verification and was not kept: "
-                    f"{report.first_failure()}",
+                    f"{report.first_failure()}; --no-verify keeps one, for diffdeploy verify to look into",
                     report,
                 )
             (staging / REPORT).write_bytes(report.to_bytes())

@@ -2,7 +2,16 @@
 
 from diffdeploy.verify.golden import golden_arrays, verify_golden
 from diffdeploy.verify.metrics import BUDGETS, rejudge
-from diffdeploy.verify.report import Budget, CaseReport, Check, GraphFacts, OutputReport, RejectedError, Report
+from diffdeploy.verify.report import (
+    Budget,
+    CaseReport,
+    Check,
+    GraphFacts,
+    OutputReport,
+    RejectedError,
+    Report,
+    read_report,
+)
 from diffdeploy.verify.run import Progress, verify_bundle
 from diffdeploy.verify.sweep import Selection
 
@@ -18,6 +27,7 @@ __all__ = [
     "Report",
     "Selection",
     "golden_arrays",
+    "read_report",
     "rejudge",
     "verify_bundle",
     "verify_golden",

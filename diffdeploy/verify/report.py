@@ -1,15 +1,26 @@
 """What a verification says: one record per case and per structural check, and the verdict."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from diffdeploy.bundle import REPORT, Environment, Manifest
+from diffdeploy.bundle import REPORT, Bundle, Environment, Manifest
 from diffdeploy.errors import InputError, VerificationError
 from diffdeploy.graphs import DType
 
-__all__ = ["Budget", "CaseReport", "Check", "GraphFacts", "OutputReport", "RejectedError", "Report", "files_judged"]
+__all__ = [
+    "Budget",
+    "CaseReport",
+    "Check",
+    "GraphFacts",
+    "OutputReport",
+    "RejectedError",
+    "Report",
+    "files_judged",
+    "read_report",
+]
 
 # Four digits are what a person reads; more would let a report differ where nothing that matters does.
 Rounded = Annotated[float, AfterValidator(lambda value: float(f"{value:.4g}"))]
@@ -183,6 +194,23 @@ class Report(_Frozen):
         """The same report with one more structural check."""
         return self.model_copy(update={"contract": [*self.contract, check]})
 
+    def require_of(self, bundle: Bundle, source: Path) -> None:
+        """See that the report is of a bundle.
+
+        Args:
+            bundle: an opened bundle.
+            source: where the report came from, for the error.
+
+        Raises:
+            InputError: it is of another.
+        """
+        files = files_judged(bundle.manifest)
+        if differing := sorted(name for name, _ in self.files.items() ^ files.items()):
+            raise InputError(
+                f"{source} is the report of another bundle than {bundle.path}: {', '.join(dict.fromkeys(differing))} "
+                "differ; give the report of this one, or leave the bundle out"
+            )
+
     def first_failure(self) -> str | None:
         """One clause that says what failed first, where, and by how much; ``None`` when nothing did."""
         clauses = [f"{check.name}: {check.detail}" for check in self.contract if not check.passed][:1]
@@ -221,6 +249,22 @@ class Report(_Frozen):
 def files_judged(manifest: Manifest) -> dict[str, str]:
     """Digests of the files that a verdict on a bundle is about, by name: of all but an earlier report."""
     return {name: digest.sha256 for name, digest in manifest.files.items() if name != REPORT}
+
+
+def read_report(path: Path) -> Report:
+    """The report in a file.
+
+    Raises:
+        InputError: there is none, or one of a version with other fields.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); give the verification.json of a bundle, or what diffdeploy "
+            "verify --save-report wrote"
+        ) from error
+    return Report.from_bytes(data, str(path))
 
 
 class RejectedError(VerificationError):
