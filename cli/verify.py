@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffdeploy.cli import console
+from diffdeploy.cli.options import AsJson, Device, Recompile, RuntimeName
 from diffdeploy.cli.results import finish
 from diffdeploy.errors import InputError
 
 if TYPE_CHECKING:
-    from diffdeploy.verify import Report, Selection
+    from collections.abc import Mapping
+
+    from diffdeploy.verify import Check, Report, Selection
 
 __all__ = ["verify"]
 
@@ -49,8 +52,11 @@ def verify(
         typer.Option("--k", min=0.0, help="Errors of the eager block that are allowed, with --from-report."),
     ] = None,
     save_report: Annotated[Path | None, typer.Option(help="Write the report, for --from-report and diff.")] = None,
+    device: Device = None,
+    runtime: RuntimeName = "native",
+    recompile: Recompile = False,
     warn_only: Annotated[bool, typer.Option("--warn-only", help="Exit with 0 also when verification fails.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Check a bundle's digests, structure, properties and numbers, on this machine.
 
@@ -58,54 +64,60 @@ def verify(
 
     With --checkpoint, its block is read again as for the export, and must give the same weights bit for bit.
     """
-    chosen = {"--cases": cases, "--seed": seed, "--load-inputs": load_inputs, "--save-inputs": save_inputs}
+    if save_report is not None and not save_report.parent.is_dir():
+        raise InputError(f"{save_report} cannot be written: there is no folder {save_report.parent}")
+    sweep = {"--cases": cases, "--seed": seed, "--load-inputs": load_inputs, "--save-inputs": save_inputs}
+    sweep |= {"--checkpoint": checkpoint}
+    run = {"--device": device, "--runtime": runtime == "reference" or None, "--recompile": recompile or None}
     if from_report is not None:
-        _refuse("--from-report", "runs nothing", {**chosen, "--golden": golden or None, "--checkpoint": checkpoint})
-        subject, report = bundle or from_report, _judged_again(from_report, bundle, k)
-    else:
-        if bundle is None:
-            raise InputError("no bundle was given; give a directory that diffdeploy exported, or --from-report")
-        _refuse("verify without --from-report", "judges by its own table", {"--k": k})
+        _refuse("--from-report", "runs nothing", {**sweep, **run, "--golden": golden or None})
+        report = _judged_again(from_report, bundle, k)
+        return _end(report, bundle or from_report, save_report, as_json=as_json, warn_only=warn_only)
+    _refuse("verify without --from-report", "judges by its own table", {"--k": k})
+    if bundle is None:
+        raise InputError("no bundle was given; give a directory that diffdeploy exported, or --from-report")
+    with console.activity("opening the bundle") as activity:
+        from diffdeploy.runtime import RunOptions
+        from diffdeploy.verify import verify_bundle, verify_golden
+
+        run_options = RunOptions(device=device, reference=runtime == "reference", recompile=recompile)
         if golden:
-            _refuse("--golden", "runs the stored inputs alone", {**chosen, "--checkpoint": checkpoint})
-            subject, report = bundle, _golden(bundle)
+            _refuse("--golden", "runs the stored inputs alone", sweep)
+            report = verify_golden(bundle, run_options)
         else:
-            subject, report = bundle, _verified(bundle, checkpoint, cases, seed, load_inputs, save_inputs)
+            report = verify_bundle(
+                bundle,
+                seed=seed,
+                cases=_selection(cases),
+                load_inputs=load_inputs,
+                save_inputs=save_inputs,
+                progress=activity.progress,
+                run_options=run_options,
+            )
+        if checkpoint is not None:
+            activity.stage("reading the checkpoint")
+            report = report.with_check(_origin(bundle, checkpoint))
+    return _end(report, bundle, save_report, as_json=as_json, warn_only=warn_only)
+
+
+def _end(report: "Report", subject: Path, save_report: Path | None, *, as_json: bool, warn_only: bool) -> int:
     if save_report is not None:
-        _save(report, save_report)
+        try:
+            save_report.write_bytes(report.to_bytes())
+        except OSError as error:
+            raise InputError(f"{save_report} cannot be written ({error.strerror}); give another file") from error
     return finish(report, subject, as_json=as_json, warn_only=warn_only)
 
 
-def _refuse(option: str, why: str, others: dict[str, object]) -> None:
+def _refuse(option: str, why: str, others: "Mapping[str, object]") -> None:
     if given := [name for name, value in others.items() if value is not None]:
         raise InputError(f"{option} {why}, so it does not go with {', '.join(given)}; leave one out")
 
 
-def _verified(
-    bundle: Path,
-    checkpoint: Path | None,
-    cases: str | None,
-    seed: int | None,
-    load_inputs: Path | None,
-    save_inputs: Path | None,
-) -> "Report":
-    with console.activity("opening the bundle") as activity:
-        from diffdeploy.verify import verify_bundle
+def _origin(bundle: Path, checkpoint: Path) -> "Check":
+    from diffdeploy.exporters.origin import check_origin
 
-        report = verify_bundle(
-            bundle,
-            seed=seed,
-            cases=_selection(cases),
-            load_inputs=load_inputs,
-            save_inputs=save_inputs,
-            progress=activity.progress,
-        )
-        if checkpoint is not None:
-            from diffdeploy.exporters.origin import check_origin
-
-            activity.stage("reading the checkpoint")
-            report = report.with_check(check_origin(bundle, checkpoint))
-    return report
+    return check_origin(bundle, checkpoint)
 
 
 def _selection(cases: str | None) -> "Selection | None":
@@ -120,13 +132,6 @@ def _selection(cases: str | None) -> "Selection | None":
     raise InputError(f"--cases is {cases!r}; accepted is quick, full or a number above 0")
 
 
-def _golden(bundle: Path) -> "Report":
-    with console.activity("running the golden inputs"):
-        from diffdeploy.verify import verify_golden
-
-        return verify_golden(bundle)
-
-
 def _judged_again(path: Path, bundle: Path | None, k: float | None) -> "Report":
     from diffdeploy.bundle import open_bundle
     from diffdeploy.verify import read_report, rejudge
@@ -134,11 +139,4 @@ def _judged_again(path: Path, bundle: Path | None, k: float | None) -> "Report":
     report = read_report(path)
     if bundle is not None:
         report.require_of(open_bundle(bundle), path)
-    return report if k is None else rejudge(report, k)
-
-
-def _save(report: "Report", path: Path) -> None:
-    try:
-        path.write_bytes(report.to_bytes())
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); give another --save-report") from error
+    return rejudge(report, report.budget.k if k is None else k)

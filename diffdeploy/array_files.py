@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
             return read_safetensors(path)
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (IntegrityError, ValueError, OSError, EOFError, KeyError) as error:
+    except (IntegrityError, ValueError, OSError, EOFError, KeyError, TypeError, BadZipFile) as error:
         raise InputError(f"{path} cannot be read as {path.suffix}; it may be truncated") from error
 
 

@@ -23,7 +23,7 @@ __all__ = ["BUDGETS", "Yardstick", "judge", "measure", "rejudge"]
 BUDGETS: dict[DType, Budget] = {
     "float32": Budget(k=8.0, rmse_floor=4.0, max_floor=8.0),
     "float16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
-    "bfloat16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
+    "bfloat16": Budget(k=8.0, rmse_floor=1.0, max_floor=2.0),
 }
 
 

@@ -26,7 +26,7 @@ from diffdeploy.verify.worker import ArtifactProcess
 if TYPE_CHECKING:
     from diffdeploy.modules import AttentionBlock
 
-__all__ = ["Progress", "verify_bundle"]
+__all__ = ["Progress", "run_case", "verify_bundle"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -84,7 +84,7 @@ def verify_bundle(
             for done, case in enumerate(chosen):
                 if progress is not None:
                     progress(done, len(chosen), case.id)
-                reports.append(_run_case(case, bundle, artifact, eager, exact_weights))
+                reports.append(run_case(case, bundle, artifact, eager, exact_weights))
             checks += property_checks(artifact, manifest.config, spec, seed)
     return Report(
         format=manifest.format,
@@ -114,13 +114,22 @@ def _choose(
     return [*users, *swept], f"user and {selection}" if users else str(selection)
 
 
-def _run_case(
+def run_case(
     case: AnyCase,
     bundle: Bundle,
     artifact: ArtifactProcess,
     eager: "AttentionBlock",
     exact_weights: Mapping[str, Array],
 ) -> CaseReport:
+    """One case: the exact result, eager's error, the artifact's outputs, and the verdict on them.
+
+    Args:
+        case: to run.
+        bundle: an opened bundle.
+        artifact: a process that has loaded it.
+        eager: its block with ``impl="naive"``.
+        exact_weights: its weights, float64.
+    """
     spec = bundle.manifest.graph
     inputs = case.inputs(spec)
     if not case.chunks and not case.row_by_row:

@@ -1,20 +1,16 @@
 """Inputs in files: those that a user brings to be verified on, and those of the cases that ran."""
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from diffdeploy.arrays import Array, read_safetensors
-from diffdeploy.errors import InputError, IntegrityError
+from diffdeploy.array_files import check_target, read_arrays, write_arrays
+from diffdeploy.arrays import Array
+from diffdeploy.errors import InputError
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.runtime import check_inputs
 from diffdeploy.verify.cases import AnyCase, UserCase
 
 __all__ = ["read_inputs", "write_inputs"]
-
-_SUFFIXES = (".safetensors", ".npz")
 
 
 def read_inputs(path: Path, spec: GraphSpec) -> list[UserCase]:
@@ -27,7 +23,7 @@ def read_inputs(path: Path, spec: GraphSpec) -> list[UserCase]:
     Raises:
         InputError: the file cannot be read, or a name, dtype, shape or value is not what the graph accepts.
     """
-    arrays = _read(path)
+    arrays = read_arrays(path)
     cases: dict[str, dict[str, Array]] = {}
     for key, array in arrays.items():
         name = next((name for name in spec.inputs if key == name or key.endswith(f".{name}")), None)
@@ -53,45 +49,17 @@ def _sizes(inputs: dict[str, Array]) -> str:
     return "-".join([f"B{batch}", *([f"P{past}"] if past else []), f"S{length}"])
 
 
-def _read(path: Path) -> dict[str, Array]:
-    _check_suffix(path)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; give a file with the inputs of the graph")
-    try:
-        if path.suffix == ".safetensors":
-            return read_safetensors(path)
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (IntegrityError, ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
-        raise InputError(f"{path} cannot be read as {path.suffix}: {error}") from error
-
-
-def _check_suffix(path: Path) -> None:
-    if path.suffix not in _SUFFIXES:
-        raise InputError(f"{path} ends in {path.suffix or 'nothing'}; accepted is {' or '.join(_SUFFIXES)}")
-
-
 def write_inputs(path: Path, cases: Sequence[AnyCase], spec: GraphSpec) -> None:
     """Write the inputs of cases as ``CASE.NAME``, to be read by `read_inputs` or by anything else.
 
     Args:
-        path: ``.safetensors`` or ``.npz``, which does not know bfloat16; replaced if it exists.
+        path: ``.safetensors`` or ``.npz``; replaced if it exists.
         cases: what to write.
         spec: interface of the graph.
 
     Raises:
-        InputError: the file cannot be written, or cannot hold the dtype.
+        InputError: the file cannot be written there, or cannot hold the dtype.
+        UnavailableError: the file cannot be written.
     """
-    import safetensors.numpy
-
-    _check_suffix(path)
-    if path.suffix == ".npz" and spec.dtype == "bfloat16":
-        raise InputError(f"{path} cannot hold bfloat16, which .npz does not have; give a .safetensors file")
-    arrays = {f"{case.id}.{name}": array for case in cases for name, array in case.inputs(spec).items()}
-    try:
-        if path.suffix == ".safetensors":
-            path.write_bytes(safetensors.numpy.save(arrays))
-        else:
-            np.savez(path, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); give another file") from error
+    check_target(path, force=True)
+    write_arrays(path, {f"{case.id}.{name}": array for case in cases for name, array in case.inputs(spec).items()})
