@@ -45,7 +45,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return dict(arrays)
     except (IntegrityError, ValueError, OSError, EOFError, KeyError, TypeError, BadZipFile) as error:
         raise InputError(f"{path} cannot be read as {path.suffix}; it may be truncated") from error
