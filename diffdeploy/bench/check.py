@@ -20,7 +20,7 @@ from diffdeploy.config import AnyConfig
 from diffdeploy.graphs import run_block
 from diffdeploy.modules import block_class
 from diffdeploy.ops import Impl
-from diffdeploy.verify.metrics import Yardstick, judge
+from diffdeploy.verify.metrics import Yardstick, measure
 from diffdeploy.verify.oracle import oracle
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def reference(
     else:
         exact = _run_eager(plan, config, weights, inputs, Impl.PADDED, torch.float64)
     impl = Impl.NAIVE if small else Impl.PADDED
-    yardsticks = {name: Yardstick(exact[name]) for name in exact}
+    yardsticks = {name: Yardstick(exact[name], plan.dtype) for name in exact}
     for nudged in _nudged(inputs, plan.seed):
         outputs = _run_eager(plan, config, weights, nudged, impl, getattr(torch, plan.dtype))
         for name, yardstick in yardsticks.items():
@@ -124,9 +124,6 @@ def check(run: Run, inputs: Mapping[str, "Tensor"], expected: Reference, plan: P
         outputs = run(inputs)
     except Exception as error:
         return Verdict(False, None, f"it did not run: {type(error).__name__}: {str(error).strip()}")
-    reports = [
-        judge(size.id, name, to_array(outputs[name]), expected.yardsticks[name], expected.exact[name], plan.dtype)
-        for name in expected.exact
-    ]
+    reports = [measure(name, to_array(outputs[name]), yardstick) for name, yardstick in expected.yardsticks.items()]
     worst = max(reports, key=lambda report: report.severity)
     return Verdict(worst.passed, worst.budget_used, worst.reason)
