@@ -186,7 +186,7 @@ def _export_candidates(request: Request, formats: Sequence[str], dtype: "DType",
     candidates = []
     for name in choose_names("format", formats, _format_names()):
         base = name.removesuffix("-ort")
-        reason = why_not_export(base, request.device) or why_not_run(base, request.device, dtype)
+        reason = why_not_export(base, request.device, dtype) or why_not_run(base, request.device, dtype)
         if reason is None:
             impl = Impl.PADDED if name == _ONNX_ORT else resolve_impl("auto", target=base)
             called = f"{name}-bundle" if name in list(Impl) else name

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from diffdeploy.cli import console
+from diffdeploy.cli.all_formats import export_formats
 from diffdeploy.cli.jobs import Job, export_all
 from diffdeploy.errors import InputError
 
@@ -18,7 +19,7 @@ def export(
         typer.Argument(help=".safetensors or .pt file, or a directory with one.", show_default="the bundled sample"),
     ] = None,
     format_name: Annotated[
-        Literal["onnx", "pt2", "aoti", "compile", "flash2"], typer.Option("--format", help="Deployment format.")
+        Literal["onnx", "pt2", "aoti", "compile", "flash2", "all"], typer.Option("--format", help="Deployment format.")
     ] = "onnx",
     output: Annotated[
         Path | None,
@@ -110,8 +111,12 @@ def export(
         seed=seed,
     )
     job = Job(checkpoint, reading, options, force=force, verify=not no_verify)
+    if layer == "all" and format_name == "all":
+        raise InputError("--layer is all and --format is all; give one of them a name, or run one after the other")
     if layer == "all":
         return export_all(job, output, as_json=as_json)
+    if format_name == "all":
+        return export_formats(job, output, as_json=as_json)
     done = job.run(output)
     return done.finish(as_json=as_json)
 

@@ -9,7 +9,7 @@ from diffdeploy.cli.results import finish, report_fields
 from diffdeploy.errors import DiffDeployError, VerificationError
 
 if TYPE_CHECKING:
-    from diffdeploy.checkpoints import CheckpointOptions
+    from diffdeploy.checkpoints import Checkpoint, CheckpointOptions
     from diffdeploy.exporters import Export, ExportOptions
     from diffdeploy.verify import RejectedError, Report
 
@@ -80,28 +80,38 @@ class Job:
         """Of the checkpoint, for the default output."""
         return self.checkpoint.resolve().name.removesuffix(self.checkpoint.suffix)
 
+    def read(self) -> "Checkpoint":
+        """The block."""
+        from diffdeploy.checkpoints import read_checkpoint
+
+        return read_checkpoint(self.checkpoint, self.reading)
+
     def run(self, output: Path | None) -> Outcome:
         """Read, export and verify, showing what goes on."""
         from diffdeploy.bundle import default_output
-        from diffdeploy.checkpoints import read_checkpoint
+
+        with console.activity("reading the checkpoint") as activity:
+            found = self.read()
+            target = output or default_output(self.name, found.layer, self.options.format)
+            return self.export(found, target, activity)
+
+    def export(self, found: "Checkpoint", target: Path, activity: console.Activity) -> Outcome:
+        """Export and verify a block that has been read."""
         from diffdeploy.exporters import export_bundle
         from diffdeploy.verify import RejectedError
 
-        with console.activity("reading the checkpoint") as activity:
-            found = read_checkpoint(self.checkpoint, self.reading)
-            target = output or default_output(self.name, found.layer, self.options.format)
-            try:
-                done = export_bundle(
-                    found,
-                    target,
-                    self.options,
-                    force=self.force,
-                    verify=self.verify,
-                    stage=activity.stage,
-                    progress=activity.progress,
-                )
-            except RejectedError as error:
-                return Outcome(target, self.options.format, None, error)
+        try:
+            done = export_bundle(
+                found,
+                target,
+                self.options,
+                force=self.force,
+                verify=self.verify,
+                stage=activity.stage,
+                progress=activity.progress,
+            )
+        except RejectedError as error:
+            return Outcome(target, self.options.format, None, error)
         return Outcome(target, self.options.format, done, None)
 
 
