@@ -1,7 +1,10 @@
 """What a graph accepts: names, dtypes, shapes, ranges and values of its inputs, checked before a backend sees them."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
+
+import numpy as np
 
 from diffdeploy.errors import InputError
 from diffdeploy.graphs import GraphSpec, TensorSpec
@@ -34,7 +37,7 @@ def check_inputs(spec: GraphSpec, inputs: Mapping[str, Any]) -> None:
 def _check_tensor(graph: GraphSpec, name: str, spec: TensorSpec, value: Any, sizes: dict[str, int]) -> None:
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         raise InputError(f"{name} is a {type(value).__name__}; accepted is a torch tensor or a numpy array")
-    dtype = str(value.dtype).removeprefix("torch.")
+    dtype = _name(value.dtype)
     if dtype != spec.dtype:
         raise InputError(f"{name} has dtype {dtype}; accepted is {spec.dtype}")
     if len(value.shape) != len(spec.shape):
@@ -50,9 +53,23 @@ def _check_tensor(graph: GraphSpec, name: str, spec: TensorSpec, value: Any, siz
         if sizes.setdefault(axis, given) != given:
             raise InputError(f"{axis} is {given} in {name}, but {sizes[axis]} in another input")
     if spec.values is not None and not getattr(value, "is_cuda", False):
-        smallest, largest = int(value.min()), int(value.max())
+        smallest, largest = _extremes(value)
         if smallest < spec.values.min or largest > spec.values.max:
             raise InputError(
                 f"{name} holds numbers from {smallest} to {largest}; "
                 f"accepted are {spec.values.min} to {spec.values.max}"
             )
+
+
+@cache
+def _name(dtype: Any) -> str:
+    """Of a dtype of torch or numpy, which take their time to write it out."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _extremes(integers: Any) -> tuple[int, int]:
+    """Smallest and largest of a tensor or an array."""
+    if isinstance(integers, np.ndarray):
+        return int(np.minimum.reduce(integers, axis=None)), int(np.maximum.reduce(integers, axis=None))
+    smallest, largest = integers.aminmax()
+    return int(smallest), int(largest)
