@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow clean
+.PHONY: demo test slow campaign clean
 
 demo: $(INSTALLED) ## Export the bundled sample to ONNX and verify it.
 	$(BIN)/diffdeploy export --format onnx --output artifacts/demo --force
@@ -14,8 +14,11 @@ test: $(INSTALLED) ## All checks and tests of a change.
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-slow: $(INSTALLED) ## The long verification campaigns.
+slow: $(INSTALLED) ## The long tests.
 	$(BIN)/pytest -m slow -rP
+
+campaign: $(INSTALLED) ## 1,000 right exports and runs must pass; goes on where it was stopped.
+	$(BIN)/python -m tests.campaign
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -40,7 +40,7 @@ from diffdeploy.graphs import DType
 from diffdeploy.runtime import RunOptions
 from diffdeploy.verify import Report, verify_bundle
 from diffdeploy.verify.properties import property_checks
-from diffdeploy.verify.run import run_case
+from diffdeploy.verify.run import half_the_threads, run_case
 from diffdeploy.verify.sweep import random_cases, select_cases
 from diffdeploy.verify.worker import ArtifactProcess
 
@@ -146,7 +146,7 @@ def _more_runs(path: Path, format_name: str, report: Report, seeds: range) -> It
         name: array.astype(np.float64) for name, array in read_safetensors(path / WEIGHTS).items()
     }
     eager = eager_block(bundle, impl="naive")
-    with ArtifactProcess(path, RunOptions(threads=1)) as artifact:
+    with ArtifactProcess(path, RunOptions(threads=1)) as artifact, half_the_threads():
         for seed in seeds:
             quick = select_cases("quick", config, spec, seed)
             cases = [*quick, *islice(random_cases(config, spec, seed), NUM_RANDOM_CASES)]
@@ -218,7 +218,6 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--output", type=Path, default=Path("artifacts/campaign.jsonl"))
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # blocks are small, and the artifact runs beside
     runs = campaign(arguments.runs, arguments.minutes, arguments.output)
     print(table(runs))
     return int(any(not run.report.passed for run in runs))

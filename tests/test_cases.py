@@ -101,10 +101,8 @@ def test_a_file_of_one_case_is_named_by_its_sizes(tmp_path: Path) -> None:
 )
 def test_inputs_that_the_graph_does_not_accept(changes: dict[str, Array | None], message: str, tmp_path: Path) -> None:
     spec = spec_of("cached")
-    arrays: dict[str, Array | None] = {
-        **Case(batch_size=2, sequence_length=3, past_length=4, seed=1).inputs(spec),
-        **changes,
-    }
+    good = Case(batch_size=2, sequence_length=3, past_length=4, seed=1).inputs(spec)
+    arrays: dict[str, Array | None] = {**good, **changes}
     write_arrays(tmp_path / "x.npz", {name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(InputError, match=message):
         read_inputs(tmp_path / "x.npz", spec)

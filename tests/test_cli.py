@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -129,7 +130,14 @@ def test_verify_of_a_wrong_artifact_exits_1(bundle_copy: Path, capsys: pytest.Ca
     said = capsys.readouterr()
     result = json.loads(said.out)
     assert (result["status"], result["verification"]["passed"]) == ("failed", False)
-    assert said.err.strip().splitlines()[-1].startswith(f"error: {bundle_copy} failed verification: ")
+    first = said.err.splitlines()[0]
+    assert first.startswith(f"error: {bundle_copy} failed verification: ")
+    assert re.search(
+        r"\d+ of \d+ cases failed, first B1-S1-normal: the error of output is [\d.e+]+ times what is", first
+    )
+    assert first.endswith(
+        f"diffdeploy verify {bundle_copy} --seed 0 --save-inputs inputs.safetensors keeps the inputs that it fails on"
+    )
 
 
 def open_bundle_without_digests(bundle: Path) -> Any:

@@ -84,7 +84,7 @@ def rename_the_output(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (fix_the_batch, {"interface"}),
+        (fix_the_batch, {"interface", "determinism", "batch invariance", "causality"}),
         (add_a_softmax, {"attention"}),
         (add_a_foldable_node, {"folded"}),
         (leave_an_unused_constant, {"folded"}),

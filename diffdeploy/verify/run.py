@@ -1,6 +1,7 @@
 """Verifying a bundle: the exact formula, the eager block and the artifact on every case; contract and properties."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from diffdeploy.verify.worker import ArtifactProcess
 if TYPE_CHECKING:
     from diffdeploy.modules import AttentionBlock
 
-__all__ = ["Progress", "run_case", "verify_bundle"]
+__all__ = ["Progress", "half_the_threads", "run_case", "verify_bundle"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -68,7 +69,7 @@ def verify_bundle(
     chosen, selection = _choose(bundle, seed, cases, load_inputs)
     if save_inputs is not None:
         write_inputs(save_inputs, chosen, spec)
-    with ArtifactProcess(bundle.path, run_options) as artifact:
+    with ArtifactProcess(bundle.path, run_options) as artifact, half_the_threads():
         weights = read_safetensors(bundle.path / WEIGHTS)
         checks = contracts.checks(bundle, weights)
         exact_weights = {name: array.astype(np.float64) for name, array in weights.items()}
@@ -99,6 +100,19 @@ def verify_bundle(
         contract=checks,
         cases=reports,
     )
+
+
+@contextmanager
+def half_the_threads() -> Iterator[None]:
+    """Leave the other half to the artifact, which runs beside: threads without a core of their own only wait."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _choose(
