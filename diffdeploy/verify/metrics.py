@@ -1,7 +1,9 @@
-"""The criterion: an artifact may be at most a little less exact than the eager block in the same dtype.
+"""The criterion: an artifact may be at most a little less exact than a right computation in the same dtype must be.
 
-Where a softmax is nearly tied or the two attentions nearly cancel, the error of *one* right computation can be tiny or
-large by luck. So eager's error is taken over several runs on inputs that differ in the last bit.
+Where a softmax is nearly tied, the error of *one* right computation can be tiny or large by luck. So eager's error is
+taken over several runs on inputs that differ in the last bit. Where the two attentions nearly cancel, eager, which
+subtracts probabilities, is exact by its nature, and an artifact, which subtracts the results of two operators, cannot
+be: so the error of storing those results counts too.
 """
 
 import numpy as np
@@ -44,6 +46,7 @@ class Yardstick:
         self.counts = np.isfinite(self.rounded)
         self._squares: list[float] = []
         self.max_error = 0.0
+        self.storage_rmse, self.storage_max_error = 0.0, 0.0
 
     def add(self, eager: Array) -> None:
         """Take in one run, of the shape of ``expected`` and in the artifact's dtype."""
@@ -51,11 +54,18 @@ class Yardstick:
         self._squares.append(float(np.mean(np.square(errors))) if errors.size else 0.0)
         self.max_error = max(self.max_error, float(errors.max(initial=0.0)))
 
+    def add_stored(self, output: Array) -> None:
+        """Take in the formula with stored streams, float64; see `exact_and_stored`."""
+        errors = self.errors(output)
+        if errors.size:
+            self.storage_rmse, self.storage_max_error = float(np.sqrt(np.mean(np.square(errors)))), float(errors.max())
+
     def recall(self, figures: OutputReport) -> None:
-        """Take in eager's error as an earlier report recorded it, in place of a run."""
+        """Take in errors as an earlier report recorded them, in place of runs."""
         missing = float("nan")
         self._squares.append(missing if figures.eager_rmse is None else figures.eager_rmse**2)
         self.max_error = missing if figures.eager_max_error is None else figures.eager_max_error
+        self.storage_rmse, self.storage_max_error = figures.storage_rmse, figures.storage_max_error
 
     def errors(self, values: Array) -> Array:
         """Absolute errors, float64, of the elements that count, in one row."""
@@ -106,8 +116,10 @@ def measure(output: str, actual: Array, yardstick: Yardstick) -> OutputReport:
         passed=False,
         rmse=float(np.sqrt(np.mean(np.square(errors)))),
         eager_rmse=yardstick.rmse,
+        storage_rmse=yardstick.storage_rmse,
         max_error=float(errors.max()),
         eager_max_error=yardstick.max_error,
+        storage_max_error=yardstick.storage_max_error,
         exact_rms=float(np.sqrt(np.mean(np.square(exact)))),
         exact_max=float(np.abs(exact).max()),
         worst_index=[int(i) for i in np.unravel_index(worst, actual.shape)],
@@ -139,12 +151,12 @@ def judge(figures: OutputReport, budget: Budget, dtype: DType) -> OutputReport:
     assert figures.eager_max_error is not None
     floor_rmse = budget.rmse_floor * _spacing(figures.exact_rms or 0.0, dtype)
     floor_max = budget.max_floor * _spacing(figures.exact_max or 0.0, dtype)
-    allowed_rmse = budget.k * figures.eager_rmse + floor_rmse
-    allowed_max = budget.k * figures.eager_max_error + floor_max
+    cost_rmse = max(figures.eager_rmse, figures.storage_rmse)
+    cost_max = max(figures.eager_max_error, figures.storage_max_error)
+    allowed_rmse, allowed_max = budget.k * cost_rmse + floor_rmse, budget.k * cost_max + floor_max
     used = max(figures.rmse / allowed_rmse, figures.max_error / allowed_max)
     smallest = max(
-        _smallest_k(figures.rmse - floor_rmse, figures.eager_rmse),
-        _smallest_k(figures.max_error - floor_max, figures.eager_max_error),
+        _smallest_k(figures.rmse - floor_rmse, cost_rmse), _smallest_k(figures.max_error - floor_max, cost_max)
     )
     verdict = {
         "passed": used <= 1.0,
@@ -162,10 +174,10 @@ def _spacing(magnitude: float, dtype: DType) -> float:
     return epsilon(dtype) * max(magnitude, smallest_normal(dtype))
 
 
-def _smallest_k(above_floor: float, eager: float) -> float:
+def _smallest_k(above_floor: float, cost: float) -> float:
     if above_floor <= 0.0:
         return 0.0
-    return above_floor / eager if eager > 0.0 else float("inf")
+    return above_floor / cost if cost > 0.0 else float("inf")
 
 
 def rejudge(report: Report, k: float) -> Report:
@@ -173,7 +185,7 @@ def rejudge(report: Report, k: float) -> Report:
 
     Args:
         report: of a verification.
-        k: factor on eager's error; the floors stay.
+        k: factor; the floors stay.
     """
     budget = report.budget.model_copy(update={"k": k})
     cases = [

@@ -4,14 +4,18 @@ Shape suffixes: B batch, H heads, S query length, P past length, T = P + S key l
 e value width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from diffdeploy.arrays import Array
 from diffdeploy.config import AnyConfig, DiffAttentionConfig, RopeConfig
+from diffdeploy.graphs import DType
 
-__all__ = ["lambda_value", "oracle", "rope_tables"]
+__all__ = ["exact_and_stored", "lambda_value", "oracle", "rope_tables"]
+
+Store = Callable[[Array], Array]
 
 # Rows of a score matrix that are held at once.
 _ROWS = 256
@@ -97,18 +101,62 @@ def oracle(config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str,
         float64 arrays by the names of the graph: ``output [B, S, D]``; with a past also ``present.key`` and
         ``present.value``.
     """
+    return _formula(config, weights, inputs, (_as_it_is,))[0]
+
+
+def exact_and_stored(
+    config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], dtype: DType
+) -> tuple[dict[str, Array], Array]:
+    """What `oracle` gives, and ``output`` as it is when the streams are stored in a dtype on the way.
+
+    Where the two streams nearly cancel, storing them alone costs many times the rounding of the result. Every artifact
+    stores them, since each is the result of an operator of its own.
+
+    Args:
+        config: of the block.
+        weights: as for `oracle`.
+        inputs: as for `oracle`.
+        dtype: that both streams, lambda times the second, and the difference are rounded to; all else is exact.
+    """
+
+    def store(values: Array) -> Array:
+        rounded: Array = values.astype(dtype).astype(np.float64)
+        return rounded
+
+    exact, stored = _formula(config, weights, inputs, (_as_it_is, store))
+    return exact, stored["output"]
+
+
+def _as_it_is(values: Array) -> Array:
+    return values
+
+
+def _formula(
+    config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], stores: Sequence[Store]
+) -> list[dict[str, Array]]:
+    """Outputs for each way of storing the streams."""
     w = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
     with np.errstate(over="ignore", invalid="ignore"):  # inputs may hold infinity, and the criterion looks at results
         rows = [
-            _sequence(config, w, {name: array[b] for name, array in inputs.items()})
+            _sequence(config, w, {name: array[b] for name, array in inputs.items()}, stores)
             for b in range(len(inputs["hidden_states"]))
         ]
-    names = ("output", "present.key", "present.value") if "past_key_values.key" in inputs else ("output",)
-    return {name: np.stack([row[name] for row in rows]) for name in names}
+    present = {}
+    if "past_key_values.key" in inputs:
+        present = {f"present.{side}": np.stack([getattr(row, side) for row in rows]) for side in ("key", "value")}
+    return [{"output": np.stack([row.outputs[i] for row in rows]), **present} for i in range(len(stores))]
 
 
-def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """One batch row; inputs and outputs without their batch axis."""
+class _Row(NamedTuple):
+    """One batch row: an output for each way of storing the streams, keys and values."""
+
+    outputs: list[Array]
+    key: Array
+    value: Array
+
+
+def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Array], stores: Sequence[Store]) -> _Row:
+    """One batch row; inputs without their batch axis."""
     x_SD = np.asarray(inputs["hidden_states"], dtype=np.float64)
     length = len(x_SD)
     q, k, v = (
@@ -128,7 +176,7 @@ def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Ar
         k = np.concatenate((inputs["past_key_values.key"].astype(np.float64), k), axis=1)
         v = np.concatenate((inputs["past_key_values.value"].astype(np.float64), v), axis=1)
     tokens = inputs.get("attention_mask", np.ones(past_length + length))
-    joined = np.empty((length, config.num_heads * config.value_dim))
+    joined = np.empty((len(stores), length, config.num_heads * config.value_dim))
     for start in range(0, length, _ROWS):
         rows = slice(start, min(start + _ROWS, length))
         # Of causal queries, later keys are hidden from the whole block.
@@ -140,18 +188,20 @@ def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Ar
                 _softmax_times(q[2 * i + s, rows], k[_key_head(config, i, s), :num_keys], value, hidden) for s in (0, 1)
             )
             columns = slice(i * config.value_dim, (i + 1) * config.value_dim)
-            joined[rows, columns] = _head(config, w, i, signal, noise, x_SD[rows])
-    output = joined @ w["out_proj.weight"].T + w.get("out_proj.bias", 0.0)
-    return {"output": output, "present.key": k, "present.value": v}
+            for number, store in enumerate(stores):
+                joined[number, rows, columns] = _head(config, w, i, store(signal), store(noise), x_SD[rows], store)
+    outputs = [heads @ w["out_proj.weight"].T + w.get("out_proj.bias", 0.0) for heads in joined]
+    return _Row(outputs, k, v)
 
 
-def _head(config: AnyConfig, w: Mapping[str, Array], i: int, signal: Array, noise: Array, x_SD: Array) -> Array:
+def _head(
+    config: AnyConfig, w: Mapping[str, Array], i: int, signal: Array, noise: Array, x_SD: Array, store: Store
+) -> Array:
     """What head ``i`` makes of its two streams."""
     if not isinstance(config, DiffAttentionConfig):
         lam_S = 1.0 / (1.0 + np.exp(-x_SD @ w["lambda_proj.weight"][i]))
-        second: Array = signal - lam_S[:, None] * noise
-        return second
-    difference = signal - lambda_value(config, w) * noise
-    difference /= np.sqrt(np.mean(difference**2, axis=1, keepdims=True) + config.norm_eps)
-    first: Array = difference * w.get("subln.weight", 1.0) * config.output_scale
-    return first
+        return store(signal - store(lam_S[:, None] * noise))
+    difference = store(signal - store(lambda_value(config, w) * noise))
+    root_mean_square = np.sqrt(np.mean(difference**2, axis=1, keepdims=True) + config.norm_eps)
+    normalised: Array = difference / root_mean_square * w.get("subln.weight", 1.0) * config.output_scale
+    return normalised

@@ -31,10 +31,12 @@ class _Frozen(BaseModel):
 
 
 class Budget(_Frozen):
-    """Allowed error: ``k`` times the eager block's own error, plus a floor in units of the dtype's spacing.
+    """Allowed error: ``k`` times what a right computation costs, plus a floor in units of the dtype's spacing.
+
+    A right computation costs the error of the eager block, or that of storing the streams, whichever is larger.
 
     Attributes:
-        k: factor on eager's error, for the root mean square and for the maximum alike.
+        k: factor, for the root mean square and for the maximum alike.
         rmse_floor: times the spacing of numbers as large as the root mean square of the exact result.
         max_floor: times the spacing of numbers as large as the largest exact one.
     """
@@ -54,9 +56,11 @@ class OutputReport(_Frozen):
         smallest_k: the smallest `Budget.k` that it would still pass with; ``None`` where none is enough.
         rmse: root mean square of the artifact's error against fp64.
         eager_rmse: the same of the eager block in the artifact's dtype.
+        storage_rmse: the same of the formula, when both streams are stored in the dtype; see `exact_and_stored`.
         allowed_rmse: the most that ``rmse`` may be.
         max_error: largest absolute error of the artifact against fp64.
         eager_max_error: the same of the eager block.
+        storage_max_error: the same of the formula with stored streams.
         allowed_max_error: the most that ``max_error`` may be.
         exact_rms: root mean square of the exact result, where it is finite.
         exact_max: largest magnitude of the exact result, where it is finite.
@@ -70,9 +74,11 @@ class OutputReport(_Frozen):
     smallest_k: Rounded | None = None
     rmse: Rounded | None = None
     eager_rmse: Rounded | None = None
+    storage_rmse: Rounded = 0.0
     allowed_rmse: Rounded | None = None
     max_error: Rounded | None = None
     eager_max_error: Rounded | None = None
+    storage_max_error: Rounded = 0.0
     allowed_max_error: Rounded | None = None
     exact_rms: Rounded | None = None
     exact_max: Rounded | None = None

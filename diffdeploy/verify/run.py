@@ -17,7 +17,7 @@ from diffdeploy.verify.eager import eager_error
 from diffdeploy.verify.feeding import feed
 from diffdeploy.verify.golden import golden_check
 from diffdeploy.verify.metrics import BUDGETS, measure
-from diffdeploy.verify.oracle import oracle
+from diffdeploy.verify.oracle import exact_and_stored
 from diffdeploy.verify.properties import property_checks
 from diffdeploy.verify.report import CaseReport, Check, Report, files_judged
 from diffdeploy.verify.sweep import Selection, select_cases
@@ -148,8 +148,9 @@ def run_case(
     inputs = case.inputs(spec)
     if not case.chunks and not case.row_by_row:
         artifact.start(inputs)
-    expected = oracle(bundle.manifest.config, exact_weights, inputs)
+    expected, stored = exact_and_stored(bundle.manifest.config, exact_weights, inputs, spec.dtype)
     yardsticks = eager_error(eager, inputs, expected, spec.dtype)
+    yardsticks["output"].add_stored(stored)
     try:
         actual = feed(case, artifact, inputs)
     except DiffDeployError as error:
