@@ -135,7 +135,9 @@ def bench(
     old = outputs.check()
     with console.activity("loading torch") as activity, prepare(request, activity.stage) as run:
         if old is not None:
-            run.require_comparable(old)
+            from diffdeploy.bench.compare import require_comparable
+
+            require_comparable(old, run.plan, run.block)
         failure = _measure(run, activity)
         report = run.report()
     if report is None:
@@ -206,10 +208,9 @@ class Outputs:
         return read_report(self.compare)
 
     def write(self, report: "BenchReport", old: "BenchReport | None") -> None:
-        """Write and print everything."""
+        """Write and print everything, files first."""
         from diffdeploy.bench import compare
 
-        # Files first: a comparison that is refused must not lose the run.
         if self.save is not None:
             self.save.write_text(json.dumps(report.fields(), indent=2, allow_nan=False) + "\n")
         if self.csv is not None:

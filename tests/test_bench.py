@@ -20,6 +20,7 @@ from diffdeploy.bench import SOFTMAX, BenchReport, Block, Candidate, Plan, Row, 
 from diffdeploy.bench import check as checking
 from diffdeploy.bench.blocks import inputs_of, open_candidate, reference_block
 from diffdeploy.bench.choices import choose_baseline, choose_names, eager_candidates
+from diffdeploy.bench.compare import require_comparable
 from diffdeploy.bench.estimate import candidate_bytes, require_memory
 from diffdeploy.bench.machine import Environment, OtherLoad, free_bytes
 from diffdeploy.bench.medians import estimate, paired_ratios
@@ -381,14 +382,22 @@ def test_noise_is_no_change_and_a_change_is_one() -> None:
     ("changes", "message"),
     [
         ({"graph": "cached"}, "the graph was cached, and is plain"),
-        ({"baseline": "padded"}, "the baseline was padded"),
+        ({"dtype": "float16"}, "the dtype was float16, and is float32"),
+        ({"baseline": "padded"}, "the baseline was padded, and is naive"),
         ({"results": []}, "no candidate and size in common"),
     ],
-    ids=["graph", "baseline", "nothing"],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_runs_of_different_things_are_not_compared(changes: dict[str, Any], message: str) -> None:
+def test_runs_of_different_things_are_not_compared(
+    changes: dict[str, Any], message: str, block: Checkpoint, tmp_path: Path
+) -> None:
+    old = make_report({"naive": 1.0})
+    plan = make_plan(block, tmp_path, old.sizes[0]).model_copy(update={"threads": 2})
+    require_comparable(old, plan, old.block.model_copy(update={"source": "elsewhere"}))
     with pytest.raises(InputError, match=message):
-        compare(make_report({"naive": 1.0}, **changes), make_report({"naive": 1.0}))
+        require_comparable(old.model_copy(update=changes), plan, old.block)
+    with pytest.raises(InputError, match="the block was"):
+        require_comparable(old, plan, old.block.model_copy(update={"num_heads": 4}))
 
 
 def test_a_report_comes_back_from_its_json(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from diffdeploy.bench.plan import Plan
 from diffdeploy.bench.results import BenchReport, Block, Row
 from diffdeploy.errors import InputError
-from diffdeploy.graphs import DType, Variant
 
 __all__ = ["Change", "compare", "require_comparable"]
 
@@ -34,51 +34,35 @@ class Change:
     significant: bool
 
 
-def require_comparable(
-    old: BenchReport, *, block: Block, graph: Variant, dtype: DType, baseline: str, threads: int
-) -> None:
-    """Check that a run which is about to be made can be compared with an earlier one.
+def require_comparable(old: BenchReport, plan: Plan, block: Block) -> None:
+    """Check, before anything is measured, that a run can be compared with an earlier one.
 
     Args:
         old: the earlier run.
-        block: what is measured now; that it came from elsewhere is no difference.
-        graph: variant of the graph now, and so on.
-        dtype: of the run.
-        baseline: of the run.
-        threads: of the run.
+        plan: of the run.
+        block: what is measured; that it came from elsewhere is no difference.
 
     Raises:
-        InputError: the runs measure different things.
+        InputError: the runs measure different things, or have nothing in common.
     """
     for what, then, now in (
         ("block", old.block.model_copy(update={"source": block.source}), block),
-        ("graph", old.graph, graph),
-        ("dtype", old.dtype, dtype),
-        ("baseline", old.baseline, baseline),
-        ("number of threads", old.environment.threads, threads),
+        ("graph", old.graph, plan.graph),
+        ("dtype", old.dtype, plan.dtype),
+        ("baseline", old.baseline, plan.baseline),
+        ("number of threads", old.environment.threads, plan.threads),
     ):
         if then != now:
             raise InputError(f"the runs cannot be compared: the {what} was {then}, and is {now}")
+    planned = {(candidate.name, size) for candidate in plan.candidates for size in plan.sizes}
+    if not planned & {(row.name, row.size) for row in old.results}:
+        raise InputError("the runs cannot be compared: they have no candidate and size in common")
 
 
 def compare(old: BenchReport, new: BenchReport) -> list[Change]:
-    """Changes of all candidates and sizes that both runs have, in the order of the new one.
-
-    Raises:
-        InputError: the runs measured different things, or have nothing in common.
-    """
-    require_comparable(
-        old,
-        block=new.block,
-        graph=new.graph,
-        dtype=new.dtype,
-        baseline=new.baseline,
-        threads=new.environment.threads,
-    )
+    """Changes of all candidates and sizes that both runs have, in the order of the new one."""
     then_rows = {(row.name, row.size): row for row in old.results}
     pairs = [(then_rows[row.name, row.size], row) for row in new.results if (row.name, row.size) in then_rows]
-    if not pairs:
-        raise InputError("the runs cannot be compared: they have no candidate and size in common")
     return [_change(then, now, is_baseline=now.name == new.baseline) for then, now in pairs]
 
 

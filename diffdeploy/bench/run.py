@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from diffdeploy.bench.compare import require_comparable
 from diffdeploy.bench.estimate import fits_twice
 from diffdeploy.bench.machine import Environment, free_bytes
 from diffdeploy.bench.medians import estimate, paired_ratios
@@ -108,17 +107,6 @@ class Bench:
 
     def _is_right(self, candidate: Candidate) -> bool:
         return all(self._verdicts[size.id, candidate.name]["passed"] for size in self.plan.sizes)
-
-    def require_comparable(self, old: BenchReport) -> None:
-        """Check, before anything is measured, that the run can be compared with an earlier one.
-
-        Raises:
-            InputError: it measures something else.
-        """
-        plan = self.plan
-        require_comparable(
-            old, block=self.block, graph=plan.graph, dtype=plan.dtype, baseline=plan.baseline, threads=plan.threads
-        )
 
     def report(self) -> BenchReport | None:
         """What has been measured so far; ``None`` when there is nothing."""
