@@ -267,6 +267,9 @@ def test_peak_memory_is_what_a_call_takes_over_what_was_there() -> None:
 
 def test_other_work_is_seen() -> None:
     assert OtherLoad()() >= 0.0
+    environment = make_report({"naive": 1.0}).environment
+    assert environment.updated(0.3, 150.0) == environment.model_copy(update={"other_load": 0.3})
+    assert environment.updated(0.3, 250.0).matmul_gflop_per_second == 250.0
     assert 2**20 < free_bytes("cpu") < 2**50
 
 

@@ -36,7 +36,8 @@ class Environment(BaseModel):
         load_average: over the minute before the run.
         other_load: cores that other processes kept busy on average while times were taken, which makes them noisy;
             ``None`` where that is not known.
-        matmul_gflop_per_second: the largest rate of square matrix products in the dtype of the run.
+        matmul_gflop_per_second: the largest rate of square matrix products in the dtype of the run, measured before the
+            first size and after each.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +80,11 @@ class Environment(BaseModel):
             load_average=round(load_average, 2),
             matmul_gflop_per_second=round(matmul_gflop_per_second(dtype, device=device, threads=threads), 1),
         )
+
+    def updated(self, other_load: float, matmul_gflop_per_second: float) -> "Environment":
+        """With the load until now, and the largest rate so far: other work can only have made one too low."""
+        best = max(self.matmul_gflop_per_second, round(matmul_gflop_per_second, 1))
+        return self.model_copy(update={"other_load": other_load, "matmul_gflop_per_second": best})
 
 
 class OtherLoad:

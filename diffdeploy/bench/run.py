@@ -80,8 +80,8 @@ class Bench:
         match event["event"]:
             case "environment":
                 self._environment = Environment.model_validate(event["environment"])
-            case "load" if self._environment is not None:
-                self._environment = self._environment.model_copy(update={"other_load": event["other_load"]})
+            case "machine" if self._environment is not None:
+                self._environment = self._environment.updated(event["other_load"], event["matmul_gflop_per_second"])
             case "verdict":
                 self._verdicts[event["size"], event["name"]] = event
             case "sample":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from diffdeploy.bench import timing
 from diffdeploy.bench.blocks import Run, inputs_of, load_weights, open_candidate, reference_block, weight_bytes
 from diffdeploy.bench.check import Reference, check, reference
-from diffdeploy.bench.machine import Environment, OtherLoad
+from diffdeploy.bench.machine import Environment, OtherLoad, matmul_gflop_per_second
 from diffdeploy.bench.memory import peak_bytes
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
 from diffdeploy.errors import DiffDeployError
@@ -42,7 +42,9 @@ def _time(plan: Plan, send: Send) -> None:
     other_load = OtherLoad()
     for size in plan.sizes:
         _time_size(plan, size, runs, weights, send)
-        send("load", other_load=other_load())
+        busy = other_load()
+        rate = matmul_gflop_per_second(plan.dtype, device=plan.device, threads=plan.threads)
+        send("machine", other_load=busy, matmul_gflop_per_second=rate)
 
 
 def _time_size(plan: Plan, size: Size, runs: Mapping[str, Run], weights: Inputs, send: Send) -> None:
