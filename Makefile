@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow campaign clean
+.PHONY: demo test slow campaign benchmarks clean
 
 demo: $(INSTALLED) ## Export the bundled sample to ONNX and verify it.
 	$(BIN)/diffdeploy export --format onnx --output artifacts/demo --force
@@ -20,11 +20,20 @@ slow: $(INSTALLED) ## The long tests.
 campaign: $(INSTALLED) ## 1,000 right exports and runs must pass; goes on where it was stopped.
 	$(BIN)/python -m tests.campaign
 
+RESULTS := docs/benchmarks
+BENCH = $(BIN)/diffdeploy bench
+
+benchmarks: $(INSTALLED) ## Measure on this machine, which should be idle, and write docs/benchmarks.md.
+	$(BENCH) --save $(RESULTS)/cpu-float32.json
+	$(BENCH) --dtype bfloat16 --save $(RESULTS)/cpu-bfloat16.json
+	$(BENCH) --graph cached --save $(RESULTS)/cpu-float32-cached.json
+	$(BIN)/python scripts/benchmarks_page.py docs/benchmarks.md $(RESULTS)/*.json
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch setuptools
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[cpu,test]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[cpu,plot,test]'
 	touch $@
