@@ -10,7 +10,6 @@ import pytest
 from diffdeploy.bundle import open_bundle, write_manifest
 from diffdeploy.verify import verify_bundle
 
-
 # What cannot be run has none.
 PROPERTIES = {"determinism", "batch invariance", "causality"}
 

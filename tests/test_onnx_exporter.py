@@ -9,10 +9,13 @@ import onnxruntime
 import pytest
 import torch
 
-from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint
+from diffdeploy import load
+from diffdeploy.bundle import open_bundle
+from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.config import RopeConfig
-from diffdeploy.exporters import ExportOptions
+from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.exporters import onnx as onnx_exporter
 from diffdeploy.exporters.onnx import MODEL, lower
 from diffdeploy.graphs import DType, graph_spec
 from diffdeploy.modules import DiffAttention
@@ -63,3 +66,18 @@ def test_sample_layer_through_onnxruntime(tmp_path: Path, opset: int, dtype: DTy
         expected = oracle(checkpoint.config, arrays, {"hidden_states": x})["output"]
         relative = np.sqrt(((actual - expected) ** 2).mean() / (expected**2).mean())
         assert relative < 16 * np.finfo(dtype).eps
+
+
+def test_weights_too_large_for_a_protobuf_go_to_a_file_beside_it(
+    sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_exporter, "_MAX_INLINE_BYTES", 1000)
+    done = export_bundle(sample, tmp_path / "out", ExportOptions(max_batch_size=2, max_sequence_length=16))
+    assert done.report is not None
+    assert done.report.passed
+    assert (tmp_path / "out" / "model.onnx").stat().st_size < 50_000
+    assert (tmp_path / "out" / "model.onnx.data").stat().st_size > 100_000
+    assert "model.onnx.data" in open_bundle(tmp_path / "out").manifest.files
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    runtime = load(moved)
+    assert runtime(hidden_states=np.ones((1, 3, 128), np.float32))["output"].shape == (1, 3, 128)
