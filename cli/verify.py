@@ -139,4 +139,4 @@ def _judged_again(path: Path, bundle: Path | None, k: float | None) -> "Report":
     report = read_report(path)
     if bundle is not None:
         report.require_of(open_bundle(bundle), path)
-    return rejudge(report, report.budget.k if k is None else k)
+    return rejudge(report, report.budget if k is None else report.budget.model_copy(update={"k": k}))

@@ -38,7 +38,7 @@ from diffdeploy.config import (
 from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.graphs import DType
 from diffdeploy.runtime import RunOptions
-from diffdeploy.verify import Report, verify_bundle
+from diffdeploy.verify import BUDGETS, Report, rejudge, verify_bundle
 from diffdeploy.verify.properties import property_checks
 from diffdeploy.verify.run import half_the_threads, run_case
 from diffdeploy.verify.sweep import random_cases, select_cases
@@ -177,13 +177,14 @@ def table(runs: list[Run]) -> str:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """The runs in a file, as far as it was written."""
+    """The runs in a file, as far as it was written, judged by the budgets of today."""
     if not path.exists():
         return []
     runs = []
     for line in path.read_text().splitlines():
         fields = json.loads(line)
-        runs.append(Run(fields["number"], fields["format"], Report.model_validate(fields["report"])))
+        report = Report.model_validate(fields["report"])
+        runs.append(Run(fields["number"], fields["format"], rejudge(report, BUDGETS[report.dtype])))
     return runs
 
 

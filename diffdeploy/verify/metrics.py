@@ -180,14 +180,8 @@ def _smallest_k(above_floor: float, cost: float) -> float:
     return above_floor / cost if cost > 0.0 else float("inf")
 
 
-def rejudge(report: Report, k: float) -> Report:
-    """The same figures judged with another ``k``; checks, and cases without figures, stay as they were.
-
-    Args:
-        report: of a verification.
-        k: factor; the floors stay.
-    """
-    budget = report.budget.model_copy(update={"k": k})
+def rejudge(report: Report, budget: Budget) -> Report:
+    """The same figures judged by another budget; checks, and outputs without figures, stay as they were."""
     cases = [
         CaseReport.of(case.id, case.group, [judge(output, budget, report.dtype) for output in case.outputs])
         for case in report.cases
