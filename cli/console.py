@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from diffdeploy.verify import CaseReport, OutputReport, Report
+    from diffdeploy.verify.faults import FaultResult
+    from diffdeploy.verify.stages import Finding
 
 __all__ = [
     "INTERRUPTED",
@@ -20,6 +23,7 @@ __all__ = [
     "activity",
     "fail",
     "note",
+    "print_faults",
     "print_figures",
     "print_json",
     "print_report",
@@ -82,6 +86,7 @@ class Activity:
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
+        self._began = 0.0
 
     def stage(self, text: str) -> None:
         """A stage begins."""
@@ -90,6 +95,12 @@ class Activity:
     def progress(self, done: int, total: int, name: str) -> None:
         """A case begins."""
         self._show(f"verifying {done + 1}/{total} {name}")
+
+    def trial(self, done: int, total: int, name: str) -> None:
+        """A fault is put in; they take about equally long."""
+        self._began = self._began or time.monotonic()
+        left = (time.monotonic() - self._began) / done * (total - done) if done else 0.0
+        self._show(f"fault {done + 1}/{total} {name}" + (f", about {left:.0f} s left" if done else ""))
 
 
 @contextmanager
@@ -154,6 +165,23 @@ def print_report(report: "Report") -> None:
     failed = [(case.id, output) for case in report.cases for output in case.outputs if not output.passed]
     if failed:
         console.print(_failure_table(failed))
+    if report.guilty is not None:
+        console.print(_stage_table(report.guilty))
+
+
+def print_faults(faults: "Sequence[FaultResult]") -> None:
+    """The table of a self-test on standard error: each fault, what caught it, and the stage that was named."""
+    table = _table(("fault", "", "caught by", "stage", "named"), ())
+    for fault in faults:
+        named = "-" if fault.located is None else _mark(fault.located, fault.stage or "none")
+        table.add_row(
+            fault.name,
+            _mark(fault.caught, "caught", "NOT SEEN"),
+            ", ".join(fault.by),
+            fault.expected_stage or "-",
+            named,
+        )
+    _stderr().print(table)
 
 
 def print_verdict(report: "Report", bundle: Path) -> None:
@@ -166,8 +194,8 @@ def print_verdict(report: "Report", bundle: Path) -> None:
     print_text(f"{verdict}: {bundle} ({len(report.cases)} cases; {share}{report.backend})")
 
 
-def _mark(passed: bool) -> str:
-    return "[green]ok[/green]" if passed else "[red]FAILED[/red]"
+def _mark(passed: bool, fine: str = "ok", wrong: str | None = None) -> str:
+    return f"[green]{fine}[/green]" if passed else f"[red]{wrong or fine}[/red]"
 
 
 def _contract_table(report: "Report") -> "Table":
@@ -175,7 +203,7 @@ def _contract_table(report: "Report") -> "Table":
 
     table = _table(("check", "", "what was found"), ())
     for check in report.contract:
-        table.add_row(check.name, _mark(check.passed), escape(check.detail))
+        table.add_row(check.name, _mark(check.passed, wrong="FAILED"), escape(check.detail))
     return table
 
 
@@ -188,7 +216,7 @@ def _case_table(report: "Report") -> "Table":
         worst = max(cases, key=lambda case: case.severity)
         table.add_row(
             group,
-            _mark(all(case.passed for case in cases)),
+            _mark(all(case.passed for case in cases), wrong="FAILED"),
             worst.id,
             str(len(cases)),
             _number(worst.rmse),
@@ -207,6 +235,21 @@ def _failure_table(failed: "Sequence[tuple[str, OutputReport]]") -> "Table":
         why = output.reason if output.worst_index is None else f"largest error at {output.worst_index}"
         figures = (output.max_error, output.allowed_max_error, output.eager_max_error)
         table.add_row(case_id, output.output, escape(str(why)), *map(_number, figures))
+    return table
+
+
+def _stage_table(finding: "Finding") -> "Table":
+    """Where a failed artifact goes wrong: all stages that it shows, or the one sentence that there is."""
+    from rich.markup import escape
+
+    table = _table(("stage", "", "where"), ("error", "eager", "times"))
+    for stage in finding.stages:
+        figures = (stage.rmse, stage.eager_rmse, stage.amplification)
+        table.add_row(
+            stage.stage, _mark(not stage.deviates, wrong="WRONG"), escape(stage.node or "-"), *map(_number, figures)
+        )
+    if not finding.stages:
+        table.add_row(finding.stage or "not found", "", escape(finding.detail), "-", "-", "-")
     return table
 
 

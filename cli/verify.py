@@ -44,6 +44,10 @@ def verify(
     golden: Annotated[
         bool, typer.Option("--golden", help="Run the stored inputs alone, with numpy and the format's runtime.")
     ] = False,
+    self_test: Annotated[
+        bool,
+        typer.Option("--self-test", help="Put faults into copies of the bundle, and see that each is caught."),
+    ] = False,
     from_report: Annotated[
         Path | None, typer.Option(help="Judge the figures of this report again, without running anything.")
     ] = None,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from diffdeploy.checkpoints import Checkpoint
     from diffdeploy.modules import AttentionBlock
 
-__all__ = ["FORMATS", "Export", "ExportOptions", "export_bundle", "why_not_export"]
+__all__ = ["FORMATS", "Export", "ExportOptions", "export_bundle", "lower_block", "why_not_export"]
 
 
 class Format(NamedTuple):
@@ -261,6 +261,19 @@ def export_bundle(
 
 def _why_not_verify(options: ExportOptions) -> str | None:
     return why_not_run(options.format, options.target_device, options.dtype, reference=options.reference)
+
+
+def lower_block(block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions) -> None:
+    """Write the artifact of a block into a directory that holds its weights, and nothing else.
+
+    Raises:
+        InputError: an option is not acceptable.
+        UnavailableError: a package is missing.
+        ExportError: the block could not be lowered.
+    """
+    exporter = _exporter(options)
+    moved = block.to(options.target_device) if FORMATS[options.format].compiles else block
+    _lower(exporter, moved, spec, directory, options)
 
 
 def _lower(

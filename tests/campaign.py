@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from diffdeploy.arrays import Array, read_safetensors
-from diffdeploy.bundle import WEIGHTS, eager_block, open_bundle
+from diffdeploy.bundle import WEIGHTS, open_bundle
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.config import (
     LAMBDA_VECTORS,
@@ -40,6 +40,7 @@ from diffdeploy.graphs import DType
 from diffdeploy.runtime import RunOptions
 from diffdeploy.verify import BUDGETS, Report, rejudge, verify_bundle
 from diffdeploy.verify.properties import property_checks
+from diffdeploy.verify.reference import Reference
 from diffdeploy.verify.run import half_the_threads, run_case
 from diffdeploy.verify.sweep import random_cases, select_cases
 from diffdeploy.verify.worker import ArtifactProcess
@@ -146,12 +147,12 @@ def _more_runs(path: Path, format_name: str, report: Report, seeds: range) -> It
     exact: dict[str, Array] = {
         name: array.astype(np.float64) for name, array in read_safetensors(path / WEIGHTS).items()
     }
-    eager = eager_block(bundle, impl="naive")
+    reference = Reference(bundle, exact)
     with ArtifactProcess(path, RunOptions(threads=1)) as artifact, half_the_threads():
         for seed in seeds:
             quick = select_cases("quick", config, spec, seed)
             cases = [*quick, *islice(random_cases(config, spec, seed), NUM_RANDOM_CASES)]
-            reports = [run_case(case, bundle, artifact, eager, exact) for case in cases]
+            reports = [run_case(case, bundle, artifact, reference) for case in cases]
             checks = property_checks(artifact, config, spec, seed)
             yield Run(seed, format_name, report.model_copy(update={"seed": seed, "cases": reports, "contract": checks}))
 

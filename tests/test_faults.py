@@ -1,160 +1,207 @@
-"""Every check must be able to fail: blocks with one fault each are exported beside right weights, and are refused."""
+"""Every fault is put into a right bundle and must be caught, and its stage named; every check must be able to fail."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-from torch import Tensor
+from safetensors.numpy import load_file
 
+from diffdeploy.bundle import WEIGHTS, Environment, Manifest, Provenance
 from diffdeploy.checkpoints import Checkpoint
-from diffdeploy.config import DiffAttentionConfig, GqaLayout, RopeConfig, lambda_init_at
-from diffdeploy.exporters import ExportOptions, base, export_bundle
-from diffdeploy.modules import DiffAttention
-from diffdeploy.ops import Impl, api
-from diffdeploy.ops.masks import Visibility
-from diffdeploy.ops.sdpa import two_call
-from diffdeploy.verify import RejectedError, Report
+from diffdeploy.digests import file_sha256
+from diffdeploy.errors import ExportError, VerificationError
+from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.exporters.again import lower_again
+from diffdeploy.graphs import graph_spec
+from diffdeploy.verify.faults import FAULTS, Fault, SelfTest, Skipped, Trials, self_test
+from diffdeploy.verify.faults.base import Subject
+from diffdeploy.verify.faults.writing import expected_constants
+from tests.test_attention import make_config, random_weights
 
-OPTIONS = ExportOptions(max_batch_size=4, max_sequence_length=70)
-Operator = Callable[[Tensor, Tensor, Tensor, Tensor, Visibility, GqaLayout], Tensor]
+FORMATS = ("onnx", "pt2", "aoti")
+CONFIG = make_config()
+BY_NAME = {fault.name: fault for fault in FAULTS}
 
+# What `make test` leaves to `make slow`: an export takes seconds, and loading a program half of one.
+QUICK_BLOCKS = {
+    "onnx": {"causal_top_left", "mask_ignored_by_noise", "hidden_rows_are_averages", "cached_before_rope"},
+    "pt2": {fault.name for fault in FAULTS if fault.place == "block"},
+    "aoti": set[str](),
+}
+QUICK_CONSTANTS_OF_PT2 = {"query_streams_swapped", "v_weight_off_by_one_bit", "lambda_negated", "norm_eps_large"}
 
-def report_of_rejection(checkpoint: Checkpoint, tmp_path: Path) -> Report:
-    """Export, see that it is refused and that nothing is left, and give the report."""
-    with pytest.raises(RejectedError) as rejected:
-        export_bundle(checkpoint, tmp_path / "out", OPTIONS)
-    assert list(tmp_path.iterdir()) == []
-    return rejected.value.report
-
-
-def failed_cases(report: Report) -> int:
-    return sum(not case.passed for case in report.cases)
-
-
-def swapped_streams(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, seen: Visibility, layout: GqaLayout) -> Tensor:
-    return two_call(_swap_pairs(q), _swap_pairs(k), v, lam, seen, layout)
-
-
-def swapped_key_streams(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, seen: Visibility, layout: GqaLayout) -> Tensor:
-    return two_call(q, _swap_pairs(k), v, lam, seen, layout)
+# Faults whose stage is not named, and why.
+NOT_LOCATED = {
+    "norm_before_difference": "the noise that lambda is multiplied with is the first value that is not there",
+    "keys_turned_twice": "keys turned once, as they should be, are among the values",
+    "noise_not_turned": "all keys turned, as they should be, are among the values",
+}
 
 
-def wrong_gqa_map(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, seen: Visibility, layout: GqaLayout) -> Tensor:
-    """Head ``i`` reads key/value head ``i % h_kv``."""
-    groups = q.shape[1] // k.shape[1]
-    k = k.reshape(k.shape[0], -1, 2, *k.shape[2:]).repeat(1, groups, 1, 1, 1).flatten(1, 2)
-    return two_call(q, k, v.repeat(1, groups, 1, 1), lam, seen, layout)
+def checkpoint() -> Checkpoint:
+    weights = {name: tensor.float() for name, tensor in random_weights(CONFIG).items()}
+    return Checkpoint(config=CONFIG, weights=weights, layout="none", layer=None, keys=list(weights))
 
 
-def sees_one_future_key(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, seen: Visibility, layout: GqaLayout) -> Tensor:
-    length, groups = q.shape[2], q.shape[1] // k.shape[1]
-    mask = torch.ones(length, length, dtype=torch.bool).tril(1)
-    signal, noise = (
-        torch.nn.functional.scaled_dot_product_attention(
-            q[:, s::2],
-            k[:, s::2].repeat_interleave(groups, dim=1),
-            v.repeat_interleave(groups, dim=1),
-            attn_mask=mask,
-        )
-        for s in (0, 1)
+def options(format_name: str) -> ExportOptions:
+    return ExportOptions(format=format_name, graph="cached", max_batch_size=4, max_sequence_length=70)
+
+
+def subject(format_name: str) -> Subject:
+    """A bundle of that format as far as faults ask for it, without exporting it."""
+    spec = graph_spec("cached", CONFIG, dtype="float32", max_batch_size=4, max_sequence_length=70)
+    weights = {name: tensor.float().numpy() for name, tensor in random_weights(CONFIG).items()}
+    manifest = Manifest(
+        format=format_name,
+        config=CONFIG,
+        graph=spec,
+        options={"attention_impl": "two_call", "seed": 0},
+        verified=False,
+        environment=Environment.current(),
+        provenance=Provenance(files={}, layout="none", layer=None, keys=[], options={}),
+        files={},
     )
-    return signal - lam * noise
+    return Subject(Path(), manifest, expected_constants(manifest, weights), weights, lower_again)
 
 
-def nan_at_length_one(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, seen: Visibility, layout: GqaLayout) -> Tensor:
-    others = torch.ones(q.shape[2]).sum() - 1
-    return two_call(q, k, v, lam, seen, layout) * (others / others)
+def trials_of_every_format() -> Iterator[object]:
+    for name in FORMATS:
+        bundle = subject(name)
+        for fault in FAULTS:
+            if fault.applies(bundle):
+                late = fault.place == "block" and fault.name not in QUICK_BLOCKS[name]
+                late |= name == "pt2" and fault.place == "constants" and fault.name not in QUICK_CONSTANTS_OF_PT2
+                marks = [pytest.mark.slow] if late else []
+                yield pytest.param(name, fault, id=f"{name}-{fault.name}", marks=marks)
 
 
-def _swap_pairs(heads: Tensor) -> Tensor:
-    return heads.reshape(heads.shape[0], -1, 2, *heads.shape[2:]).flip(2).flatten(1, 2)
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """By format, a bundle that is exported when it is first asked for."""
+    folder = tmp_path_factory.mktemp("faults")
+
+    def bundle(format_name: str) -> Path:
+        path = folder / format_name
+        if not path.exists():
+            export_bundle(checkpoint(), path, options(format_name), verify=False)
+        return path
+
+    return bundle
 
 
-@pytest.mark.parametrize(
-    "operator",
-    [swapped_streams, swapped_key_streams, wrong_gqa_map, sees_one_future_key, nan_at_length_one],
-    ids=lambda operator: operator.__name__,
-)
-def test_faults_in_the_operator(
-    operator: Operator, sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def trials(bundles: Callable[[str], Path]) -> Callable[[str], Trials]:
+    made: dict[str, Trials] = {}
+
+    def of_format(format_name: str) -> Trials:
+        if format_name not in made:
+            made[format_name] = Trials(bundles(format_name), lower_again)
+        return made[format_name]
+
+    return of_format
+
+
+@pytest.mark.parametrize(("format_name", "fault"), list(trials_of_every_format()))
+def test_every_fault_is_caught_and_located(
+    format_name: str, fault: Fault, trials: Callable[[str], Trials], bundles: Callable[[str], Path]
 ) -> None:
-    monkeypatch.setitem(api._IMPLEMENTATIONS, Impl.TWO_CALL, operator)
-    report = report_of_rejection(sample, tmp_path)
-    failed = [case.id for case in report.cases if not case.passed]
-    if operator is nan_at_length_one:
-        assert failed
-        assert all("-S1-" in case for case in failed)
-    else:
-        assert len(failed) > len(report.cases) / 2
+    prepared = trials(format_name)
+    assert fault in prepared.faults
+    before = {file.name: file_sha256(file) for file in bundles(format_name).iterdir()}
+    result = prepared.run(fault)
+    assert result.caught
+    if result.located is False:
+        assert fault.name in NOT_LOCATED, f"{result.stage} was named, not {fault.stage}"
+    assert before == {file.name: file_sha256(file) for file in bundles(format_name).iterdir()}
+
+
+def test_there_are_enough_faults() -> None:
+    assert len(BY_NAME) == len(FAULTS) >= 80
+    for name in FORMATS:
+        assert sum(fault.applies(subject(name)) for fault in FAULTS) >= 100
+    assert Counter(fault.place for fault in FAULTS).keys() == {"constants", "block", "graph", "bundle", "runtime"}
+
+
+def test_most_faults_with_a_stage_are_located() -> None:
+    with_stage = [fault for fault in FAULTS if fault.stage is not None]
+    assert len(NOT_LOCATED.keys() & {fault.name for fault in with_stage}) <= 0.05 * len(with_stage)
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "checks"),
     [
-        ("missing_output_factor", lambda config: replace(config, output_scale=1.0)),
-        ("wrong_eps", lambda config: replace(config, norm_eps=1e-6)),
-        ("wrong_depth", lambda config: _at_depth(config, 2)),
-        ("half_rope", lambda config: replace(config, rope=RopeConfig(style="half", theta=config.rope.theta))),
-        ("wrong_theta", lambda config: replace(config, rope=RopeConfig(style="interleaved", theta=10_500.0))),
-        ("no_rope", lambda config: replace(config, rope=None)),
-        ("not_causal", lambda config: replace(config, causal=False)),
+        ("onnx_batch_axis_fixed", {"interface"}),
+        ("onnx_batch_frozen_inside", {"folded"}),
+        ("onnx_third_softmax", {"attention"}),
+        ("onnx_foldable_node", {"folded"}),
+        ("onnx_unused_constant", {"folded"}),
+        ("onnx_path_in_a_doc_string", {"traces"}),
+        ("onnx_path_in_a_node_name", {"traces"}),
+        ("onnx_another_opset", {"operators"}),
+        ("onnx_another_domain", {"operators"}),
+        ("onnx_output_renamed", {"interface"}),
+        ("onnx_does_not_load", {"valid", "loads"}),
+        ("artifact_truncated", {"readable", "loads"}),
+        ("rope_wrong_at_the_last_position", {"rope"}),
+        ("gamma_off_by_one_bit", {"weights"}),
+        ("lambda_rounded_to_bfloat16", {"lambda"}),
+        ("golden_output_off_by_a_millionth", {"golden"}),
+        ("run_random_last_bits", {"determinism", "batch invariance", "causality", "padding invariance"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_faults_in_the_config(
-    name: str,
-    change: Callable[[DiffAttentionConfig], DiffAttentionConfig],
-    sample: Checkpoint,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_check_that_fails_is_the_one_that_is_broken(
+    name: str, checks: set[str], trials: Callable[[str], Trials]
 ) -> None:
-    assert isinstance(sample.config, DiffAttentionConfig)
-    faulty = change(sample.config)
-    build = base._block
-    monkeypatch.setattr(
-        base, "_block", lambda found, weights, options: build(replace(found, config=faulty), weights, options)
+    by = trials("onnx").run(BY_NAME[name]).by
+    assert {entry.removeprefix("check ") for entry in by if entry.startswith("check ")} == checks
+
+
+def test_a_fault_that_nothing_sees_fails_the_self_test(trials: Callable[[str], Trials]) -> None:
+    harmless = Fault(name="harmless", place="runtime", breaks="nothing", wrap=lambda run: run)
+    result = trials("onnx").run(harmless)
+    assert not result.caught
+    summary = SelfTest.of([result], [])
+    assert (summary.injected, summary.caught, summary.passed) == (1, 0, False)
+    assert not SelfTest.of([], [Skipped(name="other", reason="no compiler")]).passed
+
+
+def test_a_mutator_that_changes_nothing_is_an_error(trials: Callable[[str], Trials]) -> None:
+    idle = Fault(name="idle", place="bundle", breaks="nothing", inject=lambda subject: None)
+    with pytest.raises(ExportError, match="the fault idle does not change the artifact"):
+        trials("onnx").run(idle)
+
+
+def test_a_bundle_that_fails_by_itself_proves_nothing(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundles("onnx"), copy)
+    faulty = Subject(
+        copy,
+        Manifest.from_bytes((copy / "manifest.json").read_bytes()),
+        expected_constants(subject("onnx").manifest, load_file(copy / WEIGHTS)),
+        load_file(copy / WEIGHTS),
     )
-    assert failed_cases(report_of_rejection(sample, tmp_path)) > 0
+    BY_NAME["lambda_negated"].inject(faulty)
+    from diffdeploy.bundle import write_manifest
+
+    write_manifest(copy, faulty.manifest)
+    with pytest.raises(VerificationError, match="fails verification without any fault put in"):
+        self_test(copy)
 
 
-def _at_depth(config: DiffAttentionConfig, depth: int) -> DiffAttentionConfig:
-    value = lambda_init_at(depth)
-    return replace(config, lambda_init=value, output_scale=1 - value)
+def test_constants_are_found_in_every_format(trials: Callable[[str], Trials]) -> None:
+    for name in FORMATS:
+        places = Counter(fault.place for fault in trials(name).faults)
+        assert places["constants"] >= 50
+        assert places["runtime"] >= 15
 
 
-def test_lambda_of_the_wrong_sign(sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def negate(block: DiffAttention) -> None:
-        assert block._frozen_lambda is not None
-        block._frozen_lambda *= -1
+def test_bits_are_moved_by_one() -> None:
+    from diffdeploy.verify.faults.constants import next_bit
 
-    report = _report_with(negate, sample, tmp_path, monkeypatch)
-    assert failed_cases(report) > len(report.cases) / 2
-    assert [check.name for check in report.contract if not check.passed] == ["lambda"]
-
-
-def test_one_weight_off_by_a_thousandth(sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nudge(block: DiffAttention) -> None:
-        block.v_proj.weight = torch.nn.Parameter(block.v_proj.weight.clone(), requires_grad=False)
-        block.v_proj.weight[5, 7] *= 1.001
-
-    report = _report_with(nudge, sample, tmp_path, monkeypatch)
-    assert [check.detail for check in report.contract if not check.passed] == [
-        "v_proj.weight is not in the graph bit for bit"
-    ]
-
-
-def _report_with(
-    spoil: Callable[[DiffAttention], None], sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Report:
-    build = base._block
-
-    def spoiled(found: Checkpoint, weights: dict[str, Tensor], options: ExportOptions) -> DiffAttention:
-        block = build(found, weights, options)
-        assert isinstance(block, DiffAttention)
-        spoil(block)
-        return block
-
-    monkeypatch.setattr(base, "_block", spoiled)
-    return report_of_rejection(sample, tmp_path)
+    array = np.array([1.0, -4.0, 0.5], np.float32)
+    assert next_bit(array).tolist() == [1.0, float(np.nextafter(np.float32(-4.0), np.float32(0))), 0.5]

@@ -1,6 +1,5 @@
 """Masked and cached graphs, the legacy key map and the second version through the whole export."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,19 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from diffdeploy import load
 from diffdeploy.checkpoints import Checkpoint
-from diffdeploy.config import AnyConfig, DiffAttentionConfig, DiffAttentionV2Config, GqaLayout, RopeConfig
+from diffdeploy.config import AnyConfig, DiffAttentionV2Config, RopeConfig
 from diffdeploy.errors import InputError
 from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.graphs import DType, Variant
-from diffdeploy.modules import RotaryEmbedding, attention, block_class
-from diffdeploy.ops import Impl, api, masks
-from diffdeploy.ops.masks import Visibility
-from diffdeploy.ops.sdpa import two_call
-from diffdeploy.verify import RejectedError, Report
+from diffdeploy.modules import block_class
 from tests.test_attention import make_config, random_weights
 
 CONFIGS: dict[str, AnyConfig] = {
@@ -133,119 +127,3 @@ def test_wrong_inputs_are_refused(changes: dict[str, Any], message: str, cached_
 def test_a_cache_too_short_to_trace_is_refused(sample: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="max sequence length is 3; accepted is 4 or more"):
         export_bundle(sample, tmp_path / "out", replace(options("cached"), max_sequence_length=3))
-
-
-Fault = Callable[[pytest.MonkeyPatch], None]
-
-
-def mask_is_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(attention, "_key_padding", lambda mask, values: (mask >= 0)[:, None, None])
-
-
-def mask_is_inverted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(attention, "_key_padding", lambda mask, values: (mask == 0)[:, None, None])
-
-
-def mask_in_stream_1_only(patch: pytest.MonkeyPatch) -> None:
-    of_stream = Visibility.of_stream
-
-    def wrong(self: Visibility, stream: int, num_heads: int) -> Visibility:
-        seen = of_stream(self, stream, num_heads)
-        if stream == 1 and seen.mask is not None:
-            causal = torch.ones(seen.mask.shape[-2:], dtype=torch.bool).tril(seen.mask.shape[-1] - seen.mask.shape[-2])
-            return Visibility(causal[None, None], False, seen.dead)
-        return seen
-
-    patch.setattr(Visibility, "of_stream", wrong)
-
-
-def hidden_rows_are_averages(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Visibility, "clear_dead", lambda self, output: output)
-
-
-def causal_is_top_left(patch: pytest.MonkeyPatch) -> None:
-    build = masks.visibility
-
-    def wrong(q: Tensor, k: Tensor, *, causal: bool, attn_mask: Tensor, sliding_window: None) -> Visibility:
-        band = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-        return build(q, k, causal=False, attn_mask=attn_mask & band, sliding_window=None)
-
-    patch.setattr(api, "visibility", wrong)
-
-
-def cache_is_not_appended(patch: pytest.MonkeyPatch) -> None:
-    def wrong(past: Any, k: Tensor, v: Tensor) -> Any:
-        keys, values = (torch.cat((old, new * 0), dim=2) for old, new in zip(past, (k, v), strict=True))
-        return keys, values
-
-    patch.setattr(attention, "_append", wrong)
-
-
-def past_comes_last(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(attention, "_append", lambda past, k, v: (torch.cat((k, past[0]), 2), torch.cat((v, past[1]), 2)))
-
-
-def positions_start_at_zero(patch: pytest.MonkeyPatch) -> None:
-    turn = RotaryEmbedding.forward
-    patch.setattr(RotaryEmbedding, "forward", lambda self, x, ids=None, *, offset=0: turn(self, x, ids * 0, offset=0))
-
-
-def wrong_half_of_the_values(patch: pytest.MonkeyPatch) -> None:
-    def wrong(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, seen: Visibility, layout: GqaLayout) -> Tensor:
-        return two_call(q, k, v.roll(v.shape[-1] // 2, dims=-1), lam, seen, layout)
-
-    patch.setitem(api._IMPLEMENTATIONS, Impl.TWO_CALL, wrong)
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        mask_is_ignored,
-        mask_is_inverted,
-        mask_in_stream_1_only,
-        hidden_rows_are_averages,
-        causal_is_top_left,
-        cache_is_not_appended,
-        past_comes_last,
-        positions_start_at_zero,
-        wrong_half_of_the_values,
-    ],
-    ids=lambda fault: fault.__name__,
-)
-def test_faults_in_masks_and_cache_are_caught(
-    fault: Fault, sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The fault is in the exported graph alone: the eager yardstick is made before it is put in."""
-    report = _report_with(fault, sample, tmp_path, monkeypatch)
-    assert sum(not case.passed for case in report.cases) > 0
-
-
-def _report_with(fault: Fault, sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
-    from diffdeploy.exporters import onnx
-
-    lower = onnx._export
-
-    def faulty(*arguments: Any) -> Any:
-        with monkeypatch.context() as patch:
-            fault(patch)
-            return lower(*arguments)
-
-    monkeypatch.setattr(onnx, "_export", faulty)
-    with pytest.raises(RejectedError) as rejected:
-        export_bundle(sample, tmp_path / "out", options("cached"))
-    assert list(tmp_path.iterdir()) == []
-    return rejected.value.report
-
-
-def test_legacy_and_canonical_are_told_apart(
-    sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from diffdeploy.exporters import base
-
-    assert isinstance(sample.config, DiffAttentionConfig)
-    wrong, build = replace(sample.config, gqa_layout="legacy"), base._block
-    monkeypatch.setattr(
-        base, "_block", lambda found, weights, chosen: build(replace(found, config=wrong), weights, chosen)
-    )
-    with pytest.raises(RejectedError):
-        export_bundle(sample, tmp_path / "out", options("plain"))

@@ -85,7 +85,7 @@ class OnnxRuntime(_Onnx):
 
         settings = onnxruntime.SessionOptions()
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        settings.log_severity_level = 3
+        settings.log_severity_level = 4  # what it would log it also raises
         return settings
 
     def _start(self, settings: Any) -> Any:

@@ -6,12 +6,12 @@ import numpy as np
 
 from diffdeploy.arrays import Array
 from diffdeploy.verify.cases import AnyCase
-from diffdeploy.verify.worker import ArtifactProcess
+from diffdeploy.verify.worker import Artifact
 
 __all__ = ["feed"]
 
 
-def feed(case: AnyCase, artifact: ArtifactProcess, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def feed(case: AnyCase, artifact: Artifact, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Outputs by name, of all calls together. A case of one call must have been started.
 
     Raises:
@@ -24,7 +24,7 @@ def feed(case: AnyCase, artifact: ArtifactProcess, inputs: Mapping[str, Array]) 
     return artifact.result()
 
 
-def _in_chunks(chunks: tuple[int, ...], artifact: ArtifactProcess, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def _in_chunks(chunks: tuple[int, ...], artifact: Artifact, inputs: Mapping[str, Array]) -> dict[str, Array]:
     key, value = inputs["past_key_values.key"], inputs["past_key_values.value"]
     outputs, done = [], 0
     for chunk in chunks:
@@ -39,7 +39,7 @@ def _in_chunks(chunks: tuple[int, ...], artifact: ArtifactProcess, inputs: Mappi
     return {"output": np.concatenate(outputs, axis=1), "present.key": key, "present.value": value}
 
 
-def _row_by_row(artifact: ArtifactProcess, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def _row_by_row(artifact: Artifact, inputs: Mapping[str, Array]) -> dict[str, Array]:
     rows = [
         artifact.run({name: array[row : row + 1] for name, array in inputs.items()})
         for row in range(len(inputs["hidden_states"]))

@@ -16,7 +16,7 @@ from diffdeploy.errors import DiffDeployError
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.verify.cases import Case, Mask
 from diffdeploy.verify.report import Check
-from diffdeploy.verify.worker import ArtifactProcess
+from diffdeploy.verify.worker import Artifact
 
 __all__ = ["property_checks"]
 
@@ -45,7 +45,7 @@ class _Pair:
     kept: dict[str, Array]
 
 
-def property_checks(artifact: ArtifactProcess, config: AnyConfig, spec: GraphSpec, seed: int) -> list[Check]:
+def property_checks(artifact: Artifact, config: AnyConfig, spec: GraphSpec, seed: int) -> list[Check]:
     """Determinism, batch invariance, and where they apply causality, padding invariance and the handing on of a cache.
 
     Args:
@@ -71,7 +71,7 @@ def property_checks(artifact: ArtifactProcess, config: AnyConfig, spec: GraphSpe
     return checks
 
 
-def _check(name: str, artifact: ArtifactProcess, pairs: Iterator[_Pair], fine: str) -> Check:
+def _check(name: str, artifact: Artifact, pairs: Iterator[_Pair], fine: str) -> Check:
     num_pairs, base, one = 0, None, {}
     for pair in pairs:
         num_pairs += 1
@@ -169,7 +169,7 @@ def _where(kept: Array, inputs: Arrays, others: Arrays, name: str) -> Array:
     return np.where(kept, inputs[name], others[name])
 
 
-def _cache_is_handed_on(artifact: ArtifactProcess, spec: GraphSpec, seed: int) -> Check:
+def _cache_is_handed_on(artifact: Artifact, spec: GraphSpec, seed: int) -> Check:
     name, case = "cache handed on", _base(spec, seed, 1)
     inputs = case.inputs(spec)
     try:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from diffdeploy.bundle import REPORT, Bundle, Environment, Manifest
 from diffdeploy.errors import InputError, VerificationError
 from diffdeploy.graphs import DType
+from diffdeploy.verify.stages import Finding
 
 __all__ = [
     "Budget",
@@ -166,6 +167,7 @@ class Report(_Frozen):
         graph: facts read from the artifact.
         contract: checks of its structure and properties.
         cases: numerical comparisons.
+        guilty: where an artifact that failed first deviates.
     """
 
     schema_version: Literal[2] = 2
@@ -180,6 +182,7 @@ class Report(_Frozen):
     graph: GraphFacts
     contract: list[Check]
     cases: list[CaseReport]
+    guilty: Finding | None = None
 
     @property
     def passed(self) -> bool:
@@ -226,6 +229,8 @@ class Report(_Frozen):
             clauses.append(f"{len(failed)} of {len(self.cases)} cases failed, first {first.id}: {first.failure}")
         if not self.cases and not clauses:
             clauses.append("no case was run")
+        if self.guilty is not None and self.guilty.stage is not None:
+            clauses.append(f"first deviating stage: {self.guilty.stage}")
         return "; ".join(clauses) or None
 
     def to_bytes(self) -> bytes:

@@ -1,31 +1,28 @@
 """Verifying a bundle: the exact formula, the eager block and the artifact on every case; contract and properties."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffdeploy.arrays import Array, read_safetensors
-from diffdeploy.bundle import WEIGHTS, Bundle, Environment, eager_block, open_bundle
+from diffdeploy.arrays import read_safetensors
+from diffdeploy.bundle import WEIGHTS, Bundle, Environment, open_bundle
 from diffdeploy.errors import DiffDeployError, ExportError
 from diffdeploy.runtime import RunOptions, require_runnable
 from diffdeploy.verify import contracts
 from diffdeploy.verify.cases import AnyCase
-from diffdeploy.verify.eager import eager_error
 from diffdeploy.verify.feeding import feed
 from diffdeploy.verify.golden import golden_check
 from diffdeploy.verify.metrics import BUDGETS, measure
-from diffdeploy.verify.oracle import exact_and_stored
 from diffdeploy.verify.properties import property_checks
+from diffdeploy.verify.reference import Reference
 from diffdeploy.verify.report import CaseReport, Check, Report, files_judged
-from diffdeploy.verify.sweep import Selection, select_cases
+from diffdeploy.verify.stages import Finding
+from diffdeploy.verify.stages.locate import locate
+from diffdeploy.verify.sweep import Selection, select_cases, telling_case
 from diffdeploy.verify.user_inputs import read_inputs, write_inputs
-from diffdeploy.verify.worker import ArtifactProcess
-
-if TYPE_CHECKING:
-    from diffdeploy.modules import AttentionBlock
+from diffdeploy.verify.worker import Artifact, ArtifactProcess
 
 __all__ = ["Progress", "half_the_threads", "run_case", "verify_bundle"]
 
@@ -41,6 +38,9 @@ def verify_bundle(
     save_inputs: Path | None = None,
     progress: Progress | None = None,
     run_options: RunOptions | None = None,
+    open_artifact: Callable[[Path, RunOptions], Artifact] = ArtifactProcess,
+    reference: Reference | None = None,
+    first_failure_only: bool = False,
 ) -> Report:
     """Verify a bundle from its own files.
 
@@ -55,6 +55,9 @@ def verify_bundle(
         save_inputs: file that the inputs of all cases are written to before they run.
         progress: called with cases done, cases in all, and the name of the next one.
         run_options: device and backend that the artifact is run with.
+        open_artifact: runs it; by default in a process of its own.
+        reference: what it is held against, where that is known already.
+        first_failure_only: stop at the first case that fails.
 
     Raises:
         InputError: no bundle there, or inputs that its graph does not accept.
@@ -69,13 +72,14 @@ def verify_bundle(
     chosen, selection = _choose(bundle, seed, cases, load_inputs)
     if save_inputs is not None:
         write_inputs(save_inputs, chosen, spec)
-    with ArtifactProcess(bundle.path, run_options) as artifact, half_the_threads():
+    with open_artifact(bundle.path, run_options) as artifact, half_the_threads():
         weights = read_safetensors(bundle.path / WEIGHTS)
         checks = contracts.checks(bundle, weights)
         exact_weights = {name: array.astype(np.float64) for name, array in weights.items()}
         checks.append(golden_check(bundle, exact_weights))
-        eager = eager_block(bundle, impl="naive")
-        reports = []
+        reference = reference or Reference(bundle, exact_weights)
+        reports: list[CaseReport] = []
+        guilty = None
         try:
             backend = artifact.backend
         except ExportError as error:
@@ -85,8 +89,12 @@ def verify_bundle(
             for done, case in enumerate(chosen):
                 if progress is not None:
                     progress(done, len(chosen), case.id)
-                reports.append(run_case(case, bundle, artifact, eager, exact_weights))
-            checks += property_checks(artifact, manifest.config, spec, seed)
+                reports.append(run_case(case, bundle, artifact, reference))
+                if first_failure_only and not reports[-1].passed:
+                    break
+            else:
+                checks += property_checks(artifact, manifest.config, spec, seed)
+            guilty = _guilty_stage(bundle, artifact, checks, chosen, reports)
     return Report(
         format=manifest.format,
         dtype=spec.dtype,
@@ -99,6 +107,7 @@ def verify_bundle(
         graph=contracts.facts(bundle),
         contract=checks,
         cases=reports,
+        guilty=guilty,
     )
 
 
@@ -115,6 +124,21 @@ def half_the_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _guilty_stage(
+    bundle: Bundle, artifact: Artifact, checks: list[Check], cases: Sequence[AnyCase], reports: list[CaseReport]
+) -> Finding | None:
+    """Where the artifact goes wrong, if it does."""
+    failed = {report.id for report in reports if not report.passed}
+    if not failed and all(check.passed for check in checks):
+        return None
+    spec = bundle.manifest.graph
+    single = [case.inputs(spec) for case in cases if case.id in failed and not case.chunks and not case.row_by_row]
+    single.sort(key=lambda inputs: inputs["hidden_states"].size)
+    telling = telling_case(spec, int(bundle.manifest.options["seed"]))
+    inputs = [telling.inputs(spec), *single[:1]] if failed else []
+    return locate(bundle, artifact, checks, inputs)
+
+
 def _choose(
     bundle: Bundle, seed: int, selection: Selection | None, load_inputs: Path | None
 ) -> tuple[list[AnyCase], str]:
@@ -128,29 +152,20 @@ def _choose(
     return [*users, *swept], f"user and {selection}" if users else str(selection)
 
 
-def run_case(
-    case: AnyCase,
-    bundle: Bundle,
-    artifact: ArtifactProcess,
-    eager: "AttentionBlock",
-    exact_weights: Mapping[str, Array],
-) -> CaseReport:
+def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, reference: Reference) -> CaseReport:
     """One case: the exact result, eager's error, the artifact's outputs, and the verdict on them.
 
     Args:
         case: to run.
         bundle: an opened bundle.
-        artifact: a process that has loaded it.
-        eager: its block with ``impl="naive"``.
-        exact_weights: its weights, float64.
+        artifact: runs it.
+        reference: what it is held against.
     """
     spec = bundle.manifest.graph
     inputs = case.inputs(spec)
     if not case.chunks and not case.row_by_row:
         artifact.start(inputs)
-    expected, stored = exact_and_stored(bundle.manifest.config, exact_weights, inputs, spec.dtype)
-    yardsticks = eager_error(eager, inputs, expected, spec.dtype)
-    yardsticks["output"].add_stored(stored)
+    yardsticks = reference.yardsticks(case, inputs)
     try:
         actual = feed(case, artifact, inputs)
     except DiffDeployError as error:

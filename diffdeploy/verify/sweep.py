@@ -12,7 +12,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.verify.cases import Case, Kind, Mask
 
-__all__ = ["Selection", "golden_cases", "random_cases", "select_cases"]
+__all__ = ["Selection", "golden_cases", "random_cases", "select_cases", "telling_case"]
 
 Selection = Literal["quick", "full"] | int
 
@@ -171,3 +171,16 @@ def random_cases(config: AnyConfig, spec: GraphSpec, seed: int) -> Iterator[Case
             seed=seed,
             number=number,
         )
+
+
+def telling_case(spec: GraphSpec, seed: int) -> Case:
+    """One case on which every stage does something, so that none can be taken for another."""
+    longest = spec.axes["sequence_length"].max
+    past = min(5, longest - 2) if spec.variant == "cached" else 0
+    return Case(
+        batch_size=2,
+        sequence_length=min(7, longest - past),
+        past_length=past,
+        mask="none" if spec.variant == "plain" else "left",
+        seed=seed,
+    )

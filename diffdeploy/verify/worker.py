@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from diffdeploy.arrays import Array
 from diffdeploy.errors import DiffDeployError, ExportError
 from diffdeploy.runtime import RunOptions
 
-__all__ = ["ArtifactProcess"]
+__all__ = ["Artifact", "ArtifactProcess"]
 
 
 def _send(stream: IO[bytes], header: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
@@ -44,6 +44,33 @@ def _receive(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]] | Non
         size = np.dtype(dtype).itemsize * math.prod(shape)
         arrays[name] = np.frombuffer(bytearray(stream.read(size)), dtype).reshape(shape)
     return header, arrays
+
+
+class Artifact(Protocol):
+    """What a verification runs: an `ArtifactProcess`, or what stands for one."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    @property
+    def backend(self) -> str:
+        """What runs it; waits until it is loaded."""
+        ...
+
+    def start(self, inputs: Mapping[str, Array]) -> None:
+        """Hand over an input."""
+        ...
+
+    def result(self) -> dict[str, Array]:
+        """Outputs by name of the input that was started."""
+        ...
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Both."""
+        ...
 
 
 class ArtifactProcess:

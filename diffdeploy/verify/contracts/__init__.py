@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
+from diffdeploy.errors import DiffDeployError
+from diffdeploy.verify.contracts.common import declared
 from diffdeploy.verify.report import Check, GraphFacts
 
 __all__ = ["checks", "facts"]
@@ -32,8 +34,13 @@ def _contract(bundle: Bundle) -> _Contract:
 
 
 def facts(bundle: Bundle) -> GraphFacts:
-    """What the artifact says of itself."""
-    return _contract(bundle).facts(bundle)
+    """What the artifact says of itself; of one that cannot be read, what the manifest says."""
+    try:
+        return _contract(bundle).facts(bundle)
+    except (DiffDeployError, MemoryError):
+        raise
+    except Exception:  # `checks` says what is wrong with it
+        return declared(bundle, attention_ops=0)
 
 
 def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
@@ -43,4 +50,10 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
         bundle: an opened bundle.
         weights: canonical weights in the artifact's dtype.
     """
-    return _contract(bundle).checks(bundle, weights)
+    try:
+        return _contract(bundle).checks(bundle, weights)
+    except (DiffDeployError, MemoryError):
+        raise
+    except Exception as error:  # whatever a library raises at a damaged artifact is the finding
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return [Check(name="readable", passed=False, detail=f"the artifact cannot be read: {reason}")]

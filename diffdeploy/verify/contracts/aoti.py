@@ -1,6 +1,7 @@
 """The contract of an AOTInductor package, read from its files, without loading machine code into this process.
 
-The machine code itself cannot be read; the C++ source that it was compiled from is in the package beside it.
+The machine code itself cannot be read; the C++ source that it was compiled from is in the package beside it, and the
+weights stand in the library byte for byte.
 """
 
 import json
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import WEIGHTS, Bundle
+from diffdeploy.config import LAMBDA_VECTORS
 from diffdeploy.errors import IntegrityError
 from diffdeploy.runtime.torch_programs import MODEL
 from diffdeploy.verify.contracts.common import check, declared
@@ -42,7 +44,17 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     count, metadata = _attentions(bundle), json.loads(_member(bundle, ".wrapper_metadata.json"))
     found = f"{count} calls of a fused attention in the source of the package"
     same = metadata.get("weights_sha256") == bundle.manifest.files[WEIGHTS].sha256
+    problems = [] if same else ["the metadata name other weights"]
     return [
         check("attention", [] if count == 2 else [f"{found}; expected 2"], found),
-        check("weights", [] if same else ["the metadata name other weights"], "compiled from weights.safetensors"),
+        check("weights", problems + _missing_weights(bundle, weights), "those of weights.safetensors, bit for bit"),
+    ]
+
+
+def _missing_weights(bundle: Bundle, weights: Mapping[str, Array]) -> list[str]:
+    library = _member(bundle, ".so")
+    return [
+        f"{name} is not in the package bit for bit"
+        for name, array in weights.items()
+        if name not in LAMBDA_VECTORS and array.tobytes() not in library
     ]

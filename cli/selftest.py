@@ -1,0 +1,58 @@
+"""``diffdeploy verify BUNDLE --self-test``: does the verification see what can be wrong with this bundle?"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffdeploy.cli import console
+from diffdeploy.errors import VerificationError
+
+if TYPE_CHECKING:
+    from diffdeploy.runtime import RunOptions
+
+__all__ = ["run_self_test"]
+
+
+def run_self_test(bundle: Path, run_options: "RunOptions", *, as_json: bool) -> int:
+    """Put every fault that the bundle could have into copies of it, and print which were caught.
+
+    Returns:
+        The exit code: 0 only if every fault was caught.
+
+    Raises:
+        DiffDeployError: no bundle there, or one that fails without any fault.
+    """
+    from diffdeploy.bundle import open_bundle
+    from diffdeploy.exporters.again import lower_again, why_not_again
+    from diffdeploy.verify.faults import self_test
+
+    why_not = why_not_again(open_bundle(bundle).manifest)
+    with console.activity("verifying the bundle as it is") as activity:
+        result = self_test(
+            bundle,
+            lower=None if why_not else lower_again,
+            why_no_lower=why_not or "",
+            run_options=run_options,
+            progress=activity.trial,
+        )
+    console.print_faults(result.faults)
+    for reason in dict.fromkeys(skipped.reason for skipped in result.skipped):
+        names = [skipped.name for skipped in result.skipped if skipped.reason == reason]
+        console.note(f"{len(names)} faults were not put in, since {reason}: {', '.join(names)}")
+    if as_json:
+        console.print_json(
+            {
+                "status": "passed" if result.passed else "failed",
+                "bundle": str(bundle),
+                "self_test": result.model_dump(mode="json"),
+            }
+        )
+    verdict = (
+        f"{result.caught} of {result.injected} faults caught, {result.located} of {result.with_stage} located: {bundle}"
+    )
+    if not as_json:
+        console.print_text(verdict)
+    if result.passed:
+        return 0
+    missed = [fault.name for fault in result.faults if not fault.caught]
+    console.fail(f"the verification of {bundle} does not see {', '.join(missed) or 'anything'}; do not rely on it")
+    return VerificationError.exit_code

@@ -1,0 +1,95 @@
+"""What a fault is, and the copy of a bundle that it is put into."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from diffdeploy.arrays import Array
+from diffdeploy.bundle import Manifest
+from diffdeploy.config import AnyConfig
+from diffdeploy.graphs import GraphSpec
+from diffdeploy.verify.stages import Stage
+
+if TYPE_CHECKING:
+    from diffdeploy.modules import AttentionBlock
+
+__all__ = ["Fault", "Lower", "Place", "Subject", "When", "Wrap", "all_of"]
+
+Place = Literal["constants", "block", "graph", "bundle", "runtime"]
+
+# Writes the artifact of a block into a directory, as the export of the bundle did.
+Lower = Callable[["AttentionBlock", Manifest, Path], None]
+
+# Stands between a runtime and what asks it.
+Wrap = Callable[[Callable[[dict[str, Array]], dict[str, Array]]], Callable[[dict[str, Array]], dict[str, Array]]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The bundle that a fault is for, or a copy of it that the fault is put into.
+
+    Attributes:
+        path: its directory.
+        manifest: of the bundle.
+        constants: what the artifact holds of the canonical weights, ``lambda``, ``rope.cos``, ``rope.sin``,
+            ``norm_eps``, ``output_scale`` and ``softmax_scale``; see `diffdeploy.verify.faults.constants`.
+        weights: canonical weights.
+        lower: for faults in the block; ``None`` where nothing can be exported.
+    """
+
+    path: Path
+    manifest: Manifest
+    constants: Mapping[str, Array]
+    weights: Mapping[str, Array]
+    lower: Lower | None = None
+
+    @property
+    def config(self) -> AnyConfig:
+        """Of the block."""
+        return self.manifest.config
+
+    @property
+    def spec(self) -> GraphSpec:
+        """Of the graph."""
+        return self.manifest.graph
+
+
+# Whether something would be a fault of that bundle at all.
+When = Callable[[Subject], bool]
+
+
+def _always(_: Subject) -> bool:
+    return True
+
+
+def all_of(*conditions: When) -> When:
+    """All conditions hold; later ones are asked only where earlier ones do."""
+    return lambda subject: all(condition(subject) for condition in conditions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One way for an artifact to be wrong.
+
+    Attributes:
+        name: in words joined by underscores.
+        place: where it is put in.
+        breaks: what is wrong then, one clause.
+        stage: the stage that is wrong; ``None`` for a fault of the whole.
+        inject: puts it into a copy of a bundle.
+        applies: whether it would be a fault of this bundle at all.
+        wrap: what it does to a loaded runtime instead.
+        signed: whether the manifest is written again afterwards, so that the digests do not give it away.
+        unseen: why the verification cannot see it; ``None`` for a fault that must be caught.
+    """
+
+    name: str
+    place: Place
+    breaks: str
+    stage: Stage | None = None
+    inject: Callable[[Subject], None] = field(default=lambda _: None)
+    applies: When = _always
+    wrap: Wrap | None = None
+    signed: bool = True
+    unseen: str | None = None

@@ -1,0 +1,1 @@
+"""Reading and writing what an artifact holds as constants; one module per format."""

@@ -1,0 +1,47 @@
+"""Intermediate values of an exported program, seen while an interpreter runs it and lets them go."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdeploy.arrays import Array, to_tensor
+
+__all__ = ["intermediate_values"]
+
+
+def intermediate_values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str, Tensor]]:
+    """Name of the node and value of every tensor that the program computes, in the order of the graph.
+
+    Args:
+        directory: of the bundle.
+        inputs: by the names of the graph, in its order.
+    """
+    module = torch.export.load(directory / "model.pt2").module()
+    assert isinstance(module, torch.fx.GraphModule)
+    tensors = [to_tensor(array) for array in inputs.values()]
+    interpreter = torch.fx.Interpreter(module)
+    interpreter.args_iter = iter(tensors)
+    last_use = _last_uses(module)
+    with torch.no_grad():
+        for node in module.graph.nodes:
+            value: Any = interpreter.run_node(node)
+            interpreter.env[node] = value
+            for done in last_use.get(node, ()):
+                del interpreter.env[done]
+            if node.op == "call_function" and isinstance(value, Tensor):
+                yield f"{node.target} {node.name}", value
+
+
+def _last_uses(module: torch.fx.GraphModule) -> dict[torch.fx.Node, list[torch.fx.Node]]:
+    """By node, the values that nothing needs after it."""
+    seen: set[torch.fx.Node] = set()
+    last: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    for node in reversed(module.graph.nodes):
+        for used in node.all_input_nodes:
+            if used not in seen:
+                seen.add(used)
+                last.setdefault(node, []).append(used)
+    return last

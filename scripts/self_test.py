@@ -1,0 +1,91 @@
+"""Self-tests of bundles of the sample in several formats, and the table of all faults as a page of the documentation.
+
+``python scripts/self_test.py onnx pt2 aoti --output docs/faults.md``
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from diffdeploy.bundle import open_bundle
+from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint
+from diffdeploy.checkpoints.files import SAMPLE
+from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.exporters.again import lower_again, why_not_again
+from diffdeploy.verify.faults import FAULTS, FaultResult, SelfTest, self_test
+
+INTRODUCTION = """# Faults that the verification is tried with
+
+Written by `python scripts/self_test.py {formats} --output docs/faults.md`: each fault is put into a copy of a right
+bundle (layer 1 of the sample, graph `cached`, float32, at most 4 rows and 70 positions), and the copy is verified.
+`diffdeploy verify BUNDLE --self-test` does the same with a bundle of yours.
+
+The cells say what failed: checks by their names, then the first case. In brackets is the stage that was named, where it
+is not the guilty one. Where a cell is empty, the format cannot have the fault, or a fault in the block would take a
+compilation; `make slow` puts those into `aoti`, too.
+"""
+
+
+def run(format_name: str, folder: Path) -> tuple[SelfTest, float]:
+    """Export the sample, test the verification with it, and say how long that took."""
+    path = folder / format_name
+    options = ExportOptions(format=format_name, graph="cached", max_batch_size=4, max_sequence_length=70)
+    export_bundle(read_checkpoint(SAMPLE, CheckpointOptions(layer=1)), path, options)
+    start = time.monotonic()
+    why_not = why_not_again(open_bundle(path).manifest)
+    result = self_test(
+        path,
+        lower=None if why_not else lower_again,
+        why_no_lower=why_not or "",
+        progress=lambda done, total, name: print(f"{format_name} {done + 1}/{total} {name}", flush=True),
+    )
+    return result, time.monotonic() - start
+
+
+def cell(result: FaultResult | None) -> str:
+    """What caught a fault."""
+    if result is None:
+        return ""
+    by = ", ".join(entry.removeprefix("check ").removeprefix("case ") for entry in result.by)
+    named = f" ({result.stage or 'none'})" if result.located is False else ""
+    return (by if result.caught else "**not seen**") + named
+
+
+def page(tests: dict[str, tuple[SelfTest, float]]) -> str:
+    """The whole page."""
+    lines = [
+        INTRODUCTION.format(formats=" ".join(tests)),
+        "| format | put in | caught | with a stage | located | seconds |",
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for name, (test, seconds) in tests.items():
+        lines.append(
+            f"| `{name}` | {test.injected} | {test.caught} | {test.with_stage} | {test.located} | {seconds:.0f} |"
+        )
+    found = {name: {fault.name: fault for fault in test.faults} for name, (test, _) in tests.items()}
+    lines += ["", f"| fault | in | what is wrong | stage | {' | '.join(f'`{name}`' for name in tests)} |"]
+    lines.append("|---" * (4 + len(tests)) + "|")
+    for fault in FAULTS:
+        cells = [cell(found[name].get(fault.name)) for name in tests]
+        if any(cells):
+            lines.append(
+                f"| `{fault.name}` | {fault.place} | {fault.breaks} | {fault.stage or ''} | {' | '.join(cells)} |"
+            )
+    others = [fault.name for fault in FAULTS if not any(fault.name in faults for faults in found.values())]
+    lines += ["", f"Faults of other blocks, which this one cannot have: {', '.join(f'`{name}`' for name in others)}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("formats", nargs="+")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tests = {name: run(name, Path(folder)) for name in arguments.formats}
+    arguments.output.write_text(page(tests))
+
+
+if __name__ == "__main__":
+    main()
