@@ -67,6 +67,8 @@ def verify(
     The exact result is computed in fp64 from the weights in the bundle; the checkpoint is not needed.
 
     With --checkpoint, its block is read again as for the export, and must give the same weights bit for bit.
+
+    With --self-test, the verification itself is tried: wrong copies of the bundle, each of which must be refused.
     """
     if save_report is not None and not save_report.parent.is_dir():
         raise InputError(f"{save_report} cannot be written: there is no folder {save_report.parent}")
@@ -74,12 +76,17 @@ def verify(
     sweep |= {"--checkpoint": checkpoint}
     run = {"--device": device, "--runtime": runtime == "reference" or None, "--recompile": recompile or None}
     if from_report is not None:
-        _refuse("--from-report", "runs nothing", {**sweep, **run, "--golden": golden or None})
+        alone = {"--golden": golden or None, "--self-test": self_test or None}
+        _refuse("--from-report", "runs nothing", {**sweep, **run, **alone})
         report = _judged_again(from_report, bundle, k)
         return _end(report, bundle or from_report, save_report, as_json=as_json, warn_only=warn_only)
     _refuse("verify without --from-report", "judges by its own table", {"--k": k})
     if bundle is None:
         raise InputError("no bundle was given; give a directory that diffdeploy exported, or --from-report")
+    if self_test:
+        others = {"--golden": golden or None, "--save-report": save_report, "--warn-only": warn_only or None}
+        _refuse("--self-test", "verifies copies with faults in them", {**sweep, **others})
+        return _self_test(bundle, device, runtime, recompile=recompile, as_json=as_json)
     with console.activity("opening the bundle") as activity:
         from diffdeploy.runtime import RunOptions
         from diffdeploy.verify import verify_bundle, verify_golden
@@ -102,6 +109,14 @@ def verify(
             activity.stage("reading the checkpoint")
             report = report.with_check(_origin(bundle, checkpoint))
     return _end(report, bundle, save_report, as_json=as_json, warn_only=warn_only)
+
+
+def _self_test(bundle: Path, device: str | None, runtime: str, *, recompile: bool, as_json: bool) -> int:
+    from diffdeploy.cli.selftest import run_self_test
+    from diffdeploy.runtime import RunOptions
+
+    options = RunOptions(device=device, reference=runtime == "reference", recompile=recompile)
+    return run_self_test(bundle, options, as_json=as_json)
 
 
 def _end(report: "Report", subject: Path, save_report: Path | None, *, as_json: bool, warn_only: bool) -> int:
