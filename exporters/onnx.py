@@ -70,7 +70,7 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "Exp
     if flavor == "ort" and not block.config.causal:
         raise InputError("onnxruntime's GroupQueryAttention is causal, and this block is not; leave --onnx-flavor out")
     graph = GraphModule(block, spec) if flavor == "standard" else OrtGraphModule(block, spec)
-    program = _export(graph, spec, opset, block.q_proj.weight.dtype)
+    program = _export(graph.eval(), spec, opset, block.q_proj.weight.dtype)
     _name_axes(program, spec)
     _strip_metadata(program)
     _save(program, directory)

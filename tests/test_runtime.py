@@ -157,14 +157,14 @@ def test_a_machine_without_gpu_says_so(format_bundle: FormatBundle) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.slow
 def test_half_precision_compiles(name: str, dtype: DType, sample: Checkpoint, tmp_path: Path) -> None:
-    half_precision(name, dtype, sample, tmp_path)
+    check_half_precision(name, dtype, sample, tmp_path)
 
 
 def test_bfloat16(sample: Checkpoint, tmp_path: Path) -> None:
-    half_precision("pt2", "bfloat16", sample, tmp_path)
+    check_half_precision("pt2", "bfloat16", sample, tmp_path)
 
 
-def half_precision(name: str, dtype: DType, sample: Checkpoint, tmp_path: Path) -> None:
+def check_half_precision(name: str, dtype: DType, sample: Checkpoint, tmp_path: Path) -> None:
     options = ExportOptions(format=name, dtype=dtype, max_batch_size=4, max_sequence_length=70)
     done = export_bundle(sample, tmp_path / "out", options)
     assert done.report is not None
