@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from diffdeploy import load
 from diffdeploy.bundle import WEIGHTS, Environment, Manifest, Provenance, open_bundle, staged_bundle, write_manifest
 from diffdeploy.errors import DiffDeployError, InputError, IntegrityError
-from diffdeploy.exporters import ExportOptions
-from diffdeploy.exporters.onnx import lower
+from diffdeploy.exporters import ExportOptions, base
+from diffdeploy.exporters import onnx as onnx_exporter
 from diffdeploy.graphs import graph_spec
 from diffdeploy.modules import DiffAttention
 from tests.test_attention import make_config, random_weights
@@ -25,7 +25,8 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = graph_spec("plain", config, dtype="float32", max_batch_size=4, max_sequence_length=16)
     with staged_bundle(output) as staging:
         save_file(weights, staging / WEIGHTS)
-        lower(
+        base._lower(
+            onnx_exporter,
             DiffAttention.from_weights(config, weights, impl="two_call", max_positions=16),
             spec,
             staging,
