@@ -53,7 +53,7 @@ def verify(
     ] = None,
     k: Annotated[
         float | None,
-        typer.Option("--k", min=0.0, help="Errors of the eager block that are allowed, with --from-report."),
+        typer.Option("--k", min=0.0, help="Factor on the error of a right computation, with --from-report."),
     ] = None,
     save_report: Annotated[Path | None, typer.Option(help="Write the report, for --from-report and diff.")] = None,
     device: Device = None,
