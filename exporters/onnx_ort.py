@@ -47,10 +47,14 @@ class OrtGraphModule(nn.Module):
         block, config = self.block, self.block.config
         v_BSHe = _heads(block.v_proj(x_BSD), config.value_dim)
         seen_bias, dead = _bias(x_BSD, inputs.get("attention_mask"), config)
+        # Once for both streams, since a weight that two products read is left to be transposed at run time.
+        all_keys = (
+            None if self.keys is not None else block._normalise_keys(_heads(block.k_proj(x_BSD), config.head_dim))
+        )
         streams = []
         for stream in (0, 1):
             q_BSHd = block._normalise_queries(_heads(self.queries[stream](x_BSD), config.head_dim))
-            k_BSHd, values = self._keys_and_values(x_BSD, v_BSHe, stream)
+            k_BSHd, values = self._keys_and_values(x_BSD, all_keys, v_BSHe, stream)
             q_BSHd, k_BSHd = (self._rotate(side, inputs.get("position_ids")) for side in (q_BSHd, k_BSHd))
             output = self._attend(q_BSHd, k_BSHd, values, seen_bias)
             streams.append(output if dead is None else output.masked_fill(dead, 0.0))
@@ -58,15 +62,17 @@ class OrtGraphModule(nn.Module):
         lam = lam if lam.ndim == 0 else lam.transpose(1, 2)
         return (block.out_proj(block._normalise(streams[0] - lam * streams[1]).flatten(2)),)
 
-    def _keys_and_values(self, x_BSD: Tensor, v_BSHe: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(
+        self, x_BSD: Tensor, all_keys: Tensor | None, v_BSHe: Tensor, stream: int
+    ) -> tuple[Tensor, Tensor]:
         block, config = self.block, self.block.config
-        if self.keys is not None:
+        if all_keys is None:
+            assert self.keys is not None
             return block._normalise_keys(_heads(self.keys[stream](x_BSD), config.head_dim)), v_BSHe
-        k_BSHd = block._normalise_keys(_heads(block.k_proj(x_BSD), config.head_dim))
         if not _is_legacy(config):
-            return k_BSHd, v_BSHe
+            return all_keys, v_BSHe
         k_BHSd, v_BHSe = stream_heads(
-            k_BSHd.transpose(1, 2), v_BSHe.transpose(1, 2), stream, config.num_heads, "legacy"
+            all_keys.transpose(1, 2), v_BSHe.transpose(1, 2), stream, config.num_heads, "legacy"
         )
         return k_BHSd.transpose(1, 2), v_BHSe.transpose(1, 2)
 

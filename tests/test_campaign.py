@@ -11,8 +11,9 @@ from tests import campaign
 from tests.campaign import Run
 
 
-@pytest.mark.parametrize("number", [1, 4, 7], ids=lambda number: f"{number}-{campaign.FORMATS[number]}")
+@pytest.mark.parametrize("number", [1, 7, 26])
 def test_right_exports_pass(number: int) -> None:
+    """Of these numbers the formats are onnx, pt2 and onnx-ort; the last has weights too large to be folded twice."""
     for run in campaign.runs_of_export(number, seeds=2):
         assert run.report.passed, run.report.first_failure()
 
