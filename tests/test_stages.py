@@ -202,3 +202,35 @@ def test_every_step_is_right_before_one_is_replaced() -> None:
         mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
         right, steps = (block.from_weights(config, weights)(x, mask) for block in (block_class(config), kind))
         torch.testing.assert_close(steps, right, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("lambda_q1", Stage.LAMBDA),
+        ("subln.weight", Stage.NORM),
+        ("out_proj.weight", Stage.OUTPUT_PROJECTION),
+        ("v_proj.weight", Stage.V_PROJECTION),
+        ("q_proj.weight", None),
+    ],
+    ids=str,
+)
+def test_what_outputs_narrower_than_the_heads_tell(name: str, stage: Stage | None, narrow_bundle: Bundle) -> None:
+    weights = load_file(narrow_bundle.path / WEIGHTS)
+    weights[name] = weights[name] + np.random.default_rng(0).standard_normal(weights[name].shape, dtype=np.float32)
+    finding = by_probes(narrow_bundle, Eager(narrow_bundle, block_class(narrow_bundle.manifest.config), weights))
+    assert finding.stage == stage, finding.detail
+
+
+@pytest.fixture(scope="module")
+def narrow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A block of width 24, whose joined heads are 48 wide."""
+    from diffdeploy.checkpoints import Checkpoint
+
+    config = CONFIGS["interleaved"]
+    weights = {name: tensor.float() for name, tensor in random_weights(config).items()}
+    path = tmp_path_factory.mktemp("narrow") / "out"
+    found = Checkpoint(config=config, weights=weights, layout="none", layer=None, keys=list(weights))
+    options = ExportOptions(format="pt2", max_batch_size=16, max_sequence_length=40)
+    export_bundle(found, path, options, verify=False)
+    return open_bundle(path)

@@ -81,7 +81,6 @@ class Fault:
         applies: whether it would be a fault of this bundle at all.
         wrap: what it does to a loaded runtime instead.
         signed: whether the manifest is written again afterwards, so that the digests do not give it away.
-        unseen: why the verification cannot see it; ``None`` for a fault that must be caught.
     """
 
     name: str
@@ -92,4 +91,3 @@ class Fault:
     applies: When = _always
     wrap: Wrap | None = None
     signed: bool = True
-    unseen: str | None = None

@@ -23,6 +23,7 @@ from diffdeploy.config import DiffAttentionConfig
 from diffdeploy.errors import ExportError
 from diffdeploy.verify.stages.finding import Finding
 from diffdeploy.verify.stages.names import Stage
+from diffdeploy.verify.stages.narrow import narrow_verdict
 from diffdeploy.verify.stages.probing import Answer, Prober, Runs, null_spaces
 
 __all__ = ["by_probes"]
@@ -44,9 +45,11 @@ def by_probes(bundle: Bundle, artifact: Runs) -> Finding:
 
 
 def _verdict(prober: Prober) -> _Verdict:
-    found = _cache(prober) if prober.has_cache else None
-    found = found or _lambda(prober)
-    if found is not None:
+    if prober.has_cache and (found := _cache(prober)):
+        return found
+    if not prober.shows_heads:
+        return narrow_verdict(prober)
+    if found := _lambda(prober):
         return found
     if not prober.ask(prober.tokens(1)).right:
         return _behind_attention(prober)
@@ -136,7 +139,10 @@ def _is_norm(prober: Prober, answers: list[Answer]) -> bool:
     shape = (-1, 2, prober.config.head_dim)
     given = np.concatenate([prober.heads(answer.given["output"]).reshape(shape) for answer in answers])
     exact = np.concatenate([answer.stage(Stage.DIFFERENCE).reshape(shape) for answer in answers])
-    ratios = given / exact
+    with np.errstate(all="ignore"):
+        ratios = given / exact
+        if not np.isfinite(ratios).all():
+            return False
     halves = np.median(ratios, axis=-1, keepdims=True)
     channels = np.median(ratios / halves, axis=0, keepdims=True)
     halves = np.median(ratios / channels, axis=-1, keepdims=True)

@@ -20,6 +20,9 @@ __all__ = ["Answer", "Prober", "Runs", "null_spaces", "same"]
 # Of the dtype's spacing, relative to the size of what is compared: less is rounding, through several stages.
 _ROUNDINGS = 256
 
+# Of the output projection: what is had back through it loses that many times its precision.
+_WORST_CONDITION = 1e4
+
 
 class Runs(Protocol):
     """What can be asked."""
@@ -63,6 +66,10 @@ class Prober:
         config: of the block.
         weights: canonical weights, float64.
         tolerance: relative error that rounding explains.
+        batch_size: rows of an input.
+        takes_positions: whether tokens can be put at any position.
+        has_cache: whether keys and values are given back.
+        shows_heads: whether the output projection can be inverted.
     """
 
     def __init__(self, bundle: Bundle, artifact: Runs) -> None:
@@ -75,7 +82,9 @@ class Prober:
         self.has_cache = self._spec.variant == "cached"
         self._artifact = artifact
         self._generator = np.random.default_rng(0)
-        self._inverse = np.linalg.pinv(self.weights["out_proj.weight"])
+        projection = self.weights["out_proj.weight"]
+        self._inverse = np.linalg.pinv(projection)
+        self.shows_heads = projection.shape[0] >= projection.shape[1] and np.linalg.cond(projection) < _WORST_CONDITION
 
     def ask(self, x_BSD: Array, *, position: int | None = None, past_length: int = 0) -> Answer:
         """Run an input.

@@ -143,15 +143,6 @@ class HeadsReversed(Steps):
         return super().join(heads_BHSe.flip(1))
 
 
-@faulty(Stage.OUTPUT_PROJECTION, several_heads)
-class HeadsNotTransposed(Steps):
-    """Heads and positions are not put in order before they are joined."""
-
-    def join(self, heads_BHSe: Tensor) -> Tensor:
-        batch, heads, length, width = heads_BHSe.shape
-        return heads_BHSe.reshape(batch, length, heads * width)
-
-
 @faulty(Stage.OUTPUT_PROJECTION, float32)
 class HalfPrecisionProjection(Steps):
     """The output projection in float16."""

@@ -173,7 +173,7 @@ class HiddenRowsAreNan(Steps):
     """A query that sees nothing gives NaN, as a softmax over nothing does."""
 
     def attend(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
-        output = super().attend(q_BHSd, k_BHTd, v_BHTe, seen)
+        output = super().attend(q_BHSd, k_BHTd, v_BHTe, Visibility(seen.mask, seen.is_causal))
         return output if seen.dead is None else output.masked_fill(seen.dead, float("nan"))
 
 

@@ -17,6 +17,7 @@ __all__ = ["edit_metadata", "edit_source", "read", "write"]
 
 # Vectorised code holds a number many times over; more than this are not all the same number.
 _MOST_COPIES = 256
+_ROUNDINGS = 8
 
 
 def read(directory: Path, expected: Mapping[str, Array]) -> set[str]:
@@ -70,9 +71,16 @@ def _forms(array: Array) -> list[Array]:
         return [array]
     if array.ndim:
         return [np.ascontiguousarray(array.astype(dtype)) for dtype in ("float32", "float16", "bfloat16")]
-    single = np.float32(array)
-    near = [single, np.nextafter(single, np.float32(np.inf)), np.nextafter(single, np.float32(-np.inf))]
-    return [*(np.asarray(number) for number in near), array]
+    return [*(np.asarray(number) for number in _near(np.float32(array))), array]
+
+
+def _near(single: np.float32) -> list[np.float32]:
+    """A number in float32 and its neighbours, nearest first: how it was rounded on its way is not known."""
+    numbers, below, above = [single], single, single
+    for _ in range(_ROUNDINGS):
+        below, above = np.nextafter(below, np.float32(-np.inf)), np.nextafter(above, np.float32(np.inf))
+        numbers += [below, above]
+    return numbers
 
 
 def edit_metadata(directory: Path, changes: Mapping[str, str]) -> None:
