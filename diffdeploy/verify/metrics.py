@@ -15,17 +15,20 @@ from diffdeploy.verify.report import Budget, CaseReport, OutputReport, Report
 __all__ = ["BUDGETS", "Yardstick", "judge", "measure", "rejudge"]
 
 
-# How the numbers were found: `make slow` exports random right blocks and reports the share of the budget that they use.
-# With k = 2 and floors of 1 and 2, 1,953 fp32 cases of 100 such blocks used at most 2.04 (and 18 were rejected); with
-# 2.5 times as much, 3,800 cases of 200 blocks used at most 1.02 (and 1 was rejected). The outliers: lucky yardsticks,
-# sums of equal numbers that eager rounds exactly, and norms that a backend decomposes. So fp32 gets four times as much.
-# 2,000 fp16 cases used at most 0.69 of a budget with k = 3. One weight off by a thousandth uses 0.7 of the fp32 budget:
-# it is the contract that sees it. The next smallest fault of the tests, a rotary base off by 5 %, uses 7,000 budgets.
-# floors: outputs are stored in the dtype, so even a perfect computation is off by up to eps/2 per element.
+# How the numbers were found: `make campaign` verifies random right exports and reports the share of the budget that
+# they use; docs/verification.md has the whole table.
+# k: 3 is a right computation that differs from eager in the order of its sums and in what it rounds on the way. Half
+# precision accumulates in fp32, so what is stored dominates, and storing the streams is in the yardstick: 7,000 outputs
+# of campaigns would have passed with k = 1.41. fp32 accumulates in what it stores, so in right exports the difference
+# amplifies sums that eager never makes: up to k = 5.6 was needed on constant inputs, where the streams nearly cancel.
+# floors: outputs are stored in the dtype, so even a perfect computation is off by up to eps/2 per element; in fp32,
+# whose eager sums of equal numbers can be exact, by the roundings of a few additions.
+# What this sees: the smallest fault of the tests beside single weights, a rotary base off by 5 %, uses 7,000 budgets of
+# fp32. One weight off by a thousandth uses 0.7: it is the contract that sees it.
 BUDGETS: dict[DType, Budget] = {
     "float32": Budget(k=8.0, rmse_floor=4.0, max_floor=8.0),
     "float16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
-    "bfloat16": Budget(k=8.0, rmse_floor=1.0, max_floor=2.0),
+    "bfloat16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
 }
 
 
