@@ -38,8 +38,9 @@ _INVERTED = 64.0
 def by_probes(bundle: Bundle, artifact: Runs) -> Finding:
     """Name the stage that explains what an artifact gives for a few dozen chosen inputs."""
     try:
-        stage, detail = _verdict(Prober(bundle, artifact))
-    except ExportError as error:
+        with np.errstate(all="ignore"):  # what an artifact gives may be 0, infinite or NaN anywhere
+            stage, detail = _verdict(Prober(bundle, artifact))
+    except (ExportError, np.linalg.LinAlgError) as error:
         stage, detail = None, f"probes do not run: {error}"
     return Finding(stage=stage, found_by="probes", detail=detail)
 
@@ -139,10 +140,9 @@ def _is_norm(prober: Prober, answers: list[Answer]) -> bool:
     shape = (-1, 2, prober.config.head_dim)
     given = np.concatenate([prober.heads(answer.given["output"]).reshape(shape) for answer in answers])
     exact = np.concatenate([answer.stage(Stage.DIFFERENCE).reshape(shape) for answer in answers])
-    with np.errstate(all="ignore"):
-        ratios = given / exact
-        if not np.isfinite(ratios).all():
-            return False
+    ratios = given / exact
+    if not np.isfinite(ratios).all():
+        return False
     halves = np.median(ratios, axis=-1, keepdims=True)
     channels = np.median(ratios / halves, axis=0, keepdims=True)
     halves = np.median(ratios / channels, axis=-1, keepdims=True)
