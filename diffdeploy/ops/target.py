@@ -2,26 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from torch import Tensor
 
 __all__ = ["runs_on_cuda", "traced_for"]
 
-_traced_for: ContextVar[str | None] = ContextVar("traced_for", default=None)
+# A plain global: `torch.compile` does not trace context variables.
+_traced_for: str | None = None
 
 
 @contextmanager
 def traced_for(device: str) -> Iterator[None]:
-    """Graphs that are traced in the block will run on ``device``."""
-    token = _traced_for.set(device)
+    """Graphs that are traced in the block will run on ``device``; for one thread at a time, as tracing is."""
+    global _traced_for
+    before, _traced_for = _traced_for, device
     try:
         yield
     finally:
-        _traced_for.reset(token)
+        _traced_for = before
 
 
 def runs_on_cuda(tensor: Tensor) -> bool:
     """Whether what is computed from a tensor will run on CUDA."""
-    target = _traced_for.get()
-    return tensor.is_cuda if target is None else target.startswith("cuda")
+    return tensor.is_cuda if _traced_for is None else _traced_for.startswith("cuda")
