@@ -43,9 +43,7 @@ def check(options: "ExportOptions") -> None:
 
 def _check_ort(options: "ExportOptions") -> None:
     if options.graph == "cached":
-        raise InputError(
-            "graph is cached, where onnxruntime's GroupQueryAttention is slower than Attention; leave --onnx-flavor out"
-        )
+        raise InputError("graph is cached, which the flavor ort does not have; leave --onnx-flavor out")
     if options.reference:
         raise InputError("the reference runtime interprets standard operators alone; leave --onnx-flavor out")
 
