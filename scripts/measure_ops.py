@@ -2,7 +2,9 @@
 
     python scripts/measure_ops.py [--device cuda] [--lengths 128 512 2048 8192] [--dtypes float32 bfloat16]
 
-All implementations of one size are timed in turns, round by round, so that drift hits all alike; medians are printed.
+All implementations of one size are timed in turns, round by round, so that drift hits all alike; medians are printed,
+and the counted operations per second (12 d per causal pair and head) as a share of what the machine's matrix products
+reach right before and after.
 On a CPU the extra memory of each is the growth of the peak resident size in a process of its own.
 """
 
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdeploy.bench.machine import matmul_gflop_per_second
 from diffdeploy.errors import DiffDeployError
 from diffdeploy.ops import Impl, diff_attention
 from diffdeploy.ops.flash2 import flash2
@@ -82,6 +85,10 @@ def latencies_ms(heads: int, width: int, length: int, dtype: torch.dtype, device
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
+def products(dtype: str, device: str) -> float:
+    return matmul_gflop_per_second(dtype, device=device, threads=torch.get_num_threads())
+
+
 def peak_extra_bytes(impl: str, heads: int, width: int, length: int, dtype: torch.dtype) -> int:
     """In this process: growth of the peak resident size by one call."""
     with torch.inference_mode():
@@ -130,12 +137,16 @@ def main() -> None:
         print(peak_extra_bytes(impl, heads, width, length, getattr(torch, dtype)))
         return
     print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads; B 1, causal, MHA")
-    print("| dtype | h, d | S | implementation | ms | of naive | extra MiB |\n|---|---|---|---|---|---|---|")
+    print("| dtype | h, d | S | implementation | ms | of naive | of products | extra MiB |")
+    print("|---" * 8 + "|")
     for dtype in options.dtypes:
         for heads, width in SHAPES:
             for length in options.lengths:
                 with torch.inference_mode():
+                    rate = products(dtype, options.device)
                     found = latencies_ms(heads, width, length, getattr(torch, dtype), options.device)
+                    rate = max(rate, products(dtype, options.device))
+                gflop = 12 * width * heads * length * (length + 1) / 2 / 1e9
                 for impl, latency in found.items():
                     memory = (
                         memory_in_own_process(impl, heads, width, length, dtype)
@@ -144,7 +155,8 @@ def main() -> None:
                     )
                     ratio = latency / found["naive"] if "naive" in found else float("nan")
                     where = f"| {dtype} | {heads}, {width} | {length} | {impl} "
-                    print(f"{where}| {latency:.3g} | {ratio:.3f} | {memory:.1f} |", flush=True)
+                    share = gflop / latency * 1e3 / rate
+                    print(f"{where}| {latency:.3g} | {ratio:.3f} | {share:.0%} | {memory:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

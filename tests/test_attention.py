@@ -12,7 +12,7 @@ from diffdeploy.modules import DiffAttention
 from diffdeploy.ops import diff_attention
 from tests import oracles
 
-IMPLEMENTATIONS = ["naive", "two_call", "padded", "four_call", "stacked_split", "stacked_wide"]
+IMPLEMENTATIONS = ["naive", "chunked", "two_call", "padded", "four_call", "stacked_split", "stacked_wide"]
 
 
 def make_config(**changes: Any) -> DiffAttentionConfig:
@@ -113,7 +113,7 @@ def test_sequence_longer_than_the_tables_is_refused() -> None:
 
 def test_unknown_implementation_is_refused() -> None:
     block = DiffAttention(make_config(), impl="fast")
-    with pytest.raises(InputError, match="'fast' is not known; accepted: auto, naive, two_call, padded"):
+    with pytest.raises(InputError, match="'fast' is not known; accepted: auto, naive, chunked, two_call, padded"):
         block(torch.zeros(1, 5, 24))
 
 

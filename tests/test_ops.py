@@ -13,9 +13,16 @@ from diffdeploy.ops import diff_attention
 from diffdeploy.ops.target import traced_for
 from tests import oracles
 
-IMPLEMENTATIONS = ["naive", "two_call", "padded", "four_call", "stacked_split", "stacked_wide"]
+IMPLEMENTATIONS = ["naive", "chunked", "two_call", "padded", "four_call", "stacked_split", "stacked_wide"]
 HEADS = [(4, 4), (4, 2), (4, 1), (6, 2), (6, 3), (3, 1)]
 INFINITY = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two queries each, so that sizes small enough for the loops of the formula have several chunks."""
+    monkeypatch.setattr("diffdeploy.ops.naive._FEWEST_ROWS", 1)
+    monkeypatch.setattr("diffdeploy.ops.naive._MOST_ROWS", 2)
 
 
 def random_inputs(
@@ -188,6 +195,16 @@ def test_auto_takes_one_that_is_right(dtype: torch.dtype, queries: int, keys: in
     exact = diff_attention(q.double(), k.double(), v.double(), lam.double(), causal=True, impl="two_call")
     actual = diff_attention(q, k, v, lam, causal=True)
     assert (actual - exact).abs().max() < 16 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize(("queries", "keys", "window"), [(700, 700, None), (300, 900, None), (700, 700, 40)], ids=str)
+def test_chunks_of_real_size(monkeypatch: pytest.MonkeyPatch, queries: int, keys: int, window: int | None) -> None:
+    monkeypatch.undo()
+    q, k, v = random_inputs(6, 2, queries, keys)
+    settings: dict[str, Any] = {"causal": True, "sliding_window": window, "gqa_layout": "legacy"}
+    lam = torch.rand(2, 6, queries, 1, dtype=torch.float64)
+    two_calls = diff_attention(q, k, v, lam, **settings, impl="two_call")
+    torch.testing.assert_close(diff_attention(q, k, v, lam, **settings, impl="chunked"), two_calls, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("impl", ["four_call", "stacked_split"])

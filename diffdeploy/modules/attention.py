@@ -235,7 +235,9 @@ class DiffAttention(AttentionBlock):
         lambda_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         for name in LAMBDA_VECTORS:
             vector = torch.empty(config.head_dim, device=device, dtype=lambda_dtype)
-            self.register_parameter(name, nn.Parameter(nn.init.normal_(vector, std=0.1)))
+            if not vector.is_meta:  # where random numbers are none, and torch would import its compiler for them
+                nn.init.normal_(vector, std=0.1)
+            self.register_parameter(name, nn.Parameter(vector))
         self.subln = nn.RMSNorm(
             config.value_dim, config.norm_eps, elementwise_affine=config.norm_affine, device=device, dtype=dtype
         )

@@ -45,7 +45,7 @@ class RotaryEmbedding(nn.Module):
         self._fill_tables()
 
     def _fill_tables(self) -> None:
-        positions = torch.arange(self.max_positions, dtype=torch.float64)
+        positions = torch.arange(self.max_positions, dtype=torch.float64, device="cpu")
         angles = torch.outer(positions, _frequencies(self.config, self.head_dim))
         self.cos, self.sin = angles.cos().to(self.cos), angles.sin().to(self.sin)
 
@@ -86,7 +86,7 @@ class RotaryEmbedding(nn.Module):
 
 def _frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     """Radians per position, ``[d/2]``, float64."""
-    frequencies = config.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    frequencies = config.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     scaling = config.scaling
     if scaling is None:
         return frequencies

@@ -12,7 +12,7 @@ from diffdeploy.ops.auto import FASTEST_IN_FORMAT, fastest
 from diffdeploy.ops.flash2 import flash2, require_flash2
 from diffdeploy.ops.impl import Impl
 from diffdeploy.ops.masks import Visibility, visibility
-from diffdeploy.ops.naive import naive
+from diffdeploy.ops.naive import chunked, naive
 
 __all__ = ["diff_attention", "resolve_impl"]
 
@@ -21,6 +21,7 @@ _Decomposition = Callable[[Tensor, Tensor, Tensor, Tensor, Visibility, GqaLayout
 
 _IMPLEMENTATIONS: dict[Impl, _Decomposition] = {
     Impl.NAIVE: naive,
+    Impl.CHUNKED: chunked,
     Impl.TWO_CALL: sdpa.two_call,
     Impl.PADDED: sdpa.padded,
     Impl.FOUR_CALL: sdpa.four_call,

@@ -10,6 +10,7 @@ class Impl(StrEnum):
 
     AUTO = "auto"
     NAIVE = "naive"
+    CHUNKED = "chunked"
     TWO_CALL = "two_call"
     PADDED = "padded"
     FOUR_CALL = "four_call"

@@ -23,11 +23,15 @@ class Visibility:
             No row of it is fully masked, since kernels disagree on those.
         is_causal: the square causal mask, which kernels know without a tensor.
         dead: rows that see nothing, ``[..., S, 1]``; their result is 0. ``None`` when there can be none.
+        offset: query ``i`` sees keys up to ``i + offset``; ``None`` when it may see all.
+        window: of those, only so many.
     """
 
     mask: Tensor | None = None
     is_causal: bool = False
     dead: Tensor | None = None
+    offset: int | None = None
+    window: int | None = None
 
     def of_stream(self, stream: int, num_heads: int) -> "Visibility":
         """The part of stream 0 or 1, when the mask tells the ``2h`` half heads apart."""
@@ -57,6 +61,18 @@ class Visibility:
         dead = self.dead
         return Visibility(change(self.mask), self.is_causal, None if dead is None else change(dead))
 
+    def keys_of(self, queries: slice, key_length: int) -> slice:
+        """The keys that any of these queries may see by its position."""
+        if self.offset is None:
+            return slice(0, key_length)
+        end = max(0, min(key_length, queries.stop + self.offset))
+        return slice(0 if self.window is None else max(0, min(end, queries.start + self.offset + 1 - self.window)), end)
+
+    def of_rows(self, queries: slice, keys: slice) -> "Visibility":
+        """For a part of the queries and a part of the keys that holds all that they see."""
+        mask = None if self.mask is None else self.mask[..., queries, keys]
+        return Visibility(mask, self.is_causal, None if self.dead is None else self.dead[..., queries, :])
+
     def clear_dead(self, output: Tensor) -> Tensor:
         """Give rows that see nothing the result 0."""
         return output if self.dead is None else output.masked_fill(self.dead, 0.0)
@@ -78,6 +94,7 @@ def visibility(
         InputError: a mask that is neither boolean nor floating point, or does not fit; a window without ``causal``.
     """
     length, key_length = q_BHSd.shape[2], k_BHTd.shape[2]
+    offset = key_length - length if causal else None
     if sliding_window is not None and not causal:
         raise InputError("a sliding window needs a causal operator: without it there is no end for it to slide along")
     if attn_mask is not None:
@@ -93,22 +110,24 @@ def visibility(
             band = band & (keys > newest - sliding_window)
     if attn_mask is None:
         if band is None:
-            return Visibility(is_causal=causal)
+            return Visibility(is_causal=causal, offset=offset)
         # Later keys than queries leave no row empty; the other way round the first queries come before every key.
-        return _without_dead_rows(band, None) if length > key_length else Visibility(mask=band)
-    if attn_mask.dtype == torch.bool:
-        return _without_dead_rows(attn_mask if band is None else attn_mask & band, None)
-    seen = attn_mask != float("-inf")
-    return _without_dead_rows(seen if band is None else seen & band, attn_mask)
+        mask, dead = _without_dead_rows(band, None) if length > key_length else (band, None)
+    elif attn_mask.dtype == torch.bool:
+        mask, dead = _without_dead_rows(attn_mask if band is None else attn_mask & band, None)
+    else:
+        seen = attn_mask != float("-inf")
+        mask, dead = _without_dead_rows(seen if band is None else seen & band, attn_mask)
+    return Visibility(mask, dead=dead, offset=offset, window=sliding_window)
 
 
-def _without_dead_rows(seen: Tensor, bias: Tensor | None) -> Visibility:
+def _without_dead_rows(seen: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     dead = ~seen.any(dim=-1, keepdim=True)
     seen = seen | dead
     if bias is None:
-        return Visibility(mask=seen, dead=dead)
+        return seen, dead
     finite = bias.masked_fill(bias == float("-inf"), 0.0)
-    return Visibility(mask=finite.masked_fill(~seen, float("-inf")), dead=dead)
+    return finite.masked_fill(~seen, float("-inf")), dead
 
 
 def _checked(attn_mask: Tensor, q_BHSd: Tensor, key_length: int) -> Tensor:
