@@ -20,9 +20,9 @@ INFINITY = float("inf")
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two queries each, so that sizes small enough for the loops of the formula have several chunks."""
-    monkeypatch.setattr("diffdeploy.ops.naive._FEWEST_ROWS", 1)
-    monkeypatch.setattr("diffdeploy.ops.naive._MOST_ROWS", 2)
+    """Two queries each, and three heads, so that sizes small enough for the formula's loops have several chunks."""
+    monkeypatch.setattr("diffdeploy.ops.naive._ROWS", 2)
+    monkeypatch.setattr("diffdeploy.ops.naive._SCORES", 3 * 2 * 2 * 2 * 5)
 
 
 def random_inputs(

@@ -19,10 +19,9 @@ FASTEST_IN_FORMAT = {
     "flash2": Impl.FLASH2,
 }
 
-# As long as one stream's scores stay in the processor's caches, plain matrix products win.
-_CACHED_SCORES_BYTES = 2**22
+# Of one stream, in elements: as long as they stay in the processor's caches.
 _CACHED_SCORES_FP16 = 2**21
-_SHORTEST_FOR_NAIVE = 32
+_SHORTEST_FOR_PRODUCTS = 32
 
 
 def fastest(q_BHSd: Tensor, k_BHTd: Tensor) -> Impl:
@@ -37,8 +36,9 @@ def fastest(q_BHSd: Tensor, k_BHTd: Tensor) -> Impl:
     if q_BHSd.device.type != "cpu" or torch.compiler.is_compiling():
         return Impl.PADDED  # sizes may be symbols, and a rule on them would become a guard
     length = q_BHSd.shape[2]
-    scores = q_BHSd.shape[0] * (q_BHSd.shape[1] // 2) * length * k_BHTd.shape[2]
     if q_BHSd.dtype == torch.float16:
+        scores = q_BHSd.shape[0] * (q_BHSd.shape[1] // 2) * length * k_BHTd.shape[2]
         return Impl.STACKED_WIDE if scores < _CACHED_SCORES_FP16 else Impl.PADDED
-    in_cache = scores * q_BHSd.element_size() <= _CACHED_SCORES_BYTES
-    return Impl.NAIVE if in_cache and length >= _SHORTEST_FOR_NAIVE else Impl.PADDED
+    if q_BHSd.requires_grad or length < _SHORTEST_FOR_PRODUCTS:
+        return Impl.PADDED  # whose backward keeps no probabilities
+    return Impl.CHUNKED

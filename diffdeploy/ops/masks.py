@@ -68,10 +68,17 @@ class Visibility:
         end = max(0, min(key_length, queries.stop + self.offset))
         return slice(0 if self.window is None else max(0, min(end, queries.start + self.offset + 1 - self.window)), end)
 
-    def of_rows(self, queries: slice, keys: slice) -> "Visibility":
-        """For a part of the queries and a part of the keys that holds all that they see."""
-        mask = None if self.mask is None else self.mask[..., queries, keys]
-        return Visibility(mask, self.is_causal, None if self.dead is None else self.dead[..., queries, :])
+    def part(self, heads: slice, queries: slice, keys: slice) -> "Visibility":
+        """For some heads of one stream, some queries, and keys that are all that they see."""
+        mask, dead = (
+            side if side is None or side.ndim < 4 or side.shape[1] == 1 else side[:, heads]
+            for side in (self.mask, self.dead)
+        )
+        return Visibility(
+            None if mask is None else mask[..., queries, keys],
+            self.is_causal,
+            None if dead is None else dead[..., queries, :],
+        )
 
     def clear_dead(self, output: Tensor) -> Tensor:
         """Give rows that see nothing the result 0."""

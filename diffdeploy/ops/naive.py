@@ -3,6 +3,8 @@
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,10 @@ from diffdeploy.ops.masks import Visibility
 
 __all__ = ["chunked", "naive"]
 
-# Scores of all half heads for one chunk of queries, in elements: what stays in a last-level cache (16 MiB in fp32).
-_CHUNK_SCORES = 2**22
-_FEWEST_ROWS, _MOST_ROWS = 64, 256
+# Queries of a chunk, and scores of both streams in as many heads as are taken together: 16 MiB in fp32, which stay in
+# a last-level cache.
+_ROWS = 128
+_SCORES = 2**22
 
 
 def naive(
@@ -24,38 +27,45 @@ def naive(
 
     Source: arXiv 2410.05258, equation 1. See `diff_attention` for shapes.
     """
-    return _difference(q_BHSd, *_whole_heads(q_BHSd, k_BHTd, v_BHTe, gqa_layout), lam, seen)
+    keys, v_BHTe = _whole_heads(q_BHSd, k_BHTd, v_BHTe, gqa_layout)
+    signal, noise = (
+        _probabilities(q_BHSd[:, stream::2], keys[stream], seen.of_stream(stream, v_BHTe.shape[1])) for stream in (0, 1)
+    )
+    return (signal - lam * noise) @ v_BHTe
 
 
 def chunked(
     q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, gqa_layout: GqaLayout
 ) -> Tensor:
-    """`naive` for a few queries at a time, without the keys that none of them can see.
+    """`naive` for a few queries and heads at a time, without the keys that none of these queries can see.
 
-    The scores of a chunk stay in the cache, memory grows with the length alone, and both streams share one product
-    with the values, of width ``2d`` as they are: 8 d operations per pair of a query and a key, where two attentions
-    take 12 d and kernels for equal widths 16 d. Chunks of queries as in arXiv 2112.05682, with all keys in one.
-    See `diff_attention` for shapes.
+    Scores stay in the cache, memory grows with the length and not with its square, and both streams share one product
+    with the values: 8 d operations per pair of a query and a key, where two attentions take 12 d, and 16 d in kernels
+    for equal widths. Chunks of queries as in arXiv 2112.05682, but all keys at once. See `diff_attention` for shapes.
     """
     batch, half_heads, length, _ = q_BHSd.shape
-    key_length = k_BHTd.shape[2]
-    (signal, noise), v_BHTe = _whole_heads(q_BHSd, k_BHTd, v_BHTe, gqa_layout)
-    fitting = _CHUNK_SCORES // max(1, batch * half_heads * key_length)
-    rows = min(_MOST_ROWS, max(_FEWEST_ROWS, fitting))
-    chunks = []
-    for start in range(0, length, rows):
-        queries = slice(start, min(start + rows, length))
-        reach = seen.keys_of(queries, key_length)
-        chunks.append(
-            _difference(
-                q_BHSd[:, :, queries],
-                (signal[:, :, reach], noise[:, :, reach]),
-                v_BHTe[:, :, reach],
-                lam[:, :, queries] if lam.ndim == 4 and lam.shape[2] > 1 else lam,
-                seen.of_rows(queries, reach),
+    num_heads, key_length = half_heads // 2, k_BHTd.shape[2]
+    (first, second), v_BHTe = _whole_heads(q_BHSd, k_BHTd, v_BHTe, gqa_layout)
+    seen_1, seen_2 = (seen.of_stream(stream, num_heads) for stream in (0, 1))
+    at_once = max(1, _SCORES // max(1, 2 * batch * min(_ROWS, length) * key_length))
+    groups = []
+    for heads in _parts(num_heads, at_once):
+        q_1, q_2 = (q_BHSd[:, stream::2][:, heads] for stream in (0, 1))
+        chunks = []
+        for queries in _parts(length, _ROWS):
+            keys = seen.keys_of(queries, key_length)
+            signal, noise = (
+                _probabilities(q[:, :, queries], k[:, heads, keys], its_seen.part(heads, queries, keys))
+                for q, k, its_seen in ((q_1, first, seen_1), (q_2, second, seen_2))
             )
-        )
-    return torch.cat(chunks, dim=2)
+            factor = lam[:, heads, queries] if lam.ndim == 4 else lam
+            chunks.append(torch.addcmul(signal, factor, noise, value=-1) @ v_BHTe[:, heads, keys])
+        groups.append(torch.cat(chunks, dim=2))
+    return torch.cat(groups, dim=1)
+
+
+def _parts(size: int, at_once: int) -> Iterator[slice]:
+    return (slice(start, min(start + at_once, size)) for start in range(0, size, at_once))
 
 
 def _whole_heads(
@@ -69,14 +79,6 @@ def _whole_heads(
 
 def _repeated(side: Tensor, num_heads: int) -> Tensor:
     return side if side.shape[1] == num_heads else side.repeat_interleave(num_heads // side.shape[1], dim=1)
-
-
-def _difference(q_BHSd: Tensor, keys: tuple[Tensor, Tensor], v_BHTe: Tensor, lam: Tensor, seen: Visibility) -> Tensor:
-    num_heads = v_BHTe.shape[1]
-    signal, noise = (
-        _probabilities(q_BHSd[:, stream::2], keys[stream], seen.of_stream(stream, num_heads)) for stream in (0, 1)
-    )
-    return (signal - lam * noise) @ v_BHTe
 
 
 def _probabilities(q_BHSd: Tensor, k_BHTd: Tensor, seen: Visibility) -> Tensor:
