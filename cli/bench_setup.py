@@ -131,7 +131,7 @@ def _plan(request: Request, subject: "Subject", folder: Path) -> "Plan":
     sizes = _sizes(graph, request, subject.longest)
     formats = request.format or (["none"] if subject.bundles else ["all"])
     candidates = (
-        *eager_candidates(request.impl, subject.checkpoint.config, device=device, dtype=dtype),
+        *eager_candidates(request.impl, subject.checkpoint.config, device=device, dtype=dtype, graph=graph),
         *given_candidates(subject, sizes, device),
         *_export_candidates(request, formats, dtype, folder),
     )

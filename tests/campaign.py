@@ -1,10 +1,12 @@
 """No false alarm: random right blocks are exported in random ways and verified on random inputs, and all must pass.
 
-    python -m tests.campaign [--runs 1000] [--minutes 60] [--output artifacts/campaign.jsonl]
+    python -m tests.campaign [--runs 1000] [--minutes 60] [--shard 0/4] [--without aoti] [--output FILE]
 
 A run is one export verified with one seed, on inputs of every kind and scale: on the full sweep with the first seed of
 an export, on a quick sweep and ten random cases, in one thread, with the others. Runs are numbered, and the number says
-everything about one, so a campaign that was stopped goes on where it was. The output holds a report on each line.
+everything about one, so a campaign that was stopped goes on where it was, and several processes or machines can share
+it: each takes every ``N``-th export into a file of its own, and the files are put together with ``cat``. The output
+holds a report on each line.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -190,14 +192,26 @@ def read_runs(path: Path) -> list[Run]:
     return runs
 
 
-def campaign(num_runs: int, minutes: float, output: Path) -> list[Run]:
-    """Go on with a campaign until it has so many runs or the time is up."""
+def campaign(
+    num_runs: int, minutes: float, output: Path, *, shard: tuple[int, int] = (0, 1), without: Sequence[str] = ()
+) -> list[Run]:
+    """Go on with a campaign until it has so many runs or the time is up.
+
+    Args:
+        num_runs: of the whole campaign.
+        minutes: to go on for.
+        output: file of runs.
+        shard: which part of how many.
+        without: formats to leave to others.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     runs, deadline = read_runs(output), time.monotonic() + 60 * minutes
     done = {run.number for run in runs}
-    for number in range(-(-num_runs // SEEDS_PER_EXPORT)):
+    for number in range(shard[0], -(-num_runs // SEEDS_PER_EXPORT), shard[1]):
         if time.monotonic() > deadline:
             break
+        if FORMATS[number % len(FORMATS)] in without:
+            continue
         numbers = range(number * SEEDS_PER_EXPORT, (number + 1) * SEEDS_PER_EXPORT)
         if done.issuperset(numbers):
             continue
@@ -221,8 +235,11 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--output", type=Path, default=Path("artifacts/campaign.jsonl"))
+    parser.add_argument("--shard", default="0/1", help="this part of so many, such as 0/4")
+    parser.add_argument("--without", nargs="+", default=[], help="formats to leave out")
     arguments = parser.parse_args()
-    runs = campaign(arguments.runs, arguments.minutes, arguments.output)
+    part, parts = map(int, arguments.shard.split("/"))
+    runs = campaign(arguments.runs, arguments.minutes, arguments.output, shard=(part, parts), without=arguments.without)
     print(table(runs))
     return int(any(not run.report.passed for run in runs))
 

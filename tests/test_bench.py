@@ -290,10 +290,12 @@ def test_what_is_measured_is_chosen_by_name(block: Checkpoint) -> None:
         choose_names("format", ["a", "c"], ("a", "b"))
     found = eager_candidates(["all"], block.config, device="cpu", dtype="float32")
     assert [candidate.name for candidate in found] == [
-        *("naive", "two_call", "padded", "four_call", "stacked_split", "stacked_wide", "auto", "softmax")
+        *("naive", "chunked", "two_call", "padded", "four_call", "stacked_split", "stacked_wide", "auto", "softmax")
     ]
     with pytest.raises(UnavailableError, match="flash2 runs on CUDA only"):
         eager_candidates(["flash2"], block.config, device="cpu", dtype="float16")
+    with pytest.raises(InputError, match="flash2 does not take the padding mask of --graph cached"):
+        eager_candidates(["flash2"], block.config, device="cuda", dtype="float16", graph="cached")
     second = DiffAttentionV2Config(embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4)
     with pytest.raises(InputError, match="of the second"):
         eager_candidates([SOFTMAX], second, device="cpu", dtype="float32")

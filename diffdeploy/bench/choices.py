@@ -7,7 +7,7 @@ from diffdeploy.bench.subject import Subject
 from diffdeploy.bundle import Bundle
 from diffdeploy.config import AnyConfig, DiffAttentionConfig
 from diffdeploy.errors import DiffDeployError, InputError
-from diffdeploy.graphs import DType
+from diffdeploy.graphs import DType, Variant
 from diffdeploy.ops import Impl
 from diffdeploy.ops.flash2 import require_flash2
 from diffdeploy.runtime import RunOptions, require_runnable
@@ -40,7 +40,9 @@ def choose_names(what: str, given: Sequence[str], accepted: Iterable[str]) -> li
     return list(dict.fromkeys(given))
 
 
-def eager_candidates(given: Sequence[str], config: AnyConfig, *, device: str, dtype: DType) -> list[Candidate]:
+def eager_candidates(
+    given: Sequence[str], config: AnyConfig, *, device: str, dtype: DType, graph: Variant = "plain"
+) -> list[Candidate]:
     """The implementations of the eager block, and the plain softmax block.
 
     Args:
@@ -48,16 +50,17 @@ def eager_candidates(given: Sequence[str], config: AnyConfig, *, device: str, dt
         config: of the block.
         device: ``cpu`` or ``cuda``.
         dtype: of the run.
+        graph: of the run.
 
     Raises:
-        InputError: a name that is not known, or one that the block or the dtype does not have.
+        InputError: a name that is not known, or one that the block, the dtype or the graph does not have.
         UnavailableError: one that cannot run here.
     """
     names = choose_names("implementation", given, _EAGER)
     candidates = []
     for name in names:
         try:
-            _require_runnable_impl(name, config, device, dtype)
+            _require_runnable_impl(name, config, device, dtype, graph)
         except DiffDeployError:
             if list(given) != ["all"]:
                 raise
@@ -66,12 +69,14 @@ def eager_candidates(given: Sequence[str], config: AnyConfig, *, device: str, dt
     return candidates
 
 
-def _require_runnable_impl(name: str, config: AnyConfig, device: str, dtype: DType) -> None:
+def _require_runnable_impl(name: str, config: AnyConfig, device: str, dtype: DType, graph: Variant) -> None:
     import torch
 
     if name == SOFTMAX and not isinstance(config, DiffAttentionConfig):
         raise InputError("softmax is compared with blocks of the first version, and this one is of the second")
     if name == Impl.FLASH2:
+        if graph == "cached":
+            raise InputError("flash2 does not take the padding mask of --graph cached; give plain or masked")
         q, v = (torch.empty(1, 1, 1, width, dtype=getattr(torch, dtype), device=device) for width in _widths(config))
         require_flash2(q, v)
 

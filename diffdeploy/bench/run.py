@@ -27,8 +27,15 @@ _Key = tuple[str, str]  # a size's id and a candidate's name
 
 # Until the first of a kind has been seen.
 _SECONDS_PER_SIZE, _SECONDS_PER_MEMORY = 20.0, 3.0
-# Larger tensors then go back to the system when they are freed, and resident is what lives (man 3 mallopt).
-_EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+# How glibc allocates (man 3 mallopt). For times: freed memory is kept, as it settles in a process that serves equal
+# calls; left to itself it depends on what other candidates have freed, and ratios change by 30 % from run to run. For
+# memory: larger tensors go back to the system when they are freed, and resident is what lives.
+_STEADY_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),  # the largest that is accepted
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+_EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
 class Bench:
@@ -64,7 +71,9 @@ class Bench:
     def _measure_times(self, plan_file: Path, progress: Progress) -> None:
         ids = [size.id for size in self.plan.sizes]
         current = 0
-        with MeasuringProcess(["time", str(plan_file)], threads=self.plan.threads) as process:
+        with MeasuringProcess(
+            ["time", str(plan_file)], threads=self.plan.threads, environment=_STEADY_MALLOC
+        ) as process:
             for event in process.events():
                 if event["event"] == "stage":
                     here = event.get("seconds_left", _SECONDS_PER_SIZE)
