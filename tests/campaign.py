@@ -37,6 +37,7 @@ from diffdeploy.config import (
     RopeStyle,
     lambda_init_at,
 )
+from diffdeploy.errors import ExportError
 from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.graphs import DType
 from diffdeploy.runtime import RunOptions
@@ -215,7 +216,11 @@ def campaign(
         numbers = range(number * SEEDS_PER_EXPORT, (number + 1) * SEEDS_PER_EXPORT)
         if done.issuperset(numbers):
             continue
-        new = list(runs_of_export(number, SEEDS_PER_EXPORT))
+        try:
+            new = list(runs_of_export(number, SEEDS_PER_EXPORT))
+        except ExportError as error:
+            print(f"export {number} ({FORMATS[number % len(FORMATS)]}) could not be made: {error}", flush=True)
+            continue
         lines = [
             json.dumps({"number": run.number, "format": run.format, "report": run.report.model_dump(mode="json")})
             for run in new
@@ -241,7 +246,7 @@ def main() -> int:
     part, parts = map(int, arguments.shard.split("/"))
     runs = campaign(arguments.runs, arguments.minutes, arguments.output, shard=(part, parts), without=arguments.without)
     print(table(runs))
-    return int(any(not run.report.passed for run in runs))
+    return int(len(runs) < arguments.runs // parts or any(not run.report.passed for run in runs))
 
 
 if __name__ == "__main__":

@@ -300,7 +300,7 @@ def test_what_is_measured_is_chosen_by_name(block: Checkpoint) -> None:
     with pytest.raises(InputError, match="of the second"):
         eager_candidates([SOFTMAX], second, device="cpu", dtype="float32")
     assert choose_baseline(None, found) == "naive"
-    assert choose_baseline(None, found[2:]) == "padded"
+    assert choose_baseline(None, found[2:]) == "two_call"
     with pytest.raises(InputError, match="baseline 'x' is not among what is measured"):
         choose_baseline("x", found)
     with pytest.raises(InputError, match="nothing to measure"):

@@ -31,7 +31,7 @@ _SECONDS_PER_SIZE, _SECONDS_PER_MEMORY = 20.0, 3.0
 # calls; left to itself it depends on what other candidates have freed, and ratios change by 30 % from run to run. For
 # memory: larger tensors go back to the system when they are freed, and resident is what lives.
 _STEADY_MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),  # the largest that is accepted
+    "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**26),
 }
