@@ -287,8 +287,14 @@ def _lower(
     except (OSError, MemoryError, DiffDeployError):
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise ExportError(f"the block could not be lowered to {options.format}: {reason}") from error
+        raise ExportError(f"the block could not be lowered to {options.format}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What a long message of torch says: what is violated and the first detail of it, else its last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    details = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    return f"{lines[0]} {details[0]}" if details else lines[-1]
 
 
 def _block(checkpoint: "Checkpoint", weights: dict[str, "Tensor"], options: ExportOptions) -> "AttentionBlock":

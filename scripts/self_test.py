@@ -1,9 +1,13 @@
 """Self-tests of bundles of the sample in several formats, and the table of all faults as a page of the documentation.
 
-``python scripts/self_test.py onnx pt2 aoti --output docs/faults.md``
+``python scripts/self_test.py onnx onnx-ort pt2 aoti compile --output docs/faults.md [--save FILE]``
+
+Formats can be tested in several processes; each saves its results to a file, and a process without formats writes the
+page from files: ``python scripts/self_test.py --load FILE ... --output docs/faults.md``.
 """
 
 import argparse
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +22,8 @@ from diffdeploy.verify.faults import FAULTS, FaultResult, SelfTest, self_test
 INTRODUCTION = """# Faults that the verification is tried with
 
 Written by `python scripts/self_test.py {formats} --output docs/faults.md`: each fault is put into a copy of a right
-bundle (layer 1 of the sample, graph `cached`, float32, at most 4 rows and 70 positions), and the copy is verified.
+bundle (layer 1 of the sample, graph `cached`, which `onnx-ort` does not have: there `masked`; float32, at most 4 rows
+and 70 positions), and the copy is verified.
 `diffdeploy verify BUNDLE --self-test` does the same with a bundle of yours.
 
 The cells say what failed: checks by their names, then the first case. In brackets is the stage that was named, where it
@@ -30,7 +35,14 @@ compilation; `make slow` puts those into `aoti`, too.
 def run(format_name: str, folder: Path) -> tuple[SelfTest, float]:
     """Export the sample, test the verification with it, and say how long that took."""
     path = folder / format_name
-    options = ExportOptions(format=format_name, graph="cached", max_batch_size=4, max_sequence_length=70)
+    name, _, flavor = format_name.partition("-")
+    options = ExportOptions(
+        format=name,
+        onnx_flavor="ort" if flavor else None,
+        graph="masked" if flavor else "cached",
+        max_batch_size=4,
+        max_sequence_length=70,
+    )
     export_bundle(read_checkpoint(SAMPLE, CheckpointOptions(layer=1)), path, options)
     start = time.monotonic()
     why_not = why_not_again(open_bundle(path).manifest)
@@ -79,12 +91,21 @@ def page(tests: dict[str, tuple[SelfTest, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("formats", nargs="+")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("formats", nargs="*")
+    parser.add_argument("--output", type=Path, help="page to write")
+    parser.add_argument("--save", type=Path, help="file to write results to")
+    parser.add_argument("--load", type=Path, nargs="+", default=[], help="files of results")
     arguments = parser.parse_args()
+    tests: dict[str, tuple[SelfTest, float]] = {}
+    for file in arguments.load:
+        for name, (result, seconds) in json.loads(file.read_text()).items():
+            tests[name] = SelfTest.model_validate(result), seconds
     with tempfile.TemporaryDirectory() as folder:
-        tests = {name: run(name, Path(folder)) for name in arguments.formats}
-    arguments.output.write_text(page(tests))
+        tests |= {name: run(name, Path(folder)) for name in arguments.formats}
+    if arguments.save is not None:
+        arguments.save.write_text(json.dumps({name: (test.model_dump(), took) for name, (test, took) in tests.items()}))
+    if arguments.output is not None:
+        arguments.output.write_text(page(tests))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def machine(report: BenchReport) -> list[tuple[str, str]]:
 def legend(baseline: str) -> list[tuple[str, str]]:
     """What the columns mean, as names and lines; a name is empty where a line goes on."""
     return [
-        ("latency", "median over rounds in which all took turns; ± half the distance between the quartiles"),
+        ("latency", "median over rounds in which all took turns; ± half the distance between the quartiles;"),
+        ("", "freed memory is kept, so that no page is mapped anew, as in a process that serves equal calls"),
         ("ratio", f"median of the ratios to {baseline} in the same round, with its 95 % confidence interval"),
         ("memory", "peak while it runs, weights included, and over the weights"),
         *(("" if number else "operations", line) for number, line in enumerate(FORMULA)),
