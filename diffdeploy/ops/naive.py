@@ -60,8 +60,12 @@ def chunked(
             )
             factor = lam[:, heads, queries] if lam.ndim == 4 else lam
             chunks.append(torch.addcmul(signal, factor, noise, value=-1) @ v_BHTe[:, heads, keys])
-        groups.append(torch.cat(chunks, dim=2))
-    return torch.cat(groups, dim=1)
+        groups.append(_joined(chunks, dim=2))
+    return _joined(groups, dim=1)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def _parts(size: int, at_once: int) -> Iterator[slice]:
