@@ -72,3 +72,18 @@ def test_what_does_not_go_together_is_refused(
 def test_no_bundle_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path), "--self-test"]) == 2
     assert "is not a bundle" in capsys.readouterr().err
+
+
+def test_a_fault_that_the_format_cannot_hold_is_listed_with_the_reason(
+    sample: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GroupQueryAttention is causal, so a block that forgets to be cannot be exported with it."""
+    options = ExportOptions(onnx_flavor="ort", max_batch_size=3, max_sequence_length=16)
+    export_bundle(sample, tmp_path / "bundle", options, verify=False)
+    chosen = [fault for fault in FAULTS if fault.name in ("not_causal", "byte_changed")]
+    monkeypatch.setattr(selftest, "faults_of", lambda subject: chosen)
+    assert main(["verify", str(tmp_path / "bundle"), "--self-test", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)["self_test"]
+    assert [fault["name"] for fault in result["faults"]] == ["byte_changed"]
+    assert [skipped["name"] for skipped in result["skipped"]] == ["not_causal"]
+    assert "is causal, and this block is not" in result["skipped"][0]["reason"]

@@ -91,7 +91,10 @@ class Trials:
             return self._verify(fault, copy)
 
     def _inject(self, fault: Fault, subject: Subject) -> None:
-        fault.inject(subject)
+        try:
+            fault.inject(subject)
+        except DiffDeployError as error:  # a format that does not have what the faulty block needs
+            raise ExportError(str(error)) from error
         if fault.signed:
             manifest = Manifest.from_bytes((subject.path / MANIFEST).read_bytes())
             write_manifest(subject.path, manifest)
