@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from diffdeploy.config import AnyConfig
 from diffdeploy.errors import ExportError, InputError
 from diffdeploy.exporters.onnx_ort import OrtGraphModule
 from diffdeploy.exporters.tracing import GraphModule, example
@@ -65,14 +66,24 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "Exp
     """
     opset = DEFAULT_OPSET if options.opset is None else options.opset
     flavor = options.onnx_flavor or "standard"
-    if flavor == "ort" and not block.config.causal:
-        raise InputError("onnxruntime's GroupQueryAttention is causal, and this block is not; leave --onnx-flavor out")
+    if flavor == "ort":
+        _require_ort(block.config)
     graph = GraphModule(block, spec) if flavor == "standard" else OrtGraphModule(block, spec)
     program = _export(graph.eval(), spec, opset, block.q_proj.weight.dtype)
     _name_axes(program, spec)
     _strip_metadata(program)
     _save(program, directory)
     return {"opset": opset, "flavor": flavor}
+
+
+def _require_ort(config: AnyConfig) -> None:
+    if not config.causal:
+        raise InputError("onnxruntime's GroupQueryAttention is causal, and this block is not; leave --onnx-flavor out")
+    if config.value_dim % 8:
+        raise InputError(
+            "onnxruntime's GroupQueryAttention takes widths that are multiples of 8, and the values of this block have "
+            f"{config.value_dim}; leave --onnx-flavor out"
+        )
 
 
 def _save(model: "onnx_ir.Model", directory: Path) -> None:

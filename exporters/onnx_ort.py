@@ -36,6 +36,8 @@ class OrtGraphModule(nn.Module):
         super().__init__()
         self.block, self.spec = block, spec
         config = block.config
+        # The operator embeds positions 0 .. S-1, whatever it is given, and takes tables of multiples of 8.
+        self.turns_inside = config.rope is not None and "position_ids" not in spec.inputs and config.head_dim % 16 == 0
         self.queries = _by_stream(block.q_proj, config.head_dim)
         shared = config.num_key_streams == config.num_kv_heads
         self.keys = None if shared or _is_legacy(config) else _by_stream(block.k_proj, config.head_dim)
@@ -77,11 +79,12 @@ class OrtGraphModule(nn.Module):
         return k_BHSd.transpose(1, 2), v_BHSe.transpose(1, 2)
 
     def _rotate(self, x_BSHd: Tensor, position_ids: Tensor | None) -> Tensor:
-        """Rotary embedding at given positions; the operator embeds ``0 .. S-1``, whatever positions it is given."""
+        """Rotary embedding, where the operator does not do it."""
         rotary = self.block.rotary
-        if rotary is None or position_ids is None:
+        if rotary is None or self.turns_inside:
             return x_BSHd
-        cos, sin = (table[position_ids][:, :, None] for table in (rotary.cos, rotary.sin))
+        positions = slice(0, x_BSHd.shape[1]) if position_ids is None else position_ids
+        cos, sin = (table[positions][..., None, :] for table in (rotary.cos, rotary.sin))
         return rotate(x_BSHd, cos, sin, rotary.config.style)
 
     def _attend(self, q_BSHd: Tensor, k_BSHd: Tensor, v_BSHe: Tensor, bias: Tensor | None) -> Tensor:
@@ -101,7 +104,7 @@ class OrtGraphModule(nn.Module):
         ]
         attributes: dict[str, Any] = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "scale": width**-0.5}
         rotary = self.block.rotary
-        if rotary is not None and "position_ids" not in self.spec.inputs:
+        if rotary is not None and self.turns_inside:
             inputs += [rotary.cos, rotary.sin]
             attributes |= {"do_rotary": 1, "rotary_interleaved": int(rotary.config.style == "interleaved")}
         if bias is not None:

@@ -54,7 +54,7 @@ def test_the_figures_are_what_their_names_say() -> None:
     budget, eps = BUDGETS["float32"], epsilon("float32")
     assert report.allowed_rmse == pytest.approx(budget.k * 0.5 / 2**0.5 + budget.rmse_floor * eps * 12.5**0.5, rel=1e-3)
     assert report.allowed_max_error == pytest.approx(budget.k * 0.5 + budget.max_floor * eps * 4.0, rel=1e-3)
-    assert report.budget_used == pytest.approx(0.0625, rel=1e-3)
+    assert report.budget_used == pytest.approx(0.5 / budget.k, rel=1e-3)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
@@ -123,7 +123,8 @@ def test_streams_that_nearly_cancel_are_no_false_alarm(dtype: DType, tmp_path: P
     assert report.passed, report.first_failure()
     storage_alone = [output for case in report.cases for output in case.outputs if output.storage_rmse > 0]
     without = [judge(output.model_copy(update=FREE), report.budget, dtype) for output in storage_alone]
-    assert not all(output.passed for output in without)
+    shares = [max(output.severity for output in outputs) for outputs in (storage_alone, without)]
+    assert shares[1] > max(0.5, 1.5 * shares[0])
 
 
 FREE = {"storage_rmse": 0.0, "storage_max_error": 0.0}

@@ -10,11 +10,12 @@ from safetensors.numpy import load_file
 
 from diffdeploy.bundle import WEIGHTS, Environment, Manifest, Provenance
 from diffdeploy.checkpoints import Checkpoint
+from diffdeploy.config import DiffAttentionConfig
 from diffdeploy.digests import file_sha256
-from diffdeploy.errors import ExportError, VerificationError
+from diffdeploy.errors import ExportError, InputError, VerificationError
 from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.exporters.again import lower_again
-from diffdeploy.graphs import graph_spec
+from diffdeploy.graphs import Variant, graph_spec
 from diffdeploy.verify.faults import FAULTS, Fault, SelfTest, Skipped, Trials, self_test
 from diffdeploy.verify.faults.base import Subject
 from diffdeploy.verify.faults.writing import expected_constants
@@ -25,11 +26,12 @@ CONFIG = make_config(embed_dim=48)  # as wide as the joined heads, which outputs
 BY_NAME = {fault.name: fault for fault in FAULTS}
 
 # What `make test` leaves to `make slow`: an export takes seconds, and loading a program half of one.
-QUICK_BLOCKS = {
-    "onnx": {"causal_top_left", "mask_ignored_by_noise", "hidden_rows_are_averages", "cached_before_rope"},
-    "pt2": {fault.name for fault in FAULTS if fault.place == "block"},
-    "aoti": set[str](),
+_ONNX_BLOCKS = {"causal_top_left", "mask_ignored_by_noise", "hidden_rows_are_averages", "cached_before_rope"}
+_PT2_BLOCKS = {
+    *("query_streams_exchanged", "modulo_values", "value_halves_exchanged", "half_precision_attention"),
+    *("cache_not_appended", "rope_of_the_other_style", "norm_over_halves", "mask_ignored_by_signal", "noisy"),
 }
+QUICK_BLOCKS = {"onnx": _ONNX_BLOCKS, "pt2": _ONNX_BLOCKS | _PT2_BLOCKS, "aoti": set[str]()}
 QUICK_CONSTANTS_OF_PT2 = {"query_streams_swapped", "v_weight_off_by_one_bit", "lambda_negated", "norm_eps_large"}
 
 # Faults whose stage is not named, and why.
@@ -40,9 +42,9 @@ NOT_LOCATED = {
 }
 
 
-def checkpoint() -> Checkpoint:
-    weights = {name: tensor.float() for name, tensor in random_weights(CONFIG).items()}
-    return Checkpoint(config=CONFIG, weights=weights, layout="none", layer=None, keys=list(weights))
+def checkpoint(config: DiffAttentionConfig = CONFIG) -> Checkpoint:
+    weights = {name: tensor.float() for name, tensor in random_weights(config).items()}
+    return Checkpoint(config=config, weights=weights, layout="none", layer=None, keys=list(weights))
 
 
 def options(format_name: str) -> ExportOptions:
@@ -115,6 +117,28 @@ def test_every_fault_is_caught_and_located(
     if result.located is False:
         assert fault.name in NOT_LOCATED, f"{result.stage} was named, not {fault.stage}"
     assert before == {file.name: file_sha256(file) for file in bundles(format_name).iterdir()}
+
+
+@pytest.mark.parametrize(("graph", "width"), [("plain", 16), ("plain", 8), ("masked", 8)])
+def test_stages_are_located_where_each_stream_is_computed_by_itself(graph: Variant, width: int, tmp_path: Path) -> None:
+    """`GroupQueryAttention` takes each stream alone, and may turn queries and keys inside."""
+    ort = ExportOptions(onnx_flavor="ort", graph=graph, max_batch_size=4, max_sequence_length=70)
+    with pytest.raises(InputError, match="multiples of 8, and the values of this block have 12"):
+        export_bundle(checkpoint(), tmp_path / "bundle", ort, verify=False)
+    wider = make_config(embed_dim=8 * width, head_dim=width)
+    export_bundle(checkpoint(wider), tmp_path / "bundle", ort, verify=False)
+    trials = Trials(tmp_path / "bundle", lower_again)
+    names = [
+        "softmax_scale_missing",
+        "norm_eps_large",
+        "output_factor_missing",
+        "output_weight_transposed",
+        "other_key_map",
+    ]
+    names += ["rope_of_the_other_style"] if width == 8 else []
+    results = {fault.name: trials.run(fault) for fault in trials.faults if fault.name in names}
+    assert len(results) >= 4
+    assert {name: result.stage for name, result in results.items()} == {name: BY_NAME[name].stage for name in results}
 
 
 def test_there_are_enough_faults() -> None:

@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from diffdeploy import load
+from diffdeploy.arrays import read_safetensors
 from diffdeploy.bundle import open_bundle, write_manifest
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.errors import InputError, UnavailableError
 from diffdeploy.exporters import ExportOptions, base, export_bundle
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.modules import DiffAttention, block_class
-from diffdeploy.verify import RejectedError, verify_bundle
+from diffdeploy.verify import RejectedError, contracts, verify_bundle
+from diffdeploy.verify.faults.constants import next_bit
 from tests.conftest import FormatBundle
+from tests.test_attention import make_config, random_weights
 
 ALONE = """
 import sys, torch
@@ -126,3 +129,18 @@ def test_what_a_format_does_not_have_is_refused(
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UnavailableError, match="no-such-compiler is not found"):
         export_bundle(sample, tmp_path / "out", ExportOptions(format="aoti"))
+
+
+@pytest.mark.slow
+def test_weights_that_are_written_into_the_code_are_compared_too(tmp_path: Path) -> None:
+    """Inductor makes numbers in the source of a tensor of 8 elements, as a norm over two channels of 4 is."""
+    config = make_config(embed_dim=32, head_dim=4)
+    weights = {name: tensor.float() for name, tensor in random_weights(config).items()}
+    checkpoint = Checkpoint(config=config, weights=weights, layout="none", layer=None, keys=list(weights))
+    options = ExportOptions(format="aoti", dtype="float16", max_sequence_length=16)
+    path = export_bundle(checkpoint, tmp_path / "bundle", options, verify=False).path
+    assert verify_bundle(path, cases="quick").passed
+    bundle, arrays = open_bundle(path), read_safetensors(path / "weights.safetensors")
+    arrays["subln.weight"] = next_bit(arrays["subln.weight"])
+    failed = [check for check in contracts.checks(bundle, arrays) if not check.passed]
+    assert [check.detail for check in failed] == ["subln.weight is not in the package bit for bit"]

@@ -52,7 +52,7 @@ def test_quick_and_a_number(sample_bundle: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_report_has_all_that_judging_needs(sample_bundle: Path) -> None:
     report = json.loads((sample_bundle / "verification.json").read_text())
-    assert report["budget"] == {"k": 8.0, "rmse_floor": 4.0, "max_floor": 8.0}
+    assert report["budget"] == {"k": 12.0, "rmse_floor": 4.0, "max_floor": 8.0}
     assert set(report["files"]) == {"model.onnx", "weights.safetensors", "golden.safetensors"}
     for case in report["cases"]:
         for output in case["outputs"]:

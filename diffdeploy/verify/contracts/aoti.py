@@ -9,6 +9,8 @@ import re
 import zipfile
 from collections.abc import Mapping
 
+import numpy as np
+
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import WEIGHTS, Bundle
 from diffdeploy.config import LAMBDA_VECTORS
@@ -19,6 +21,9 @@ from diffdeploy.verify.report import Check, GraphFacts
 
 __all__ = ["checks", "facts"]
 
+# A tensor of so few elements is written into the code as numbers.
+_MOST_INLINE = 8
+_NUMBER = re.compile(rb"static_cast<\w+>\(([-+.\de]+)\)")
 _ATTENTION = re.compile(rb"\baoti_torch_\w*scaled_dot_product_\w+\(")
 
 
@@ -53,8 +58,13 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
 
 def _missing_weights(bundle: Bundle, weights: Mapping[str, Array]) -> list[str]:
     library = _member(bundle, ".so")
-    return [
-        f"{name} is not in the package bit for bit"
-        for name, array in weights.items()
-        if name not in LAMBDA_VECTORS and array.tobytes() not in library
-    ]
+    held = {name: array for name, array in weights.items() if name not in LAMBDA_VECTORS}
+    missing = {name: array for name, array in held.items() if array.tobytes() not in library}
+    if any(array.size <= _MOST_INLINE for array in missing.values()):
+        numbers = {float(number) for number in _NUMBER.findall(_member(bundle, ".kernel.cpp"))}
+        missing = {
+            name: array
+            for name, array in missing.items()
+            if array.size > _MOST_INLINE or not numbers.issuperset(array.astype(np.float64).reshape(-1).tolist())
+        }
+    return [f"{name} is not in the package bit for bit" for name in missing]

@@ -1,9 +1,9 @@
 """Finding the guilty stage, by the best evidence there is: a constant, the artifact's own values, or probes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from diffdeploy.arrays import Array, read_safetensors
 from diffdeploy.bundle import WEIGHTS, Bundle
@@ -23,6 +23,12 @@ _INSIDE = {"onnx": "diffdeploy.verify.stages.onnx", "pt2": "diffdeploy.verify.st
 
 class _Runs(Protocol):
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]: ...
+
+
+class _Inside(Protocol):
+    def what_is_shown(self, directory: Path) -> dict[str, Any]: ...
+
+    def intermediate_values(self, directory: Path, inputs: Mapping[str, Array]) -> "Iterator[tuple[str, Tensor]]": ...
 
 
 def locate(
@@ -78,11 +84,10 @@ def by_values(bundle: Bundle, artifact: _Runs, inputs: Mapping[str, Array]) -> F
     manifest, weights = bundle.manifest, read_safetensors(bundle.path / WEIGHTS)
     dtype = getattr(torch, manifest.graph.dtype)
     exact, eager = (stage_values(manifest.config, weights, inputs, kind) for kind in (torch.float64, dtype))
-    matcher = Matcher(exact, eager, manifest.graph.dtype)
-    values: Callable[[Path, Mapping[str, Array]], Iterator[tuple[str, Tensor]]]
-    values = import_module(_INSIDE[manifest.format]).intermediate_values
+    inside: _Inside = import_module(_INSIDE[manifest.format])
     try:
-        for node, value in values(bundle.path, inputs):
+        matcher = Matcher(exact, eager, manifest.graph.dtype, **inside.what_is_shown(bundle.path))
+        for node, value in inside.intermediate_values(bundle.path, inputs):
             matcher.offer(node, value)
         matcher.offer_outputs({name: to_tensor(array) for name, array in artifact.run(inputs).items()})
     except Exception as error:  # an artifact that does not run is a finding of its own

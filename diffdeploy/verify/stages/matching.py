@@ -3,8 +3,9 @@
 Shape suffixes: B batch, H heads, S query length, w any width.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from diffdeploy.verify.stages.values import StageValues
 __all__ = ["Matcher"]
 
 _OUTPUTS = {Stage.CACHE: ("present.key", "present.value"), Stage.OUTPUT_PROJECTION: ("output",)}
+
+# What an artifact may compute for each stream by itself.
+_OF_STREAMS = (Stage.Q_PROJECTION, Stage.K_PROJECTION, Stage.ROPE)
 
 # Of a budget, which is meant for whole blocks over several runs of eager; a stage has one run to compare with.
 _SLACK = 2.0
@@ -75,21 +79,36 @@ class Matcher:
         exact: stages in fp64.
         eager: stages in the artifact's dtype.
         dtype: of the artifact.
+        by_stream: whether it computes queries and keys of each stream by themselves.
+        hidden: stages that are inside its operators, and not among its values.
     """
 
-    def __init__(self, exact: StageValues, eager: StageValues, dtype: DType) -> None:
+    def __init__(
+        self,
+        exact: StageValues,
+        eager: StageValues,
+        dtype: DType,
+        *,
+        by_stream: bool = False,
+        hidden: Collection[Stage] = (),
+    ) -> None:
         self._budget = BUDGETS[dtype]
         eps = torch.finfo(getattr(torch, dtype)).eps
-        self._wanted = [
-            _Wanted(
-                stage,
-                value,
-                float((rounded.to(torch.float64) - value).square().mean().sqrt()),
-                eps * float(value.square().mean().sqrt()),
-            )
-            for stage in exact
-            for value, rounded in zip(exact[stage], eager[stage], strict=True)
-        ]
+
+        def wanted(stage: Stage, value: Tensor, rounded: Tensor) -> _Wanted:
+            error = float((rounded.to(torch.float64) - value).square().mean().sqrt())
+            return _Wanted(stage, value, error, eps * float(value.square().mean().sqrt()))
+
+        self._wanted: list[_Wanted] = []
+        self._streams: list[list[_Wanted]] = []  # of each of those above, where the artifact may have them apart
+        for stage in exact:
+            for value, rounded in zip(exact[stage], eager[stage], strict=True):
+                if stage in hidden:
+                    continue
+                self._wanted.append(wanted(stage, value, rounded))
+                apart = by_stream and stage in _OF_STREAMS and value.shape[1] % 2 == 0
+                parts = [wanted(stage, value[:, s::2], rounded[:, s::2]) for s in (0, 1)] if apart else []
+                self._streams.append(parts)
         # Where the streams have changed places both attentions are there, and only the difference tells.
         signal, noise, weighted = (exact[s][0] for s in (Stage.SIGNAL, Stage.NOISE, Stage.LAMBDA))
         lam = (weighted * noise).sum(-1, keepdim=True) / noise.square().sum(-1, keepdim=True)
@@ -99,7 +118,7 @@ class Matcher:
     def offer(self, node: str, value: Tensor) -> None:
         """Compare an intermediate value of the artifact with all stages inside."""
         if value.is_floating_point() and value.ndim >= 3:
-            for wanted in (*self._wanted, self._exchanged):
+            for wanted in (*self._wanted, *chain(*self._streams), self._exchanged):
                 if wanted.stage not in _OUTPUTS:
                     wanted.offer(node, value)
 
@@ -112,7 +131,8 @@ class Matcher:
 
     def finding(self) -> Finding:
         """The verdict over all that was offered."""
-        stages = [self._error(wanted) for wanted in self._wanted if wanted.nearest is not None]
+        errors = map(self._least_error, self._wanted, self._streams)
+        stages = [error for error in errors if error is not None]
         guilty = next((error for error in stages if error.deviates), None)
         if guilty is None:
             detail = "every stage that the artifact shows is right by itself"
@@ -125,6 +145,13 @@ class Matcher:
 
     def _within(self, wanted: _Wanted) -> bool:
         return wanted.nearest is not None and wanted.nearest[1] <= _ROUNDINGS * wanted.rounding_rmse
+
+    def _least_error(self, whole: _Wanted, streams: list[_Wanted]) -> StageError | None:
+        """Of the value as a whole, or of the worse stream; ``None`` where the artifact shows neither."""
+        errors = [] if whole.nearest is None else [self._error(whole)]
+        if streams and all(part.nearest is not None for part in streams):
+            errors.append(max(map(self._error, streams), key=_severity))
+        return min(errors, key=_severity, default=None)
 
     def _error(self, wanted: _Wanted) -> StageError:
         assert wanted.nearest is not None
@@ -140,6 +167,10 @@ class Matcher:
             deviates=rmse > _SLACK * allowed,
             node=node,
         )
+
+
+def _severity(error: StageError) -> float:
+    return float("inf") if error.amplification is None else error.amplification
 
 
 def _times(error: StageError) -> str:

@@ -23,23 +23,21 @@ _ROUNDINGS = 8
 def read(directory: Path, expected: Mapping[str, Array]) -> set[str]:
     """Names of the constants that are in the package's library."""
     _, library = _library(directory / "model.pt2")
-    return {name for name, array in expected.items() if _written(library, array) is not None}
+    return {name for name, array in expected.items() if _written(library, array)}
 
 
 def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
     """Replace constants in the library, and write the package again."""
     path = directory / "model.pt2"
     name_of_library, library = _library(path)
-    places = {}
+    places = []
     for name, array in changes.items():
-        found = _written(library, expected[name])
-        assert found is not None
-        new = np.ascontiguousarray(array).astype(found.dtype).tobytes()
-        places[name] = [(match.start(), new) for match in re.finditer(re.escape(found.tobytes()), library)]
+        for found in _written(library, expected[name]):
+            new = np.ascontiguousarray(array).astype(found.dtype).tobytes()
+            places += [(match.start(), new) for match in re.finditer(re.escape(found.tobytes()), library)]
     changed = bytearray(library)
-    for spots in places.values():
-        for start, new in spots:
-            changed[start : start + len(new)] = new
+    for start, new in places:
+        changed[start : start + len(new)] = new
     _rewrite(path, name_of_library, bytes(changed))
 
 
@@ -57,21 +55,25 @@ def _rewrite(path: Path, member: str, content: bytes) -> None:
             package.writestr(info, data)
 
 
-def _written(library: bytes, array: Array) -> Array | None:
-    """The array in the dtype and with the last bit that the library holds it with."""
-    for form in _forms(array):
-        count = library.count(form.tobytes())
-        if 0 < count <= (_MOST_COPIES if array.ndim == 0 else 1):
-            return form
-    return None
+def _written(library: bytes, array: Array) -> list[Array]:
+    """The array in the dtypes and with the last bit that the library holds it with.
+
+    A number may stand there in both precisions: one that code computes with, one that is handed to a kernel.
+    """
+    most = _MOST_COPIES if array.ndim == 0 else 1
+    found = (
+        next((form for form in forms if 0 < library.count(form.tobytes()) <= most), None) for forms in _forms(array)
+    )
+    return [form for form in found if form is not None]
 
 
-def _forms(array: Array) -> list[Array]:
+def _forms(array: Array) -> list[list[Array]]:
+    """Forms of which one is looked for, in each list."""
     if array.dtype != np.float64:
-        return [array]
+        return [[array]]
     if array.ndim:
-        return [np.ascontiguousarray(array.astype(dtype)) for dtype in ("float32", "float16", "bfloat16")]
-    return [*(np.asarray(number) for number in _near(np.float32(array))), array]
+        return [[np.ascontiguousarray(array.astype(dtype)) for dtype in ("float32", "float16", "bfloat16")]]
+    return [[np.asarray(number) for number in _near(np.float32(array))], [array]]
 
 
 def _near(single: np.float32) -> list[np.float32]:
