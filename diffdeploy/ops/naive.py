@@ -41,8 +41,11 @@ def chunked(
 
     Scores stay in the cache, memory grows with the length and not with its square, and both streams share one product
     with the values: 8 d operations per pair of a query and a key, where two attentions take 12 d, and 16 d in kernels
-    for equal widths. Chunks of queries as in arXiv 2112.05682, but all keys at once. See `diff_attention` for shapes.
+    for equal widths. Chunks of queries as in arXiv 2112.05682, but all keys at once. A graph that is traced gets
+    `naive`, since the number of chunks is not known there. See `diff_attention` for shapes.
     """
+    if torch.compiler.is_compiling():
+        return naive(q_BHSd, k_BHTd, v_BHTe, lam, seen, gqa_layout)
     batch, half_heads, length, _ = q_BHSd.shape
     num_heads, key_length = half_heads // 2, k_BHTd.shape[2]
     (first, second), v_BHTe = _whole_heads(q_BHSd, k_BHTd, v_BHTe, gqa_layout)
