@@ -70,14 +70,11 @@ class Visibility:
 
     def part(self, heads: slice, queries: slice, keys: slice) -> "Visibility":
         """For some heads of one stream, some queries, and keys that are all that they see."""
-        mask, dead = (
-            side if side is None or side.ndim < 4 or side.shape[1] == 1 else side[:, heads]
-            for side in (self.mask, self.dead)
-        )
+        some = self._heads(lambda mask: mask[:, heads])
         return Visibility(
-            None if mask is None else mask[..., queries, keys],
-            self.is_causal,
-            None if dead is None else dead[..., queries, :],
+            None if some.mask is None else some.mask[..., queries, keys],
+            some.is_causal,
+            None if some.dead is None else some.dead[..., queries, :],
         )
 
     def clear_dead(self, output: Tensor) -> Tensor:

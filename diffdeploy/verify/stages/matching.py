@@ -5,7 +5,6 @@ Shape suffixes: B batch, H heads, S query length, w any width.
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -38,10 +37,13 @@ class _Wanted:
     exact: Tensor
     eager_rmse: float
     rounding_rmse: float
+    streams: "tuple[_Wanted, ...]" = ()  # the same of each stream, where the artifact may have them apart
     nearest: tuple[bool, float, str] | None = None
 
     def offer(self, node: str, value: Tensor) -> None:
         """Take the value if it has the shape of this one and is nearer than what came before."""
+        for stream in self.streams:
+            stream.offer(node, value)
         # Rows that are not split into heads yet could be those of another projection: they count where nothing else is.
         candidates = [(False, form) for form in _split_forms(value, self.exact.shape)]
         candidates += [(True, form) for form in _joined_forms(value, self.exact.shape)]
@@ -95,20 +97,18 @@ class Matcher:
         self._budget = BUDGETS[dtype]
         eps = torch.finfo(getattr(torch, dtype)).eps
 
-        def wanted(stage: Stage, value: Tensor, rounded: Tensor) -> _Wanted:
+        def wanted(stage: Stage, value: Tensor, rounded: Tensor, *, apart: bool) -> _Wanted:
             error = float((rounded.to(torch.float64) - value).square().mean().sqrt())
-            return _Wanted(stage, value, error, eps * float(value.square().mean().sqrt()))
+            numbers = (0, 1) if apart and value.shape[1] % 2 == 0 else ()
+            streams = tuple(wanted(stage, value[:, s::2], rounded[:, s::2], apart=False) for s in numbers)
+            return _Wanted(stage, value, error, eps * float(value.square().mean().sqrt()), streams)
 
-        self._wanted: list[_Wanted] = []
-        self._streams: list[list[_Wanted]] = []  # of each of those above, where the artifact may have them apart
-        for stage in exact:
-            for value, rounded in zip(exact[stage], eager[stage], strict=True):
-                if stage in hidden:
-                    continue
-                self._wanted.append(wanted(stage, value, rounded))
-                apart = by_stream and stage in _OF_STREAMS and value.shape[1] % 2 == 0
-                parts = [wanted(stage, value[:, s::2], rounded[:, s::2]) for s in (0, 1)] if apart else []
-                self._streams.append(parts)
+        self._wanted = [
+            wanted(stage, value, rounded, apart=by_stream and stage in _OF_STREAMS)
+            for stage in exact
+            if stage not in hidden
+            for value, rounded in zip(exact[stage], eager[stage], strict=True)
+        ]
         # Where the streams have changed places both attentions are there, and only the difference tells.
         signal, noise, weighted = (exact[s][0] for s in (Stage.SIGNAL, Stage.NOISE, Stage.LAMBDA))
         lam = (weighted * noise).sum(-1, keepdim=True) / noise.square().sum(-1, keepdim=True)
@@ -118,7 +118,7 @@ class Matcher:
     def offer(self, node: str, value: Tensor) -> None:
         """Compare an intermediate value of the artifact with all stages inside."""
         if value.is_floating_point() and value.ndim >= 3:
-            for wanted in (*self._wanted, *chain(*self._streams), self._exchanged):
+            for wanted in (*self._wanted, self._exchanged):
                 if wanted.stage not in _OUTPUTS:
                     wanted.offer(node, value)
 
@@ -131,7 +131,7 @@ class Matcher:
 
     def finding(self) -> Finding:
         """The verdict over all that was offered."""
-        errors = map(self._least_error, self._wanted, self._streams)
+        errors = map(self._least_error, self._wanted)
         stages = [error for error in errors if error is not None]
         guilty = next((error for error in stages if error.deviates), None)
         if guilty is None:
@@ -146,11 +146,11 @@ class Matcher:
     def _within(self, wanted: _Wanted) -> bool:
         return wanted.nearest is not None and wanted.nearest[1] <= _ROUNDINGS * wanted.rounding_rmse
 
-    def _least_error(self, whole: _Wanted, streams: list[_Wanted]) -> StageError | None:
+    def _least_error(self, whole: _Wanted) -> StageError | None:
         """Of the value as a whole, or of the worse stream; ``None`` where the artifact shows neither."""
         errors = [] if whole.nearest is None else [self._error(whole)]
-        if streams and all(part.nearest is not None for part in streams):
-            errors.append(max(map(self._error, streams), key=_severity))
+        if whole.streams and all(stream.nearest is not None for stream in whole.streams):
+            errors.append(max(map(self._error, whole.streams), key=_severity))
         return min(errors, key=_severity, default=None)
 
     def _error(self, wanted: _Wanted) -> StageError:
