@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 
 from diffdeploy.bench.machine import matmul_gflop_per_second
+from diffdeploy.bench.operations import attention_flop
+from diffdeploy.bench.plan import Size
+from diffdeploy.bench.synthetic import random_checkpoint
 from diffdeploy.errors import DiffDeployError
 from diffdeploy.ops import Impl, diff_attention
 from diffdeploy.ops.flash2 import flash2
@@ -89,6 +92,12 @@ def products(dtype: str, device: str) -> float:
     return matmul_gflop_per_second(dtype, device=device, threads=torch.get_num_threads())
 
 
+def counted_gflop(heads: int, width: int, length: int) -> float:
+    sizes = {"embed_dim": 2 * heads * width, "num_heads": heads, "num_kv_heads": heads, "head_dim": width}
+    config = random_checkpoint(**sizes).config
+    return attention_flop(config, Size(batch_size=1, sequence_length=length)) / 1e9
+
+
 def peak_extra_bytes(impl: str, heads: int, width: int, length: int, dtype: torch.dtype) -> int:
     """In this process: growth of the peak resident size by one call."""
     with torch.inference_mode():
@@ -146,7 +155,7 @@ def main() -> None:
                     rate = products(dtype, options.device)
                     found = latencies_ms(heads, width, length, getattr(torch, dtype), options.device)
                     rate = max(rate, products(dtype, options.device))
-                gflop = 12 * width * heads * length * (length + 1) / 2 / 1e9
+                gflop = counted_gflop(heads, width, length)
                 for impl, latency in found.items():
                     memory = (
                         memory_in_own_process(impl, heads, width, length, dtype)

@@ -204,10 +204,13 @@ def campaign(
         output: file of runs.
         shard: which part of how many.
         without: formats to leave to others.
+
+    Raises:
+        ExportError: right blocks could not be exported; all others were tried, and are in the file.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     runs, deadline = read_runs(output), time.monotonic() + 60 * minutes
-    done = {run.number for run in runs}
+    done, failed = {run.number for run in runs}, []
     for number in range(shard[0], -(-num_runs // SEEDS_PER_EXPORT), shard[1]):
         if time.monotonic() > deadline:
             break
@@ -220,6 +223,7 @@ def campaign(
             new = list(runs_of_export(number, SEEDS_PER_EXPORT))
         except ExportError as error:
             print(f"export {number} ({FORMATS[number % len(FORMATS)]}) could not be made: {error}", flush=True)
+            failed.append(number)
             continue
         lines = [
             json.dumps({"number": run.number, "format": run.format, "report": run.report.model_dump(mode="json")})
@@ -232,6 +236,8 @@ def campaign(
             if not run.report.passed:
                 print(f"run {run.number} ({run.format}): {run.report.first_failure()}", flush=True)
         print(f"{len(runs)} runs", file=sys.stderr, flush=True)
+    if failed:
+        raise ExportError(f"{len(failed)} of the exports could not be made: {', '.join(map(str, failed))}")
     return runs
 
 
@@ -244,9 +250,14 @@ def main() -> int:
     parser.add_argument("--without", nargs="+", default=[], help="formats to leave out")
     arguments = parser.parse_args()
     part, parts = map(int, arguments.shard.split("/"))
-    runs = campaign(arguments.runs, arguments.minutes, arguments.output, shard=(part, parts), without=arguments.without)
-    print(table(runs))
-    return int(len(runs) < arguments.runs // parts or any(not run.report.passed for run in runs))
+    unmade = None
+    try:
+        campaign(arguments.runs, arguments.minutes, arguments.output, shard=(part, parts), without=arguments.without)
+    except ExportError as error:
+        unmade = str(error)
+    runs = read_runs(arguments.output)
+    print(table(runs) if unmade is None else f"{table(runs)}\n{unmade}")
+    return int(unmade is not None or any(not run.report.passed for run in runs))
 
 
 if __name__ == "__main__":
