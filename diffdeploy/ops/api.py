@@ -30,6 +30,7 @@ _IMPLEMENTATIONS: dict[Impl, _Decomposition] = {
 }
 
 
+_KNOWN = tuple(Impl)  # torch.compile of torch 2.11 cannot list an enum
 _HALVE_VALUES = (Impl.FOUR_CALL, Impl.STACKED_SPLIT)
 
 
@@ -43,7 +44,7 @@ def resolve_impl(impl: Impl | str, *, target: str | None = None) -> Impl:
     Raises:
         InputError: ``impl`` is not an implementation.
     """
-    if impl not in list(Impl):
+    if impl not in _KNOWN:
         raise InputError(f"attention implementation {str(impl)!r} is not known; accepted: {', '.join(Impl)}")
     return FASTEST_IN_FORMAT.get(target or "", Impl.AUTO) if impl == Impl.AUTO else Impl(impl)
 
