@@ -81,9 +81,7 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
 
 
 def _version_rows(config: "AnyConfig") -> list[tuple[str, str]]:
-    from diffdeploy.config import DiffAttentionConfig
-
-    if not isinstance(config, DiffAttentionConfig):
+    if config.norm_eps is None:
         return [("version", "2: lambda per token and head, no norm")]
     return [
         ("lambda_init", f"{config.lambda_init:.6g}, output scale {config.output_scale:.6g}"),

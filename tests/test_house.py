@@ -11,6 +11,7 @@ FLOORS = [
     "arrays",
     "array_files",
     "config",
+    "exact",
     "ops",
     "modules",
     "compat",

@@ -22,9 +22,9 @@ from diffdeploy.checkpoints import (
 )
 from diffdeploy.config import DiffAttentionConfig, GqaLayout, RopeConfig, RopeScaling, RopeStyle, lambda_init_at
 from diffdeploy.errors import InputError
+from diffdeploy.exact import rope_tables
 from diffdeploy.modules import block_class
 from diffdeploy.modules.rotary import RotaryEmbedding
-from diffdeploy.verify.oracle import rope_tables
 from tests import oracles
 from tests.source_oracles import HALVES, PAIRS, REPEATED, Reads, Shape, forward
 

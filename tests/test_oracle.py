@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffdeploy.config import AnyConfig, DiffAttentionConfig
+from diffdeploy.exact import lambda_value
 from diffdeploy.graphs import graph_spec
 from diffdeploy.modules import block_class
 from diffdeploy.verify import eager, oracle
@@ -49,7 +50,7 @@ def test_stored_streams_of_one_token(version: str) -> None:
     heads = (weights["v_proj.weight"] @ x).astype(np.float16).reshape(config.num_kv_heads, -1)
     heads = heads.repeat(config.num_heads // config.num_kv_heads, axis=0)
     if isinstance(config, DiffAttentionConfig):
-        lam = np.full(1, oracle.lambda_value(config, weights))
+        lam = np.full(1, lambda_value(config, weights))
     else:
         lam = 1 / (1 + np.exp(-weights["lambda_proj.weight"] @ x))
     second = (lam[:, None] * heads.astype(np.float64)).astype(np.float16)

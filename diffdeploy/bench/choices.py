@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Size
 from diffdeploy.bench.subject import Subject
 from diffdeploy.bundle import Bundle
-from diffdeploy.config import AnyConfig, DiffAttentionConfig
+from diffdeploy.config import AnyConfig
 from diffdeploy.errors import DiffDeployError, InputError
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.ops import Impl
@@ -72,7 +72,7 @@ def eager_candidates(
 def _require_runnable_impl(name: str, config: AnyConfig, device: str, dtype: DType, graph: Variant) -> None:
     import torch
 
-    if name == SOFTMAX and not isinstance(config, DiffAttentionConfig):
+    if name == SOFTMAX and config.streams_share_keys:
         raise InputError("softmax is compared with blocks of the first version, and this one is of the second")
     if name == Impl.FLASH2:
         if graph == "cached":

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffdeploy.config import DiffAttentionConfig, DiffAttentionV2Config
+from diffdeploy.config import AnyConfig, DiffAttentionV2Config
 from diffdeploy.modules import KeyValueCache
 from diffdeploy.modules.rotary import RotaryEmbedding
 from diffdeploy.ops.masks import visibility
@@ -34,7 +34,7 @@ class SoftmaxAttention(nn.Module):
     """
 
     def __init__(
-        self, config: DiffAttentionConfig, weights: Mapping[str, Tensor], *, max_positions: int, dtype: torch.dtype
+        self, config: AnyConfig, weights: Mapping[str, Tensor], *, max_positions: int, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.config = config
@@ -82,7 +82,7 @@ class SoftmaxAttention(nn.Module):
 
 
 def as_second_version(
-    config: DiffAttentionConfig, weights: Mapping[str, Tensor]
+    config: AnyConfig, weights: Mapping[str, Tensor]
 ) -> tuple[DiffAttentionV2Config, dict[str, Tensor]]:
     """The same softmax block as a block of the second version, so that its oracle is the exact result here too.
 

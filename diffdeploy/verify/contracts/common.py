@@ -6,8 +6,8 @@ import numpy as np
 
 from diffdeploy.arrays import Array, epsilon, to_array
 from diffdeploy.bundle import Bundle, Manifest, eager_block
-from diffdeploy.config import LAMBDA_VECTORS, DiffAttentionConfig
-from diffdeploy.verify.oracle import lambda_value, rope_tables
+from diffdeploy.config import LAMBDA_VECTORS
+from diffdeploy.exact import lambda_value, rope_tables
 from diffdeploy.verify.report import Check, GraphFacts
 
 __all__ = ["check", "declared", "lambda_constant", "rope_constants", "state_checks", "weights_bit_for_bit"]
@@ -86,7 +86,7 @@ def _same_bits(constant: Array, weight: Array) -> bool:
 
 def lambda_constant(constants: Mapping[str, Array], manifest: Manifest, weights: Mapping[str, Array]) -> Check:
     """Lambda of the paper must be one constant of the artifact; in the second version it is computed per token."""
-    if not isinstance(manifest.config, DiffAttentionConfig):
+    if not manifest.config.constant_lambda:
         return check("lambda", [], "one per token and head")
     expected = lambda_value(manifest.config, weights)
     # A few roundings of fp32 in exp(.) - exp(.) + lambda_init, then one to the dtype of the graph.

@@ -1,6 +1,5 @@
 """What must hold of a bundle for a fault to be one: heads that can be confused, a mask that can be ignored, ..."""
 
-from diffdeploy.config import DiffAttentionConfig
 from diffdeploy.verify.faults.base import Subject
 
 __all__ = [
@@ -23,7 +22,7 @@ __all__ = [
 
 def version_1(subject: Subject) -> bool:
     """The block is the paper's, with two key streams per head, one lambda and a norm."""
-    return isinstance(subject.config, DiffAttentionConfig)
+    return not subject.config.streams_share_keys
 
 
 def several_heads(subject: Subject) -> bool:

@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.config import LAMBDA_VECTORS, DiffAttentionConfig, RopeConfig, lambda_init_at
+from diffdeploy.config import LAMBDA_VECTORS, RopeConfig, lambda_init_at
+from diffdeploy.exact import lambda_value, rope_tables
 from diffdeploy.verify.faults.base import Fault, Subject
 from diffdeploy.verify.faults.conditions import float32, has_rope, several_pairs, version_1
 from diffdeploy.verify.faults.constants import constant_fault, scalar
-from diffdeploy.verify.oracle import lambda_value, rope_tables
 from diffdeploy.verify.stages import Stage
 
 __all__ = ["NUMBER_FAULTS"]
@@ -20,13 +20,18 @@ __all__ = ["NUMBER_FAULTS"]
 _LAMBDA, _ROPE, _NORM, _SIGNAL = Stage.LAMBDA, Stage.ROPE, Stage.NORM, Stage.SIGNAL
 
 
-def _config(subject: Subject) -> DiffAttentionConfig:
-    assert isinstance(subject.config, DiffAttentionConfig)
-    return subject.config
-
-
 def _lambda(subject: Subject) -> float:
-    return lambda_value(_config(subject), subject.weights)
+    return lambda_value(subject.config, subject.weights)
+
+
+def _lambda_init(subject: Subject) -> float:
+    assert subject.config.lambda_init is not None
+    return subject.config.lambda_init
+
+
+def _norm_eps(subject: Subject) -> float:
+    assert subject.config.norm_eps is not None
+    return subject.config.norm_eps
 
 
 def _exponentials(subject: Subject) -> tuple[float, float]:
@@ -49,24 +54,24 @@ _LAMBDAS = [
     _lambda_fault(
         "lambda_of_the_next_layer",
         "lambda_init of the layer after this one",
-        lambda s: _lambda(s) - _config(s).lambda_init + _lambda_init_after(_config(s).lambda_init, 1),
+        lambda s: _lambda(s) - _lambda_init(s) + _lambda_init_after(_lambda_init(s), 1),
     ),
     _lambda_fault(
         "lambda_of_the_layer_before",
         "lambda_init of the layer before this one",
-        lambda s: _lambda(s) - _config(s).lambda_init + _lambda_init_after(_config(s).lambda_init, -1),
+        lambda s: _lambda(s) - _lambda_init(s) + _lambda_init_after(_lambda_init(s), -1),
     ),
-    _lambda_fault("lambda_init_alone", "the lambda vectors are not used", lambda s: _config(s).lambda_init),
-    _lambda_fault("lambda_without_init", "lambda_init is left out", lambda s: _lambda(s) - _config(s).lambda_init),
+    _lambda_fault("lambda_init_alone", "the lambda vectors are not used", lambda s: _lambda_init(s)),
+    _lambda_fault("lambda_without_init", "lambda_init is left out", lambda s: _lambda(s) - _lambda_init(s)),
     _lambda_fault(
         "lambda_terms_exchanged",
         "the second exponential minus the first",
-        lambda s: _exponentials(s)[1] - _exponentials(s)[0] + _config(s).lambda_init,
+        lambda s: _exponentials(s)[1] - _exponentials(s)[0] + _lambda_init(s),
     ),
     _lambda_fault(
         "lambda_without_exponentials",
         "the scalar products themselves",
-        lambda s: math.log(_exponentials(s)[0]) - math.log(_exponentials(s)[1]) + _config(s).lambda_init,
+        lambda s: math.log(_exponentials(s)[0]) - math.log(_exponentials(s)[1]) + _lambda_init(s),
     ),
     constant_fault(
         "lambda_rounded_to_bfloat16",
@@ -201,14 +206,14 @@ _SCALES = [
         "norm_eps_of_another_model",
         _NORM,
         "epsilon a tenth of what it is",
-        lambda s: scalar("norm_eps", _config(s).norm_eps / 10),
+        lambda s: scalar("norm_eps", _norm_eps(s) / 10),
         version_1,
     ),
     constant_fault(
         "norm_eps_large",
         _NORM,
         "epsilon a hundred times what it is",
-        lambda s: scalar("norm_eps", _config(s).norm_eps * 100),
+        lambda s: scalar("norm_eps", _norm_eps(s) * 100),
         version_1,
     ),
     constant_fault(
@@ -217,21 +222,21 @@ _SCALES = [
         "no factor behind the norm",
         lambda s: scalar("output_scale", 1.0),
         version_1,
-        lambda s: abs(_config(s).output_scale - 1.0) > 1e-3,
+        lambda s: abs(s.config.output_scale - 1.0) > 1e-3,
     ),
     constant_fault(
         "output_factor_is_lambda_init",
         _NORM,
         "lambda_init where 1 - lambda_init is due",
-        lambda s: scalar("output_scale", 1.0 - _config(s).output_scale),
+        lambda s: scalar("output_scale", 1.0 - s.config.output_scale),
         version_1,
-        lambda s: abs(_config(s).output_scale - 0.5) > 1e-3,
+        lambda s: abs(s.config.output_scale - 0.5) > 1e-3,
     ),
     constant_fault(
         "output_factor_of_the_next_layer",
         _NORM,
         "1 - lambda_init of the layer after this one",
-        lambda s: scalar("output_scale", 1.0 - _lambda_init_after(1.0 - _config(s).output_scale, 1)),
+        lambda s: scalar("output_scale", 1.0 - _lambda_init_after(1.0 - s.config.output_scale, 1)),
         version_1,
     ),
 ]

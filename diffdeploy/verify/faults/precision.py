@@ -7,7 +7,6 @@ import ml_dtypes
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.config import DiffAttentionConfig
 from diffdeploy.verify.faults.base import Fault, Subject
 from diffdeploy.verify.faults.conditions import float32, several_heads
 from diffdeploy.verify.faults.constants import constant_fault, next_bit, rows
@@ -55,7 +54,7 @@ def _reverse(subject: Subject, name: str) -> Mapping[str, Array]:
 
 
 def _has_query_norm(subject: Subject) -> bool:
-    return isinstance(subject.config, DiffAttentionConfig) and subject.config.qk_norm_eps is not None
+    return subject.config.qk_norm_eps is not None
 
 
 _BIAS: list[Fault] = [

@@ -9,8 +9,8 @@ import numpy as np
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Manifest
-from diffdeploy.config import LAMBDA_VECTORS, AnyConfig, DiffAttentionConfig
-from diffdeploy.verify.oracle import lambda_value, rope_tables
+from diffdeploy.config import LAMBDA_VECTORS, AnyConfig
+from diffdeploy.exact import lambda_value, rope_tables
 
 if TYPE_CHECKING:
     from diffdeploy.verify.faults.base import Subject
@@ -50,12 +50,10 @@ def expected_constants(manifest: Manifest, weights: Mapping[str, Array]) -> dict
 
 def _numbers(config: AnyConfig, weights: Mapping[str, Array]) -> dict[str, float]:
     numbers = {"softmax_scale": config.head_dim**-0.5}
-    if isinstance(config, DiffAttentionConfig):
-        numbers |= {
-            "lambda": lambda_value(config, weights),
-            "norm_eps": config.norm_eps,
-            "output_scale": config.output_scale,
-        }
+    if config.constant_lambda:
+        numbers["lambda"] = lambda_value(config, weights)
+    if config.norm_eps is not None:
+        numbers |= {"norm_eps": config.norm_eps, "output_scale": config.output_scale}
     return numbers
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from diffdeploy.arrays import Array, read_safetensors
 from diffdeploy.bundle import WEIGHTS, Bundle
+from diffdeploy.graphs import Stage, stage_of_weight
 from diffdeploy.verify.stages.finding import Finding
-from diffdeploy.verify.stages.names import Stage, stage_of_weight
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffdeploy.graphs import DType
+from diffdeploy.graphs import DType, Stage
 from diffdeploy.verify.metrics import BUDGETS
 from diffdeploy.verify.stages.finding import Finding, StageError
-from diffdeploy.verify.stages.names import Stage
 from diffdeploy.verify.stages.values import StageValues
 
 __all__ = ["Matcher"]

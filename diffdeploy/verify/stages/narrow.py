@@ -8,8 +8,7 @@ Shape suffixes: B batch, S positions, H heads, e value width, D model width.
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.config import DiffAttentionConfig
-from diffdeploy.verify.stages.names import Stage
+from diffdeploy.graphs import Stage
 from diffdeploy.verify.stages.probing import Answer, Prober
 
 __all__ = ["narrow_verdict"]
@@ -24,7 +23,7 @@ _LARGE = 64.0
 
 def narrow_verdict(prober: Prober) -> _Verdict:
     """The stage that explains the outputs, of those that can be told apart here."""
-    if isinstance(prober.config, DiffAttentionConfig) and (found := _lambda(prober, prober.config)):
+    if found := _lambda(prober):
         return found
     alone = prober.tokens(1)
     if prober.ask(alone).right and prober.ask(1e-3 * alone).right:
@@ -47,7 +46,7 @@ def _num_answers(prober: Prober) -> int:
 
 def _joined(prober: Prober, answer: Answer) -> Array:
     """Exact joined heads ``[B S, H e]``."""
-    last = Stage.NORM if isinstance(prober.config, DiffAttentionConfig) else Stage.DIFFERENCE
+    last = Stage.NORM if prober.config.has_norm else Stage.DIFFERENCE
     heads_BHSe = answer.stage(last)
     joined: Array = heads_BHSe.transpose(0, 2, 1, 3).reshape(-1, heads_BHSe.shape[1] * heads_BHSe.shape[3])
     return joined
@@ -67,15 +66,18 @@ def _is_explained(prober: Prober, features: Array, outputs: Array) -> bool:
     return prober.same(explained, outputs, slack=4.0, share=0.99)
 
 
-def _lambda(prober: Prober, config: DiffAttentionConfig) -> _Verdict | None:
+def _lambda(prober: Prober) -> _Verdict | None:
     """Whether one other lambda explains the outputs."""
+    if not prober.config.constant_lambda:
+        return None
+    eps, output_scale = prober.config.norm_eps or 0.0, prober.config.output_scale
     answer = prober.ask(prober.tokens(_LENGTH))
     given = answer.given["output"]
 
     def outputs(lam: float) -> Array:
         heads = answer.stage(Stage.SIGNAL) - lam * answer.stage(Stage.NOISE)
-        heads = heads / np.sqrt(np.mean(np.square(heads), axis=-1, keepdims=True) + config.norm_eps)
-        heads = heads * prober.weights.get("subln.weight", 1.0) * config.output_scale
+        heads = heads / np.sqrt(np.mean(np.square(heads), axis=-1, keepdims=True) + eps)
+        heads = heads * prober.weights.get("subln.weight", 1.0) * output_scale
         joined = heads.transpose(0, 2, 1, 3).reshape(*given.shape[:2], -1)
         result: Array = joined @ prober.weights["out_proj.weight"].T + prober.weights.get("out_proj.bias", 0.0)
         return result

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from diffdeploy.arrays import Array, to_tensor
-from diffdeploy.verify.stages.names import Stage
+from diffdeploy.graphs import Stage
 
 __all__ = ["intermediate_values", "what_is_shown"]
 

@@ -19,10 +19,9 @@ import numpy as np
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
-from diffdeploy.config import DiffAttentionConfig
 from diffdeploy.errors import ExportError
+from diffdeploy.graphs import Stage
 from diffdeploy.verify.stages.finding import Finding
-from diffdeploy.verify.stages.names import Stage
 from diffdeploy.verify.stages.narrow import narrow_verdict
 from diffdeploy.verify.stages.probing import Answer, Prober, Runs, null_spaces
 
@@ -94,7 +93,7 @@ def _pair_lengths(prober: Prober, keys: Array) -> Array:
 
 def _lambda(prober: Prober) -> _Verdict | None:
     """Whether all heads lie in the plane of signal and noise, and with which lambda."""
-    if not isinstance(prober.config, DiffAttentionConfig):
+    if not prober.config.constant_lambda:
         return None
     answer = prober.ask(prober.tokens(_LENGTH))
     # The first position's attentions are equal, and span no plane.
@@ -123,10 +122,10 @@ def _behind_attention(prober: Prober) -> _Verdict:
     """Single positions are wrong: values, norm or output projection."""
     width = prober.config.num_heads * prober.config.value_dim
     answers = [prober.ask(prober.tokens(_LENGTH)) for _ in range(-(-3 * width // (prober.batch_size * _LENGTH)))]
-    is_version_1 = isinstance(prober.config, DiffAttentionConfig)
-    if is_version_1 and _is_norm(prober, answers):
+    has_norm = prober.config.has_norm
+    if has_norm and _is_norm(prober, answers):
         return Stage.NORM, "heads are right but for factors of channels or halves"
-    last = Stage.NORM if is_version_1 else Stage.DIFFERENCE
+    last = Stage.NORM if has_norm else Stage.DIFFERENCE
     heads = np.concatenate([a.stage(last).transpose(0, 2, 1, 3).reshape(-1, width) for a in answers])
     heads = np.concatenate((heads, np.ones((len(heads), 1))), axis=1)
     outputs = np.concatenate([a.given["output"].reshape(-1, prober.config.embed_dim) for a in answers])
@@ -170,7 +169,7 @@ def _attention(prober: Prober) -> _Verdict:
 def _bases(prober: Prober, side: str) -> Array | None:
     """By head, a basis of what its rows of ``q_proj`` or ``k_proj`` do not see; ``None`` with a bias or a norm."""
     config = prober.config
-    if not isinstance(config, DiffAttentionConfig) or f"{side}_proj.bias" in prober.weights or config.qk_norm_eps:
+    if config.streams_share_keys or f"{side}_proj.bias" in prober.weights or config.qk_norm_eps:
         return None
     heads = config.num_heads if side == "q" else config.num_kv_heads
     return null_spaces(prober.weights[f"{side}_proj.weight"].reshape(heads, -1, config.embed_dim))

@@ -11,8 +11,7 @@ import torch
 
 from diffdeploy.arrays import Array, epsilon, read_safetensors, to_array
 from diffdeploy.bundle import WEIGHTS, Bundle
-from diffdeploy.config import DiffAttentionConfig
-from diffdeploy.verify.stages.names import Stage
+from diffdeploy.graphs import Stage
 from diffdeploy.verify.stages.values import stage_values
 
 __all__ = ["Answer", "Prober", "Runs", "null_spaces", "same"]
@@ -117,7 +116,6 @@ class Prober:
 
     def directions(self, output: Array) -> Array:
         """The same without the norm's weight and factor: differential heads, but for their lengths."""
-        assert isinstance(self.config, DiffAttentionConfig)
         directions: Array = self.heads(output) / (self.weights.get("subln.weight", 1.0) * self.config.output_scale)
         return directions
 

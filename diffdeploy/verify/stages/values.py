@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from diffdeploy.arrays import Array, to_tensor
-from diffdeploy.config import AnyConfig, DiffAttentionConfig, RopeConfig
-from diffdeploy.verify.oracle import lambda_value, rope_tables
-from diffdeploy.verify.stages.names import Stage
+from diffdeploy.config import AnyConfig, RopeConfig
+from diffdeploy.exact import key_head, lambda_value, rope_tables
+from diffdeploy.graphs import Stage
 
 __all__ = ["StageValues", "stage_values"]
 
@@ -39,7 +39,7 @@ def stage_values(
     values: StageValues = {}
     q, k, v = (_projected(x_BSD, w, n, width) for n, width in zip("qkv", _widths(config), strict=True))
     values[Stage.Q_PROJECTION], values[Stage.K_PROJECTION], values[Stage.V_PROJECTION] = (q,), (k,), (v,)
-    if isinstance(config, DiffAttentionConfig) and config.qk_norm_eps is not None:
+    if config.qk_norm_eps is not None:
         q, k = (_rms_norm(side, config.qk_norm_eps) * w[f"{n}_norm.weight"] for n, side in (("q", q), ("k", k)))
     past_length = inputs["past_key_values.key"].shape[2] if "past_key_values.key" in inputs else 0
     if config.rope is not None:
@@ -55,7 +55,7 @@ def stage_values(
     weighted = _lambda(config, weights, w, x_BSD) * noise
     heads = signal - weighted
     values |= {Stage.SIGNAL: (signal,), Stage.NOISE: (noise,), Stage.LAMBDA: (weighted,), Stage.DIFFERENCE: (heads,)}
-    if isinstance(config, DiffAttentionConfig):
+    if config.norm_eps is not None:
         heads = _rms_norm(heads, config.norm_eps)
         heads = (heads * w["subln.weight"] if "subln.weight" in w else heads) * config.output_scale
         values[Stage.NORM] = (heads,)
@@ -113,17 +113,10 @@ def _attention(config: AnyConfig, q: Tensor, k: Tensor, v: Tensor, hidden_BST: T
     """One stream of all heads, one score matrix at a time; a row that sees nothing gives 0."""
     group = config.num_heads // config.num_kv_heads
     heads = [
-        _softmax_times(q[:, 2 * i + stream], k[:, _key_head(config, i, stream)], v[:, i // group], hidden_BST)
+        _softmax_times(q[:, 2 * i + stream], k[:, key_head(config, i, stream)], v[:, i // group], hidden_BST)
         for i in range(config.num_heads)
     ]
     return torch.stack(heads, dim=1)
-
-
-def _key_head(config: AnyConfig, head: int, stream: int) -> int:
-    group = config.num_heads // config.num_kv_heads
-    if not isinstance(config, DiffAttentionConfig):
-        return head // group
-    return (2 * head + stream) // group if config.gqa_layout == "legacy" else 2 * (head // group) + stream
 
 
 def _softmax_times(q_BSd: Tensor, k_BTd: Tensor, v_BTe: Tensor, hidden_BST: Tensor) -> Tensor:
@@ -136,7 +129,7 @@ def _softmax_times(q_BSd: Tensor, k_BTd: Tensor, v_BTe: Tensor, hidden_BST: Tens
 
 
 def _lambda(config: AnyConfig, weights: Mapping[str, Array], w: Mapping[str, Tensor], x_BSD: Tensor) -> Tensor:
-    if isinstance(config, DiffAttentionConfig):
+    if config.constant_lambda:
         return torch.tensor(lambda_value(config, weights), dtype=x_BSD.dtype)
     per_token: Tensor = (x_BSD @ w["lambda_proj.weight"].T).sigmoid()
     return per_token.transpose(1, 2)[..., None]

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffdeploy.config import DiffAttentionConfig, GqaLayout
 from diffdeploy.modules import AttentionBlock, KeyValueCache
 from diffdeploy.modules.attention import Rotation
 from diffdeploy.ops.heads import stream_heads
@@ -77,8 +76,8 @@ class Steps(AttentionBlock):
 
     def heads_of(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of one stream."""
-        layout: GqaLayout = self.config.gqa_layout if isinstance(self.config, DiffAttentionConfig) else "canonical"
-        return q_BHSd[:, stream::2], *stream_heads(k_BHTd, v_BHTe, stream, self.config.num_heads, layout)
+        config = self.config
+        return q_BHSd[:, stream::2], *stream_heads(k_BHTd, v_BHTe, stream, config.num_heads, config.gqa_layout)
 
     def attend(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
         """One softmax attention."""

@@ -1,4 +1,4 @@
-"""`DiffAttentionConfig`: every size and flag of one differential-attention block, validated once."""
+"""Every size and flag of one differential-attention block, validated once; properties say what kind of block it is."""
 
 import math
 from dataclasses import dataclass
@@ -171,13 +171,38 @@ class DiffAttentionConfig:
 
     @property
     def num_key_streams(self) -> int:
-        """Heads of the key cache: two per key/value head."""
+        """Key heads of width ``d``: two per key/value head."""
         return 2 * self.num_kv_heads
+
+    @property
+    def key_cache_dim(self) -> int:
+        """Width ``2d`` of one head in the key cache, which holds both streams side by side."""
+        return 2 * self.head_dim
 
     @property
     def group_size(self) -> int:
         """Query heads per key/value head, ``g = h / h_kv``."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether each head's output is normalised."""
+        return True
+
+    @property
+    def constant_lambda(self) -> bool:
+        """Whether lambda is one number, whatever the input is."""
+        return True
+
+    @property
+    def streams_share_keys(self) -> bool:
+        """Whether both streams of a head read the same keys."""
+        return False
+
+    @property
+    def permutes_key_streams(self) -> bool:
+        """Whether the key map differs from the canonical one."""
+        return self.gqa_layout == "legacy" and self.group_size > 1
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the canonical weights of this block, as `DiffAttention.state_dict` has them."""
@@ -240,8 +265,68 @@ class DiffAttentionV2Config:
 
     @property
     def num_key_streams(self) -> int:
-        """Heads of the key cache: one per key/value head."""
+        """Key heads of width ``d``: one per key/value head."""
         return self.num_kv_heads
+
+    @property
+    def key_cache_dim(self) -> int:
+        """Width of one head in the key cache, ``d``."""
+        return self.head_dim
+
+    @property
+    def group_size(self) -> int:
+        """Output heads per key/value head, ``g = h / h_kv``."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def gqa_layout(self) -> GqaLayout:
+        """The canonical key map: with one key head for both streams there is no other."""
+        return "canonical"
+
+    @property
+    def qk_norm_eps(self) -> float | None:
+        """``None``: queries and keys are not normalised."""
+        return None
+
+    @property
+    def norm_eps(self) -> float | None:
+        """``None``: heads are not normalised."""
+        return None
+
+    @property
+    def norm_affine(self) -> bool:
+        """Whether the norm has a weight: there is no norm."""
+        return False
+
+    @property
+    def output_scale(self) -> float:
+        """1: there is no factor."""
+        return 1.0
+
+    @property
+    def lambda_init(self) -> float | None:
+        """``None``: lambda has no constant part."""
+        return None
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether each head's output is normalised: it is not."""
+        return False
+
+    @property
+    def constant_lambda(self) -> bool:
+        """Whether lambda is one number: it is computed per token and head."""
+        return False
+
+    @property
+    def streams_share_keys(self) -> bool:
+        """Whether both streams of a head read the same keys: they do."""
+        return True
+
+    @property
+    def permutes_key_streams(self) -> bool:
+        """Whether the key map differs from the canonical one: it does not."""
+        return False
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights of this block, as `DiffAttentionV2.state_dict` has them."""

@@ -1,14 +1,13 @@
 """`GraphSpec`: names, dtypes, axes and ranges of a deployed graph; what exporters promise and runtimes check."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import InputError
 
-__all__ = ["DType", "GraphSpec", "Range", "TensorSpec", "Variant", "graph_spec", "run_block"]
+__all__ = ["DType", "GraphSpec", "Range", "TensorSpec", "Variant", "graph_spec"]
 
 DType = Literal["float32", "float16", "bfloat16"]
 Variant = Literal["plain", "masked", "cached"]
@@ -126,23 +125,3 @@ def graph_spec(
         axes=axes,
         sums={total: ("past_sequence_length", "sequence_length")} if variant == "cached" else {},
     )
-
-
-def run_block(block: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Call an eager block by the names of a graph.
-
-    Args:
-        block: a `diffdeploy.modules.AttentionBlock`.
-        inputs: tensors by the names of `GraphSpec.inputs`.
-
-    Returns:
-        Tensors by the names of `GraphSpec.outputs`.
-    """
-    past = None
-    if "past_key_values.key" in inputs:
-        past = (inputs["past_key_values.key"], inputs["past_key_values.value"])
-    result = block(inputs["hidden_states"], inputs.get("attention_mask"), inputs.get("position_ids"), past)
-    if past is None:
-        return {"output": result}
-    output, (key, value) = result
-    return {"output": output, "present.key": key, "present.value": value}
