@@ -4,7 +4,8 @@ import ast
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 FLOORS = [
     "errors",
     "digests",
