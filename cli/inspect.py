@@ -63,7 +63,7 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
     return [
         ("bundle", str(bundle.path)),
         ("format", manifest.format + (", verified when it was made" if manifest.verified else ", NOT verified")),
-        ("options", ", ".join(f"{name} {value}" for name, value in manifest.options.items())),
+        ("options", ", ".join(f"{name} {value}" for name, value in manifest.options.model_dump().items())),
         ("graph", manifest.graph.variant),
         ("inputs", tensors(manifest.graph.inputs)),
         ("outputs", tensors(manifest.graph.outputs)),
@@ -81,9 +81,7 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
 
 
 def _version_rows(config: "AnyConfig") -> list[tuple[str, str]]:
-    from diffdeploy.config import DiffAttentionConfig
-
-    if not isinstance(config, DiffAttentionConfig):
+    if config.norm_eps is None:
         return [("version", "2: lambda per token and head, no norm")]
     return [
         ("lambda_init", f"{config.lambda_init:.6g}, output scale {config.output_scale:.6g}"),

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffdeploy.config import AnyConfig, DiffAttentionConfig
+from diffdeploy.config import AnyConfig
+from diffdeploy.formats.onnx.names import ORT_ATTENTION, ORT_DOMAIN
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.modules import AttentionBlock
 from diffdeploy.modules.rotary import rotate
@@ -18,7 +19,7 @@ from diffdeploy.ops.masks import visibility
 
 __all__ = ["OrtGraphModule"]
 
-_OPERATOR = "com.microsoft::GroupQueryAttention"
+_OPERATOR = f"{ORT_DOMAIN}::{ORT_ATTENTION}"
 
 
 class OrtGraphModule(nn.Module):
@@ -40,7 +41,7 @@ class OrtGraphModule(nn.Module):
         self.turns_inside = config.rope is not None and "position_ids" not in spec.inputs and config.head_dim % 16 == 0
         self.queries = _by_stream(block.q_proj, config.head_dim)
         shared = config.num_key_streams == config.num_kv_heads
-        self.keys = None if shared or _is_legacy(config) else _by_stream(block.k_proj, config.head_dim)
+        self.keys = None if shared or config.permutes_key_streams else _by_stream(block.k_proj, config.head_dim)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The outputs of the graph from its inputs, both in the order of the spec."""
@@ -71,7 +72,7 @@ class OrtGraphModule(nn.Module):
         if all_keys is None:
             assert self.keys is not None
             return block._normalise_keys(_heads(self.keys[stream](x_BSD), config.head_dim)), v_BSHe
-        if not _is_legacy(config):
+        if not config.permutes_key_streams:
             return all_keys, v_BSHe
         k_BHSd, v_BHSe = stream_heads(
             all_keys.transpose(1, 2), v_BSHe.transpose(1, 2), stream, config.num_heads, "legacy"
@@ -120,11 +121,6 @@ class OrtGraphModule(nn.Module):
             shapes=((batch, length, num_heads * value_width), cache, cache),
         )
         return output.reshape(batch, length, num_heads, value_width)
-
-
-def _is_legacy(config: AnyConfig) -> bool:
-    """Whether the key map differs from the one of the operator."""
-    return isinstance(config, DiffAttentionConfig) and config.gqa_layout == "legacy" and config.group_size > 1
 
 
 def _heads(x_BSD: Tensor, width: int) -> Tensor:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffdeploy.config import RopeConfig
-from diffdeploy.modules.decoder import DecoderConfig, DiffTransformer
+from diffdeploy.config import DecoderConfig, RopeConfig
+from diffdeploy.modules.decoder import DiffTransformer
 
 CONTEXT = 256
 BATCH_SIZE = 16

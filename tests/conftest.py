@@ -1,19 +1,38 @@
 """Bundles that many tests look at, made once."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.exporters import ExportOptions, export_bundle
+from tests.support.bundles import FormatBundle
 
-CPU_FORMATS = ["onnx", "onnx-ort", "pt2", "aoti", "compile"]
+
+def pytest_report_header() -> list[str]:
+    """What a run tries and what it leaves out, in its own words, for whoever reads its log."""
+    named = {Requirement(text).name for text in requires("diffdeploy") or ()} - {"diffdeploy"}
+    found = {name: _version(name) for name in sorted(named)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device, so only the CPU is tried"
+    return [
+        "versions: " + ", ".join(f"{name} {text}" for name, text in found.items() if text),
+        "not tried, not installed: " + ", ".join(name for name, text in found.items() if not text),
+        f"torch is built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}; {device}",
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,9 +52,6 @@ def sample_bundle(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) 
     """Layer 1 of the sample, verified. Shared: copy before changing."""
     output = tmp_path_factory.mktemp("sample") / "bundle"
     return export_bundle(sample, output, ExportOptions(max_sequence_length=256)).path
-
-
-FormatBundle = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")

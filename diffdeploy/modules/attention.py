@@ -168,7 +168,7 @@ class AttentionBlock(nn.Module):
             causal=config.causal if causal is None else causal,
             attn_mask=attention_mask,
             sliding_window=config.sliding_window,
-            gqa_layout=config.gqa_layout if isinstance(config, DiffAttentionConfig) else "canonical",
+            gqa_layout=config.gqa_layout,
             impl=self.impl,
         )
         joined = self._normalise(heads_BHSe).transpose(1, 2).flatten(2)

@@ -10,41 +10,16 @@ from typing import NamedTuple
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.config import AnyConfig, DiffAttentionConfig, RopeConfig
+from diffdeploy.config import AnyConfig, RopeConfig
+from diffdeploy.exact import key_head, lambda_value, rope_tables
 from diffdeploy.graphs import DType
 
-__all__ = ["exact_and_stored", "lambda_value", "oracle", "rope_tables"]
+__all__ = ["exact_and_stored", "oracle"]
 
 Store = Callable[[Array], Array]
 
 # Rows of a score matrix that are held at once.
 _ROWS = 256
-
-
-def rope_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, Array]:
-    """Cosines and sines of ``position * theta ** (-2j / d)``, scaled, each ``[length, d/2]``, float64."""
-    angles = np.outer(np.arange(length), [_frequency(rope, j / head_dim) for j in range(0, head_dim, 2)])
-    return np.cos(angles), np.sin(angles)
-
-
-def _frequency(rope: RopeConfig, exponent: float) -> float:
-    """One frequency, as the transformers library defines the scalings (``modeling_rope_utils``)."""
-    plain, scaling = float(rope.theta**-exponent), rope.scaling
-    if scaling is None:
-        return plain
-    wavelength, context = 2 * np.pi / plain, scaling.original_max_position_embeddings
-    if scaling.kind == "linear" or wavelength > context / scaling.low_freq_factor:
-        return plain / scaling.factor
-    if wavelength < context / scaling.high_freq_factor:
-        return plain
-    share = (context / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    return float((1 - share) * plain / scaling.factor + share * plain)
-
-
-def lambda_value(config: DiffAttentionConfig, weights: Mapping[str, Array]) -> float:
-    """``exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init`` in float64 (arXiv 2410.05258, equation 2)."""
-    q1, k1, q2, k2 = (np.asarray(weights[f"lambda_{name}"], dtype=np.float64) for name in ("q1", "k1", "q2", "k2"))
-    return float(np.exp(q1 @ k1) - np.exp(q2 @ k2) + config.lambda_init)
 
 
 def _rotate(x_HSd: Array, rope: RopeConfig, positions_S: Array) -> Array:
@@ -79,13 +54,6 @@ def _softmax_times(q_Sd: Array, k_Td: Array, v_Te: Array, hidden_ST: Array) -> A
     total = scores.sum(axis=1, keepdims=True)
     product: Array = scores @ v_Te / np.where(total == 0.0, 1.0, total)
     return product
-
-
-def _key_head(config: AnyConfig, head: int, stream: int) -> int:
-    group_size = config.num_heads // config.num_kv_heads
-    if not isinstance(config, DiffAttentionConfig):
-        return head // group_size
-    return (2 * head + stream) // group_size if config.gqa_layout == "legacy" else 2 * (head // group_size) + stream
 
 
 def oracle(config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -163,7 +131,7 @@ def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Ar
         np.swapaxes((x_SD @ w[f"{n}_proj.weight"].T + w.get(f"{n}_proj.bias", 0.0)).reshape(length, -1, width), 0, 1)
         for n, width in (("q", config.head_dim), ("k", config.head_dim), ("v", config.value_dim))
     )
-    if isinstance(config, DiffAttentionConfig) and config.qk_norm_eps is not None:
+    if config.qk_norm_eps is not None:
         q, k = (
             side / np.sqrt(np.mean(side**2, axis=-1, keepdims=True) + config.qk_norm_eps) * w[f"{n}_norm.weight"]
             for n, side in (("q", q), ("k", k))
@@ -185,7 +153,7 @@ def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Ar
         for i in range(config.num_heads):
             value = v[i // (config.num_heads // config.num_kv_heads), :num_keys]
             signal, noise = (
-                _softmax_times(q[2 * i + s, rows], k[_key_head(config, i, s), :num_keys], value, hidden) for s in (0, 1)
+                _softmax_times(q[2 * i + s, rows], k[key_head(config, i, s), :num_keys], value, hidden) for s in (0, 1)
             )
             columns = slice(i * config.value_dim, (i + 1) * config.value_dim)
             for number, store in enumerate(stores):
@@ -198,7 +166,7 @@ def _head(
     config: AnyConfig, w: Mapping[str, Array], i: int, signal: Array, noise: Array, x_SD: Array, store: Store
 ) -> Array:
     """What head ``i`` makes of its two streams."""
-    if not isinstance(config, DiffAttentionConfig):
+    if config.norm_eps is None:
         lam_S = 1.0 / (1.0 + np.exp(-x_SD @ w["lambda_proj.weight"][i]))
         return store(signal - store(lam_S[:, None] * noise))
     difference = store(signal - store(lambda_value(config, w) * noise))

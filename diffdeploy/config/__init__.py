@@ -1,0 +1,27 @@
+"""Configs: every size and flag of a block or a model, validated once."""
+
+from diffdeploy.config.block import (
+    LAMBDA_VECTORS,
+    AnyConfig,
+    DiffAttentionConfig,
+    DiffAttentionV2Config,
+    GqaLayout,
+    RopeConfig,
+    RopeScaling,
+    RopeStyle,
+    lambda_init_at,
+)
+from diffdeploy.config.model import DecoderConfig
+
+__all__ = [
+    "LAMBDA_VECTORS",
+    "AnyConfig",
+    "DecoderConfig",
+    "DiffAttentionConfig",
+    "DiffAttentionV2Config",
+    "GqaLayout",
+    "RopeConfig",
+    "RopeScaling",
+    "RopeStyle",
+    "lambda_init_at",
+]

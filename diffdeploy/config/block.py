@@ -1,0 +1,343 @@
+"""Every size and flag of one differential-attention block, validated once; properties say what kind of block it is."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from diffdeploy.errors import InputError
+
+__all__ = [
+    "LAMBDA_VECTORS",
+    "AnyConfig",
+    "DiffAttentionConfig",
+    "DiffAttentionV2Config",
+    "GqaLayout",
+    "RopeConfig",
+    "RopeScaling",
+    "RopeStyle",
+    "lambda_init_at",
+]
+
+RopeStyle = Literal["interleaved", "half"]
+# Vectors of the paper's lambda; they stay in fp32, whatever the dtype of a block.
+LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+
+GqaLayout = Literal["canonical", "legacy"]
+
+
+def lambda_init_at(depth: int) -> float:
+    """``lambda_init = 0.8 - 0.6 exp(-0.3 depth)`` for the 0-based layer index ``depth``.
+
+    Source: arXiv 2410.05258, section 2.1 (where layers are counted from 1).
+    """
+    return 0.8 - 0.6 * math.exp(-0.3 * depth)
+
+
+def _require(condition: bool, field: str, given: object, accepted: str) -> None:
+    if not condition:
+        raise InputError(f"{field} is {given!r}, but it must be {accepted}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are changed for longer sequences, by the names of transformers' configs.
+
+    Attributes:
+        kind: ``linear`` divides all by ``factor``; ``llama3`` divides those whose wavelength is above
+            ``original_max_position_embeddings / low_freq_factor``, keeps those below
+            ``original_max_position_embeddings / high_freq_factor``, and goes from one to the other in between.
+        factor: at least 1.
+        low_freq_factor: of ``llama3``.
+        high_freq_factor: of ``llama3``.
+        original_max_position_embeddings: of ``llama3``.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("linear", "llama3"), "rope scaling", self.kind, "linear or llama3")
+        _require(math.isfinite(self.factor) and self.factor >= 1, "rope scaling factor", self.factor, "1 or more")
+        _require(
+            self.high_freq_factor > self.low_freq_factor > 0,
+            "high_freq_factor",
+            self.high_freq_factor,
+            f"above low_freq_factor ({self.low_freq_factor})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding of the query and key heads.
+
+    Attributes:
+        style: ``interleaved`` rotates the pairs ``(x[2j], x[2j+1])``, ``half`` the pairs ``(x[j], x[j + d/2])``.
+        theta: base of the geometric frequency series ``theta ** (-2j / d)``.
+        scaling: change of that series, or ``None``.
+    """
+
+    style: RopeStyle
+    theta: float
+    scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.style in get_args(RopeStyle), "rope.style", self.style, "interleaved or half")
+        _require(math.isfinite(self.theta) and self.theta > 0, "rope.theta", self.theta, "a positive number")
+
+
+def _check_sizes(config: "AnyConfig") -> None:
+    for field in ("embed_dim", "num_heads", "num_kv_heads", "head_dim"):
+        _require(getattr(config, field) >= 1, field, getattr(config, field), "a positive integer")
+    _require(
+        config.num_heads % config.num_kv_heads == 0,
+        "num_kv_heads",
+        config.num_kv_heads,
+        f"a divisor of num_heads ({config.num_heads})",
+    )
+    _require(
+        config.rope is None or config.head_dim % 2 == 0,
+        "head_dim",
+        config.head_dim,
+        "even when rotary embedding is used, since it turns pairs of channels",
+    )
+    _require(
+        config.sliding_window is None or (config.sliding_window >= 1 and config.causal),
+        "sliding_window",
+        config.sliding_window,
+        "None, or a positive number of keys in a causal block",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffAttentionConfig:
+    """Sizes and flags of one block in canonical form.
+
+    Attributes:
+        embed_dim: model width ``D``.
+        num_heads: differential heads ``h``; the softmax model of equal size has ``2h``.
+        num_kv_heads: differential key/value heads ``h_kv``; divides ``h``.
+        head_dim: stream width ``d``; a head's value and output are ``2d`` wide.
+        lambda_init: constant part of lambda; see `lambda_init_at`.
+        causal: position ``i`` sees keys up to ``i`` (aligned bottom-right).
+        rope: rotary embedding of queries and keys, or ``None``.
+        norm_eps: epsilon of the RMS norm over each head's ``2d`` outputs.
+        norm_affine: whether that norm has a weight (gamma, ``[2d]``).
+        output_scale: factor behind the norm; the paper's is ``1 - lambda_init``.
+        qk_norm_eps: epsilon of an RMS norm with a weight over each query and key stream (``d``), before the rotary
+            embedding; ``None`` for no such norm.
+        qkv_bias: whether the q, k and v projections have biases.
+        out_bias: whether the output projection has a bias.
+        gqa_layout: which of the ``2 h_kv`` key streams stream ``s`` of query head ``i`` reads, with ``g = h / h_kv``;
+            ``canonical`` (Microsoft's flash modules): ``2 (i // g) + s``; ``legacy`` (Microsoft's naive module and
+            multihead-sdpadiff): ``(2i + s) // g``. The same when ``g`` is 1.
+        sliding_window: keys that a position sees, itself included; ``None`` for all. Needs ``causal``.
+        version: 1, the block of the paper.
+
+    Raises:
+        InputError: a field is out of range; the message names it, what was given and what is accepted.
+    """
+
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    lambda_init: float
+    output_scale: float
+    causal: bool = True
+    rope: RopeConfig | None = None
+    norm_eps: float = 1e-5
+    norm_affine: bool = True
+    qk_norm_eps: float | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    gqa_layout: GqaLayout = "canonical"
+    sliding_window: int | None = None
+    version: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+        _require(math.isfinite(self.lambda_init), "lambda_init", self.lambda_init, "a finite number")
+        _require(math.isfinite(self.output_scale), "output_scale", self.output_scale, "a finite number")
+        _require(math.isfinite(self.norm_eps) and self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
+        _require(self.gqa_layout in get_args(GqaLayout), "gqa_layout", self.gqa_layout, "canonical or legacy")
+
+    @property
+    def value_dim(self) -> int:
+        """Width ``2d`` of one head's value and output."""
+        return 2 * self.head_dim
+
+    @property
+    def num_key_streams(self) -> int:
+        """Key heads of width ``d``: two per key/value head."""
+        return 2 * self.num_kv_heads
+
+    @property
+    def key_cache_dim(self) -> int:
+        """Width ``2d`` of one head in the key cache, which holds both streams side by side."""
+        return 2 * self.head_dim
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head, ``g = h / h_kv``."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether each head's output is normalised."""
+        return True
+
+    @property
+    def constant_lambda(self) -> bool:
+        """Whether lambda is one number, whatever the input is."""
+        return True
+
+    @property
+    def streams_share_keys(self) -> bool:
+        """Whether both streams of a head read the same keys."""
+        return False
+
+    @property
+    def permutes_key_streams(self) -> bool:
+        """Whether the key map differs from the canonical one."""
+        return self.gqa_layout == "legacy" and self.group_size > 1
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the canonical weights of this block, as `DiffAttention.state_dict` has them."""
+        q_rows, kv_rows = self.num_heads * self.value_dim, self.num_kv_heads * self.value_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "q_proj.weight": (q_rows, self.embed_dim),
+            "k_proj.weight": (kv_rows, self.embed_dim),
+            "v_proj.weight": (kv_rows, self.embed_dim),
+            "out_proj.weight": (self.embed_dim, q_rows),
+        }
+        if self.qkv_bias:
+            shapes |= {"q_proj.bias": (q_rows,), "k_proj.bias": (kv_rows,), "v_proj.bias": (kv_rows,)}
+        if self.out_bias:
+            shapes["out_proj.bias"] = (self.embed_dim,)
+        shapes |= dict.fromkeys(LAMBDA_VECTORS, (self.head_dim,))
+        if self.qk_norm_eps is not None:
+            shapes |= {"q_norm.weight": (self.head_dim,), "k_norm.weight": (self.head_dim,)}
+        if self.norm_affine:
+            shapes["subln.weight"] = (self.value_dim,)
+        return shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffAttentionV2Config:
+    """Sizes and flags of one block of the second version (Microsoft unilm, Diff-Transformer-V2).
+
+    Twice as many query heads as output heads, keys and values of width ``d`` shared by both streams, a sigmoid lambda
+    per token and head, and no norm.
+
+    Attributes:
+        embed_dim: model width ``D``.
+        num_heads: output heads ``h``; there are ``2h`` query heads.
+        num_kv_heads: key/value heads ``h_kv``; divides ``h``, so that the streams of a head share one.
+        head_dim: width ``d`` of queries, keys, values and outputs.
+        causal: position ``i`` sees keys up to ``i`` (aligned bottom-right).
+        rope: rotary embedding of queries and keys, or ``None``.
+        sliding_window: keys that a position sees, itself included; ``None`` for all. Needs ``causal``.
+        version: 2.
+
+    Raises:
+        InputError: a field is out of range; the message names it, what was given and what is accepted.
+    """
+
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    causal: bool = True
+    rope: RopeConfig | None = None
+    sliding_window: int | None = None
+    version: Literal[2] = 2
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+
+    @property
+    def value_dim(self) -> int:
+        """Width of one head's value and output, ``d``."""
+        return self.head_dim
+
+    @property
+    def num_key_streams(self) -> int:
+        """Key heads of width ``d``: one per key/value head."""
+        return self.num_kv_heads
+
+    @property
+    def key_cache_dim(self) -> int:
+        """Width of one head in the key cache, ``d``."""
+        return self.head_dim
+
+    @property
+    def group_size(self) -> int:
+        """Output heads per key/value head, ``g = h / h_kv``."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def gqa_layout(self) -> GqaLayout:
+        """The canonical key map: with one key head for both streams there is no other."""
+        return "canonical"
+
+    @property
+    def qk_norm_eps(self) -> float | None:
+        """``None``: queries and keys are not normalised."""
+        return None
+
+    @property
+    def norm_eps(self) -> float | None:
+        """``None``: heads are not normalised."""
+        return None
+
+    @property
+    def norm_affine(self) -> bool:
+        """Whether the norm has a weight: there is no norm."""
+        return False
+
+    @property
+    def output_scale(self) -> float:
+        """1: there is no factor."""
+        return 1.0
+
+    @property
+    def lambda_init(self) -> float | None:
+        """``None``: lambda has no constant part."""
+        return None
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether each head's output is normalised: it is not."""
+        return False
+
+    @property
+    def constant_lambda(self) -> bool:
+        """Whether lambda is one number: it is computed per token and head."""
+        return False
+
+    @property
+    def streams_share_keys(self) -> bool:
+        """Whether both streams of a head read the same keys: they do."""
+        return True
+
+    @property
+    def permutes_key_streams(self) -> bool:
+        """Whether the key map differs from the canonical one: it does not."""
+        return False
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights of this block, as `DiffAttentionV2.state_dict` has them."""
+        kv_rows = self.num_kv_heads * self.head_dim
+        return {
+            "q_proj.weight": (2 * self.num_heads * self.head_dim, self.embed_dim),
+            "k_proj.weight": (kv_rows, self.embed_dim),
+            "v_proj.weight": (kv_rows, self.embed_dim),
+            "out_proj.weight": (self.embed_dim, self.num_heads * self.head_dim),
+            "lambda_proj.weight": (self.num_heads, self.embed_dim),
+        }
+
+
+AnyConfig = DiffAttentionConfig | DiffAttentionV2Config
