@@ -17,6 +17,7 @@ class CheckpointOptions:
     Attributes:
         layout: name of a layout; by default it is recognised.
         layer: 0-based layer to read out of a larger state dict.
+        prefix: what the keys of the block begin with, where numbers do not tell blocks apart.
         depth: 0-based layer index that sets ``lambda_init``; by default what the layout makes of the one in the key.
         rope: rotary style, or ``none``.
         rope_theta: rotary base.
@@ -25,6 +26,7 @@ class CheckpointOptions:
 
     layout: str | None = None
     layer: int | None = None
+    prefix: str | None = None
     depth: int | None = None
     rope: Literal["interleaved", "half", "none"] | None = None
     rope_theta: float | None = None

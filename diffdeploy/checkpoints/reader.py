@@ -5,11 +5,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffdeploy.checkpoints.detect import Found, find_blocks, prefix_of_layer
+from diffdeploy.checkpoints.detect import Found, find_blocks
 from diffdeploy.checkpoints.fields import Fields, read_config_fields
 from diffdeploy.checkpoints.files import TensorFile, open_tensors
 from diffdeploy.checkpoints.layouts import Layout
 from diffdeploy.checkpoints.options import CheckpointOptions
+from diffdeploy.checkpoints.places import choose_block
 from diffdeploy.checkpoints.rows import to_canonical
 from diffdeploy.checkpoints.settings import BlockSettings, required
 from diffdeploy.checkpoints.sizes import read_sizes
@@ -84,6 +85,7 @@ class BlockReader:
         Raises:
             InputError: something that cannot be inferred was not given.
         """
+        self.tensors.require_all_read(self.layout)
         settings, sources = self.settings, self.tensors.sources
         window = settings.sliding_window()
         if not self.layout.constant_lambda:
@@ -149,7 +151,8 @@ def read_checkpoint(path: str | Path, options: CheckpointOptions | None = None) 
     file = open_tensors(Path(path))
     fields = read_config_fields(file.path)
     found = find_blocks(file.keys(), fields, options.layout, file.path)
-    reader = BlockReader(file, fields, found, prefix_of_layer(found, options.layer, file.path), options)
+    prefix = choose_block(found.blocks, file.path, layer=options.layer, prefix=options.prefix)
+    reader = BlockReader(file, fields, found, prefix, options)
     config = reader.config()
     weights = reader.weights(config)
     # Of several shards only those that hold the block: the digest of all would read the whole model.

@@ -9,7 +9,7 @@ from diffdeploy.checkpoints.fields import Fields
 from diffdeploy.config import LAMBDA_VECTORS, GqaLayout, RopeConfig, RopeScaling
 from diffdeploy.errors import InputError
 
-__all__ = ["Layout", "Source", "huggingface_rope", "lambda_sources", "no_rope"]
+__all__ = ["ROTARY_BUFFERS", "Layout", "Source", "huggingface_rope", "lambda_sources", "no_rope"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Layout:
         sources: canonical weights that every block has.
         optional: canonical weights that a block may have.
         absent: keys which no block of this layout has.
+        irrelevant: keys that a block may have and nobody needs, with the reason.
         model_types: ``model_type`` in config.json begins with one of these; empty where it says nothing.
         version: of differential attention.
         depth_offset: added to the layer index to give the depth of ``lambda_init``.
@@ -63,6 +64,7 @@ class Layout:
     sources: Mapping[str, Source]
     optional: Mapping[str, Source] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    irrelevant: Mapping[str, str] = field(default_factory=dict)
     model_types: tuple[str, ...] = ()
     version: Literal[1, 2] = 1
     depth_offset: int = 0
@@ -99,6 +101,10 @@ class Layout:
     def required_keys(self) -> list[str]:
         """Keys that every block has."""
         return list(dict.fromkeys(source.key for source in self.sources.values()))
+
+
+# Older transformers stored what follows from the config.
+ROTARY_BUFFERS = {"rotary_emb.inv_freq": "the frequencies follow from config.json, and are computed in fp64 here"}
 
 
 def no_rope(fields: Fields) -> RopeConfig | None:

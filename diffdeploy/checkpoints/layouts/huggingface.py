@@ -7,7 +7,7 @@ stream 1 first, then those of stream 2, in q, k and v alike; Motif stores pairs 
 from collections.abc import Set as AbstractSet
 
 from diffdeploy.checkpoints.fields import Fields
-from diffdeploy.checkpoints.layouts.base import Layout, Source, huggingface_rope, lambda_sources
+from diffdeploy.checkpoints.layouts.base import ROTARY_BUFFERS, Layout, Source, huggingface_rope, lambda_sources
 
 __all__ = ["DIFFLLAMA", "MOTIF"]
 
@@ -27,6 +27,7 @@ DIFFLLAMA = Layout(
     },
     # Its norm has no weight; with one, the same keys are Motif's or axolotl's, whose rows stand in another order.
     absent=("subln.weight", "lambda_init"),
+    irrelevant=ROTARY_BUFFERS,
     model_types=("diffllama",),
     rope=huggingface_rope,
     norm_eps_field="rms_norm_eps",
@@ -50,8 +51,10 @@ MOTIF = Layout(
         **lambda_sources(),
         "subln.weight": Source("subln.weight"),
     },
+    optional={f"{name}_proj.bias": Source(f"{'o' if name == 'out' else name}_proj.bias") for name in (*"qkv", "out")},
     # A stored lambda_init is axolotl's, which has the same other keys.
     absent=("lambda_init",),
+    irrelevant=ROTARY_BUFFERS,
     # Lower case is what ports of it to other runtimes write.
     model_types=("motif", "Motif"),
     # Its code subtracts 1 from an index that is 0-based already. The weights were trained so: not to be mended here.
