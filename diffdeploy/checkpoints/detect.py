@@ -95,8 +95,8 @@ def find_blocks(keys: list[str], fields: Fields, layout_name: str | None, path: 
     if fitting:
         raise InputError(
             f"{path} has the keys of layout {next(iter(fitting)).name}, but no config.json beside it says so "
-            f"(model_type is {model_type!r}), and keys and shapes do not tell how its heads are arranged; give --layout "
-            "if you know"
+            f"(model_type is {model_type!r}), and keys and shapes do not tell how its heads are arranged; give "
+            "--layout if you know"
         )
     raise _not_whole(path, present, None)
 
