@@ -1,7 +1,6 @@
 """Bundles that many tests look at, made once."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,8 +11,7 @@ import torch
 from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.exporters import ExportOptions, export_bundle
-
-CPU_FORMATS = ["onnx", "onnx-ort", "pt2", "aoti", "compile"]
+from tests.support.bundles import FormatBundle
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,9 +31,6 @@ def sample_bundle(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) 
     """Layer 1 of the sample, verified. Shared: copy before changing."""
     output = tmp_path_factory.mktemp("sample") / "bundle"
     return export_bundle(sample, output, ExportOptions(max_sequence_length=256)).path
-
-
-FormatBundle = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def formula_of(
     return as_second_version(plan.config, weights)
 
 
-def weight_bytes(plan: Plan, candidate: Candidate, weights: Mapping[str, "Tensor"]) -> int:
+def weight_bytes(candidate: Candidate, weights: Mapping[str, "Tensor"]) -> int:
     """What the weights of a candidate take by themselves."""
     counted = [tensor for name, tensor in weights.items() if candidate.impl != SOFTMAX or name.endswith("_proj.weight")]
     return sum(tensor.numel() * tensor.element_size() for tensor in counted)

@@ -88,7 +88,7 @@ def judge_candidate(run: Run, inputs: Mapping[str, "Tensor"], expected: Mapping[
     """Run a candidate once and judge what it gives; whatever it raises is the finding."""
     try:
         outputs = run(inputs)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a candidate that fails is wrong, and the others are measured
         return Verdict(False, None, f"it did not run: {type(error).__name__}: {str(error).strip()}")
     reports = [measure(name, to_array(outputs[name]), yardstick) for name, yardstick in expected.items()]
     worst = max(reports, key=lambda report: report.severity)

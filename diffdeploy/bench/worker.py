@@ -117,7 +117,7 @@ def _measure_memory(plan: Plan, candidate: Candidate, send: Send) -> None:
             size=size.id,
             name=candidate.name,
             peak_bytes=peak,
-            weight_bytes=weight_bytes(plan, candidate, weights),
+            weight_bytes=weight_bytes(candidate, weights),
         )
 
 

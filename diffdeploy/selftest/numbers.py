@@ -50,7 +50,7 @@ def _lambda_fault(name: str, breaks: str, value: Callable[[FaultTarget], float])
 
 _LAMBDAS = [
     _lambda_fault("lambda_negated", "the noise is added", lambda s: -_lambda(s)),
-    _lambda_fault("lambda_zero", "the noise is not subtracted at all", lambda s: 0.0),
+    _lambda_fault("lambda_zero", "the noise is not subtracted at all", lambda _: 0.0),
     _lambda_fault(
         "lambda_of_the_next_layer",
         "lambda_init of the layer after this one",
@@ -195,7 +195,7 @@ _SCALES = [
         "scores divided by the root of 2d",
         lambda s: scalar("softmax_scale", (2 * s.config.head_dim) ** -0.5),
     ),
-    constant_fault("softmax_scale_missing", _SIGNAL, "scores not divided", lambda s: scalar("softmax_scale", 1.0)),
+    constant_fault("softmax_scale_missing", _SIGNAL, "scores not divided", lambda _: scalar("softmax_scale", 1.0)),
     constant_fault(
         "softmax_scale_without_root",
         _SIGNAL,
@@ -220,7 +220,7 @@ _SCALES = [
         "output_factor_missing",
         _NORM,
         "no factor behind the norm",
-        lambda s: scalar("output_scale", 1.0),
+        lambda _: scalar("output_scale", 1.0),
         version_1,
         lambda s: abs(s.config.output_scale - 1.0) > 1e-3,
     ),
