@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from diffdeploy.bench.block_source import BlockSource
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Size
-from diffdeploy.bench.source import BlockSource
 from diffdeploy.bundle import Bundle
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import DiffDeployError, InputError
