@@ -42,7 +42,7 @@ class Outcome:
             "status": "unverified",
             "format": self.format_name,
             "bundle": str(self.target),
-            "graph": self.export.graph.model_dump(),
+            "graph": self.export.facts.model_dump(),
             "verification": {"passed": False, "num_cases": 0, "worst": None},
         }
 
@@ -107,7 +107,7 @@ class Job:
                 self.options,
                 force=self.force,
                 verify=self.verify,
-                stage=activity.stage,
+                phase=activity.phase,
                 progress=activity.progress,
             )
         except RejectedError as error:

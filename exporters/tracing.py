@@ -1,32 +1,15 @@
 """Tracing a block into the graph that a `GraphSpec` declares; shared by the exporters that start from torch.export."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffdeploy.errors import InputError
 from diffdeploy.graphs import GraphSpec, run_block
 from diffdeploy.modules import AttentionBlock
 from diffdeploy.ops.target import traced_for
 
-if TYPE_CHECKING:
-    from diffdeploy.exporters.base import ExportOptions
-
-__all__ = ["GraphModule", "check", "example", "trace"]
-
-
-def check(options: "ExportOptions") -> None:
-    """Refuse options that only ONNX has.
-
-    Raises:
-        InputError: one was given.
-    """
-    for name, given in (("opset", options.opset), ("onnx flavor", options.onnx_flavor)):
-        if given is not None:
-            raise InputError(f"{name} is {given}, which format {options.format} does not have; leave it out")
-    if options.reference:
-        raise InputError(f"the reference runtime interprets ONNX, and format {options.format} is another")
+__all__ = ["GraphModule", "example", "trace"]
 
 
 class GraphModule(nn.Module):

@@ -3,14 +3,15 @@
 from collections.abc import Iterable, Sequence
 
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Size
-from diffdeploy.bench.subject import Subject
+from diffdeploy.bench.source import BlockSource
 from diffdeploy.bundle import Bundle
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import DiffDeployError, InputError
+from diffdeploy.formats import RunOptions
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.ops import Impl
 from diffdeploy.ops.flash2 import require_flash2
-from diffdeploy.runtime import RunOptions, require_runnable
+from diffdeploy.runtime import require_runnable
 
 __all__ = ["choose_baseline", "choose_names", "eager_candidates", "given_candidates"]
 
@@ -85,7 +86,7 @@ def _widths(config: AnyConfig) -> tuple[int, int]:
     return config.head_dim, config.value_dim
 
 
-def given_candidates(subject: Subject, sizes: Sequence[Size], device: str) -> list[Candidate]:
+def given_candidates(subject: BlockSource, sizes: Sequence[Size], device: str) -> list[Candidate]:
     """The bundles that were given.
 
     Raises:
@@ -97,15 +98,7 @@ def given_candidates(subject: Subject, sizes: Sequence[Size], device: str) -> li
         require_runnable(bundle.manifest, RunOptions(device=device))
         for size in sizes:
             _require_range(bundle, name, size)
-        manifest = bundle.manifest
-        candidates.append(
-            Candidate(
-                name=name,
-                format=manifest.format,
-                bundle=bundle.path.absolute(),
-                bundle_impl=str(manifest.options["attention_impl"]),
-            )
-        )
+        candidates.append(Candidate.of_bundle(name, bundle.path))
     return candidates
 
 

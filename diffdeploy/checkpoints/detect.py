@@ -7,7 +7,10 @@ from pathlib import Path
 from diffdeploy.checkpoints.layouts import LAYOUTS, UNSUPPORTED, Fields, Layout
 from diffdeploy.errors import InputError
 
-__all__ = ["Found", "find_blocks", "prefix_of_layer"]
+__all__ = ["AUTO", "Found", "find_blocks", "prefix_of_layer"]
+
+# The layout that is recognised, by a name of its own for those who want to say so.
+AUTO = "auto"
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 
@@ -50,16 +53,16 @@ def find_blocks(keys: list[str], fields: Fields, layout_name: str | None, path: 
     Args:
         keys: of the checkpoint.
         fields: of config.json.
-        layout_name: asked for; ``None`` to recognise it.
+        layout_name: name of a layout; ``None`` or ``auto`` to recognise it.
         path: for messages.
 
     Raises:
         InputError: no layout fits, or it is one that is known and cannot be deployed.
     """
     present, model_type = set(keys), str(fields.get("model_type", ""))
-    if layout_name is not None:
+    if layout_name not in (None, AUTO):
         if layout_name not in LAYOUTS:
-            raise InputError(f"layout is {layout_name!r}; accepted: auto, {', '.join(LAYOUTS)}")
+            raise InputError(f"layout is {layout_name!r}; accepted: {AUTO}, {', '.join(LAYOUTS)}")
         layout = LAYOUTS[layout_name]
         blocks = _prefixes(layout, present)
         if not blocks:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor
 
-from diffdeploy.checkpoints.detect import Found, find_blocks, prefix_of_layer
+from diffdeploy.checkpoints.detect import AUTO, Found, find_blocks, prefix_of_layer
 from diffdeploy.checkpoints.files import TensorFile, open_tensors, read_config_fields
 from diffdeploy.checkpoints.layouts import Layout, Source
 from diffdeploy.checkpoints.rows import Sizes, to_canonical
@@ -21,8 +21,8 @@ from diffdeploy.config import (
     RopeStyle,
     lambda_init_at,
 )
-from diffdeploy.digests import file_sha256
 from diffdeploy.errors import InputError
+from diffdeploy.files import file_sha256
 
 __all__ = ["BlockReader", "Checkpoint", "CheckpointOptions", "SourceFile", "list_layers", "read_checkpoint"]
 
@@ -51,7 +51,7 @@ class CheckpointOptions:
 
     def given(self) -> dict[str, int | float | str]:
         """Those that are not left open."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in asdict(self).items() if value not in (None, AUTO)}
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> Self:

@@ -8,7 +8,7 @@ from torch import Tensor
 from diffdeploy.config import GqaLayout
 from diffdeploy.errors import InputError
 from diffdeploy.ops import sdpa
-from diffdeploy.ops.auto import FASTEST_IN_FORMAT, fastest
+from diffdeploy.ops.auto import fastest
 from diffdeploy.ops.flash2 import flash2, require_flash2
 from diffdeploy.ops.impl import Impl
 from diffdeploy.ops.masks import Visibility, visibility
@@ -33,19 +33,15 @@ _IMPLEMENTATIONS: dict[Impl, _Decomposition] = {
 _HALVE_VALUES = (Impl.FOUR_CALL, Impl.STACKED_SPLIT)
 
 
-def resolve_impl(impl: Impl | str, *, target: str | None = None) -> Impl:
-    """Turn ``auto`` into the fastest implementation for a deployment format; anything else is kept as asked for.
-
-    Args:
-        impl: what the user asked for.
-        target: a deployment format; ``None`` keeps ``auto``, which then looks at the tensors.
+def resolve_impl(impl: Impl | str) -> Impl:
+    """The implementation of that name; ``auto`` stays, and looks at the tensors later.
 
     Raises:
         InputError: ``impl`` is not an implementation.
     """
     if impl not in list(Impl):
         raise InputError(f"attention implementation {str(impl)!r} is not known; accepted: {', '.join(Impl)}")
-    return FASTEST_IN_FORMAT.get(target or "", Impl.AUTO) if impl == Impl.AUTO else Impl(impl)
+    return Impl(impl)
 
 
 def diff_attention(

@@ -8,16 +8,7 @@ from torch import Tensor
 
 from diffdeploy.ops.impl import Impl
 
-__all__ = ["FASTEST_IN_FORMAT", "fastest"]
-
-# Deployment formats, whose graphs serve all sizes.
-FASTEST_IN_FORMAT = {
-    "onnx": Impl.TWO_CALL,
-    "pt2": Impl.PADDED,
-    "aoti": Impl.PADDED,
-    "compile": Impl.PADDED,
-    "flash2": Impl.FLASH2,
-}
+__all__ = ["fastest"]
 
 # Of one stream, in elements: as long as they stay in the processor's caches.
 _CACHED_SCORES_FP16 = 2**21

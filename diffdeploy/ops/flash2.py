@@ -7,7 +7,6 @@ Shape suffixes: B batch, H heads, S query length, T key length, N tokens without
 Its own layout has heads behind positions: ``[B, S, H, d]``.
 """
 
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -110,7 +109,9 @@ class _Attention:
     """One call of the package, in this project's layout; without the padding tokens, where there are some."""
 
     def __init__(self, key_padding: Tensor | None, length: int, key_length: int, settings: dict[str, Any]) -> None:
-        self._package: Any = import_module("flash_attn")
+        import flash_attn
+
+        self._package: Any = flash_attn
         self._settings = settings
         self._tokens: Tensor | None = None
         if key_padding is not None:

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffdeploy.bench import SOFTMAX, Candidate, Plan, Row, Size, compare, random_checkpoint
-from diffdeploy.bench import check as checking
-from diffdeploy.bench.blocks import inputs_of, open_candidate, reference_block
+from diffdeploy.bench import SOFTMAX, Candidate, Plan, Row, Size, changes_since, random_checkpoint
+from diffdeploy.bench import judging as checking
+from diffdeploy.bench.candidates import formula_of, inputs_of, open_candidate
+from diffdeploy.bench.changes import require_comparable
 from diffdeploy.bench.choices import choose_baseline, choose_names, eager_candidates
-from diffdeploy.bench.compare import require_comparable
 from diffdeploy.bench.estimate import candidate_bytes, require_memory
 from diffdeploy.bench.machine import OtherLoad, free_bytes
 from diffdeploy.bench.medians import estimate, paired_ratios
@@ -116,7 +116,7 @@ def test_operations_are_those_that_torch_counts(block: Checkpoint, tmp_path: Pat
         impls=("two_call", SOFTMAX),
     )
     for candidate in plan.candidates:
-        config, _ = reference_block(plan, candidate, block.weights)
+        config, _ = formula_of(plan, candidate, block.weights)
         inputs = inputs_of(plan, config, size)
         run = open_candidate(plan, candidate, block.weights)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -134,7 +134,7 @@ def test_the_softmax_block_is_plain_attention(graph: Variant, block: Checkpoint,
     """Its output, and the exact result that it is held against, are what loops over heads and rows give."""
     size = Size(batch_size=2, sequence_length=5, past_sequence_length=4 if graph == "cached" else 0)
     plan = make_plan(block, tmp_path, size, graph=graph, impls=(SOFTMAX,))
-    config, weights = reference_block(plan, plan.candidates[0], block.weights)
+    config, weights = formula_of(plan, plan.candidates[0], block.weights)
     inputs = inputs_of(plan, config, size)
     expected = _plain_attention(block, {name: tensor.double().numpy() for name, tensor in inputs.items()})
     exact = oracle(
@@ -204,17 +204,17 @@ def test_right_candidates_pass_and_wrong_ones_do_not(
     plan = make_plan(block, tmp_path, size, graph=graph, dtype=dtype, impls=(*impls, SOFTMAX))
     weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in block.weights.items()}
     for candidate in plan.candidates:
-        config, own_weights = reference_block(plan, candidate, weights)
+        config, own_weights = formula_of(plan, candidate, weights)
         inputs = inputs_of(plan, config, size)
-        expected = checking.reference(plan, config, own_weights, inputs, size)
+        expected = checking.expected_outputs(plan, config, own_weights, inputs, size)
         run = open_candidate(plan, candidate, weights)
-        verdict = checking.check(run, inputs, expected, plan, size)
+        verdict = checking.judge_candidate(run, inputs, expected)
         assert verdict.passed, (candidate.name, verdict)
         assert verdict.budget_used is not None
         assert verdict.budget_used < 0.6
         if dtype == "float32":
-            for name in expected.exact:
-                wrong = checking.check(_spoilt(run, name), inputs, expected, plan, size)
+            for name in expected:
+                wrong = checking.judge_candidate(_spoilt(run, name), inputs, expected)
                 assert not wrong.passed, (candidate.name, name)
 
 
@@ -222,12 +222,12 @@ def test_a_candidate_that_raises_is_wrong(block: Checkpoint, tmp_path: Path) -> 
     size = Size(batch_size=1, sequence_length=4)
     plan = make_plan(block, tmp_path, size)
     inputs = inputs_of(plan, plan.config, size)
-    expected = checking.reference(plan, plan.config, block.weights, inputs, size)
+    expected = checking.expected_outputs(plan, plan.config, block.weights, inputs, size)
 
     def broken(_: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise RuntimeError("no kernel")
 
-    assert checking.check(broken, inputs, expected, plan, size).reason == "it did not run: RuntimeError: no kernel"
+    assert checking.judge_candidate(broken, inputs, expected).reason == "it did not run: RuntimeError: no kernel"
 
 
 def test_all_take_turns_in_a_new_order_each_round() -> None:
@@ -313,7 +313,7 @@ def test_what_is_measured_is_chosen_by_name(block: Checkpoint) -> None:
 def test_noise_is_no_change_and_a_change_is_one() -> None:
     old = make_report({"naive": 10.0, "padded": 5.0, "onnx": 4.0})
     new = make_report({"naive": 20.0, "padded": 10.2, "onnx": 5.0})
-    found = {(change.new.name, change.new.sequence_length): change for change in compare(old, new)}
+    found = {(change.new.name, change.new.sequence_length): change for change in changes_since(old, new)}
     assert {key for key, change in found.items() if change.significant} == {
         *(("naive", length) for length in (128, 512)),
         *(("onnx", length) for length in (128, 512)),
@@ -321,9 +321,9 @@ def test_noise_is_no_change_and_a_change_is_one() -> None:
     assert found["onnx", 128].ratio_change == pytest.approx(-0.375)
     assert found["naive", 128].latency_change == pytest.approx(1.0)
     narrow, close = (make_report({"naive": 10.0, "onnx": latency}, spread=1e-3) for latency in (5.0, 5.2))
-    assert not any(change.significant for change in compare(narrow, close))
+    assert not any(change.significant for change in changes_since(narrow, close))
     wide, far = (make_report({"naive": 10.0, "onnx": latency}, spread=0.5) for latency in (5.0, 7.0))
-    assert not any(change.significant for change in compare(wide, far))
+    assert not any(change.significant for change in changes_since(wide, far))
 
 
 @pytest.mark.parametrize(

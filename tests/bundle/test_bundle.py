@@ -8,10 +8,19 @@ import torch
 from safetensors.torch import save_file
 
 from diffdeploy import load
-from diffdeploy.bundle import WEIGHTS, Environment, Manifest, Provenance, open_bundle, staged_bundle, write_manifest
+from diffdeploy.bundle import (
+    WEIGHTS,
+    Environment,
+    ExportRecord,
+    Manifest,
+    Provenance,
+    open_bundle,
+    staged_bundle,
+    write_manifest,
+)
 from diffdeploy.errors import DiffDeployError, InputError, IntegrityError
-from diffdeploy.exporters import ExportOptions, base
-from diffdeploy.exporters import onnx as onnx_exporter
+from diffdeploy.exporters import ExportOptions, lower_block
+from diffdeploy.formats import distributions
 from diffdeploy.graphs import graph_spec
 from diffdeploy.modules import DiffAttention
 from tests.support.blocks import make_config, random_weights
@@ -25,8 +34,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = graph_spec("plain", config, dtype="float32", max_batch_size=4, max_sequence_length=16)
     with staged_bundle(output) as staging:
         save_file(weights, staging / WEIGHTS)
-        base._lower(
-            onnx_exporter,
+        lower_block(
             DiffAttention.from_weights(config, weights, impl="two_call", max_positions=16),
             spec,
             staging,
@@ -36,9 +44,9 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
             format="onnx",
             config=config,
             graph=spec,
-            options={"opset": 23},
+            options=ExportRecord(attention_impl="two_call", seed=0, opset=23, flavor="standard"),
             verified=False,
-            environment=Environment.current(),
+            environment=Environment.current(distributions()),
             provenance=Provenance(files={}, layout="microsoft", layer=None, keys=[], options={}),
             files={},
         )

@@ -39,7 +39,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stages: list[str] = []
     with (folder / "stdout").open("w") as stream, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
-        patch.setattr(console.Activity, "stage", lambda _, text: stages.append(text))
+        patch.setattr(console.Activity, "phase", lambda _, text: stages.append(text))
         assert main(["bench", *TINY, *FEW, *outputs]) == 0
     (folder / "stages").write_text("\n".join(stages))
     return folder / "run.json"
@@ -137,14 +137,14 @@ def test_a_wrong_bundle_is_shown_as_wrong_and_not_timed(bundle_copy: Path, capsy
 def test_an_interrupt_prints_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    show = console.Activity.stage
+    show = console.Activity.phase
 
     def interrupted(activity: console.Activity, text: str) -> None:
         show(activity, text)
         if "B1-S16: round 3" in text:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(console.Activity, "stage", interrupted)
+    monkeypatch.setattr(console.Activity, "phase", interrupted)
     few = ["--impl", "naive,padded", "--format", "none"]
     assert main(["bench", *TINY, *few, "--save", "part.json", "--json"]) == 130
     said = capsys.readouterr()
@@ -163,7 +163,7 @@ def test_an_interrupt_before_anything_was_measured_says_so(
     def interrupted(activity: console.Activity, text: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(console.Activity, "stage", interrupted)
+    monkeypatch.setattr(console.Activity, "phase", interrupted)
     assert main(["bench", *TINY, *FEW]) == 130
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "error: interrupted; nothing was kept\n")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffdeploy.array_files import read_arrays, write_arrays
 from diffdeploy.cli.main import main
+from diffdeploy.files import read_arrays, write_arrays
 from tests.support.bundles import CPU_FORMATS, FormatBundle
 from tests.support.commands import refused
 

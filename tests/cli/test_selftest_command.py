@@ -8,7 +8,7 @@ import pytest
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.cli.main import main
 from diffdeploy.exporters import ExportOptions, export_bundle
-from diffdeploy.verify.faults import FAULTS, Fault, selftest
+from diffdeploy.selftest import Fault, all_faults, trials
 
 CHOSEN = ("lambda_negated", "run_nan_at_length_one", "byte_changed")
 
@@ -22,8 +22,8 @@ def bundle(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(autouse=True)
 def _few_faults(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = [fault for fault in FAULTS if fault.name in CHOSEN]
-    monkeypatch.setattr(selftest, "faults_of", lambda subject: chosen)
+    chosen = [fault for fault in all_faults() if fault.name in CHOSEN]
+    monkeypatch.setattr(trials, "faults_of", lambda target: chosen)
 
 
 def test_json_names_counts_and_faults(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +53,7 @@ def test_a_fault_that_is_not_seen_exits_1(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unseen = Fault(name="harmless", place="runtime", breaks="nothing", wrap=lambda run: run)
-    monkeypatch.setattr(selftest, "faults_of", lambda subject: [unseen])
+    monkeypatch.setattr(trials, "faults_of", lambda target: [unseen])
     assert main(["verify", str(bundle), "--self-test"]) == 1
     said = capsys.readouterr()
     assert f"error: the verification of {bundle} does not see harmless; do not rely on it" in said.err
@@ -80,8 +80,8 @@ def test_a_fault_that_the_format_cannot_hold_is_listed_with_the_reason(
     """GroupQueryAttention is causal, so a block that forgets to be cannot be exported with it."""
     options = ExportOptions(onnx_flavor="ort", max_batch_size=3, max_sequence_length=16)
     export_bundle(sample, tmp_path / "bundle", options, verify=False)
-    chosen = [fault for fault in FAULTS if fault.name in ("not_causal", "byte_changed")]
-    monkeypatch.setattr(selftest, "faults_of", lambda subject: chosen)
+    chosen = [fault for fault in all_faults() if fault.name in ("not_causal", "byte_changed")]
+    monkeypatch.setattr(trials, "faults_of", lambda target: chosen)
     assert main(["verify", str(tmp_path / "bundle"), "--self-test", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)["self_test"]
     assert [fault["name"] for fault in result["faults"]] == ["byte_changed"]

@@ -14,9 +14,9 @@ from diffdeploy.bundle import open_bundle
 from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.config import RopeConfig
-from diffdeploy.exporters import ExportOptions, base, export_bundle
+from diffdeploy.exporters import ExportOptions, export, export_bundle
 from diffdeploy.exporters import onnx as onnx_exporter
-from diffdeploy.exporters.onnx import MODEL
+from diffdeploy.formats.onnx.names import MODEL
 from diffdeploy.graphs import DType, graph_spec
 from diffdeploy.modules import DiffAttention
 from diffdeploy.verify.oracle import oracle
@@ -49,7 +49,7 @@ def test_sample_layer_through_onnxruntime(tmp_path: Path, opset: int, dtype: DTy
         checkpoint.config, weights, impl="two_call", max_positions=128, dtype=torch_dtype
     )
     spec = graph_spec("plain", checkpoint.config, dtype=dtype, max_batch_size=4, max_sequence_length=128)
-    base._lower(onnx_exporter, block, spec, tmp_path, ExportOptions(opset=opset))
+    export.lower_block(block, spec, tmp_path, ExportOptions(opset=opset))
     path = tmp_path / MODEL
 
     model = onnx.load(path)

@@ -42,7 +42,7 @@ def test_exports_that_pass(name: str, graph: Variant, opset: int, dtype: DType, 
     done = export_bundle(checkpoint_of(EXPORT_CONFIGS[name]), tmp_path / "out", options(graph, opset, dtype))
     assert done.report is not None
     assert done.report.passed
-    assert done.graph.attention_ops == 2
+    assert done.facts.attention_ops == 2
 
 
 @pytest.fixture(scope="module")

@@ -81,11 +81,11 @@ def test_a_bundle_is_verified_and_stays_on_the_device(
 
 
 def test_onnx_says_where_its_nodes_run(block: Checkpoint, tmp_path: Path) -> None:
-    from diffdeploy.runtime.onnx import OnnxCudaRuntime
+    from diffdeploy.formats.onnx.backend import OnnxCudaBackend
 
     options = ExportOptions(device="cuda", max_batch_size=4, max_sequence_length=300)
     runtime = load(export_bundle(block, tmp_path / "out", options).path, device="cuda")
-    assert isinstance(runtime, OnnxCudaRuntime)
+    assert isinstance(runtime, OnnxCudaBackend)
     assert runtime.placement["CUDAExecutionProvider"] > runtime.placement.get("CPUExecutionProvider", 0)
     assert "nodes on CUDA" in runtime.description
 

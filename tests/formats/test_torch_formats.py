@@ -14,11 +14,11 @@ from diffdeploy.arrays import read_safetensors
 from diffdeploy.bundle import open_bundle, write_manifest
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.errors import InputError, UnavailableError
-from diffdeploy.exporters import ExportOptions, base, export_bundle
+from diffdeploy.exporters import ExportOptions, export, export_bundle
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.modules import DiffAttention, block_class
-from diffdeploy.verify import RejectedError, contracts, verify_bundle
-from diffdeploy.verify.faults.constants import next_bit
+from diffdeploy.selftest.edits import next_bit
+from diffdeploy.verify import RejectedError, artifact_checks, verify_bundle
 from tests.support.blocks import make_config, random_weights
 from tests.support.bundles import FormatBundle
 
@@ -44,7 +44,7 @@ def test_pt2_of_every_variant(graph: Variant, dtype: DType, sample: Checkpoint, 
     done = export_bundle(sample, tmp_path / "out", options)
     assert done.report is not None
     assert done.report.passed
-    assert done.graph.attention_ops == 2
+    assert done.facts.attention_ops == 2
 
 
 @pytest.mark.slow
@@ -85,11 +85,11 @@ def test_pt2_has_the_same_bytes_twice(format_bundle: FormatBundle, sample: Check
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_no_local_path_is_left(name: str, format_bundle: FormatBundle) -> None:
-    assert str(Path(base.__file__).resolve().parent).encode() not in (format_bundle(name) / "model.pt2").read_bytes()
+    assert str(Path(export.__file__).resolve().parent).encode() not in (format_bundle(name) / "model.pt2").read_bytes()
 
 
 def test_a_faulty_program_is_refused(sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = base._block
+    build = export._block
 
     def spoiled(*arguments: Any) -> Any:
         block = build(*arguments)
@@ -98,7 +98,7 @@ def test_a_faulty_program_is_refused(sample: Checkpoint, tmp_path: Path, monkeyp
         block.v_proj.weight[5, 7] *= 1.001
         return block
 
-    monkeypatch.setattr(base, "_block", spoiled)
+    monkeypatch.setattr(export, "_block", spoiled)
     with pytest.raises(RejectedError) as refused:
         export_bundle(sample, tmp_path / "out", ExportOptions(format="pt2", max_sequence_length=70))
     report = refused.value.report
@@ -142,5 +142,5 @@ def test_weights_that_are_written_into_the_code_are_compared_too(tmp_path: Path)
     assert verify_bundle(path, cases="quick").passed
     bundle, arrays = open_bundle(path), read_safetensors(path / "weights.safetensors")
     arrays["subln.weight"] = next_bit(arrays["subln.weight"])
-    failed = [check for check in contracts.checks(bundle, arrays) if not check.passed]
+    failed = [check for check in artifact_checks(bundle, arrays) if not check.passed]
     assert [check.detail for check in failed] == ["subln.weight is not in the package bit for bit"]

@@ -12,16 +12,15 @@ from safetensors.numpy import load_file
 from diffdeploy.bundle import WEIGHTS, Bundle, open_bundle
 from diffdeploy.config import AnyConfig, DiffAttentionV2Config, RopeConfig
 from diffdeploy.exporters import ExportOptions, export_bundle
-from diffdeploy.graphs import GraphSpec, Variant, graph_spec, run_block
+from diffdeploy.formats import Check, require_format
+from diffdeploy.graphs import GraphSpec, Stage, Variant, graph_spec, run_block
+from diffdeploy.locate.locate import by_values, locate
+from diffdeploy.locate.matching import Matcher
+from diffdeploy.locate.probes import by_probes
+from diffdeploy.locate.values import stage_values
 from diffdeploy.modules import AttentionBlock, block_class
-from diffdeploy.verify.faults.blocks import attention, heads
+from diffdeploy.selftest.blocks import attention, heads
 from diffdeploy.verify.oracle import oracle
-from diffdeploy.verify.report import Check
-from diffdeploy.verify.stages import Stage
-from diffdeploy.verify.stages.locate import by_values, locate
-from diffdeploy.verify.stages.matching import Matcher
-from diffdeploy.verify.stages.probes import by_probes
-from diffdeploy.verify.stages.values import stage_values
 from diffdeploy.verify.sweep import telling_case
 from tests.support.blocks import make_config, random_weights
 
@@ -103,7 +102,9 @@ def test_a_right_artifact_has_no_guilty_stage(format_name: str, tmp_path: Path) 
     export_bundle(found, tmp_path / "out", options, verify=False)
     bundle = open_bundle(tmp_path / "out")
     inputs = telling_case(bundle.manifest.graph, seed=2).inputs(bundle.manifest.graph)
-    finding = by_values(bundle, Eager(bundle, block_class(config)), inputs)
+    shown = require_format(format_name).intermediates(bundle)
+    assert shown is not None
+    finding = by_values(bundle, Eager(bundle, block_class(config)), inputs, shown)
     assert finding.stage is None
     assert {error.stage for error in finding.stages} >= set(Stage) - {Stage.CACHE}
     assert all(error.amplification is not None and error.amplification < 10 for error in finding.stages)
@@ -193,7 +194,7 @@ def test_a_named_constant_is_the_first_evidence(pt2_bundle: Bundle) -> None:
 
 def test_every_step_is_right_before_one_is_replaced() -> None:
     """`Steps` itself is the block, so that a fault is in the one step that it replaces."""
-    from diffdeploy.verify.faults.blocks.steps import Steps
+    from diffdeploy.selftest.blocks.steps import Steps
 
     for config in CONFIGS.values():
         weights = {name: tensor.float() for name, tensor in random_weights(config).items()}

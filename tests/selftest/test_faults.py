@@ -8,22 +8,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from diffdeploy.bundle import WEIGHTS, Environment, Manifest, Provenance
+from diffdeploy.bundle import WEIGHTS, Environment, ExportRecord, Manifest, Provenance
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.config import DiffAttentionConfig
-from diffdeploy.digests import file_sha256
 from diffdeploy.errors import ExportError, InputError, VerificationError
 from diffdeploy.exporters import ExportOptions, export_bundle
-from diffdeploy.exporters.again import lower_again
+from diffdeploy.files import file_sha256
+from diffdeploy.formats import distributions
+from diffdeploy.formats.expected import expected_constants
 from diffdeploy.graphs import Variant, graph_spec
-from diffdeploy.verify.faults import FAULTS, Fault, SelfTest, Skipped, Trials, self_test
-from diffdeploy.verify.faults.base import Subject
-from diffdeploy.verify.faults.writing import expected_constants
+from diffdeploy.selftest import Fault, FaultTarget, SelfTest, Skipped, Trials, all_faults, self_test
 from tests.support.blocks import make_config, random_weights
 
 FORMATS = ("onnx", "pt2", "aoti")
 CONFIG = make_config(embed_dim=48)  # as wide as the joined heads, which outputs then give away
-BY_NAME = {fault.name: fault for fault in FAULTS}
+BY_NAME = {fault.name: fault for fault in all_faults()}
 
 # What `make test` leaves to `make slow`: an export takes seconds, and loading a program half of one.
 _ONNX_BLOCKS = {"causal_top_left", "mask_ignored_by_noise", "hidden_rows_are_averages", "cached_before_rope"}
@@ -51,7 +50,7 @@ def options(format_name: str) -> ExportOptions:
     return ExportOptions(format=format_name, graph="cached", max_batch_size=4, max_sequence_length=70)
 
 
-def subject(format_name: str) -> Subject:
+def subject(format_name: str) -> FaultTarget:
     """A bundle of that format as far as faults ask for it, without exporting it."""
     spec = graph_spec("cached", CONFIG, dtype="float32", max_batch_size=4, max_sequence_length=70)
     weights = {name: tensor.float().numpy() for name, tensor in random_weights(CONFIG).items()}
@@ -59,19 +58,19 @@ def subject(format_name: str) -> Subject:
         format=format_name,
         config=CONFIG,
         graph=spec,
-        options={"attention_impl": "two_call", "seed": 0},
+        options=ExportRecord(attention_impl="two_call", seed=0),
         verified=False,
-        environment=Environment.current(),
+        environment=Environment.current(distributions()),
         provenance=Provenance(files={}, layout="none", layer=None, keys=[], options={}),
         files={},
     )
-    return Subject(Path(), manifest, expected_constants(manifest, weights), weights, lower_again)
+    return FaultTarget(Path(), manifest, expected_constants(manifest, weights), weights)
 
 
 def trials_of_every_format() -> Iterator[object]:
     for name in FORMATS:
         bundle = subject(name)
-        for fault in FAULTS:
+        for fault in all_faults():
             if fault.applies(bundle):
                 late = fault.place == "block" and fault.name not in QUICK_BLOCKS[name]
                 late |= name == "pt2" and fault.place == "constants" and fault.name not in QUICK_CONSTANTS_OF_PT2
@@ -99,7 +98,7 @@ def trials(bundles: Callable[[str], Path]) -> Callable[[str], Trials]:
 
     def of_format(format_name: str) -> Trials:
         if format_name not in made:
-            made[format_name] = Trials(bundles(format_name), lower_again)
+            made[format_name] = Trials(bundles(format_name))
         return made[format_name]
 
     return of_format
@@ -127,7 +126,7 @@ def test_stages_are_located_where_each_stream_is_computed_by_itself(graph: Varia
         export_bundle(checkpoint(), tmp_path / "bundle", ort, verify=False)
     wider = make_config(embed_dim=8 * width, head_dim=width)
     export_bundle(checkpoint(wider), tmp_path / "bundle", ort, verify=False)
-    trials = Trials(tmp_path / "bundle", lower_again)
+    trials = Trials(tmp_path / "bundle")
     names = [
         "softmax_scale_missing",
         "norm_eps_large",
@@ -142,14 +141,14 @@ def test_stages_are_located_where_each_stream_is_computed_by_itself(graph: Varia
 
 
 def test_there_are_enough_faults() -> None:
-    assert len(BY_NAME) == len(FAULTS) >= 80
+    assert len(BY_NAME) == len(all_faults()) >= 80
     for name in FORMATS:
-        assert sum(fault.applies(subject(name)) for fault in FAULTS) >= 100
-    assert Counter(fault.place for fault in FAULTS).keys() == {"constants", "block", "graph", "bundle", "runtime"}
+        assert sum(fault.applies(subject(name)) for fault in all_faults()) >= 100
+    assert Counter(fault.place for fault in all_faults()).keys() == {"constants", "block", "graph", "bundle", "runtime"}
 
 
 def test_most_faults_with_a_stage_are_located() -> None:
-    with_stage = [fault for fault in FAULTS if fault.stage is not None]
+    with_stage = [fault for fault in all_faults() if fault.stage is not None]
     assert len(NOT_LOCATED.keys() & {fault.name for fault in with_stage}) <= 0.05 * len(with_stage)
 
 
@@ -203,7 +202,7 @@ def test_a_bundle_that_fails_by_itself_proves_nothing(bundles: Callable[[str], P
 
     copy = tmp_path / "bundle"
     shutil.copytree(bundles("onnx"), copy)
-    faulty = Subject(
+    faulty = FaultTarget(
         copy,
         Manifest.from_bytes((copy / "manifest.json").read_bytes()),
         expected_constants(subject("onnx").manifest, load_file(copy / WEIGHTS)),
@@ -225,7 +224,7 @@ def test_constants_are_found_in_every_format(trials: Callable[[str], Trials]) ->
 
 
 def test_bits_are_moved_by_one() -> None:
-    from diffdeploy.verify.faults.constants import next_bit
+    from diffdeploy.selftest.edits import next_bit
 
     array = np.array([1.0, -4.0, 0.5], np.float32)
     assert next_bit(array).tolist() == [1.0, float(np.nextafter(np.float32(-4.0), np.float32(0))), 0.5]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffdeploy.bench import BenchReport, Block, Row
-from diffdeploy.bench.machine import Environment
+from diffdeploy.bench.machine import Machine
 
 
 def make_report(latencies: Mapping[str, float], *, spread: float = 0.01, **changes: Any) -> BenchReport:
@@ -37,7 +37,7 @@ def make_report(latencies: Mapping[str, float], *, spread: float = 0.01, **chang
         for length, factor in ((128, 1), (512, 10))
         for name, latency in latencies.items()
     ]
-    environment = Environment(
+    environment = Machine(
         diffdeploy="0",
         measured_at="2026-01-01T00:00:00+00:00",
         platform="Linux",

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffdeploy.array_files import write_arrays
 from diffdeploy.arrays import Array
 from diffdeploy.errors import InputError
+from diffdeploy.files import write_arrays
 from diffdeploy.graphs import GraphSpec, Variant, graph_spec
 from diffdeploy.runtime import check_inputs
 from diffdeploy.verify.cases import Case

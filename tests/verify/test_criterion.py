@@ -10,9 +10,8 @@ from diffdeploy.arrays import Array, epsilon
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.graphs import DType
-from diffdeploy.verify import BUDGETS, OutputReport, verify_bundle
+from diffdeploy.verify import BUDGETS, Budget, OutputReport, verify_bundle
 from diffdeploy.verify.metrics import Yardstick, judge, measure
-from diffdeploy.verify.report import Budget
 from tests.support.blocks import make_config, random_weights
 
 DTYPES = get_args(DType)

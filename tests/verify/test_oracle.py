@@ -68,9 +68,10 @@ def test_eager_errors_are_of_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
     block = block_class(config).from_weights(
         config, {name: tensor.float() for name, tensor in random_weights(config).items()}, impl="naive"
     )
-    stacked = eager.eager_error(block, inputs, expected, "float32")
+    run = eager.run_arrays(block)
+    stacked = eager.eager_error(run, inputs, expected, "float32")
     monkeypatch.setattr(eager, "_MAX_STACKED", 1)
-    for name, single in eager.eager_error(block, inputs, expected, "float32").items():
+    for name, single in eager.eager_error(run, inputs, expected, "float32").items():
         assert len(single._squares) == len(stacked[name]._squares) == 8
         assert single.rmse == pytest.approx(stacked[name].rmse, rel=0.05)
         assert 0 < single.rmse < 1e-5
