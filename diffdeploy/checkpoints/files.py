@@ -1,8 +1,7 @@
-"""Tensors and config fields from files. Pickled objects are refused, never run."""
+"""Tensors from files. Pickled objects are refused, never run."""
 
 import json
 import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,12 +11,15 @@ import torch
 from torch import Tensor
 
 from diffdeploy.errors import InputError
+from diffdeploy.exclusive import without_warnings
 
-__all__ = ["SAMPLE", "TensorFile", "open_tensors", "read_config_fields"]
+__all__ = ["SAMPLE", "TensorFile", "open_tensors"]
 
 SAMPLE = Path(__file__).parent / "sample"
 
+# As transformers' save_pretrained names it.
 _INDEX = "model.safetensors.index.json"
+# Where training scripts put the weights beside an optimizer: Lightning, PyTorch's own tutorial, and nanoGPT's.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 
 
@@ -63,6 +65,7 @@ class _SafetensorsFile:
         return list(self._keys)
 
     def shape(self, key: str) -> tuple[int, ...]:
+        # A slice that is not indexed reads the header alone.
         return tuple(self._handle.get_slice(key).get_shape())
 
     def get(self, key: str) -> Tensor:
@@ -83,8 +86,10 @@ class _ShardedFile:
             self._files = {str(key): index.parent / str(name) for key, name in weight_map.items()}
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{index} is not a readable index of shards ({error}); copy it again") from error
+        # An index comes with the download: a name with ".." would have any file of this machine read.
         if outside := [file for file in self._files.values() if file.parent != index.parent]:
             raise InputError(f"{index} names {outside[0].name}, which is not beside it")
+        # All of them now, though most are never opened: a broken download is cheaper to mend as a whole.
         if missing := sorted({file.name for file in self._files.values() if not file.is_file()}):
             raise InputError(f"{index.parent} lacks the shards {', '.join(missing)}; copy them again")
         self._open: dict[Path, _SafetensorsFile] = {}
@@ -93,6 +98,7 @@ class _ShardedFile:
         file = self._files[key]
         if file not in self._open:
             self._open[file] = _SafetensorsFile(file)
+        # An index of another revision names tensors that its shards do not hold.
         if key not in set(self._open[file].keys()):
             raise InputError(f"{file} lacks the key {key}, which {self.path.name} says is there; copy it again")
         return self._open[file]
@@ -116,16 +122,19 @@ class _TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about pickle protocols, before the refusal that says it better
+            with without_warnings():  # about pickle protocols, before the refusal that says it better
+                # To the CPU: what was saved on a GPU must be readable on a machine without one.
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
+        # Beside what unpickling refuses, whatever a file that is no archive of torch makes the reader stumble over.
         except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
             raise InputError(
                 f"{path} cannot be read as weights only, and pickled objects are never executed; save the state dict "
                 "alone, with safetensors.torch.save_file or torch.save(model.state_dict())"
             ) from error
+        # Repeatedly, since some trainers put a wrapper's checkpoint into their own.
         while isinstance(loaded, Mapping) and (inner := next((k for k in _STATE_DICT_KEYS if k in loaded), None)):
             loaded = loaded[inner]
+        # Step counters and arguments stand beside the weights in many files, and are no weights.
         tensors = loaded.items() if isinstance(loaded, Mapping) else ()
         self._tensors = {str(key): value for key, value in tensors if isinstance(value, Tensor)}
         if not self._tensors:
@@ -154,6 +163,7 @@ def open_tensors(path: Path) -> TensorFile:
         path = path / _INDEX
     if path.is_dir():
         found = [p for suffix in ("*.safetensors", "*.pt", "*.pth", "*.bin") for p in sorted(path.glob(suffix))]
+        # Not the newest or the largest of them: beside a model may lie its optimizer, or another epoch.
         if len(found) != 1:
             names = ", ".join(p.name for p in found) or "none"
             raise InputError(f"{path} must hold one .safetensors or .pt file, but there are: {names}; give the file")
@@ -163,21 +173,3 @@ def open_tensors(path: Path) -> TensorFile:
     if path.name.endswith(".index.json"):
         return _ShardedFile(path)
     return _SafetensorsFile(path) if path.suffix == ".safetensors" else _TorchFile(path)
-
-
-def read_config_fields(weights_path: Path) -> dict[str, Any]:
-    """Fields of the ``config.json`` beside the weights; empty when there is none.
-
-    Raises:
-        InputError: the file is not a JSON object.
-    """
-    path = weights_path.parent / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}); mend it or move it away") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{path} holds a {type(fields).__name__}; accepted is a JSON object")
-    return fields
