@@ -240,6 +240,7 @@ def _manifest(
             layer=checkpoint.layer,
             keys=checkpoint.keys,
             options=checkpoint.options.given(),
+            defaults=checkpoint.defaults,
         ),
         # Filled in by `write_manifest`, which alone knows what is in the directory.
         files={},
