@@ -133,7 +133,7 @@ def _plan(request: Request, subject: "Subject", folder: Path) -> "Plan":
     candidates = (
         *eager_candidates(request.impl, subject.checkpoint.config, device=device, dtype=dtype, graph=graph),
         *given_candidates(subject, sizes, device),
-        *_export_candidates(request, formats, dtype, folder),
+        *_export_candidates(request, formats, graph, dtype, folder),
     )
     return Plan(
         config=subject.checkpoint.config,
@@ -175,7 +175,9 @@ def _format_names() -> list[str]:
     return [name for each in FORMATS for name in ((each, _ONNX_ORT) if each == "onnx" else (each,))]
 
 
-def _export_candidates(request: Request, formats: Sequence[str], dtype: "DType", folder: Path) -> "list[Candidate]":
+def _export_candidates(
+    request: Request, formats: Sequence[str], graph: "Variant", dtype: "DType", folder: Path
+) -> "list[Candidate]":
     """Those of the formats that this machine can export and run; one that was named must be able to."""
     from diffdeploy.bench import Candidate
     from diffdeploy.bench.choices import choose_names
@@ -188,7 +190,7 @@ def _export_candidates(request: Request, formats: Sequence[str], dtype: "DType",
         base = name.removesuffix("-ort")
         reason = why_not_export(base, request.device, dtype) or why_not_run(base, request.device, dtype)
         if reason is None:
-            impl = Impl.PADDED if name == _ONNX_ORT else resolve_impl("auto", target=base)
+            impl = Impl.PADDED if name == _ONNX_ORT else resolve_impl("auto", target=base, graph=graph)
             called = f"{name}-bundle" if name in list(Impl) else name
             candidates.append(Candidate(name=called, format=name, bundle=folder / name, bundle_impl=impl))
         elif list(formats) == ["all"]:

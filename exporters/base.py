@@ -62,12 +62,19 @@ class Format(NamedTuple):
     machine: tuple[str, ...] = ()
 
 
+_COMPILED = (Impl.TWO_CALL, Impl.PADDED, Impl.PAIRED, Impl.ROWS)
+
 FORMATS = {
     "onnx": Format("diffdeploy.exporters.onnx", ("onnx", "onnxscript")),
     "pt2": Format("diffdeploy.exporters.pt2"),
-    "aoti": Format("diffdeploy.exporters.aoti", compiles=True, machine=("torch", "platform", "isa", "gpu")),
+    "aoti": Format(
+        "diffdeploy.exporters.aoti", impls=_COMPILED, compiles=True, machine=("torch", "platform", "isa", "gpu")
+    ),
     "compile": Format(
-        "diffdeploy.exporters.compile", compiles=True, machine=("torch", "python", "platform", "isa", "gpu")
+        "diffdeploy.exporters.compile",
+        impls=_COMPILED,
+        compiles=True,
+        machine=("torch", "python", "platform", "isa", "gpu"),
     ),
     "flash2": Format(
         "diffdeploy.exporters.flash2", impls=(Impl.FLASH2,), devices=("cuda",), dtypes=("float16", "bfloat16")
@@ -158,7 +165,7 @@ def _exporter(options: ExportOptions) -> _Exporter:
         raise InputError(str(why_not_export(options.format, options.target_device, options.dtype)))
     if reason := why_not_export(options.format, options.target_device, options.dtype):
         raise UnavailableError(reason)
-    impl = resolve_impl(options.impl, target=options.format)
+    impl = resolve_impl(options.impl, target=options.format, graph=options.graph)
     if impl not in row.impls:
         raise InputError(
             f"attention implementation {impl.value!r} is not what format {options.format} ships; "
@@ -305,7 +312,7 @@ def _block(checkpoint: "Checkpoint", weights: dict[str, "Tensor"], options: Expo
     return block_class(checkpoint.config).from_weights(
         checkpoint.config,
         weights,
-        impl=resolve_impl(options.impl, target=options.format),
+        impl=resolve_impl(options.impl, target=options.format, graph=options.graph),
         max_positions=options.max_sequence_length,
         dtype=getattr(torch, options.dtype),
     )
@@ -314,7 +321,7 @@ def _block(checkpoint: "Checkpoint", weights: dict[str, "Tensor"], options: Expo
 def _manifest(
     checkpoint: "Checkpoint", spec: GraphSpec, options: ExportOptions, recorded: dict[str, int | str]
 ) -> Manifest:
-    impl, row = resolve_impl(options.impl, target=options.format), FORMATS[options.format]
+    impl, row = resolve_impl(options.impl, target=options.format, graph=options.graph), FORMATS[options.format]
     bound = {"device": options.target_device} if row.compiles or row.devices == ("cuda",) else {}
     machine = this_machine(options.target_device) if row.compiles else {}
     return Manifest(

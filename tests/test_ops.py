@@ -13,8 +13,19 @@ from diffdeploy.ops import diff_attention
 from diffdeploy.ops.target import traced_for
 from tests import oracles
 
-IMPLEMENTATIONS = ["naive", "chunked", "two_call", "padded", "four_call", "stacked_split", "stacked_wide"]
+IMPLEMENTATIONS = [
+    "naive",
+    "chunked",
+    "two_call",
+    "padded",
+    "four_call",
+    "stacked_split",
+    "stacked_wide",
+    "paired",
+    "rows",
+]
 HEADS = [(4, 4), (4, 2), (4, 1), (6, 2), (6, 3), (3, 1)]
+KEYS = ["streams", "paired", "shared"]
 INFINITY = float("inf")
 
 
@@ -33,6 +44,11 @@ def random_inputs(
     shapes = [(2, 2 * heads, queries, 4), (2, key_heads, keys, 4), (2, kv_heads, keys, value_width)]
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
     return q, k, v
+
+
+def side_by_side(k: Tensor) -> Tensor:
+    """Key heads ``2j`` and ``2j + 1`` as one of twice the width."""
+    return torch.cat((k[:, ::2], k[:, 1::2]), dim=-1)
 
 
 def masks(queries: int, keys: int, heads: int) -> dict[str, Tensor]:
@@ -81,8 +97,11 @@ def check(actual: Tensor, expected: Any) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("layout", ["canonical", "legacy"])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS, ids=str)
-def test_both_key_maps(impl: str, layout: GqaLayout, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("pair", [False, True], ids=["streams", "paired"])
+def test_both_key_maps(impl: str, layout: GqaLayout, heads: int, kv_heads: int, pair: bool) -> None:
     q, k, v = random_inputs(heads, kv_heads, 5, 5)
+    if pair:
+        k = side_by_side(k)
     lam = torch.tensor(0.4, dtype=torch.float64)
     actual = diff_attention(q, k, v, lam, causal=True, gqa_layout=layout, impl=impl)
     bias = bias_of(None, heads, causal=True, window=None, queries=5, keys=5)
@@ -94,10 +113,24 @@ def test_both_key_maps(impl: str, layout: GqaLayout, heads: int, kv_heads: int) 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", masks(5, 5, 4))
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (3, 8), (1, 1), (1, 7)], ids=str)
-def test_masks(impl: str, name: str, causal: bool, queries: int, keys: int) -> None:
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal", "pair"),
+    [
+        (5, 5, True, False),
+        (5, 5, False, True),
+        (3, 8, False, False),
+        (3, 8, True, True),
+        (1, 1, False, False),
+        (1, 1, True, True),
+        (1, 7, True, False),
+        (1, 7, False, True),
+    ],
+    ids=str,
+)
+def test_masks(impl: str, name: str, causal: bool, queries: int, keys: int, pair: bool) -> None:
     q, k, v = random_inputs(4, 2, queries, keys)
+    if pair:
+        k = side_by_side(k)
     mask = masks(queries, keys, 4)[name]
     lam = torch.tensor(0.4, dtype=torch.float64)
     actual = diff_attention(q, k, v, lam, causal=causal, attn_mask=mask, impl=impl)
@@ -106,11 +139,27 @@ def test_masks(impl: str, name: str, causal: bool, queries: int, keys: int) -> N
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("window", [1, 2, 9])
 @pytest.mark.parametrize("name", [None, "left", "additive", "per_head"])
-@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (2, 7), (7, 3)], ids=str)
-def test_sliding_window(impl: str, window: int, name: str | None, queries: int, keys: int) -> None:
+@pytest.mark.parametrize(
+    ("queries", "keys", "window", "pair"),
+    [
+        (6, 6, 1, False),
+        (6, 6, 2, True),
+        (6, 6, 9, False),
+        (2, 7, 1, True),
+        (2, 7, 2, False),
+        (2, 7, 9, True),
+        (7, 3, 1, False),
+        (7, 3, 2, True),
+        (1, 9, 2, True),
+        (1, 9, 9, False),
+    ],
+    ids=str,
+)
+def test_sliding_window(impl: str, window: int, name: str | None, queries: int, keys: int, pair: bool) -> None:
     q, k, v = random_inputs(3, 1, queries, keys)
+    if pair:
+        k = side_by_side(k)
     mask = None if name is None else masks(queries, keys, 3)[name]
     lam = torch.tensor(0.4, dtype=torch.float64)
     actual = diff_attention(q, k, v, lam, causal=True, attn_mask=mask, sliding_window=window, impl=impl)

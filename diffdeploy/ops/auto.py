@@ -1,44 +1,24 @@
-"""What ``auto`` takes: the fastest implementation for the device, dtype and size at hand.
-
-Every rule comes from `python scripts/measure_ops.py` (``--device cuda``); `docs/operator-speed.md` has the figures.
-"""
-
-import torch
-from torch import Tensor
+"""What each deployment format ships for each variant of the graph: implementations for graphs that serve all sizes."""
 
 from diffdeploy.ops.impl import Impl
 
-__all__ = ["FASTEST_IN_FORMAT", "fastest"]
+__all__ = ["shipped_impl"]
 
-# Deployment formats, whose graphs serve all sizes.
-FASTEST_IN_FORMAT = {
-    "onnx": Impl.TWO_CALL,
-    "pt2": Impl.PADDED,
-    "aoti": Impl.PADDED,
-    "compile": Impl.PADDED,
-    "flash2": Impl.FLASH2,
+# Those with two attentions promise two operators. The cached graphs of formats with machine code read their cache once.
+_SHIPPED: dict[str, dict[str, Impl]] = {
+    "onnx": {"plain": Impl.TWO_CALL, "masked": Impl.TWO_CALL, "cached": Impl.PADDED},
+    "pt2": {"plain": Impl.PADDED, "masked": Impl.PADDED, "cached": Impl.PADDED},
+    "aoti": {"plain": Impl.PADDED, "masked": Impl.PADDED, "cached": Impl.ROWS},
+    "compile": {"plain": Impl.PADDED, "masked": Impl.PADDED, "cached": Impl.ROWS},
+    "flash2": {"plain": Impl.FLASH2},
 }
 
-# Of one stream, in elements: as long as they stay in the processor's caches.
-_CACHED_SCORES_FP16 = 2**21
-_SHORTEST_FOR_PRODUCTS = 32
 
-
-def fastest(q_BHSd: Tensor, k_BHTd: Tensor) -> Impl:
-    """The fastest implementation for these tensors.
+def shipped_impl(format_name: str, graph: str) -> Impl:
+    """What a format ships when ``auto`` is asked for.
 
     Args:
-        q_BHSd: queries ``[B, 2h, S, d]``.
-        k_BHTd: keys ``[B, 2 h_kv or h_kv, T, d]``.
+        format_name: a deployment format; of one that is not known, ``auto``.
+        graph: variant of the graph.
     """
-    if q_BHSd.device.type == "cuda":
-        return Impl.STACKED_WIDE
-    if q_BHSd.device.type != "cpu" or torch.compiler.is_compiling():
-        return Impl.PADDED  # sizes may be symbols, and a rule on them would become a guard
-    length = q_BHSd.shape[2]
-    if q_BHSd.dtype == torch.float16:
-        scores = q_BHSd.shape[0] * (q_BHSd.shape[1] // 2) * length * k_BHTd.shape[2]
-        return Impl.STACKED_WIDE if scores < _CACHED_SCORES_FP16 else Impl.PADDED
-    if q_BHSd.requires_grad or length < _SHORTEST_FOR_PRODUCTS:
-        return Impl.PADDED  # whose backward keeps no probabilities
-    return Impl.CHUNKED
+    return _SHIPPED.get(format_name, {}).get(graph, Impl.AUTO)

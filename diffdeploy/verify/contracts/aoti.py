@@ -16,7 +16,7 @@ from diffdeploy.bundle import WEIGHTS, Bundle
 from diffdeploy.config import LAMBDA_VECTORS
 from diffdeploy.errors import IntegrityError
 from diffdeploy.runtime.torch_programs import MODEL
-from diffdeploy.verify.contracts.common import check, declared
+from diffdeploy.verify.contracts.common import attentions, check, declared
 from diffdeploy.verify.report import Check, GraphFacts
 
 __all__ = ["checks", "facts"]
@@ -47,11 +47,11 @@ def facts(bundle: Bundle) -> GraphFacts:
 def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     """See `diffdeploy.verify.contracts.checks`."""
     count, metadata = _attentions(bundle), json.loads(_member(bundle, ".wrapper_metadata.json"))
-    found = f"{count} calls of a fused attention in the source of the package"
+    found, expected = f"{count} calls of a fused attention in the source of the package", attentions(bundle)
     same = metadata.get("weights_sha256") == bundle.manifest.files[WEIGHTS].sha256
     problems = [] if same else ["the metadata name other weights"]
     return [
-        check("attention", [] if count == 2 else [f"{found}; expected 2"], found),
+        check("attention", [] if count == expected else [f"{found}; expected {expected}"], found),
         check("weights", problems + _missing_weights(bundle, weights), "those of weights.safetensors, bit for bit"),
     ]
 

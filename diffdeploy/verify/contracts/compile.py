@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
 from diffdeploy.runtime.compiled import ARTIFACT
-from diffdeploy.verify.contracts.common import check, declared, state_checks
+from diffdeploy.verify.contracts.common import attentions, check, declared, state_checks
 from diffdeploy.verify.report import Check, GraphFacts
 
 __all__ = ["checks", "facts"]
@@ -28,6 +28,6 @@ def facts(bundle: Bundle) -> GraphFacts:
 def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     """See `diffdeploy.verify.contracts.checks`."""
     count = _attentions(bundle)
-    found = f"{count} calls of a fused attention"
-    problems = [] if count == 2 else [f"{found}; expected 2"]
+    found, expected = f"{count} calls of a fused attention", attentions(bundle)
+    problems = [] if count == expected else [f"{found}; expected {expected}"]
     return [check("attention", problems, found), *state_checks(bundle, weights)]

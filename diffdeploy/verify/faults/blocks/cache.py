@@ -9,7 +9,7 @@ from torch import Tensor
 from diffdeploy.modules import KeyValueCache
 from diffdeploy.verify.faults.blocks.entry import faulty
 from diffdeploy.verify.faults.blocks.steps import Steps
-from diffdeploy.verify.faults.conditions import cached, float32, has_rope, version_1
+from diffdeploy.verify.faults.conditions import cached, float32, has_rope, several_kv_heads, version_1
 from diffdeploy.verify.stages import Stage
 
 
@@ -17,56 +17,64 @@ from diffdeploy.verify.stages import Stage
 class CacheNotAppended(Steps):
     """New tokens are zeros in the cache."""
 
-    def append(self, past: KeyValueCache, k_BHSd: Tensor, v_BHSe: Tensor) -> KeyValueCache:
-        return super().append(past, k_BHSd * 0, v_BHSe * 0)
+    def append(self, past: KeyValueCache, new: KeyValueCache) -> KeyValueCache:
+        return super().append(past, (new[0] * 0, new[1] * 0))
 
 
 @faulty(Stage.CACHE, cached)
 class PastComesLast(Steps):
     """New tokens stand before the past."""
 
-    def append(self, past: KeyValueCache, k_BHSd: Tensor, v_BHSe: Tensor) -> KeyValueCache:
-        return torch.cat((k_BHSd, past[0]), dim=2), torch.cat((v_BHSe, past[1]), dim=2)
+    def append(self, past: KeyValueCache, new: KeyValueCache) -> KeyValueCache:
+        return super().append(new, past)
 
 
 @faulty(Stage.CACHE, cached)
 class PastReversed(Steps):
     """The past in reverse order of its tokens."""
 
-    def append(self, past: KeyValueCache, k_BHSd: Tensor, v_BHSe: Tensor) -> KeyValueCache:
-        return super().append((past[0].flip(2), past[1].flip(2)), k_BHSd, v_BHSe)
+    def append(self, past: KeyValueCache, new: KeyValueCache) -> KeyValueCache:
+        return super().append((past[0].flip(2), past[1].flip(2)), new)
 
 
 @faulty(Stage.CACHE, cached, has_rope)
 class CachedBeforeRope(Steps):
     """The keys that are given back are not turned yet."""
 
-    def cache(self, past: KeyValueCache | None, hidden_states: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> KeyValueCache:
-        if past is None:
-            return k_BHTd, v_BHTe
-        keys = self.k_proj(hidden_states).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-        return torch.cat((past[0], keys), dim=2), v_BHTe
+    def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
+        keys = self.k_proj(hidden_states).unflatten(-1, (-1, self.config.key_cache_dim)).transpose(1, 2)
+        return torch.cat((past[0], keys), dim=2), cache[1]
 
 
 @faulty(Stage.CACHE, cached, version_1)
 class CachedStreamsExchanged(Steps):
     """The cache that is given back has signal and noise keys exchanged."""
 
-    def cache(self, past: KeyValueCache | None, hidden_states: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> KeyValueCache:
-        return k_BHTd.reshape(k_BHTd.shape[0], -1, 2, *k_BHTd.shape[2:]).flip(2).flatten(1, 2), v_BHTe
+    def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
+        return cache[0].roll(self.config.head_dim, dims=-1), cache[1]
+
+
+@faulty(Stage.CACHE, cached, version_1, several_kv_heads)
+class CachedPairsOfHeads(Steps):
+    """The cache that is given back holds the same stream of two heads side by side."""
+
+    def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
+        keys = cache[0].unflatten(-1, (2, -1))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        pairs = keys.permute(0, 3, 1, 2, 4).flatten(1, 2).unflatten(1, (-1, 2))
+        return pairs.transpose(2, 3).flatten(3), cache[1]
 
 
 @faulty(Stage.CACHE, cached)
 class CachedHalvesExchanged(Steps):
     """The cache that is given back has the wrong half of the values first."""
 
-    def cache(self, past: KeyValueCache | None, hidden_states: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> KeyValueCache:
-        return k_BHTd, v_BHTe.roll(v_BHTe.shape[-1] // 2, dims=-1)
+    def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
+        return cache[0], cache[1].roll(cache[1].shape[-1] // 2, dims=-1)
 
 
 @faulty(Stage.CACHE, cached, float32)
 class CachedInHalfPrecision(Steps):
     """The values that are given back went through float16."""
 
-    def cache(self, past: KeyValueCache | None, hidden_states: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> KeyValueCache:
-        return k_BHTd, v_BHTe.half().to(v_BHTe.dtype)
+    def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
+        return cache[0], cache[1].half().to(cache[1].dtype)
