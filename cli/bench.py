@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from diffdeploy.cli import console
-from diffdeploy.cli.bench_setup import Request, names, numbers, prepare
 from diffdeploy.cli.bench_view import json_fields, print_bench, print_changes
-from diffdeploy.cli.options import AsJson
+from diffdeploy.cli.shared_options import AsJson
 from diffdeploy.errors import DiffDeployError, InputError, VerificationError
 
 if TYPE_CHECKING:
@@ -109,12 +108,15 @@ def bench(
     All candidates take turns, round by round; memory is measured in a process of its own for each.
     """
     outputs = Outputs(as_json=as_json, csv=csv, plot=plot, save=save, compare=compare)
-    request = Request(
+    with console.activity("loading torch"):
+        from diffdeploy.bench.request import BenchRequest, prepare
+
+    request = BenchRequest(
         sources=tuple(sources or ()),
-        impl=names(impl),
-        format=None if format_names is None else names(format_names),
-        seq=None if seq is None else numbers("--seq", seq),
-        batch=numbers("--batch", batch),
+        impl=_names(impl),
+        format=None if format_names is None else _names(format_names),
+        seq=None if seq is None else _numbers("--seq", seq),
+        batch=_numbers("--batch", batch),
         embed_dim=embed_dim,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -133,9 +135,9 @@ def bench(
         gqa_layout=gqa_layout,
     )
     old = outputs.check()
-    with console.activity("loading torch") as activity, prepare(request, activity.stage) as run:
+    with console.activity("loading torch") as activity, prepare(request, activity.phase, console.note) as run:
         if old is not None:
-            from diffdeploy.bench.compare import require_comparable
+            from diffdeploy.bench.changes import require_comparable
 
             require_comparable(old, run.plan, run.block)
         failure = _measure(run, activity)
@@ -145,10 +147,10 @@ def bench(
     outputs.write(report, old)
     if isinstance(failure, KeyboardInterrupt):
         console.fail("interrupted; what had been measured until then is above")
-        return console.Reported(console.INTERRUPTED)
+        raise console.Ended(console.INTERRUPTED)
     if failure is not None:
         console.fail(str(failure))
-        return console.Reported(failure.exit_code)
+        raise console.Ended(failure.exit_code)
     wrong = [row for row in report.results if row.status == "wrong"]
     if wrong:
         first = wrong[0]
@@ -156,11 +158,28 @@ def bench(
     return VerificationError.exit_code if wrong else 0
 
 
+def _numbers(option: str, text: str) -> list[int]:
+    """Positive integers with commas between them.
+
+    Raises:
+        InputError: anything else.
+    """
+    parts = _names(text)
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"{option} is {text!r}; accepted are positive integers with commas between them")
+    return [int(part) for part in parts]
+
+
+def _names(text: str) -> list[str]:
+    """Names with commas between them."""
+    return [part.strip() for part in text.split(",")]
+
+
 def _measure(run: "Bench", activity: console.Activity) -> KeyboardInterrupt | DiffDeployError | None:
     """Run to the end, or to what ended it, so that what was measured by then is not lost."""
 
     def progress(text: str, seconds_left: float | None) -> None:
-        activity.stage(text if seconds_left is None else f"{text}; about {_duration(seconds_left)} left")
+        activity.phase(text if seconds_left is None else f"{text}; about {_duration(seconds_left)} left")
 
     try:
         run.measure(progress)
@@ -209,7 +228,7 @@ class Outputs:
 
     def write(self, report: "BenchReport", old: "BenchReport | None") -> None:
         """Write and print everything, files first."""
-        from diffdeploy.bench import compare
+        from diffdeploy.bench import changes_since
 
         if self.save is not None:
             self.save.write_text(json.dumps(report.fields(), indent=2, allow_nan=False) + "\n")
@@ -219,7 +238,7 @@ class Outputs:
             from diffdeploy.bench.plot import plot
 
             plot(report, self.plot)
-        changes = None if old is None else compare(old, report)
+        changes = None if old is None else changes_since(old, report)
         if self.as_json:
             console.print_json(json_fields(report, changes))
             return

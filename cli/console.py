@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from diffdeploy.locate import Finding
+    from diffdeploy.selftest import FaultResult
     from diffdeploy.verify import CaseReport, OutputReport, Report
-    from diffdeploy.verify.faults import FaultResult
-    from diffdeploy.verify.stages import Finding
 
 __all__ = [
     "INTERRUPTED",
     "Activity",
-    "Reported",
+    "Ended",
     "activity",
     "fail",
     "note",
@@ -38,8 +38,17 @@ __all__ = [
 INTERRUPTED = 130
 
 
-class Reported(int):
-    """The exit code of a command that has said by itself why it is not 0."""
+class Ended(Exception):  # noqa: N818 - how a command ends is no error by itself
+    """Ends a command with an exit code.
+
+    Args:
+        code: exit code.
+        message: the one sentence that is still to be said; ``None`` where the command has said all.
+    """
+
+    def __init__(self, code: int, message: str | None = None) -> None:
+        super().__init__(code)
+        self.code, self.message = code, message
 
 
 def _stderr() -> "Console":
@@ -82,14 +91,14 @@ _UNLIMITED = 10_000
 
 
 class Activity:
-    """What goes on now, shown on a terminal as one line that changes; `stage` and `progress` are its callbacks."""
+    """What goes on now, shown on a terminal as one line that changes; `phase` and `progress` are its callbacks."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
         self._began = 0.0
 
-    def stage(self, text: str) -> None:
-        """A stage begins."""
+    def phase(self, text: str) -> None:
+        """A phase of the work begins."""
         self._show(text)
 
     def progress(self, done: int, total: int, name: str) -> None:

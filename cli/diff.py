@@ -10,7 +10,7 @@ import typer
 from diffdeploy.cli import console
 
 if TYPE_CHECKING:
-    from diffdeploy.verify.compare import Change
+    from diffdeploy.verify.differences import Difference
 
 __all__ = ["diff"]
 
@@ -29,9 +29,9 @@ def diff(
 
     Exits with 0 whether something changed or not: no difference is an error by itself.
     """
-    from diffdeploy.verify.compare import compare, read_subject
+    from diffdeploy.verify.differences import differences, read_described
 
-    changes = compare(read_subject(one), read_subject(other))
+    changes = differences(read_described(one), read_described(other))
     if as_json:
         fields = {"a": str(one), "b": str(other), "same": not changes, "changes": [asdict(c) for c in changes]}
         console.print_json(fields)
@@ -42,7 +42,7 @@ def diff(
     return 0
 
 
-def _rows(changes: "Sequence[Change]") -> list[tuple[str, str]]:
+def _rows(changes: "Sequence[Difference]") -> list[tuple[str, str]]:
     rows = [(f"{c.section} {c.name}", f"{_short(c.before)} -> {_short(c.after)}") for c in changes if not _is_figure(c)]
     figures = [change for change in changes if _is_figure(change)]
     both = [change for change in figures if change.before is not None and change.after is not None]
@@ -57,11 +57,11 @@ def _rows(changes: "Sequence[Change]") -> list[tuple[str, str]]:
     return rows
 
 
-def _is_figure(change: "Change") -> bool:
+def _is_figure(change: "Difference") -> bool:
     return change.section == "figures"
 
 
-def _moved(change: "Change") -> bool:
+def _moved(change: "Difference") -> bool:
     before, after = change.before["budget_used"], change.after["budget_used"]
     return before is None or after is None or abs(before - after) >= _SHOWN
 

@@ -4,55 +4,64 @@ import os
 import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, get_args
 
 from diffdeploy import __version__
 from diffdeploy.cli import console
-from diffdeploy.cli.options import AsJson
+from diffdeploy.cli.shared_options import AsJson
 
 if TYPE_CHECKING:
+    from diffdeploy.formats import Device, Format
     from diffdeploy.graphs import DType
 
 __all__ = ["env"]
 
-_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "flash-attn", "safetensors", "numpy")
-
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return versions
+    """Version of each package that results depend on; ``None`` where it is not installed."""
+    from diffdeploy.formats import distributions
+    from diffdeploy.versions import installed_versions
+
+    names = (*distributions(), "safetensors")
+    installed = installed_versions(names)
+    return {name: installed.get(name) for name in names}
 
 
-def _abilities(format_name: str, device: str, dtype: "DType") -> dict[str, Any]:
+def _abilities(found: "Format", device: "Device", dtype: "DType") -> dict[str, Any]:
     """What can be done with a format on a device in a dtype, and the first reason why something cannot."""
-    from diffdeploy.exporters import why_not_export
-    from diffdeploy.runtime import why_not_run
-
-    no_export, no_run = why_not_export(format_name, device, dtype), why_not_run(format_name, device, dtype)
-    by_reference = format_name == "onnx" and why_not_run(format_name, device, dtype, reference=True) is None
+    no_export, no_run = found.why_not_export(device, dtype), found.why_not_run(device, dtype)
     return {
-        "format": format_name,
+        "format": found.name,
         "device": device,
         "dtype": dtype,
         "export": no_export is None,
         "run": no_run is None,
-        "verify": no_run is None or by_reference,
+        "verify": no_run is None or _can_verify_by_reference(found, device, dtype),
         "why_not": no_export or no_run,
     }
 
 
+def _can_verify_by_reference(found: "Format", device: "Device", dtype: "DType") -> bool:
+    from diffdeploy.errors import InputError
+    from diffdeploy.formats import ExportOptions
+
+    try:
+        found.check_options(ExportOptions(format=found.name, device=device, dtype=dtype, reference=True))
+    except InputError:
+        return False
+    return found.why_not_run(device, dtype, reference=True) is None
+
+
 def _matrix() -> list[dict[str, Any]]:
-    from diffdeploy.exporters.base import FORMATS
+    from diffdeploy.formats import Device, formats
     from diffdeploy.graphs import DType
 
     return [
-        _abilities(name, device, dtype) for name in FORMATS for device in ("cpu", "cuda") for dtype in get_args(DType)
+        _abilities(found, device, dtype)
+        for found in formats().values()
+        for device in get_args(Device)
+        for dtype in get_args(DType)
     ]
 
 
@@ -78,13 +87,19 @@ def _matrix_rows(matrix: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [(name, device, ", ".join(dtypes), able, why) for (name, device, able, why), dtypes in grouped.items()]
 
 
+def _torch() -> tuple[int | None, str | None]:
+    """Threads that torch uses, and its CUDA device; ``None`` where there is no torch, or no device."""
+    if find_spec("torch") is None:
+        return None, None
+    import torch
+
+    return torch.get_num_threads(), torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 def env(as_json: AsJson = False) -> int:
     """Say what this machine can export, run and verify, and why not the rest."""
     with console.activity("looking around"):
-        import torch
-
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        threads = torch.get_num_threads()
+        threads, device = _torch()
         matrix = _matrix()
     versions = _versions()
     compiler = shutil.which(os.environ.get("CXX", "g++"))
@@ -109,7 +124,11 @@ def env(as_json: AsJson = False) -> int:
         ("diffdeploy", __version__),
         ("python", f"{platform.python_version()} ({sys.executable})"),
         ("platform", platform.platform()),
-        ("cpu", f"{platform.machine()}, {os.cpu_count()} cores, torch uses {threads} threads"),
+        (
+            "cpu",
+            f"{platform.machine()}, {os.cpu_count()} cores, "
+            + ("torch is not installed" if threads is None else f"torch uses {threads} threads"),
+        ),
         ("cuda", device or "no device that torch can use"),
         ("C++ compiler", compiler or "none found"),
         *((name, found or "not installed") for name, found in versions.items()),

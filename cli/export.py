@@ -7,10 +7,22 @@ import typer
 
 from diffdeploy.cli import console
 from diffdeploy.cli.all_formats import export_formats
-from diffdeploy.cli.jobs import Job, export_all
+from diffdeploy.cli.export_job import Job, export_all
 from diffdeploy.errors import InputError
+from diffdeploy.formats import format_names
 
 __all__ = ["export"]
+
+
+_ALL = "all"
+
+
+def _known_format(name: str) -> str:
+    """Refuse a format that is not known before anything is loaded."""
+    accepted = (*format_names(), _ALL)
+    if name not in accepted:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, accepted))}.")
+    return name
 
 
 def export(
@@ -19,7 +31,13 @@ def export(
         typer.Argument(help=".safetensors or .pt file, or a directory with one.", show_default="the bundled sample"),
     ] = None,
     format_name: Annotated[
-        Literal["onnx", "pt2", "aoti", "compile", "flash2", "all"], typer.Option("--format", help="Deployment format.")
+        str,
+        typer.Option(
+            "--format",
+            help="Deployment format.",
+            metavar=f"[{'|'.join((*format_names(), _ALL))}]",
+            callback=_known_format,
+        ),
     ] = "onnx",
     output: Annotated[
         Path | None,
@@ -62,11 +80,13 @@ def export(
         typer.Option(help="ONNX operator set, 18 to 24; Attention nodes from 23 on.", show_default="23 for onnx"),
     ] = None,
     onnx_flavor: Annotated[
-        Literal["standard", "ort"] | None,
-        typer.Option(help="ONNX operators: of the standard, or onnxruntime's fastest.", show_default="standard"),
+        str | None,
+        typer.Option(
+            help="ONNX operators: standard, or ort, those that onnxruntime runs fastest.", show_default="standard"
+        ),
     ] = None,
     attention_impl: Annotated[
-        Literal["auto", "two_call", "padded", "naive"], typer.Option(help="How the two attentions are written.")
+        str, typer.Option(help="How the two attentions are written: an implementation that the format ships, or auto.")
     ] = "auto",
     runtime: Annotated[
         Literal["native", "reference"], typer.Option(help="Verify ONNX with onnx.reference: slow, every dtype.")
@@ -85,12 +105,12 @@ def export(
     with console.activity("loading torch"):
         from diffdeploy.checkpoints import CheckpointOptions
         from diffdeploy.checkpoints.files import SAMPLE
-        from diffdeploy.exporters import ExportOptions
+        from diffdeploy.formats import ExportOptions
 
     if checkpoint is None:
         checkpoint, layer = SAMPLE, layer or "0"
     reading = CheckpointOptions(
-        layout=None if layout == "auto" else layout,
+        layout=layout,
         layer=None if layer in (None, "all") else _layer_number(layer),
         depth=depth,
         rope=rope,

@@ -63,7 +63,7 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
     return [
         ("bundle", str(bundle.path)),
         ("format", manifest.format + (", verified when it was made" if manifest.verified else ", NOT verified")),
-        ("options", ", ".join(f"{name} {value}" for name, value in manifest.options.items())),
+        ("options", ", ".join(f"{name} {value}" for name, value in manifest.options.model_dump().items())),
         ("graph", manifest.graph.variant),
         ("inputs", tensors(manifest.graph.inputs)),
         ("outputs", tensors(manifest.graph.outputs)),
@@ -113,4 +113,5 @@ def _block_rows(block: "BlockSummary", version: int) -> list[tuple[str, str]]:
         ("gqa layout", known(block.gqa_layout, "--gqa-layout")),
         *([] if version == 2 else lambdas),
         ("weights", f"{block.num_parameters:,} in {block.dtype}, {block.num_bytes:,} bytes"),
+        *([("unread", ", ".join(block.unread) + ", which keep it from being exported")] if block.unread else []),
     ]

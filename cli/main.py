@@ -3,9 +3,10 @@
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -19,9 +20,12 @@ from diffdeploy.cli.export import export
 from diffdeploy.cli.inspect import inspect
 from diffdeploy.cli.run import run as run_bundle
 from diffdeploy.cli.verify import verify
-from diffdeploy.errors import DiffDeployError, UnavailableError
+from diffdeploy.errors import DiffDeployError, InputError, UnavailableError
 
 __all__ = ["app", "main", "run"]
+
+# Packages that not every installation has, and the extra that brings each.
+_EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "onnxruntime": "cpu", "matplotlib": "plot"}
 
 app = typer.Typer(
     help="Package trained differential attention for deployment, and prove that the package is right.",
@@ -50,8 +54,21 @@ def _root(
     pass
 
 
+def _ended_by_interrupts(command: Callable[..., int]) -> Callable[..., int]:
+    """The command, whose interrupt ends it with one sentence; typer would turn it into an exit code without a word."""
+
+    @wraps(command)
+    def run_command(*arguments: Any, **options: Any) -> int:
+        try:
+            return command(*arguments, **options)
+        except KeyboardInterrupt as interrupt:
+            raise console.Ended(console.INTERRUPTED, "interrupted; nothing was kept") from interrupt
+
+    return run_command
+
+
 for command in (export, verify, diff, run_bundle, inspect, bench, env):
-    app.command(command.__name__, no_args_is_help=False)(command)
+    app.command(command.__name__, no_args_is_help=False)(_ended_by_interrupts(command))
 
 
 def _terminated(_signal: int, _frame: FrameType | None) -> None:
@@ -83,6 +100,8 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     as_json = "--json" in arguments
     try:
         code = app(arguments, standalone_mode=False, prog_name="diffdeploy")
+    except console.Ended as end:
+        return end.code if end.message is None else _report(end.message, end.code, as_json)
     except (KeyboardInterrupt, typer.Abort):
         return _report("interrupted; nothing was kept", console.INTERRUPTED, as_json)
     except BrokenPipeError:
@@ -92,20 +111,23 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         if not error.format_message():  # the help was asked for by giving nothing
             return error.exit_code
         message = error.format_message().rstrip(".").replace("Value error, ", "")
-        return _report(f"{message}; see diffdeploy --help", 2, as_json)
+        return _report(f"{message}; see diffdeploy --help", InputError.exit_code, as_json)
     except MemoryError:
         return _report("not enough memory; use a smaller --max-sequence-length", UnavailableError.exit_code, as_json)
+    except DiffDeployError as error:
+        if debug:
+            raise
+        return _report(str(error), error.exit_code, as_json)
+    except ModuleNotFoundError as error:
+        if debug or error.name not in _EXTRAS:
+            raise
+        message = f"{error.name} is not installed; pip install 'diffdeploy[{_EXTRAS[error.name]}]'"
+        return _report(message, UnavailableError.exit_code, as_json)
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, DiffDeployError):
-            return _report(str(error), error.exit_code, as_json)
         kind = type(error).__name__
         return _report(f"unexpected {kind}: {error}; --debug shows where", DiffDeployError.exit_code, as_json)
-    if isinstance(code, console.Reported):
-        return code
-    if code == console.INTERRUPTED:  # typer turns an interrupt of a command into this code
-        return _report("interrupted; nothing was kept", console.INTERRUPTED, as_json)
     return code if isinstance(code, int) else 0
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffdeploy.cli import console
-from diffdeploy.cli.options import AsJson, Device, Recompile, RuntimeName, Threads
+from diffdeploy.cli.shared_options import AsJson, Device, Recompile, RuntimeName, Threads
 
 if TYPE_CHECKING:
     from diffdeploy.arrays import Array
@@ -28,7 +28,7 @@ def run(
     as_json: AsJson = False,
 ) -> int:
     """Run a bundle once on inputs from a file, and write its outputs to a file."""
-    from diffdeploy.array_files import check_target, read_arrays, write_arrays
+    from diffdeploy.files import check_target, read_arrays, write_arrays
 
     check_target(outputs, force=force)
     with console.activity("opening the bundle") as activity:
@@ -38,7 +38,7 @@ def run(
         with load(
             bundle, device=device, threads=threads, reference=runtime == "reference", recompile=recompile
         ) as loaded:
-            activity.stage("running")
+            activity.phase("running")
             results = loaded(**arrays)
             backend = loaded.description
         write_arrays(outputs, results)

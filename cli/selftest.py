@@ -7,7 +7,7 @@ from diffdeploy.cli import console
 from diffdeploy.errors import VerificationError
 
 if TYPE_CHECKING:
-    from diffdeploy.runtime import RunOptions
+    from diffdeploy.formats import RunOptions
 
 __all__ = ["run_self_test"]
 
@@ -21,19 +21,10 @@ def run_self_test(bundle: Path, run_options: "RunOptions", *, as_json: bool) -> 
     Raises:
         DiffDeployError: no bundle there, or one that fails without any fault.
     """
-    from diffdeploy.bundle import open_bundle
-    from diffdeploy.exporters.again import lower_again, why_not_again
-    from diffdeploy.verify.faults import self_test
+    from diffdeploy.selftest import self_test
 
-    why_not = why_not_again(open_bundle(bundle).manifest)
     with console.activity("verifying the bundle as it is") as activity:
-        result = self_test(
-            bundle,
-            lower=None if why_not else lower_again,
-            why_no_lower=why_not or "",
-            run_options=run_options,
-            progress=activity.trial,
-        )
+        result = self_test(bundle, run_options=run_options, progress=activity.trial)
     console.print_faults(result.faults)
     for reason in dict.fromkeys(skipped.reason for skipped in result.skipped):
         names = [skipped.name for skipped in result.skipped if skipped.reason == reason]

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffdeploy.cli import console
-from diffdeploy.cli.options import AsJson, Device, Recompile, RuntimeName
-from diffdeploy.cli.results import finish
+from diffdeploy.cli.report_output import finish
+from diffdeploy.cli.shared_options import AsJson, Device, Recompile, RuntimeName
 from diffdeploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def verify(
         _refuse("--self-test", "verifies copies with faults in them", {**sweep, **others})
         return _self_test(bundle, device, runtime, recompile=recompile, as_json=as_json)
     with console.activity("opening the bundle") as activity:
-        from diffdeploy.runtime import RunOptions
+        from diffdeploy.formats import RunOptions
         from diffdeploy.verify import verify_bundle, verify_golden
 
         run_options = RunOptions(device=device, reference=runtime == "reference", recompile=recompile)
@@ -106,14 +106,14 @@ def verify(
                 run_options=run_options,
             )
         if checkpoint is not None:
-            activity.stage("reading the checkpoint")
+            activity.phase("reading the checkpoint")
             report = report.with_check(_origin(bundle, checkpoint))
     return _end(report, bundle, save_report, as_json=as_json, warn_only=warn_only)
 
 
 def _self_test(bundle: Path, device: str | None, runtime: str, *, recompile: bool, as_json: bool) -> int:
     from diffdeploy.cli.selftest import run_self_test
-    from diffdeploy.runtime import RunOptions
+    from diffdeploy.formats import RunOptions
 
     options = RunOptions(device=device, reference=runtime == "reference", recompile=recompile)
     return run_self_test(bundle, options, as_json=as_json)
@@ -134,9 +134,9 @@ def _refuse(option: str, why: str, others: "Mapping[str, object]") -> None:
 
 
 def _origin(bundle: Path, checkpoint: Path) -> "Check":
-    from diffdeploy.exporters.origin import check_origin
+    from diffdeploy.verify.checkpoint_match import matches_checkpoint
 
-    return check_origin(bundle, checkpoint)
+    return matches_checkpoint(bundle, checkpoint)
 
 
 def _selection(cases: str | None) -> "Selection | None":

@@ -187,9 +187,9 @@ def _rename(state: dict[str, Any], prefix: str, old: str, new: str) -> None:
         state[f"{prefix}{new}.{key.removeprefix(f'{prefix}{old}.')}"] = state.pop(key)
 
 
-def _name_as_original(module: Any, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+def _name_as_original(_module: Any, state: dict[str, Any], prefix: str, _local_metadata: Any) -> None:
     _rename(state, prefix, "out_proj", "o_proj")
 
 
-def _name_as_here(module: Any, state: dict[str, Any], prefix: str, *others: Any) -> None:
+def _name_as_here(_module: Any, state: dict[str, Any], prefix: str, *_others: Any) -> None:
     _rename(state, prefix, "o_proj", "out_proj")

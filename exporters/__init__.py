@@ -1,5 +1,6 @@
-"""Exporters: one module per deployment format, and the life of an export that is the same for all of them."""
+"""Exporters: the life of an export, the same for every format, and one module per format that lowers."""
 
-from diffdeploy.exporters.base import FORMATS, Export, ExportOptions, export_bundle, why_not_export
+from diffdeploy.exporters.export import Export, export_bundle, lower_block
+from diffdeploy.formats import ExportOptions
 
-__all__ = ["FORMATS", "Export", "ExportOptions", "export_bundle", "why_not_export"]
+__all__ = ["Export", "ExportOptions", "export_bundle", "lower_block"]

@@ -1,23 +1,19 @@
 """``torch.compile``: inductor's artifact and its kernels, for a warm start with the same torch on the same hardware."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diffdeploy.errors import ExportError
-from diffdeploy.exporters.tracing import check, trace
+from diffdeploy.exporters.tracing import trace
+from diffdeploy.formats.compile.backend import ARTIFACT, KERNELS, state_tensors
+from diffdeploy.formats.compile.kernels import recorded
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.modules import AttentionBlock
-from diffdeploy.runtime.compiled import ARTIFACT, KERNELS, state_tensors
-from diffdeploy.runtime.kernels import recorded
 
-if TYPE_CHECKING:
-    from diffdeploy.exporters.base import ExportOptions
-
-__all__ = ["check", "lower"]
+__all__ = ["lower"]
 
 
-def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "ExportOptions") -> dict[str, int | str]:
-    """Write ``model.inductor`` and the folder ``kernels``; `diffdeploy.runtime.compiled` loads them.
+def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, device: str) -> None:
+    """Write ``model.inductor`` and the folder ``kernels``; `diffdeploy.formats.compile.backend` loads them.
 
     The weights are arguments of the artifact, and stay in ``weights.safetensors``.
 
@@ -26,8 +22,9 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "Exp
     """
     from torch._inductor import standalone_compile
 
-    program = trace(block, spec, options.target_device)
+    program = trace(block, spec, device)
     signature = program.graph_signature
+    # Inductor's artifact takes what the trace lifted, in this order; the backend passes the block's own state.
     lifted = [*signature.parameters, *signature.buffers, *signature.lifted_tensor_constants]
     if len(lifted) != len(state_tensors(block)):
         raise ExportError(f"the traced graph takes {', '.join(lifted)}, which is not the state of the block")
@@ -38,4 +35,3 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "Exp
     with recorded(directory / KERNELS):
         artifact = standalone_compile(program.graph_module, arguments, dynamic_shapes="from_graph")
     artifact.save(path=str(directory / ARTIFACT), format="binary")
-    return {}

@@ -11,74 +11,47 @@ from diffdeploy.config import AnyConfig
 from diffdeploy.errors import ExportError, InputError
 from diffdeploy.exporters.onnx_ort import OrtGraphModule
 from diffdeploy.exporters.tracing import GraphModule, example
+from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL, ORT
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.modules import AttentionBlock
 
 if TYPE_CHECKING:
     import onnx_ir
 
-    from diffdeploy.exporters.base import ExportOptions
-
-__all__ = ["DEFAULT_OPSET", "EXTERNAL_DATA", "MODEL", "OPSETS", "check", "lower"]
-
-MODEL = "model.onnx"
-EXTERNAL_DATA = "model.onnx.data"
-OPSETS = range(18, 25)
-DEFAULT_OPSET = 23
+__all__ = ["lower"]
 
 # A protobuf message ends at 2 GiB; the rest of the graph needs far less than the difference.
 _MAX_INLINE_BYTES = 2_000_000_000
 
 
-def check(options: "ExportOptions") -> None:
-    """Refuse options that ONNX does not have.
-
-    Raises:
-        InputError: the opset is outside 18 to 24, or something that the operators of a flavor do not have.
-    """
-    if options.onnx_flavor == "ort":
-        _check_ort(options)
-    if options.opset is not None and options.opset not in OPSETS:
-        raise InputError(f"opset is {options.opset}; accepted is {OPSETS.start} to {OPSETS.stop - 1}")
-
-
-def _check_ort(options: "ExportOptions") -> None:
-    if options.graph == "cached":
-        raise InputError("graph is cached, which the flavor ort does not have; leave --onnx-flavor out")
-    if options.reference:
-        raise InputError("the reference runtime interprets standard operators alone; leave --onnx-flavor out")
-
-
-def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, options: "ExportOptions") -> dict[str, int | str]:
+def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, *, opset: int, flavor: str) -> None:
     """Write ``model.onnx`` into ``directory``; weights above 2 GB go to ``model.onnx.data`` beside it.
 
     Args:
         block: frozen block in the dtype of the graph.
         spec: interface of the graph.
         directory: existing directory.
-        options: the opset; from 23 on the attentions are ``Attention`` nodes, below they are decomposed.
-
-    Returns:
-        What the manifest records.
+        opset: operator set; from 23 on the attentions are ``Attention`` nodes, below they are decomposed.
+        flavor: ``standard`` or ``ort``.
 
     Raises:
+        InputError: a block that the operators of the flavor cannot compute.
         ExportError: the block could not be lowered.
     """
-    opset = DEFAULT_OPSET if options.opset is None else options.opset
-    flavor = options.onnx_flavor or "standard"
-    if flavor == "ort":
+    if flavor == ORT:
         _require_ort(block.config)
-    graph = GraphModule(block, spec) if flavor == "standard" else OrtGraphModule(block, spec)
+    # A module of its own: which operators are written is decided while the block is traced.
+    graph = OrtGraphModule(block, spec) if flavor == ORT else GraphModule(block, spec)
     program = _export(graph.eval(), spec, opset, block.q_proj.weight.dtype)
     _name_axes(program, spec)
     _strip_metadata(program)
     _save(program, directory)
-    return {"opset": opset, "flavor": flavor}
 
 
 def _require_ort(config: AnyConfig) -> None:
     if not config.causal:
         raise InputError("onnxruntime's GroupQueryAttention is causal, and this block is not; leave --onnx-flavor out")
+    # Queries and keys are padded to the width of the values, so that is the one that counts.
     if config.value_dim % 8:
         raise InputError(
             "onnxruntime's GroupQueryAttention takes widths that are multiples of 8, and the values of this block have "
@@ -89,12 +62,14 @@ def _require_ort(config: AnyConfig) -> None:
 def _save(model: "onnx_ir.Model", directory: Path) -> None:
     import onnx_ir
 
+    # The weights alone: they are known before anything is written, and a protobuf that is too large fails half-way.
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     onnx_ir.save(model, directory / MODEL, external_data=EXTERNAL_DATA if size > _MAX_INLINE_BYTES else None)
 
 
 def _export(graph: nn.Module, spec: GraphSpec, opset: int, dtype: torch.dtype) -> "onnx_ir.Model":
     tensors, dynamic = example(spec, dtype)
+    # At each export it warns of the operators that it skips because torchvision is not installed.
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -122,6 +97,7 @@ def _name_axes(model: "onnx_ir.Model", spec: GraphSpec) -> None:
 
     for value in (*model.graph.inputs, *model.graph.outputs):
         tensor = spec.inputs.get(str(value.name)) or spec.outputs[str(value.name)]
+        # torch names a length that is a sum `sequence_length + past_sequence_length`.
         value.shape = onnx_ir.Shape(tensor.shape)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdeploy.config import AnyConfig
+from diffdeploy.formats.onnx.names import ORT_ATTENTION, ORT_DOMAIN
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.modules import AttentionBlock
 from diffdeploy.modules.rotary import rotate
@@ -18,7 +19,7 @@ from diffdeploy.ops.masks import visibility
 
 __all__ = ["OrtGraphModule"]
 
-_OPERATOR = "com.microsoft::GroupQueryAttention"
+_OPERATOR = f"{ORT_DOMAIN}::{ORT_ATTENTION}"
 
 
 class OrtGraphModule(nn.Module):

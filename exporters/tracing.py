@@ -1,32 +1,15 @@
 """Tracing a block into the graph that a `GraphSpec` declares; shared by the exporters that start from torch.export."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffdeploy.errors import InputError
 from diffdeploy.graphs import GraphSpec, run_block
 from diffdeploy.modules import AttentionBlock
 from diffdeploy.ops.target import traced_for
 
-if TYPE_CHECKING:
-    from diffdeploy.exporters.base import ExportOptions
-
-__all__ = ["GraphModule", "check", "example", "trace"]
-
-
-def check(options: "ExportOptions") -> None:
-    """Refuse options that only ONNX has.
-
-    Raises:
-        InputError: one was given.
-    """
-    for name, given in (("opset", options.opset), ("onnx flavor", options.onnx_flavor)):
-        if given is not None:
-            raise InputError(f"{name} is {given}, which format {options.format} does not have; leave it out")
-    if options.reference:
-        raise InputError(f"the reference runtime interprets ONNX, and format {options.format} is another")
+__all__ = ["GraphModule", "example", "trace"]
 
 
 class GraphModule(nn.Module):
@@ -77,6 +60,7 @@ def trace(block: AttentionBlock, spec: GraphSpec, device: str = "cpu") -> torch.
     from torch.utils._sympy.value_ranges import ValueRanges
 
     tensors, dynamic = example(spec, block.q_proj.weight.dtype)
+    # Implementations ask where they will run, and would find the CPU that they are traced on.
     with traced_for(device):
         program = torch.export.export(GraphModule(block, spec), tensors, dynamic_shapes=(dynamic,))
     for expression in program.range_constraints:
@@ -86,5 +70,6 @@ def trace(block: AttentionBlock, spec: GraphSpec, device: str = "cpu") -> torch.
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
+                # They hold the paths of this machine's files.
                 node.meta.pop("stack_trace", None)
     return program if device == "cpu" else move_to_device_pass(program, f"{device}:{torch.cuda.current_device()}")

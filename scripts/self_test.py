@@ -12,12 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from diffdeploy.bundle import open_bundle
 from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.exporters import ExportOptions, export_bundle
-from diffdeploy.exporters.again import lower_again, why_not_again
-from diffdeploy.verify.faults import FAULTS, FaultResult, SelfTest, self_test
+from diffdeploy.formats import export_targets
+from diffdeploy.selftest import FaultResult, SelfTest, all_faults, self_test
 
 INTRODUCTION = """# Faults that the verification is tried with
 
@@ -35,21 +34,20 @@ compilation; `make slow` puts those into `aoti`, too.
 def run(format_name: str, folder: Path) -> tuple[SelfTest, float]:
     """Export the sample, test the verification with it, and say how long that took."""
     path = folder / format_name
-    name, _, flavor = format_name.partition("-")
+    target = export_targets()[format_name]
+    # A flavor that is not the usual one has no cache.
+    is_usual = target.name == target.format.name
     options = ExportOptions(
-        format=name,
-        onnx_flavor="ort" if flavor else None,
-        graph="masked" if flavor else "cached",
+        format=target.format.name,
+        onnx_flavor=target.flavor,
+        graph="cached" if is_usual else "masked",
         max_batch_size=4,
         max_sequence_length=70,
     )
     export_bundle(read_checkpoint(SAMPLE, CheckpointOptions(layer=1)), path, options)
     start = time.monotonic()
-    why_not = why_not_again(open_bundle(path).manifest)
     result = self_test(
         path,
-        lower=None if why_not else lower_again,
-        why_no_lower=why_not or "",
         progress=lambda done, total, name: print(f"{format_name} {done + 1}/{total} {name}", flush=True),
     )
     return result, time.monotonic() - start
@@ -78,13 +76,13 @@ def page(tests: dict[str, tuple[SelfTest, float]]) -> str:
     found = {name: {fault.name: fault for fault in test.faults} for name, (test, _) in tests.items()}
     lines += ["", f"| fault | in | what is wrong | stage | {' | '.join(f'`{name}`' for name in tests)} |"]
     lines.append("|---" * (4 + len(tests)) + "|")
-    for fault in FAULTS:
+    for fault in all_faults():
         cells = [cell(found[name].get(fault.name)) for name in tests]
         if any(cells):
             lines.append(
                 f"| `{fault.name}` | {fault.place} | {fault.breaks} | {fault.stage or ''} | {' | '.join(cells)} |"
             )
-    others = [fault.name for fault in FAULTS if not any(fault.name in faults for faults in found.values())]
+    others = [fault.name for fault in all_faults() if not any(fault.name in faults for faults in found.values())]
     lines += ["", f"Faults of other blocks, which this one cannot have: {', '.join(f'`{name}`' for name in others)}."]
     return "\n".join(lines) + "\n"
 

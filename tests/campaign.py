@@ -39,14 +39,14 @@ from diffdeploy.config import (
 )
 from diffdeploy.errors import ExportError
 from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.formats import RunOptions
 from diffdeploy.graphs import DType
-from diffdeploy.runtime import RunOptions
 from diffdeploy.verify import BUDGETS, Report, rejudge, verify_bundle
 from diffdeploy.verify.properties import property_checks
-from diffdeploy.verify.reference import Reference
 from diffdeploy.verify.run import half_the_threads, run_case
 from diffdeploy.verify.sweep import random_cases, select_cases
 from diffdeploy.verify.worker import ArtifactProcess
+from diffdeploy.verify.yardsticks import Yardsticks
 
 SEEDS_PER_EXPORT = 5
 NUM_RANDOM_CASES = 10
@@ -151,12 +151,12 @@ def _more_runs(path: Path, format_name: str, report: Report, seeds: range) -> It
     exact: dict[str, Array] = {
         name: array.astype(np.float64) for name, array in read_safetensors(path / WEIGHTS).items()
     }
-    reference = Reference(bundle, exact)
+    yardsticks = Yardsticks(bundle, exact)
     with ArtifactProcess(path, RunOptions(threads=1)) as artifact, half_the_threads():
         for seed in seeds:
             quick = select_cases("quick", config, spec, seed)
-            cases = [*quick, *islice(random_cases(config, spec, seed), NUM_RANDOM_CASES)]
-            reports = [run_case(case, bundle, artifact, reference) for case in cases]
+            cases = [*quick, *islice(random_cases(spec, seed), NUM_RANDOM_CASES)]
+            reports = [run_case(case, bundle, artifact, yardsticks) for case in cases]
             checks = property_checks(artifact, config, spec, seed)
             yield Run(seed, format_name, report.model_copy(update={"seed": seed, "cases": reports, "contract": checks}))
 

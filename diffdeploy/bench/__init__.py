@@ -1,6 +1,6 @@
 """Benchmarks: speed and memory of implementations and bundles, side by side, verified before they are timed."""
 
-from diffdeploy.bench.compare import Change, compare
+from diffdeploy.bench.changes import Change, changes_since
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
 from diffdeploy.bench.results import BenchReport, Block, Row
 from diffdeploy.bench.run import Bench, Progress
@@ -17,6 +17,6 @@ __all__ = [
     "Progress",
     "Row",
     "Size",
-    "compare",
+    "changes_since",
     "random_checkpoint",
 ]

@@ -5,22 +5,21 @@ import platform
 import time
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict
 
 from diffdeploy import __version__
 from diffdeploy.bench.timing import latency_ms
+from diffdeploy.formats import distributions
+from diffdeploy.records import Record
+from diffdeploy.versions import installed_versions
 
-__all__ = ["Environment", "OtherLoad", "free_bytes", "matmul_gflop_per_second"]
+__all__ = ["Machine", "OtherLoad", "free_bytes", "matmul_gflop_per_second"]
 
-_PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "flash-attn", "numpy")
 _MATMUL_SIZES = (512, 1024, 2048, 4096)
 _LONGEST_MATMUL_MS = 250.0
 
 
-class Environment(BaseModel):
+class Machine(Record):
     """The machine and its software.
 
     Attributes:
@@ -40,8 +39,6 @@ class Environment(BaseModel):
             first size and after each.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     diffdeploy: str
     measured_at: str
     platform: str
@@ -56,17 +53,11 @@ class Environment(BaseModel):
     matmul_gflop_per_second: float
 
     @classmethod
-    def current(cls, *, dtype: str, device: str, threads: int) -> "Environment":
+    def current(cls, *, dtype: str, device: str, threads: int) -> "Machine":
         """Of this process; takes a second for the matrix products."""
         import torch
 
         load_average = os.getloadavg()[0]
-        packages = {}
-        for name in _PACKAGES:
-            try:
-                packages[name] = version(name)
-            except PackageNotFoundError:
-                continue
         return cls(
             diffdeploy=__version__,
             measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -76,12 +67,12 @@ class Environment(BaseModel):
             num_cpus=len(os.sched_getaffinity(0)),
             threads=threads,
             device=torch.cuda.get_device_name() if device == "cuda" else device,
-            packages=packages,
+            packages=installed_versions(distributions()),
             load_average=round(load_average, 2),
             matmul_gflop_per_second=round(matmul_gflop_per_second(dtype, device=device, threads=threads), 1),
         )
 
-    def updated(self, other_load: float, matmul_gflop_per_second: float) -> "Environment":
+    def updated(self, other_load: float, matmul_gflop_per_second: float) -> "Machine":
         """With the load until now, and the largest rate so far: other work can only have made one too low."""
         best = max(self.matmul_gflop_per_second, round(matmul_gflop_per_second, 1))
         return self.model_copy(update={"other_load": other_load, "matmul_gflop_per_second": best})

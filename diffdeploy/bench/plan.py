@@ -1,12 +1,14 @@
 """What a benchmark measures: one block, its candidates and the sizes that they are tried at."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from diffdeploy.bundle import open_bundle
 from diffdeploy.config import AnyConfig
 from diffdeploy.graphs import DType, Variant
+from diffdeploy.records import Record
 
 __all__ = ["SOFTMAX", "Candidate", "Plan", "Size"]
 
@@ -14,11 +16,7 @@ __all__ = ["SOFTMAX", "Candidate", "Plan", "Size"]
 SOFTMAX = "softmax"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Size(_Frozen):
+class Size(Record):
     """One size of input.
 
     Attributes:
@@ -30,6 +28,13 @@ class Size(_Frozen):
     batch_size: int
     sequence_length: int
     past_sequence_length: int = 0
+
+    @classmethod
+    def of_length(cls, length: int, *, batch_size: int, graph: Variant) -> Self:
+        """A sequence of that length; with a cache, one token behind a past of it."""
+        if graph == "cached":
+            return cls(batch_size=batch_size, sequence_length=1, past_sequence_length=length)
+        return cls(batch_size=batch_size, sequence_length=length)
 
     @property
     def total_sequence_length(self) -> int:
@@ -43,7 +48,7 @@ class Size(_Frozen):
         return f"B{self.batch_size}{past}-S{self.sequence_length}"
 
 
-class Candidate(_Frozen):
+class Candidate(Record):
     """One way to run the block: an eager implementation, the plain softmax block, or a bundle.
 
     Attributes:
@@ -65,8 +70,16 @@ class Candidate(_Frozen):
         """The eager block with an implementation, or the plain softmax block."""
         return cls(name=impl, impl=impl)
 
+    @classmethod
+    def of_bundle(cls, name: str, path: Path) -> "Candidate":
+        """A bundle, by what its manifest says."""
+        manifest = open_bundle(path).manifest
+        return cls(
+            name=name, format=manifest.format, bundle=path.absolute(), bundle_impl=manifest.options.attention_impl
+        )
 
-class Plan(_Frozen):
+
+class Plan(Record):
     """Everything that the measuring processes need to know.
 
     Attributes:

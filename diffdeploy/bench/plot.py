@@ -10,9 +10,9 @@ from diffdeploy.errors import InputError, UnavailableError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["FORMATS", "plot", "require_plot"]
+__all__ = ["SUFFIXES", "plot", "require_plot"]
 
-FORMATS = (".svg", ".png")
+SUFFIXES = (".svg", ".png")
 # Told apart without colour: each candidate has its own marker, and neighbours have different lines.
 _MARKERS = "osD^vPX<>*hpd8"
 _LINES = ("-", "--", "-.", (0, (1, 1)))
@@ -28,7 +28,7 @@ def require_plot(path: Path) -> None:
     """
     from importlib.util import find_spec
 
-    if path.suffix not in FORMATS:
+    if path.suffix not in SUFFIXES:
         raise InputError(f"{path} is not a figure that can be written; accepted are names that end in .svg or .png")
     if find_spec("matplotlib") is None:
         raise UnavailableError("a plot needs matplotlib, which is not installed; pip install 'diffdeploy[plot]'")

@@ -6,21 +6,16 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from diffdeploy.bench.machine import Environment
+from diffdeploy.bench.machine import Machine
 from diffdeploy.bench.plan import Size
 from diffdeploy.errors import InputError
 from diffdeploy.graphs import DType, Variant
+from diffdeploy.records import Record
 
 __all__ = ["BenchReport", "Block", "Row", "read_report"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Row(_Frozen):
+class Row(Record):
     """One candidate at one size.
 
     Attributes:
@@ -93,7 +88,7 @@ class Row(_Frozen):
         }
 
 
-class Block(_Frozen):
+class Block(Record):
     """The block that was measured: its sizes, and where its weights came from."""
 
     source: str
@@ -107,7 +102,7 @@ class Block(_Frozen):
     sliding_window: int | None
 
 
-class BenchReport(_Frozen):
+class BenchReport(Record):
     """Everything that one run measured.
 
     Attributes:
@@ -130,7 +125,7 @@ class BenchReport(_Frozen):
     dtype: DType
     baseline: str
     results: list[Row]
-    environment: Environment
+    environment: Machine
 
     @property
     def sizes(self) -> list[Size]:

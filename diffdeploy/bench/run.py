@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from diffdeploy.bench.estimate import fits_twice
-from diffdeploy.bench.machine import Environment, free_bytes
+from diffdeploy.bench.machine import Machine, free_bytes
+from diffdeploy.bench.measuring_process import MeasuringProcess
 from diffdeploy.bench.medians import estimate, paired_ratios
 from diffdeploy.bench.operations import attention_flop, block_flop
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
-from diffdeploy.bench.process import MeasuringProcess
 from diffdeploy.bench.results import BenchReport, Block, Row
 
 __all__ = ["Bench", "Progress"]
@@ -49,7 +49,7 @@ class Bench:
 
     def __init__(self, plan: Plan, block: Block, command: str) -> None:
         self.plan, self.block, self._command = plan, block, command
-        self._environment: Environment | None = None
+        self._environment: Machine | None = None
         self._samples: dict[_Key, list[float]] = defaultdict(list)
         self._verdicts: dict[_Key, dict[str, Any]] = {}
         self._memory: dict[_Key, dict[str, int]] = {}
@@ -75,7 +75,7 @@ class Bench:
             ["time", str(plan_file)], threads=self.plan.threads, environment=_STEADY_MALLOC
         ) as process:
             for event in process.events():
-                if event["event"] == "stage":
+                if event["event"] == "phase":
                     here = event.get("seconds_left", _SECONDS_PER_SIZE)
                     later = _SECONDS_PER_SIZE * (len(ids) - current - 1)
                     progress(event["text"], here + later + _SECONDS_PER_MEMORY * len(self.plan.candidates))
@@ -88,7 +88,7 @@ class Bench:
         """Keep what a process has measured."""
         match event["event"]:
             case "environment":
-                self._environment = Environment.model_validate(event["environment"])
+                self._environment = Machine.model_validate(event["environment"])
             case "machine" if self._environment is not None:
                 self._environment = self._environment.updated(event["other_load"], event["matmul_gflop_per_second"])
             case "verdict":
@@ -139,7 +139,7 @@ class Bench:
             environment=self._environment,
         )
 
-    def _row(self, size: Size, candidate: Candidate, environment: Environment) -> Row:
+    def _row(self, size: Size, candidate: Candidate, environment: Machine) -> Row:
         key = size.id, candidate.name
         verdict, memory, samples = self._verdicts[key], self._memory.get(key), self._samples[key]
         config, softmax = self.plan.config, candidate.impl == SOFTMAX
@@ -159,9 +159,7 @@ class Bench:
             **({} if memory is None else _memory_fields(memory)),
         )
 
-    def _times(
-        self, samples: list[float], baseline: list[float], flop: int, environment: Environment
-    ) -> dict[str, Any]:
+    def _times(self, samples: list[float], baseline: list[float], flop: int, environment: Machine) -> dict[str, Any]:
         if not samples:
             return {}
         latency = estimate(samples)

@@ -4,22 +4,21 @@
 """
 
 import json
-import os
-import subprocess
 import sys
 import time
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 import diffdeploy
 from diffdeploy.errors import ExportError
+from diffdeploy.processes import WorkerProcess
+from diffdeploy.records import Record
 
 __all__ = ["Startup", "measure_startup"]
 
 
-class Startup(BaseModel):
+class Startup(Record):
     """Seconds, each after the one before.
 
     Attributes:
@@ -27,8 +26,6 @@ class Startup(BaseModel):
         load_seconds: of `diffdeploy.load`, digests included.
         first_call_seconds: of the first call, with the inputs of `Runtime.warmup`.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     import_seconds: float
     load_seconds: float
@@ -41,27 +38,21 @@ def measure_startup(bundle: Path, device: str | None = None) -> Startup:
     Raises:
         ExportError: it does not load or run.
     """
-    root = str(Path(diffdeploy.__file__).parents[1])
-    search_path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", __name__, str(bundle.absolute()), *([] if device is None else [device])],
-        env={**os.environ, "PYTHONPATH": search_path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise ExportError(f"{bundle} does not start: {reason}")
-    return Startup.model_validate_json(done.stdout.splitlines()[-1])
+    arguments = [str(bundle.absolute()), *([] if device is None else [device])]
+    with WorkerProcess(__name__, arguments) as process:
+        said = process.stdout.read().splitlines()
+        if process.wait():
+            raise ExportError(f"{bundle} does not start: the process {process.obituary()}")
+    return Startup.model_validate_json(said[-1])
 
 
 def _main(bundle: str, device: str | None = None) -> None:
     from diffdeploy.bundle import open_bundle
+    from diffdeploy.formats import require_format
 
-    package_of = {"onnx": "onnxruntime"}
+    package = require_format(open_bundle(bundle).manifest.format).package
     moments = [time.perf_counter()]
-    __import__(package_of.get(open_bundle(bundle).manifest.format, "torch"))
+    import_module(package)
     moments.append(time.perf_counter())
     runtime = diffdeploy.load(bundle, device=device)
     moments.append(time.perf_counter())

@@ -13,31 +13,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffdeploy.bench import timing
-from diffdeploy.bench.blocks import Run, inputs_of, load_weights, open_candidate, reference_block, weight_bytes
-from diffdeploy.bench.check import Reference, check, reference
-from diffdeploy.bench.machine import Environment, OtherLoad, matmul_gflop_per_second
+from diffdeploy.bench.candidate_run import Run, formula_of, inputs_of, load_weights, open_candidate, weight_bytes
+from diffdeploy.bench.correctness import expected_outputs, judge_candidate
+from diffdeploy.bench.machine import Machine, OtherLoad, matmul_gflop_per_second
 from diffdeploy.bench.memory import peak_bytes
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
+from diffdeploy.bundle import open_bundle
 from diffdeploy.errors import DiffDeployError
+from diffdeploy.formats import require_format
+from diffdeploy.verify.metrics import Yardstick
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Formats whose memory on CUDA torch's allocator does not see.
-_OWN_ALLOCATOR = ("onnx", "onnx-ort")
-
 Send = Callable[..., None]
 Call = Callable[[], object]
 Inputs = Mapping[str, "Tensor"]
+Expected = Mapping[str, Yardstick]
 
 
 def _time(plan: Plan, send: Send) -> None:
-    environment = Environment.current(dtype=plan.dtype, device=plan.device, threads=plan.threads)
+    environment = Machine.current(dtype=plan.dtype, device=plan.device, threads=plan.threads)
     send("environment", environment=environment.model_dump())
     weights = load_weights(plan)
     runs: dict[str, Run] = {}
     for candidate in plan.candidates:
-        send("stage", text=f"loading {candidate.name}")
+        send("phase", text=f"loading {candidate.name}")
         runs[candidate.name] = open_candidate(plan, candidate, weights)
     other_load = OtherLoad()
     for size in plan.sizes:
@@ -58,7 +59,7 @@ def _time_size(plan: Plan, size: Size, runs: Mapping[str, Run], weights: Inputs,
     ):
         send("sample", size=size.id, name=name, latency_ms=latency_ms)
         left = round_seconds * (count - number - 1)
-        send("stage", text=f"{size.id}: round {number + 1} of {count}", seconds_left=left)
+        send("phase", text=f"{size.id}: round {number + 1} of {count}", seconds_left=left)
 
 
 def _right_ones(
@@ -67,15 +68,15 @@ def _right_ones(
     """Check all candidates; calls of those that are right, and about how long each takes."""
     calls: dict[str, Call] = {}
     seconds: dict[str, float] = {}
-    references: dict[bool, tuple[Inputs, Reference]] = {}
+    formulas: dict[bool, tuple[Inputs, Expected]] = {}
     for candidate in plan.candidates:
         formula = candidate.impl == SOFTMAX
-        if formula not in references:
-            send("stage", text=f"{size.id}: exact result")
-            references[formula] = _reference(plan, candidate, size, weights)
-        inputs, expected = references[formula]
-        send("stage", text=f"{size.id}: checking {candidate.name}")
-        verdict = check(runs[candidate.name], inputs, expected, plan, size)
+        if formula not in formulas:
+            send("phase", text=f"{size.id}: exact result")
+            formulas[formula] = _inputs_and_expected(plan, candidate, size, weights)
+        inputs, expected = formulas[formula]
+        send("phase", text=f"{size.id}: checking {candidate.name}")
+        verdict = judge_candidate(runs[candidate.name], inputs, expected)
         send("verdict", size=size.id, name=candidate.name, **vars(verdict))
         if verdict.passed:
             calls[candidate.name] = partial(runs[candidate.name], inputs)
@@ -83,23 +84,23 @@ def _right_ones(
     return calls, seconds
 
 
-def _reference(plan: Plan, candidate: Candidate, size: Size, weights: Inputs) -> tuple[Inputs, Reference]:
+def _inputs_and_expected(plan: Plan, candidate: Candidate, size: Size, weights: Inputs) -> tuple[Inputs, Expected]:
     """Inputs on the plan's device, and what a right candidate gives for them."""
-    config, own_weights = reference_block(plan, candidate, weights)
+    config, own_weights = formula_of(plan, candidate, weights)
     inputs = inputs_of(plan, config, size)
-    expected = reference(plan, config, own_weights, inputs, size)
+    expected = expected_outputs(plan, config, own_weights, inputs, size)
     return {name: tensor.to(plan.device) for name, tensor in inputs.items()}, expected
 
 
 def _measure_memory(plan: Plan, candidate: Candidate, send: Send) -> None:
     weights = load_weights(plan)
-    config, _ = reference_block(plan, candidate, weights)
+    config, _ = formula_of(plan, candidate, weights)
     smallest = Size(batch_size=1, sequence_length=1, past_sequence_length=int(plan.graph == "cached"))
 
     def inputs_on_device(size: Size) -> Inputs:
         return {name: tensor.to(plan.device) for name, tensor in inputs_of(plan, config, size).items()}
 
-    if plan.device == "cuda" and candidate.format in _OWN_ALLOCATOR:
+    if plan.device == "cuda" and not _is_seen_by_torch(candidate):
         return
     few = inputs_on_device(smallest)
     open_candidate(plan, candidate, weights)(few)
@@ -116,8 +117,15 @@ def _measure_memory(plan: Plan, candidate: Candidate, send: Send) -> None:
             size=size.id,
             name=candidate.name,
             peak_bytes=peak,
-            weight_bytes=weight_bytes(plan, candidate, weights),
+            weight_bytes=weight_bytes(candidate, weights),
         )
+
+
+def _is_seen_by_torch(candidate: Candidate) -> bool:
+    """Whether a candidate's memory on CUDA comes from torch's allocator, whose peak is what is measured there."""
+    if candidate.bundle is None:
+        return True
+    return require_format(open_bundle(candidate.bundle).manifest.format).torch_allocates
 
 
 def _main(arguments: list[str]) -> int:

@@ -1,7 +1,7 @@
 """Bundles: one directory with the artifact, its weights, its report and a manifest that ties them together."""
 
 from diffdeploy.bundle.block import eager_block
-from diffdeploy.bundle.manifest import Environment, FileDigest, Manifest, Provenance
+from diffdeploy.bundle.manifest import Environment, ExportRecord, FileDigest, Manifest, Provenance
 from diffdeploy.bundle.store import (
     GOLDEN,
     MANIFEST,
@@ -13,6 +13,7 @@ from diffdeploy.bundle.store import (
     staged_bundle,
     write_manifest,
 )
+from diffdeploy.bundle.weights import cast_weights, read_weights
 
 __all__ = [
     "GOLDEN",
@@ -21,12 +22,15 @@ __all__ = [
     "WEIGHTS",
     "Bundle",
     "Environment",
+    "ExportRecord",
     "FileDigest",
     "Manifest",
     "Provenance",
+    "cast_weights",
     "default_output",
     "eager_block",
     "open_bundle",
+    "read_weights",
     "staged_bundle",
     "write_manifest",
 ]

@@ -3,34 +3,32 @@
 import hashlib
 import json
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from diffdeploy import __version__
+from diffdeploy.bundle.migration import migrated
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import IntegrityError
 from diffdeploy.graphs import GraphSpec
+from diffdeploy.records import Record
+from diffdeploy.versions import installed_versions
 
-__all__ = ["Environment", "FileDigest", "Manifest", "Provenance"]
+__all__ = ["Environment", "ExportRecord", "FileDigest", "Manifest", "Provenance"]
 
-SCHEMA_VERSION: Literal[1] = 1
-_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "flash-attn", "numpy")
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+SCHEMA_VERSION: Literal[2] = 2
 
 
-class FileDigest(_Frozen):
+class FileDigest(Record):
     """Size in bytes and sha256 of one file."""
 
     size: int
     sha256: str
 
 
-class Provenance(_Frozen):
+class Provenance(Record):
     """Where the weights come from.
 
     Attributes:
@@ -48,7 +46,7 @@ class Provenance(_Frozen):
     options: dict[str, int | float | str]
 
 
-class Environment(_Frozen):
+class Environment(Record):
     """Versions of what made the bundle."""
 
     diffdeploy: str
@@ -57,23 +55,44 @@ class Environment(_Frozen):
     packages: dict[str, str]
 
     @classmethod
-    def current(cls) -> Self:
-        """Of this process."""
-        packages = {}
-        for name in _PACKAGES:
-            try:
-                packages[name] = version(name)
-            except PackageNotFoundError:
-                continue
+    def current(cls, distributions: Iterable[str]) -> Self:
+        """The environment of this process.
+
+        Args:
+            distributions: packages whose versions count; those that are not installed are left out.
+        """
         return cls(
             diffdeploy=__version__,
             python=platform.python_version(),
             machine=platform.machine(),
-            packages=packages,
+            packages=installed_versions(distributions),
         )
 
 
-class Manifest(_Frozen):
+class ExportRecord(Record):
+    """What the exporter was asked for, as far as the artifact depends on it.
+
+    Attributes:
+        attention_impl: implementation of the operator that the artifact is written with.
+        seed: random seed for the verification inputs and the golden vectors.
+        device: ``cpu`` or ``cuda``, the kind of device that the artifact is bound to; ``None`` for any.
+        opset: ONNX operator set.
+        flavor: which of a format's ways to write the block down was taken.
+    """
+
+    attention_impl: str
+    seed: int
+    device: Literal["cpu", "cuda"] | None = None
+    opset: int | None = None
+    flavor: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _what_applies(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The fields that this artifact has."""
+        return {name: value for name, value in serialise(self).items() if value is not None}
+
+
+class Manifest(Record):
     """Everything that is known of a bundle.
 
     Attributes:
@@ -81,7 +100,7 @@ class Manifest(_Frozen):
         format: deployment format.
         config: canonical config of the block.
         graph: interface of the graph.
-        options: what the exporter was asked for and depends on (opset, implementation, seed).
+        options: what the exporter was asked for.
         made_for: what of a machine the artifact needs, for compiled ones; see `diffdeploy.runtime.machine`.
         verified: whether verification accepted it when it was made.
         environment: versions of what made it.
@@ -89,12 +108,12 @@ class Manifest(_Frozen):
         files: digest of every other file, by its relative path.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     format: str
     config: Annotated[AnyConfig, Field(discriminator="version")]
     graph: GraphSpec
-    options: dict[str, int | str]
-    made_for: dict[str, str] = {}
+    options: ExportRecord
+    made_for: dict[str, str] = Field(default_factory=dict)
     verified: bool
     environment: Environment
     provenance: Provenance
@@ -103,8 +122,7 @@ class Manifest(_Frozen):
     def to_bytes(self) -> bytes:
         """JSON with a digest of itself, always the same bytes for the same content."""
         fields = self.model_dump(mode="json")
-        body = _render(fields)
-        return _render({**fields, "manifest_sha256": hashlib.sha256(body).hexdigest()})
+        return _render({**fields, "manifest_sha256": _digest(fields)})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -115,16 +133,19 @@ class Manifest(_Frozen):
         """
         try:
             fields = json.loads(data)
-            given = fields.pop("schema_version", None)
-            if given != SCHEMA_VERSION:
-                raise IntegrityError(f"manifest.json has schema_version {given!r}; accepted is {SCHEMA_VERSION}")
-            fields.pop("manifest_sha256", None)
-            manifest = cls.model_validate(fields)
-        except (ValueError, AttributeError, ValidationError) as error:
+            digest = fields.pop("manifest_sha256", None)
+            # Over the content as it was written, since a manifest of an earlier schema renders otherwise today.
+            intact = _render({**fields, "manifest_sha256": digest}) == data
+            manifest = cls.model_validate(migrated(fields)) if intact and digest == _digest(fields) else None
+        except (ValueError, AttributeError, TypeError, RecursionError, ValidationError) as error:
             raise IntegrityError("manifest.json is damaged: it is not a manifest of diffdeploy") from error
-        if manifest.to_bytes() != data:
+        if manifest is None:
             raise IntegrityError("manifest.json is damaged: its content does not match its own digest")
         return manifest
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(_render(fields)).hexdigest()
 
 
 def _render(fields: dict[str, Any]) -> bytes:

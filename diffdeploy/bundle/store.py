@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from diffdeploy.bundle.manifest import FileDigest, Manifest
-from diffdeploy.digests import file_sha256
 from diffdeploy.errors import InputError, IntegrityError, UnavailableError
+from diffdeploy.files import file_sha256
 
 __all__ = [
     "GOLDEN",

@@ -1,6 +1,6 @@
 """Graphs: the interface of what is deployed, and the stages of the formula that it computes."""
 
-from diffdeploy.graphs.run import run_block
+from diffdeploy.graphs.run import run_block, zero_inputs
 from diffdeploy.graphs.spec import DType, GraphSpec, Range, TensorSpec, Variant, graph_spec
 from diffdeploy.graphs.stages import Stage, stage_of_weight
 
@@ -14,4 +14,5 @@ __all__ = [
     "graph_spec",
     "run_block",
     "stage_of_weight",
+    "zero_inputs",
 ]

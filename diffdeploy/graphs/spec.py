@@ -2,10 +2,9 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import InputError
+from diffdeploy.records import Record
 
 __all__ = ["DType", "GraphSpec", "Range", "TensorSpec", "Variant", "graph_spec"]
 
@@ -16,18 +15,14 @@ Variant = Literal["plain", "masked", "cached"]
 _SMALLEST_CACHED = 4
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Range(_Frozen):
+class Range(Record):
     """Smallest and largest accepted number, both inclusive."""
 
     min: int
     max: int
 
 
-class TensorSpec(_Frozen):
+class TensorSpec(Record):
     """One input or output.
 
     Attributes:
@@ -41,7 +36,7 @@ class TensorSpec(_Frozen):
     values: Range | None = None
 
 
-class GraphSpec(_Frozen):
+class GraphSpec(Record):
     """The interface of a deployed graph.
 
     Attributes:

@@ -5,7 +5,6 @@ from torch import Tensor
 from diffdeploy.config import GqaLayout
 from diffdeploy.errors import InputError
 from diffdeploy.ops import flash2, naive, paired, sdpa
-from diffdeploy.ops.auto import shipped_impl
 from diffdeploy.ops.impl import Impl
 from diffdeploy.ops.registry import cheapest, implementation
 from diffdeploy.ops.request import Request
@@ -16,20 +15,15 @@ __all__ = ["IMPLEMENTATION_MODULES", "diff_attention", "resolve_impl"]
 IMPLEMENTATION_MODULES = (naive, sdpa, paired, flash2)
 
 
-def resolve_impl(impl: Impl | str, *, target: str | None = None, graph: str = "plain") -> Impl:
-    """Turn ``auto`` into what a deployment format ships; anything else is kept as asked for.
-
-    Args:
-        impl: what the user asked for.
-        target: a deployment format; ``None`` keeps ``auto``, which then looks at the tensors.
-        graph: variant of the graph.
+def resolve_impl(impl: Impl | str) -> Impl:
+    """The implementation of that name; ``auto`` stays, and looks at the tensors later.
 
     Raises:
         InputError: ``impl`` is not an implementation.
     """
     if impl not in list(Impl):
         raise InputError(f"attention implementation {str(impl)!r} is not known; accepted: {', '.join(Impl)}")
-    return shipped_impl(target or "", graph) if impl == Impl.AUTO else Impl(impl)
+    return Impl(impl)
 
 
 def diff_attention(
@@ -83,7 +77,7 @@ def diff_attention(
     )
     resolved = resolve_impl(impl)
     chosen = cheapest(request) if resolved == Impl.AUTO else implementation(resolved)
-    reason = chosen.supports(request)
+    reason = chosen.why_not(request)
     if reason is not None:
         raise reason
     return chosen.run(request)

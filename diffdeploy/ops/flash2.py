@@ -7,7 +7,6 @@ Shape suffixes: B batch, H heads, S query length, T key length, N tokens without
 Its own layout has heads behind positions: ``[B, S, H, d]``.
 """
 
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -75,7 +74,7 @@ def unsupported_mask(request: Request) -> InputError | None:
 
 
 # Twice the time of `stacked_wide` (docs/operator-speed.md, H200, bfloat16, 2048 positions).
-@register(Impl.FLASH2, num_attentions=2, supports=unsupported, cost=lambda request: 0.25)
+@register(Impl.FLASH2, num_attentions=2, supports=unsupported, cost=0.25)
 def flash2(request: Request, *, pad: bool | None = None) -> Tensor:
     """Calls of ``flash_attn_func``, or ``flash_attn_varlen_func`` when there is padding, whose rows give 0.
 
@@ -113,7 +112,9 @@ class _Attention:
     """One call of the package, in this project's layout; without the padding tokens, where there are some."""
 
     def __init__(self, key_padding: Tensor | None, settings: dict[str, Any]) -> None:
-        self._package: Any = import_module("flash_attn")
+        import flash_attn
+
+        self._package: Any = flash_attn
         self._settings = settings
         self._tokens: Tensor | None = None
         if key_padding is not None:

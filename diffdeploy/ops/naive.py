@@ -24,7 +24,7 @@ _SCORES = 2**22
 _SHORTEST = 32
 
 
-@register(Impl.NAIVE, num_attentions=2, cost=lambda request: 1.0)
+@register(Impl.NAIVE, num_attentions=2, cost=1.0)
 def naive(request: Request) -> Tensor:
     """``(P1 - lam P2) v`` with materialised probabilities; softmax in at least fp32, all else in the dtype of ``q``.
 

@@ -14,11 +14,10 @@ from diffdeploy.errors import DiffDeployError, InputError
 from diffdeploy.ops.impl import Impl
 from diffdeploy.ops.request import Request
 
-__all__ = ["Implementation", "anything", "cheapest", "implementation", "register"]
+__all__ = ["Implementation", "cheapest", "implementation", "register"]
 
 Run = Callable[[Request], Tensor]
 AnyRun = TypeVar("AnyRun", bound=Run)
-Enter = Callable[[AnyRun], AnyRun]
 Supports = Callable[[Request], DiffDeployError | None]
 Cost = Callable[[Request], float]
 
@@ -30,29 +29,33 @@ class Implementation:
     Attributes:
         impl: its name.
         run: computes ``[B, h, S, e]``.
-        supports: ``None``, or why it cannot: the error that an explicit choice of it raises.
-        cost: estimated time as a ratio to `naive` for the same request; infinite for what ``auto`` never takes. Where
-            the request is traced it may look at widths, dtype and device alone.
+        supports: gives ``None``, or why not: the error that an explicit choice of it raises. ``None`` for one that
+            takes every request.
+        cost: estimated time as a ratio to `naive` for the same request. Where the request is traced it may look at
+            widths, dtype and device alone.
         num_attentions: softmax attentions of a graph that holds it: operators where it calls fused ones.
     """
 
     impl: Impl
     run: Run
-    supports: Supports
-    cost: Cost
+    supports: Supports | None
+    cost: Cost | float
     num_attentions: int
+
+    def why_not(self, request: Request) -> DiffDeployError | None:
+        """Why it cannot take a request; ``None`` when it can."""
+        return None if self.supports is None else self.supports(request)
+
+    def cost_of(self, request: Request) -> float:
+        """Estimated time, as a ratio to `naive`."""
+        return self.cost if isinstance(self.cost, float) else self.cost(request)
 
 
 _TABLE: dict[Impl, Implementation] = {}
 
 
-def anything(request: Request) -> DiffDeployError | None:
-    """``supports`` of an implementation that takes every request."""
-    return None
-
-
 def register(
-    impl: Impl, *, cost: Cost, num_attentions: int, supports: Supports = anything
+    impl: Impl, *, cost: Cost | float, num_attentions: int, supports: Supports | None = None
 ) -> Callable[[AnyRun], AnyRun]:
     """Enter a function into the table; see `Implementation` for the arguments."""
 
@@ -79,9 +82,9 @@ def cheapest(request: Request) -> Implementation:
     """What ``auto`` takes: of those that support a request the one of least cost, by the figures of its own module."""
     best, least = None, math.inf
     for candidate in _TABLE.values():
-        cost = candidate.cost(request)
+        cost = candidate.cost_of(request)
         # Asked last, since some look for packages or at the mask.
-        if cost < least and candidate.supports(request) is None:
+        if cost < least and candidate.why_not(request) is None:
             best, least = candidate, cost
     assert best is not None  # naive takes everything
     return best

@@ -1,9 +1,12 @@
 """Which device a graph is traced for, where that is not the one that it is traced on."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
+
+from diffdeploy.exclusive import replaced
 
 __all__ = ["runs_on_cuda", "traced_for"]
 
@@ -14,12 +17,8 @@ _traced_for: str | None = None
 @contextmanager
 def traced_for(device: str) -> Iterator[None]:
     """Graphs that are traced in the block will run on ``device``; for one thread at a time, as tracing is."""
-    global _traced_for
-    before, _traced_for = _traced_for, device
-    try:
+    with replaced(sys.modules[__name__], "_traced_for", device):
         yield
-    finally:
-        _traced_for = before
 
 
 def runs_on_cuda(tensor: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Running bundles: `load` checks a bundle and opens it with the backend of its format."""
 
-from diffdeploy.runtime.base import RunOptions, Runtime
 from diffdeploy.runtime.inputs import check_inputs
-from diffdeploy.runtime.loading import RUNNABLE_FORMATS, load, require_runnable, why_not_run
+from diffdeploy.runtime.loading import load, require_runnable
+from diffdeploy.runtime.runtime import Runtime
 
-__all__ = ["RUNNABLE_FORMATS", "RunOptions", "Runtime", "check_inputs", "load", "require_runnable", "why_not_run"]
+__all__ = ["Runtime", "check_inputs", "load", "require_runnable"]

@@ -1,17 +1,11 @@
 """Verification: an artifact is accepted when it computes what its weights and config say."""
 
+from diffdeploy.budgets import BUDGETS, Budget
+from diffdeploy.formats import Check
+from diffdeploy.verify.artifact_checks import artifact_checks, artifact_facts
 from diffdeploy.verify.golden import golden_arrays, verify_golden
-from diffdeploy.verify.metrics import BUDGETS, rejudge
-from diffdeploy.verify.report import (
-    Budget,
-    CaseReport,
-    Check,
-    GraphFacts,
-    OutputReport,
-    RejectedError,
-    Report,
-    read_report,
-)
+from diffdeploy.verify.metrics import rejudge
+from diffdeploy.verify.report import CaseReport, OutputReport, RejectedError, Report, read_report
 from diffdeploy.verify.run import Progress, verify_bundle
 from diffdeploy.verify.sweep import Selection
 
@@ -20,12 +14,13 @@ __all__ = [
     "Budget",
     "CaseReport",
     "Check",
-    "GraphFacts",
     "OutputReport",
     "Progress",
     "RejectedError",
     "Report",
     "Selection",
+    "artifact_checks",
+    "artifact_facts",
     "golden_arrays",
     "read_report",
     "rejudge",

@@ -1,6 +1,6 @@
 """The error of the eager block, in the artifact's dtype, against the exact result: the yardstick of a case."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,38 +10,60 @@ from diffdeploy.graphs import DType, run_block
 from diffdeploy.verify.metrics import Yardstick
 
 if TYPE_CHECKING:
+    import torch
+
     from diffdeploy.modules import AttentionBlock
 
-__all__ = ["eager_error"]
+__all__ = ["RunArrays", "eager_error", "run_arrays"]
+
+RunArrays = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 # Many positions average over enough numbers by themselves, and one neighbour is enough.
 _MANY_POSITIONS, _NEIGHBOURS, _NEIGHBOURS_OF_FEW = 300, 1, 7
 _MAX_STACKED = 2**22
 
 
+def run_arrays(block: "AttentionBlock", *, device: str = "cpu", dtype: "torch.dtype | None" = None) -> RunArrays:
+    """The eager block as a function of arrays by the names of a graph, without gradients.
+
+    Args:
+        block: block on the device.
+        device: where the inputs go.
+        dtype: dtype that floating-point inputs are given in; by default their own.
+    """
+    import torch
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        tensors = {name: to_tensor(array) for name, array in inputs.items()}
+        moved = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in tensors.items()
+        }
+        with torch.no_grad():
+            return {name: to_array(tensor) for name, tensor in run_block(block, moved).items()}
+
+    return run
+
+
 def eager_error(
-    eager: "AttentionBlock", inputs: Mapping[str, Array], expected: Mapping[str, Array], dtype: DType
+    eager: RunArrays, inputs: Mapping[str, Array], expected: Mapping[str, Array], dtype: DType
 ) -> dict[str, Yardstick]:
     """Run the eager block on an input, and on ones that differ from it in the last bits.
 
     Args:
-        eager: block with ``impl="naive"``.
-        inputs: by the names of the graph.
+        eager: block, see `run_arrays`.
+        inputs: arrays by the names of the graph.
         expected: exact outputs by name.
-        dtype: of the artifact.
+        dtype: dtype of the artifact.
 
     Returns:
-        By name of output.
+        A yardstick for each output, by name.
     """
-    import torch
-
     yardsticks = {name: Yardstick(array, dtype) for name, array in expected.items()}
     batch_size = len(inputs["hidden_states"])
     for stack in _stacks(inputs):
-        with torch.no_grad():
-            outputs = run_block(eager, {name: to_tensor(array) for name, array in stack.items()})
+        outputs = eager(stack)
         for name, yardstick in yardsticks.items():
-            stacked = to_array(outputs[name])
+            stacked = outputs[name]
             for start in range(0, len(stacked), batch_size):
                 yardstick.add(stacked[start : start + batch_size])
     return yardsticks

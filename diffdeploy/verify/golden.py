@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from diffdeploy.arrays import Array, read_safetensors
+from diffdeploy.budgets import BUDGETS
 from diffdeploy.bundle import GOLDEN, REPORT, Bundle, Environment, open_bundle
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import InputError
+from diffdeploy.formats import Check, RunOptions, distributions
 from diffdeploy.graphs import GraphSpec
-from diffdeploy.runtime import RunOptions, Runtime, load
+from diffdeploy.runtime import Runtime, load
 from diffdeploy.verify.cases import Case
-from diffdeploy.verify.metrics import BUDGETS, Yardstick, measure
+from diffdeploy.verify.metrics import Yardstick, measure
 from diffdeploy.verify.oracle import oracle
-from diffdeploy.verify.report import CaseReport, Check, Report
+from diffdeploy.verify.report import CaseReport, Report
 from diffdeploy.verify.sweep import golden_cases
 
 __all__ = ["golden_arrays", "golden_check", "verify_golden"]
@@ -35,7 +37,7 @@ def golden_check(bundle: Bundle, exact_weights: Mapping[str, Array]) -> Check:
     """The stored exact outputs must be what the formula gives here and now."""
     manifest = bundle.manifest
     stored = read_safetensors(bundle.path / GOLDEN)
-    fresh = golden_arrays(manifest.config, manifest.graph, exact_weights, int(manifest.options["seed"]))
+    fresh = golden_arrays(manifest.config, manifest.graph, exact_weights, manifest.options.seed)
     problems = [] if stored.keys() == fresh.keys() else [f"it holds {sorted(stored)}, expected {sorted(fresh)}"]
     for name in stored.keys() & fresh.keys():
         scale = float(np.abs(fresh[name]).max(initial=0.0))
@@ -75,7 +77,7 @@ def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Re
             "backend": backend,
             "selection": "golden",
             "budget": BUDGETS[accepted.dtype],
-            "environment": Environment.current(),
+            "environment": Environment.current(distributions()),
             "contract": [Check(name="digests", passed=True, detail="every file is the one that was exported")],
             "cases": cases,
         }
@@ -95,7 +97,7 @@ def _run_case(runtime: Runtime, case: Case, stored: Mapping[str, Array], accepte
     spec = runtime.spec
     try:
         outputs = runtime(**{name: stored[f"{case.id}.{name}"] for name in spec.inputs})
-    except Exception as error:  # whatever a backend raises is the finding
+    except Exception as error:  # noqa: BLE001 - whatever a backend raises is the finding
         return CaseReport.did_not_run(case.id, case.group, f"{type(error).__name__}: {error}")
     recorded = next(report for report in accepted.cases if report.id == case.id)
     reports = []

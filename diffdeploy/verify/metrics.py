@@ -9,28 +9,11 @@ be: so the error of storing those results counts too.
 import numpy as np
 
 from diffdeploy.arrays import Array, epsilon, smallest_normal
+from diffdeploy.budgets import BUDGETS, Budget
 from diffdeploy.graphs import DType
-from diffdeploy.verify.report import Budget, CaseReport, OutputReport, Report
+from diffdeploy.verify.report import CaseReport, OutputReport, Report
 
-__all__ = ["BUDGETS", "Yardstick", "judge", "measure", "rejudge"]
-
-
-# How the numbers were found: `make campaign` verifies random right exports and reports the share of the budget that
-# they use; docs/verification.md has the whole table.
-# k: 3 is a right computation that differs from eager in the order of its sums and in what it rounds on the way. Half
-# precision accumulates in fp32, so what is stored dominates, and storing the streams is in the yardstick: 7,000 outputs
-# of campaigns would have passed with k = 1.41. fp32 accumulates in what it stores, so in right exports the difference
-# amplifies sums that eager never makes. 1 of 25,000 outputs needed k = 8.6: one head on a constant input, where the
-# streams nearly cancel; the formula in torch, as two attentions in fp32, was as far off as the export (4.6e-7).
-# floors: outputs are stored in the dtype, so even a perfect computation is off by up to eps/2 per element; in fp32,
-# whose eager sums of equal numbers can be exact, by the roundings of a few additions.
-# What this sees: the smallest fault of the tests beside single weights, a rotary base off by 5 %, used 7,000 budgets of
-# fp32 when its k was 8. One weight off by a thousandth used 0.7: it is the contract that sees it.
-BUDGETS: dict[DType, Budget] = {
-    "float32": Budget(k=12.0, rmse_floor=4.0, max_floor=8.0),
-    "float16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
-    "bfloat16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
-}
+__all__ = ["Yardstick", "judge", "measure", "rejudge"]
 
 
 class Yardstick:

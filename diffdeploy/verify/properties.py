@@ -13,9 +13,9 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import DiffDeployError
+from diffdeploy.formats import Check
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.verify.cases import Case, Mask
-from diffdeploy.verify.report import Check
 from diffdeploy.verify.worker import Artifact
 
 __all__ = ["property_checks"]

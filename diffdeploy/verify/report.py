@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from diffdeploy.budgets import Budget
 from diffdeploy.bundle import REPORT, Bundle, Environment, Manifest
 from diffdeploy.errors import InputError, VerificationError
+from diffdeploy.formats import ArtifactFacts, Check
 from diffdeploy.graphs import DType
-from diffdeploy.verify.stages import Finding
+from diffdeploy.locate import Finding
+from diffdeploy.records import Record, Rounded
 
 __all__ = [
-    "Budget",
     "CaseReport",
-    "Check",
-    "GraphFacts",
     "OutputReport",
     "RejectedError",
     "Report",
@@ -23,31 +23,8 @@ __all__ = [
     "read_report",
 ]
 
-# Four digits are what a person reads; more would let a report differ where nothing that matters does.
-Rounded = Annotated[float, AfterValidator(lambda value: float(f"{value:.4g}"))]
 
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Budget(_Frozen):
-    """Allowed error: ``k`` times what a right computation costs, plus a floor in units of the dtype's spacing.
-
-    A right computation costs the error of the eager block, or that of storing the streams, whichever is larger.
-
-    Attributes:
-        k: factor, for the root mean square and for the maximum alike.
-        rmse_floor: times the spacing of numbers as large as the root mean square of the exact result.
-        max_floor: times the spacing of numbers as large as the largest exact one.
-    """
-
-    k: float
-    rmse_floor: float
-    max_floor: float
-
-
-class OutputReport(_Frozen):
+class OutputReport(Record):
     """One output of one case: all that judging it needs, and the verdict.
 
     Attributes:
@@ -133,25 +110,7 @@ class CaseReport(OutputReport):
 _FIGURES = tuple(OutputReport.model_fields)
 
 
-class Check(_Frozen):
-    """One check that is passed or not: of the artifact's structure, or of how its outputs hang together."""
-
-    name: str
-    passed: bool
-    detail: str
-
-
-class GraphFacts(_Frozen):
-    """What the artifact itself says it is."""
-
-    variant: str
-    attention_ops: int
-    opset: int | None
-    inputs: list[str]
-    outputs: list[str]
-
-
-class Report(_Frozen):
+class Report(Record):
     """The verdict on one artifact, with everything it rests on.
 
     Attributes:
@@ -179,7 +138,7 @@ class Report(_Frozen):
     budget: Budget
     files: dict[str, str]
     environment: Environment
-    graph: GraphFacts
+    graph: ArtifactFacts
     contract: list[Check]
     cases: list[CaseReport]
     guilty: Finding | None = None

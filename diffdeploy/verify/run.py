@@ -6,23 +6,23 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdeploy.arrays import read_safetensors
-from diffdeploy.bundle import WEIGHTS, Bundle, Environment, open_bundle
+from diffdeploy.budgets import BUDGETS
+from diffdeploy.bundle import Bundle, Environment, open_bundle, read_weights
 from diffdeploy.errors import DiffDeployError, ExportError, InputError
-from diffdeploy.runtime import RunOptions, require_runnable
-from diffdeploy.verify import contracts
+from diffdeploy.formats import Check, RunOptions, distributions
+from diffdeploy.locate import Finding, locate
+from diffdeploy.runtime import require_runnable
+from diffdeploy.verify.artifact_checks import artifact_checks, artifact_facts
 from diffdeploy.verify.cases import AnyCase
 from diffdeploy.verify.feeding import feed
 from diffdeploy.verify.golden import golden_check
-from diffdeploy.verify.metrics import BUDGETS, measure
+from diffdeploy.verify.metrics import measure
 from diffdeploy.verify.properties import property_checks
-from diffdeploy.verify.reference import Reference
-from diffdeploy.verify.report import CaseReport, Check, Report, files_judged
-from diffdeploy.verify.stages import Finding
-from diffdeploy.verify.stages.locate import locate
+from diffdeploy.verify.report import CaseReport, Report, files_judged
 from diffdeploy.verify.sweep import Selection, select_cases, telling_case
 from diffdeploy.verify.user_inputs import read_inputs, write_inputs
 from diffdeploy.verify.worker import Artifact, ArtifactProcess
+from diffdeploy.verify.yardsticks import Yardsticks
 
 __all__ = ["Progress", "half_the_threads", "run_case", "verify_bundle"]
 
@@ -39,7 +39,7 @@ def verify_bundle(
     progress: Progress | None = None,
     run_options: RunOptions | None = None,
     open_artifact: Callable[[Path, RunOptions], Artifact] = ArtifactProcess,
-    reference: Reference | None = None,
+    yardsticks: Yardsticks | None = None,
     first_failure_only: bool = False,
 ) -> Report:
     """Verify a bundle from its own files.
@@ -56,7 +56,7 @@ def verify_bundle(
         progress: called with cases done, cases in all, and the name of the next one.
         run_options: device and backend that the artifact is run with.
         open_artifact: runs it; by default in a process of its own.
-        reference: what it is held against, where that is known already.
+        yardsticks: what it is held against, where that is known already.
         first_failure_only: stop at the first case that fails.
 
     Raises:
@@ -70,16 +70,16 @@ def verify_bundle(
     manifest, spec = bundle.manifest, bundle.manifest.graph
     _require_paired_cache(bundle)
     require_runnable(manifest, run_options)
-    seed = int(manifest.options["seed"]) if seed is None else seed
+    seed = manifest.options.seed if seed is None else seed
     chosen, selection = _choose(bundle, seed, cases, load_inputs)
     if save_inputs is not None:
         write_inputs(save_inputs, chosen, spec)
     with open_artifact(bundle.path, run_options) as artifact, half_the_threads():
-        weights = read_safetensors(bundle.path / WEIGHTS)
-        checks = contracts.checks(bundle, weights)
+        weights = read_weights(bundle)
+        checks = artifact_checks(bundle, weights)
         exact_weights = {name: array.astype(np.float64) for name, array in weights.items()}
         checks.append(golden_check(bundle, exact_weights))
-        reference = reference or Reference(bundle, exact_weights)
+        yardsticks = yardsticks or Yardsticks(bundle, exact_weights)
         reports: list[CaseReport] = []
         guilty = None
         try:
@@ -91,7 +91,7 @@ def verify_bundle(
             for done, case in enumerate(chosen):
                 if progress is not None:
                     progress(done, len(chosen), case.id)
-                reports.append(run_case(case, bundle, artifact, reference))
+                reports.append(run_case(case, bundle, artifact, yardsticks))
                 if first_failure_only and not reports[-1].passed:
                     break
             else:
@@ -105,8 +105,8 @@ def verify_bundle(
         selection=selection,
         budget=BUDGETS[spec.dtype],
         files=files_judged(manifest),
-        environment=Environment.current(),
-        graph=contracts.facts(bundle),
+        environment=Environment.current(distributions()),
+        graph=artifact_facts(bundle),
         contract=checks,
         cases=reports,
         guilty=guilty,
@@ -152,7 +152,7 @@ def _guilty_stage(
     spec = bundle.manifest.graph
     single = [case.inputs(spec) for case in cases if case.id in failed and not case.chunks and not case.row_by_row]
     single.sort(key=lambda inputs: inputs["hidden_states"].size)
-    telling = telling_case(spec, int(bundle.manifest.options["seed"]))
+    telling = telling_case(spec, bundle.manifest.options.seed)
     inputs = [telling.inputs(spec), *single[:1]] if failed else []
     return locate(bundle, artifact, checks, inputs)
 
@@ -170,22 +170,22 @@ def _choose(
     return [*users, *swept], f"user and {selection}" if users else str(selection)
 
 
-def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, reference: Reference) -> CaseReport:
+def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, yardsticks: Yardsticks) -> CaseReport:
     """One case: the exact result, eager's error, the artifact's outputs, and the verdict on them.
 
     Args:
         case: to run.
         bundle: an opened bundle.
         artifact: runs it.
-        reference: what it is held against.
+        yardsticks: what it is held against.
     """
     spec = bundle.manifest.graph
     inputs = case.inputs(spec)
     if not case.chunks and not case.row_by_row:
         artifact.start(inputs)
-    yardsticks = reference.yardsticks(case, inputs)
+    expected = yardsticks.of(case, inputs)
     try:
         actual = feed(case, artifact, inputs)
     except DiffDeployError as error:
         return CaseReport.did_not_run(case.id, case.group, str(error))
-    return CaseReport.of(case.id, case.group, [measure(name, actual[name], yardsticks[name]) for name in spec.outputs])
+    return CaseReport.of(case.id, case.group, [measure(name, actual[name], expected[name]) for name in spec.outputs])

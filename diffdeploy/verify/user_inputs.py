@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffdeploy.array_files import check_target, read_arrays, write_arrays
 from diffdeploy.arrays import Array
 from diffdeploy.errors import InputError
+from diffdeploy.files import check_target, read_arrays, write_arrays
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.runtime import check_inputs
 from diffdeploy.verify.cases import AnyCase, UserCase

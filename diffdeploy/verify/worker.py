@@ -7,9 +7,7 @@ bytes of those arrays. Nothing else is written to standard output; what backends
 import json
 import math
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,10 +16,10 @@ from typing import IO, Any, Protocol, Self
 
 import numpy as np
 
-import diffdeploy
 from diffdeploy.arrays import Array
 from diffdeploy.errors import DiffDeployError, ExportError
-from diffdeploy.runtime import RunOptions
+from diffdeploy.formats import RunOptions
+from diffdeploy.processes import WorkerProcess
 
 __all__ = ["Artifact", "ArtifactProcess"]
 
@@ -84,23 +82,7 @@ class ArtifactProcess:
     """
 
     def __init__(self, bundle: Path, options: RunOptions) -> None:
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        package_root = str(Path(diffdeploy.__file__).parents[1])
-        search_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                __name__,
-                str(bundle.absolute()),
-                json.dumps(asdict(options)),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env={**os.environ, "PYTHONPATH": search_path},
-        )
+        self._process = WorkerProcess(__name__, [str(bundle.absolute()), json.dumps(asdict(options))], takes_input=True)
         self._backend: str | None = None
 
     def __enter__(self) -> Self:
@@ -109,10 +91,7 @@ class ArtifactProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._process.kill()
-        self._process.communicate()
-        self._log.close()
+        self._process.__exit__(kind, error, traceback)
 
     @property
     def backend(self) -> str:
@@ -132,7 +111,6 @@ class ArtifactProcess:
     def start(self, inputs: Mapping[str, Array]) -> None:
         """Hand over an input without waiting for the output."""
         self.backend  # noqa: B018 - the first answer is that the artifact is loaded
-        assert self._process.stdin is not None
         try:
             _send(self._process.stdin, {}, inputs)
         except BrokenPipeError:
@@ -157,13 +135,9 @@ class ArtifactProcess:
         return self.result()
 
     def _answer(self) -> tuple[dict[str, Any], dict[str, Array]]:
-        assert self._process.stdout is not None
         frame = _receive(self._process.stdout)
         if frame is None:
-            code = self._process.wait()
-            self._log.seek(0)
-            said = self._log.read().decode(errors="replace").strip().splitlines()
-            raise ExportError(f"the process running it ended with status {code}" + (f": {said[-1]}" if said else ""))
+            raise ExportError(f"the process running it {self._process.obituary()}")
         if "error" in frame[0]:
             raise ExportError(frame[0]["error"])
         return frame
@@ -183,7 +157,7 @@ def _main(bundle: str, options: str) -> int:
     while (frame := _receive(stdin)) is not None:
         try:
             outputs = runtime(**frame[1])
-        except Exception as error:  # whatever a backend raises is the finding
+        except Exception as error:  # noqa: BLE001 - whatever a backend raises is the finding
             _send(stdout, {"error": f"{type(error).__name__}: {error}"}, {})
             continue
         _send(stdout, {}, outputs)

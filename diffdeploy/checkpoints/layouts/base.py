@@ -3,14 +3,13 @@
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from diffdeploy.checkpoints.fields import Fields
 from diffdeploy.config import LAMBDA_VECTORS, GqaLayout, RopeConfig, RopeScaling
 from diffdeploy.errors import InputError
 
-__all__ = ["Fields", "Layout", "Source", "huggingface_rope", "lambda_sources"]
-
-Fields = Mapping[str, Any]
+__all__ = ["ROTARY_BUFFERS", "Layout", "Source", "huggingface_rope", "lambda_sources", "no_rope"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ def lambda_sources(prefix: str = "") -> dict[str, Source]:
     return {name: Source(prefix + name) for name in LAMBDA_VECTORS}
 
 
+# Compared by identity, so that a layout is a key of dictionaries although it holds mappings.
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
     """A code base whose checkpoints can be read and written.
@@ -45,6 +45,7 @@ class Layout:
         sources: canonical weights that every block has.
         optional: canonical weights that a block may have.
         absent: keys which no block of this layout has.
+        irrelevant: keys that a block may have and nobody needs, with the reason.
         model_types: ``model_type`` in config.json begins with one of these; empty where it says nothing.
         version: of differential attention.
         depth_offset: added to the layer index to give the depth of ``lambda_init``.
@@ -63,6 +64,7 @@ class Layout:
     sources: Mapping[str, Source]
     optional: Mapping[str, Source] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    irrelevant: Mapping[str, str] = field(default_factory=dict)
     model_types: tuple[str, ...] = ()
     version: Literal[1, 2] = 1
     depth_offset: int = 0
@@ -76,13 +78,38 @@ class Layout:
     refuse: Callable[[AbstractSet[str], Fields, int | None], str | None] = lambda keys, fields, layer: None
 
     @property
+    def has_norm(self) -> bool:
+        """Whether each head's output is normalised."""
+        return self.version == 1
+
+    @property
+    def constant_lambda(self) -> bool:
+        """Whether lambda is one number, in place of one per token and head."""
+        return self.version == 1
+
+    @property
+    def streams_share_keys(self) -> bool:
+        """Whether both streams of a head read the same keys, and values of the same width."""
+        return self.version != 1
+
+    @property
     def anchor(self) -> str:
         """The key that tells where blocks are."""
+        # Every block has queries, packed or not, and cross-attention layers that are to be refused have nothing else.
         return self.sources["q_proj.weight"].key
 
     def required_keys(self) -> list[str]:
         """Keys that every block has."""
         return list(dict.fromkeys(source.key for source in self.sources.values()))
+
+
+# Older transformers stored what follows from the config.
+ROTARY_BUFFERS = {"rotary_emb.inv_freq": "the frequencies follow from config.json, and are computed in fp64 here"}
+
+
+def no_rope(fields: Fields) -> RopeConfig | None:
+    """For a code base whose blocks have no rotary embedding, whatever its config says."""
+    return None
 
 
 def huggingface_rope(fields: Fields) -> RopeConfig:
@@ -91,16 +118,20 @@ def huggingface_rope(fields: Fields) -> RopeConfig:
     Raises:
         InputError: a scaling that is not supported.
     """
+    # `rope_parameters` since transformers 5, with theta in it; before that `rope_scaling`, with theta beside it.
     parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     theta = float(parameters.get("rope_theta") or fields.get("rope_theta") or 10_000.0)
+    # `type` is what older files call it.
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     partial = parameters.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
         raise InputError(f"partial_rotary_factor is {partial}; accepted is 1: every channel is turned")
     if kind == "default":
         return RopeConfig(style="half", theta=theta)
+    # The others change with the length at run time or scale the scores, which no table of angles can say.
     if kind not in ("linear", "llama3"):
         raise InputError(f"rope_type is {kind!r}; accepted are default, linear and llama3")
+    # transformers keeps fields of other kinds in the same object; the rest of the defaults are those of `RopeScaling`.
     known = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     scaling = RopeScaling(kind=kind, **{name: parameters[name] for name in known if name in parameters})
     return RopeConfig(style="half", theta=theta, scaling=scaling)

@@ -1,0 +1,104 @@
+"""What changed between two runs, beyond their noise."""
+
+from dataclasses import dataclass
+
+from diffdeploy.bench.plan import Plan
+from diffdeploy.bench.results import BenchReport, Block, Row
+from diffdeploy.errors import InputError
+
+__all__ = ["Change", "changes_since", "require_comparable"]
+
+# Two runs of the same code agree within this; a smaller change is none, however narrow the intervals are.
+_RUN_TO_RUN = 0.05
+
+
+@dataclass(frozen=True)
+class Change:
+    """One candidate at one size, then and now.
+
+    Attributes:
+        old: row of the earlier run.
+        new: row of this run.
+        ratio_change: relative change of the ratio to the baseline; ``None`` where one run has none.
+        latency_change: relative change of the latency, which also shows how fast the machine was at the time.
+        peak_change: relative change of the peak memory.
+        significant: whether the confidence intervals of the ratio are apart, and the medians by more than 5 %; of the
+            latency for the baseline itself, whose ratio is always 1.
+    """
+
+    old: Row
+    new: Row
+    ratio_change: float | None
+    latency_change: float | None
+    peak_change: float | None
+    significant: bool
+
+
+def require_comparable(old: BenchReport, plan: Plan, block: Block) -> None:
+    """Check, before anything is measured, that a run can be compared with an earlier one.
+
+    Args:
+        old: the earlier run.
+        plan: of the run.
+        block: what is measured; that it came from elsewhere is no difference.
+
+    Raises:
+        InputError: the runs measure different things, or have nothing in common.
+    """
+    for what, then, now in (
+        ("block", old.block.model_copy(update={"source": block.source}), block),
+        ("graph", old.graph, plan.graph),
+        ("dtype", old.dtype, plan.dtype),
+        ("baseline", old.baseline, plan.baseline),
+        ("number of threads", old.environment.threads, plan.threads),
+    ):
+        if then != now:
+            raise InputError(f"the runs cannot be compared: the {what} was {then}, and is {now}")
+    planned = {(candidate.name, size) for candidate in plan.candidates for size in plan.sizes}
+    if not planned & {(row.name, row.size) for row in old.results}:
+        raise InputError("the runs cannot be compared: they have no candidate and size in common")
+
+
+def changes_since(old: BenchReport, new: BenchReport) -> list[Change]:
+    """Changes of all candidates and sizes that both runs have, in the order of the new one."""
+    then_rows = {(row.name, row.size): row for row in old.results}
+    pairs = [(then_rows[row.name, row.size], row) for row in new.results if (row.name, row.size) in then_rows]
+    return [_change(then, now, is_baseline=now.name == new.baseline) for then, now in pairs]
+
+
+def _change(old: Row, new: Row, *, is_baseline: bool) -> Change:
+    ratio_change, latency_change = _relative(old.ratio, new.ratio), _relative(old.latency_ms, new.latency_ms)
+    if is_baseline:
+        change, intervals = latency_change, (_latency_interval(old), _latency_interval(new))
+    else:
+        change, intervals = ratio_change, (_ratio_interval(old), _ratio_interval(new))
+    return Change(
+        old=old,
+        new=new,
+        ratio_change=ratio_change,
+        latency_change=latency_change,
+        peak_change=_relative(old.peak_bytes, new.peak_bytes),
+        significant=change is not None and abs(change) > _RUN_TO_RUN and _apart(*intervals),
+    )
+
+
+_Interval = tuple[float | None, float | None]
+
+
+def _ratio_interval(row: Row) -> _Interval:
+    return row.ratio_low, row.ratio_high
+
+
+def _latency_interval(row: Row) -> _Interval:
+    return row.latency_low_ms, row.latency_high_ms
+
+
+def _apart(old: _Interval, new: _Interval) -> bool:
+    """Whether two intervals do not overlap; unknown ones may."""
+    if old[0] is None or old[1] is None or new[0] is None or new[1] is None:
+        return False
+    return old[1] < new[0] or new[1] < old[0]
+
+
+def _relative(old: float | None, new: float | None) -> float | None:
+    return None if not old or new is None else new / old - 1

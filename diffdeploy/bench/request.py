@@ -1,0 +1,242 @@
+"""From what a user asks to be measured to a run: its plan, and the bundles that are exported for it."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from diffdeploy.bench.block_source import BlockSource, RandomSizes, open_sources
+from diffdeploy.bench.candidate_choice import (
+    choose_baseline,
+    choose_names,
+    eager_candidates,
+    given_candidates,
+)
+from diffdeploy.bench.estimate import require_memory
+from diffdeploy.bench.machine import free_bytes
+from diffdeploy.bench.plan import Candidate, Plan, Size
+from diffdeploy.bench.run import Bench
+from diffdeploy.bundle import cast_weights
+from diffdeploy.checkpoints import CheckpointOptions
+from diffdeploy.errors import InputError, UnavailableError
+from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.formats import Device, Target, export_targets
+from diffdeploy.graphs import DType, Variant
+from diffdeploy.ops import Impl
+
+__all__ = ["BenchRequest", "prepare"]
+
+_LENGTHS = (128, 512, 2048)
+_PASTS = (128, 512, 2048, 8192, 32768)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRequest:
+    """The options that say what is measured, as they were given; see ``diffdeploy bench --help``."""
+
+    sources: tuple[Path, ...]
+    impl: Sequence[str]
+    format: Sequence[str] | None
+    seq: Sequence[int] | None
+    batch: Sequence[int]
+    embed_dim: int | None
+    num_heads: int | None
+    num_kv_heads: int | None
+    head_dim: int | None
+    dtype: DType | None
+    device: Device
+    threads: int | None
+    graph: Variant | None
+    baseline: str | None
+    rounds: int | None
+    layout: str | None
+    layer: int | None
+    depth: int | None
+    rope: Literal["interleaved", "half", "none"] | None
+    rope_theta: float | None
+    gqa_layout: Literal["canonical", "legacy"] | None
+
+    @property
+    def command(self) -> str:
+        """The command that measures the same again."""
+        usual = {"impl": ["all"], "batch": [1], "device": "cpu"}
+        words = ["diffdeploy", "bench", *map(str, self.sources)]
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value not in (None, usual.get(field.name)):
+                words += [
+                    f"--{field.name.replace('_', '-')}",
+                    ",".join(map(str, value)) if isinstance(value, list) else str(value),
+                ]
+        return " ".join(words)
+
+
+@contextmanager
+def prepare(request: BenchRequest, phase: Say, note: Say) -> Iterator[Bench]:
+    """A run with everything that it needs; the exports made for it are removed at the end of the block.
+
+    Args:
+        request: what is asked for.
+        phase: called with a few words when something begins that takes a while.
+        note: called with what is left out, and why.
+
+    Raises:
+        InputError: options that do not fit each other, or a file that cannot be read.
+        UnavailableError: this machine lacks a device, a package or the memory.
+        ExportError: a format could not be exported.
+    """
+    _set_up_torch(request)
+    source = _source(request)
+    with tempfile.TemporaryDirectory(prefix="diffdeploy-bench-") as folder:
+        graph, dtype = source.graph(request.graph), source.dtype(request.dtype)
+        # First, since a name that is not known must be refused before anything is said.
+        eager = eager_candidates(
+            request.impl, source.checkpoint.config, device=request.device, dtype=dtype, graph=graph
+        )
+        targets = _targets(request, source, dtype, note)
+        plan = _plan(request, source, eager, targets, Path(folder))
+        require_memory(plan, free_bytes(plan.device))
+        _write_weights(source, plan)
+        plan = _with_exports(plan, request, source, targets, phase, note)
+        phase("starting")
+        yield Bench(plan, source.block, request.command)
+
+
+def _set_up_torch(request: BenchRequest) -> None:
+    import torch
+
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError("--device is cuda, and torch finds no CUDA device here; use --device cpu")
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)  # AOTInductor compiles the number in
+
+
+def _source(request: BenchRequest) -> BlockSource:
+    reading = CheckpointOptions(
+        layout=request.layout,
+        layer=request.layer,
+        depth=request.depth,
+        rope=request.rope,
+        rope_theta=request.rope_theta,
+        gqa_layout=request.gqa_layout,
+    )
+    sizes = RandomSizes(
+        embed_dim=request.embed_dim,
+        num_heads=request.num_heads,
+        num_kv_heads=request.num_kv_heads,
+        head_dim=request.head_dim,
+    )
+    return open_sources(request.sources, reading, sizes)
+
+
+def _targets(request: BenchRequest, source: BlockSource, dtype: DType, note: Say) -> dict[str, Target]:
+    """By the names of candidates, what is exported: a format that was named must be able to run here."""
+    asked = request.format or (["none"] if source.bundles else ["all"])
+    known = export_targets()
+    targets = {}
+    for name in choose_names("format", asked, known):
+        found = known[name].format
+        reason = found.why_not_export(request.device, dtype) or found.why_not_run(request.device, dtype)
+        if reason is None:
+            # An implementation of the eager block may have the name of a format.
+            targets[f"{name}-bundle" if name in list(Impl) else name] = known[name]
+        elif list(asked) == ["all"]:
+            note(f"{name} is left out: {reason}")
+        else:
+            raise UnavailableError(reason)
+    return targets
+
+
+def _plan(
+    request: BenchRequest, source: BlockSource, eager: Sequence[Candidate], targets: dict[str, Target], folder: Path
+) -> Plan:
+    import torch
+
+    graph, dtype, device = source.graph(request.graph), source.dtype(request.dtype), request.device
+    sizes = _sizes(graph, request, source.longest)
+    candidates = (
+        *eager,
+        *given_candidates(source, sizes, device),
+        *(
+            Candidate(
+                name=name,
+                format=target.name,
+                bundle=folder / target.name,
+                bundle_impl=target.format.fastest_impl(graph),
+            )
+            for name, target in targets.items()
+        ),
+    )
+    return Plan(
+        config=source.checkpoint.config,
+        weights=folder / "weights.safetensors",
+        graph=graph,
+        dtype=dtype,
+        device=device,
+        threads=torch.get_num_threads(),
+        sizes=sizes,
+        candidates=candidates,
+        baseline=choose_baseline(request.baseline, candidates),
+        rounds=request.rounds,
+    )
+
+
+def _sizes(graph: Variant, request: BenchRequest, longest: int | None) -> tuple[Size, ...]:
+    """In ascending order, so that what takes longest comes last; by default none that bundles are not made for."""
+    cached = graph == "cached"
+    usual = _PASTS if cached else _LENGTHS
+    most = usual[-1] if longest is None else longest - cached
+    lengths = request.seq or [length for length in usual if length <= most] or [most]
+    return tuple(
+        Size.of_length(length, batch_size=batch_size, graph=graph)
+        for batch_size in sorted(set(request.batch))
+        for length in sorted(set(lengths))
+    )
+
+
+def _with_exports(
+    plan: Plan, request: BenchRequest, source: BlockSource, targets: dict[str, Target], phase: Say, note: Say
+) -> Plan:
+    """Export what is in the plan; of ``all`` formats those are left out that cannot hold this block."""
+    candidates = []
+    for candidate in plan.candidates:
+        if (
+            candidate.bundle is not None
+            and candidate.name in targets
+            and candidate.bundle.parent == plan.weights.parent
+        ):
+            phase(f"exporting {candidate.name}")
+            try:
+                _export(source, candidate.bundle, targets[candidate.name], plan)
+            except (InputError, UnavailableError) as error:
+                if request.format not in (None, ["all"]):
+                    raise
+                note(f"{candidate.name} is left out: {error}")
+                continue
+        candidates.append(candidate)
+    baseline = choose_baseline(request.baseline, candidates)
+    return plan.model_copy(update={"candidates": tuple(candidates), "baseline": baseline})
+
+
+def _write_weights(source: BlockSource, plan: Plan) -> None:
+    from safetensors.torch import save_file
+
+    save_file(cast_weights(source.checkpoint.weights, plan.dtype), plan.weights)
+
+
+def _export(source: BlockSource, output: Path, target: Target, plan: Plan) -> None:
+    """Without the verification of an export, since every candidate is checked at the very sizes that it is timed at."""
+    options = ExportOptions(
+        format=target.format.name,
+        onnx_flavor=target.flavor,
+        device="cuda" if plan.device == "cuda" else "cpu",
+        graph=plan.graph,
+        dtype=plan.dtype,
+        max_batch_size=max(2, *(size.batch_size for size in plan.sizes)),
+        max_sequence_length=max(4, plan.max_positions),
+    )
+    export_bundle(source.checkpoint, output, options, verify=False)

@@ -1,0 +1,48 @@
+"""The weights of a bundle: cast as the artifact holds them, and read back."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from diffdeploy.arrays import Array, read_safetensors
+from diffdeploy.bundle.store import WEIGHTS, Bundle
+from diffdeploy.config import LAMBDA_VECTORS
+from diffdeploy.errors import InputError
+from diffdeploy.graphs import DType
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["cast_weights", "read_weights"]
+
+
+def cast_weights(weights: "Mapping[str, Tensor]", dtype: DType) -> "dict[str, Tensor]":
+    """Weights as an artifact of ``dtype`` holds them; the lambda vectors stay fp32, as in the block.
+
+    Args:
+        weights: canonical weights of any floating dtype.
+        dtype: dtype of the graph.
+
+    Raises:
+        InputError: a weight is too large for the dtype.
+    """
+    import torch
+
+    cast = {}
+    for name, tensor in weights.items():
+        target = torch.float32 if name in LAMBDA_VECTORS else getattr(torch, dtype)
+        cast[name] = tensor.to(target).contiguous()
+        if not bool(torch.isfinite(cast[name]).all()):
+            raise InputError(
+                f"{name} holds values up to {tensor.abs().max().item():.3g}, too large for {target}; "
+                "export with --dtype float32"
+            )
+    return cast
+
+
+def read_weights(bundle: Bundle) -> dict[str, Array]:
+    """Canonical weights of a bundle in the artifact's dtype.
+
+    Raises:
+        IntegrityError: the file cannot be read.
+    """
+    return read_safetensors(bundle.path / WEIGHTS)

@@ -1,0 +1,85 @@
+"""Digests of files, and named arrays in .safetensors and .npz files as users bring and take them."""
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from diffdeploy.arrays import Array, read_safetensors
+from diffdeploy.errors import InputError, IntegrityError, UnavailableError
+
+__all__ = ["check_target", "file_sha256", "read_arrays", "write_arrays"]
+
+_SUFFIXES = (".safetensors", ".npz")
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file: the one digest that ties checkpoints, bundles and artifacts together."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in _SUFFIXES:
+        raise InputError(f"{path} ends in {path.suffix or 'nothing'!r}; accepted is .safetensors or .npz")
+
+
+def check_target(path: Path, *, force: bool = False) -> None:
+    """Check that a file can be written, before the work whose result it takes.
+
+    Raises:
+        InputError: another ending, a file that is there already, or a folder that is not.
+    """
+    _check_suffix(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.is_dir() or (path.exists() and not force):
+        raise InputError(f"{path} exists; give another file, or --force to replace it")
+
+
+def read_arrays(path: Path) -> dict[str, Array]:
+    """All arrays of a file, by name.
+
+    Raises:
+        InputError: no such file, another ending, or not what its ending says.
+    """
+    _check_suffix(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (IntegrityError, ValueError, OSError, EOFError, KeyError, TypeError, BadZipFile) as error:
+        raise InputError(f"{path} cannot be read as {path.suffix}; it may be truncated") from error
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write all arrays in one file, which appears whole or not at all.
+
+    Raises:
+        InputError: a dtype that the kind of file does not have.
+        UnavailableError: the file cannot be written.
+    """
+    import safetensors.numpy
+
+    if path.suffix == ".safetensors":
+        data = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    else:
+        if any(array.dtype.name == "bfloat16" for array in arrays.values()):
+            raise InputError(f"{path} is .npz, which has no bfloat16; give a .safetensors file")
+        stream = io.BytesIO()
+        np.savez(stream, allow_pickle=False, **arrays)
+        data = stream.getvalue()
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise UnavailableError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

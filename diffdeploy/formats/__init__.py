@@ -1,0 +1,53 @@
+"""Deployment formats: one class each, in a folder of its own, and the registry that lists them.
+
+The names below are imported when they are first used, so that listing the formats stays light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from diffdeploy.formats.rows import format_names
+
+if TYPE_CHECKING:
+    from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates
+    from diffdeploy.formats.base import Format
+    from diffdeploy.formats.options import Device, ExportOptions, RunOptions
+    from diffdeploy.formats.registry import (
+        Target,
+        distributions,
+        export_targets,
+        find_format,
+        formats,
+        require_format,
+    )
+
+__all__ = [
+    "ArtifactFacts",
+    "Backend",
+    "Check",
+    "Device",
+    "ExportOptions",
+    "FileFault",
+    "Format",
+    "Intermediates",
+    "RunOptions",
+    "Target",
+    "distributions",
+    "export_targets",
+    "find_format",
+    "format_names",
+    "formats",
+    "require_format",
+]
+
+_HOMES = {
+    **dict.fromkeys(("ArtifactFacts", "Backend", "Check", "FileFault", "Intermediates"), "artifact"),
+    "Format": "base",
+    **dict.fromkeys(("Device", "ExportOptions", "RunOptions"), "options"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'diffdeploy.formats' has no attribute {name!r}")
+    return getattr(import_module(f"diffdeploy.formats.{_HOMES.get(name, 'registry')}"), name)

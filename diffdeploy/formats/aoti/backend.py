@@ -1,0 +1,35 @@
+"""Running a package of AOTInductor."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from diffdeploy.formats.options import RunOptions
+from diffdeploy.formats.torch_backend import TorchBackend
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["MODEL", "AotiBackend"]
+
+MODEL = "model.pt2"
+
+
+class AotiBackend(TorchBackend):
+    """Runs a package of AOTInductor."""
+
+    @property
+    def description(self) -> str:
+        """Backend, version and settings, for reports."""
+        import torch
+
+        return f"torch {torch.__version__}, AOTInductor package, {self.device.upper()}"
+
+    def load(self, options: RunOptions) -> Callable[..., "Sequence[Tensor]"]:
+        """See `TorchBackend.load`."""
+        import torch
+
+        device = torch.device(self.device)
+        package: Callable[..., Sequence[Tensor]] = torch._inductor.aoti_load_package(
+            str(self.bundle.path / MODEL), device_index=-1 if device.index is None else device.index
+        )
+        return package

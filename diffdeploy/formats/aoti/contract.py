@@ -1,0 +1,72 @@
+"""The contract of an AOTInductor package, read from its files, without loading machine code into this process.
+
+The machine code itself cannot be read; the C++ source that it was compiled from is in the package beside it, and the
+weights stand in the library byte for byte.
+"""
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+
+import numpy as np
+
+from diffdeploy.arrays import Array
+from diffdeploy.bundle import WEIGHTS, Bundle
+from diffdeploy.config import LAMBDA_VECTORS
+from diffdeploy.errors import IntegrityError
+from diffdeploy.formats.aoti.backend import MODEL
+from diffdeploy.formats.artifact import ArtifactFacts, Check
+from diffdeploy.formats.checks import attentions, declared_facts, make_check
+
+__all__ = ["checks", "facts"]
+
+# A tensor of so few elements is written into the code as numbers.
+_MOST_INLINE = 8
+_NUMBER = re.compile(rb"static_cast<\w+>\(([-+.\de]+)\)")
+_ATTENTION = re.compile(rb"\baoti_torch_\w*scaled_dot_product_\w+\(")
+
+
+def _member(bundle: Bundle, ending: str) -> bytes:
+    try:
+        with zipfile.ZipFile(bundle.path / MODEL) as package:
+            return package.read(next(name for name in package.namelist() if name.endswith(ending)))
+    except (zipfile.BadZipFile, StopIteration) as error:
+        raise IntegrityError(f"{MODEL} in {bundle.path} is not a package of AOTInductor: it has no {ending}") from error
+
+
+def _attentions(bundle: Bundle) -> int:
+    return len(_ATTENTION.findall(_member(bundle, ".wrapper.cpp")))
+
+
+def facts(bundle: Bundle) -> ArtifactFacts:
+    """See `Format.facts`."""
+    return declared_facts(bundle, _attentions(bundle))
+
+
+def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
+    """See `Format.contract`."""
+    count, metadata = _attentions(bundle), json.loads(_member(bundle, ".wrapper_metadata.json"))
+    found, expected = f"{count} calls of a fused attention in the source of the package", attentions(bundle)
+    same = metadata.get("weights_sha256") == bundle.manifest.files[WEIGHTS].sha256
+    problems = [] if same else ["the metadata name other weights"]
+    return [
+        make_check("attention", [] if count == expected else [f"{found}; expected {expected}"], found),
+        make_check(
+            "weights", problems + _missing_weights(bundle, weights), "those of weights.safetensors, bit for bit"
+        ),
+    ]
+
+
+def _missing_weights(bundle: Bundle, weights: Mapping[str, Array]) -> list[str]:
+    library = _member(bundle, ".so")
+    held = {name: array for name, array in weights.items() if name not in LAMBDA_VECTORS}
+    missing = {name: array for name, array in held.items() if array.tobytes() not in library}
+    if any(array.size <= _MOST_INLINE for array in missing.values()):
+        numbers = {float(number) for number in _NUMBER.findall(_member(bundle, ".kernel.cpp"))}
+        missing = {
+            name: array
+            for name, array in missing.items()
+            if array.size > _MOST_INLINE or not numbers.issuperset(array.astype(np.float64).reshape(-1).tolist())
+        }
+    return [f"{name} is not in the package bit for bit" for name in missing]

@@ -1,0 +1,139 @@
+"""Checks that the contracts of several formats share: weights, lambda and rotary tables, bit for bit."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from diffdeploy.arrays import Array, epsilon, to_array
+from diffdeploy.bundle import Bundle, Manifest, eager_block
+from diffdeploy.config import LAMBDA_VECTORS
+from diffdeploy.exact import lambda_value, rope_tables
+from diffdeploy.formats.artifact import ArtifactFacts, Check
+
+__all__ = [
+    "attentions",
+    "declared_facts",
+    "lambda_constant",
+    "make_check",
+    "rope_constants",
+    "state_checks",
+    "weights_bit_for_bit",
+]
+
+
+def make_check(name: str, problems: list[str], fine: str) -> Check:
+    """A check that passes when there is no problem."""
+    return Check(name=name, passed=not problems, detail="; ".join(problems) if problems else fine)
+
+
+def declared_facts(bundle: Bundle, attention_ops: int, opset: int | None = None) -> ArtifactFacts:
+    """Facts of an artifact whose interface is the one that the manifest declares."""
+    spec = bundle.manifest.graph
+    return ArtifactFacts(
+        variant=spec.variant,
+        attention_ops=attention_ops,
+        opset=opset,
+        inputs=list(spec.inputs),
+        outputs=list(spec.outputs),
+    )
+
+
+def attentions(bundle: Bundle) -> int:
+    """How many fused attentions the graph of a bundle holds, by the implementation that it was traced with."""
+    from diffdeploy.ops import Impl
+    from diffdeploy.ops.registry import implementation
+
+    return implementation(Impl(bundle.manifest.options.attention_impl)).num_attentions
+
+
+def state_checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
+    """Checks of a bundle that runs on the state of the block, rebuilt when it is loaded."""
+    block = eager_block(bundle, impl=bundle.manifest.options.attention_impl)
+    state = {name: to_array(tensor) for name, tensor in (*block.named_parameters(), *block.named_buffers())}
+    return [
+        weights_bit_for_bit(state, weights),
+        lambda_constant(state, bundle.manifest, weights),
+        rope_constants(state, bundle.manifest),
+    ]
+
+
+def weights_bit_for_bit(
+    constants: Mapping[str, Array], weights: Mapping[str, Array], stream_width: int | None = None
+) -> Check:
+    """Each weight stands in the graph once, bit for bit, as it is or transposed.
+
+    Args:
+        constants: of the graph.
+        weights: canonical weights in the artifact's dtype.
+        stream_width: ``d``, where the graph may hold the rows ``[heads, 2, d]`` of queries and keys stream by stream.
+    """
+    left = dict(constants)
+    problems = []
+    for name, weight in weights.items():
+        if name in LAMBDA_VECTORS or _take(left, weight):
+            continue
+        paired = stream_width is not None and name.startswith(("q_proj", "k_proj"))
+        if not paired or not all(_take(left, stream) for stream in _by_stream(weight, stream_width)):
+            problems.append(f"{name} is not in the graph bit for bit")
+    return make_check("weights", problems, "bit-identical to weights.safetensors")
+
+
+def _by_stream(weight: Array, width: int | None) -> list[Array]:
+    assert width is not None
+    pairs = weight.reshape(-1, 2, width, *weight.shape[1:])
+    return [pairs[:, stream].reshape(-1, *weight.shape[1:]) for stream in (0, 1)]
+
+
+def _take(constants: dict[str, Array], weight: Array) -> bool:
+    """Whether a weight is among the constants, each of which stands for one weight."""
+    match = next((key for key, constant in constants.items() if _same_bits(constant, weight)), None)
+    return match is not None and constants.pop(match) is not None
+
+
+def _same_bits(constant: Array, weight: Array) -> bool:
+    """Whether a constant is the weight; a norm that runs in fp32 holds half-precision weights widened, without loss."""
+    if constant.dtype == np.float32 and weight.dtype.itemsize == 2:
+        weight = weight.astype(np.float32)
+    if constant.dtype != weight.dtype:
+        return False
+    forms = (weight, weight.T) if weight.ndim == 2 else (weight,)
+    return any(constant.shape == form.shape and constant.tobytes() == form.tobytes() for form in forms)
+
+
+def lambda_constant(constants: Mapping[str, Array], manifest: Manifest, weights: Mapping[str, Array]) -> Check:
+    """Lambda of the paper must be one constant of the artifact; in the second version it is computed per token."""
+    if not manifest.config.constant_lambda:
+        return make_check("lambda", [], "one per token and head")
+    expected = lambda_value(manifest.config, weights)
+    # A few roundings of fp32 in exp(.) - exp(.) + lambda_init, then one to the dtype of the graph.
+    scalars = {name: c for name, c in constants.items() if c.size == 1 and _is_floating(c)}
+    near = [
+        name
+        for name, constant in scalars.items()
+        if abs(float(constant.reshape(())) - expected)
+        <= epsilon(constant.dtype) * abs(expected) + 8 * epsilon("float32") * (1 + abs(expected))
+    ]
+    problems = [] if near else [f"no constant of the graph is lambda, {expected:.7g}"]
+    return make_check("lambda", problems, f"folded to one constant, {expected:.7g}")
+
+
+def _is_floating(constant: Array) -> bool:
+    return constant.dtype.kind == "f" or constant.dtype.name == "bfloat16"
+
+
+def rope_constants(constants: Mapping[str, Array], manifest: Manifest) -> Check:
+    """The rotary tables must stand in the artifact, for all declared positions."""
+    rope, spec = manifest.config.rope, manifest.graph
+    if rope is None:
+        return make_check("rope", [], "none")
+    length = spec.axes["sequence_length"].max
+    dtype = np.dtype(spec.inputs["hidden_states"].dtype)
+    problems = []
+    for name, table in zip(("cosine", "sine"), rope_tables(rope, manifest.config.head_dim, length), strict=True):
+        tolerance = epsilon(dtype)
+        if not any(
+            c.dtype == dtype and c.shape == table.shape and np.abs(c - table).max() <= tolerance
+            for c in constants.values()
+        ):
+            problems.append(f"no constant of the graph is the {name} table of {length} positions")
+    return make_check("rope", problems, f"tables of {length} positions, theta {rope.theta:g}")

@@ -1,0 +1,74 @@
+"""``compile`` bundles: inductor's artifact with the weights as its arguments, loaded without compiling."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from diffdeploy.bundle import eager_block
+from diffdeploy.formats.compile.kernels import shipped
+from diffdeploy.formats.options import RunOptions
+from diffdeploy.formats.torch_backend import TorchBackend
+from diffdeploy.graphs import run_block
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffdeploy.modules import AttentionBlock
+
+__all__ = ["ARTIFACT", "KERNELS", "CompiledBackend", "state_tensors"]
+
+ARTIFACT = "model.inductor"
+KERNELS = "kernels"
+
+
+def state_tensors(block: "AttentionBlock") -> "list[Tensor]":
+    """The arguments of the artifact before the graph's inputs: the block's parameters, then its buffers."""
+    return [*block.parameters(), *block.buffers()]
+
+
+class CompiledBackend(TorchBackend):
+    """Runs the artifact of `torch._inductor.standalone_compile`, or compiles the block afresh when asked to."""
+
+    @property
+    def description(self) -> str:
+        """Backend, version and settings, for reports."""
+        import torch
+
+        how = "torch.compile, compiled afresh" if self._afresh else "torch.compile, warm start"
+        return f"torch {torch.__version__}, {how}, {self.device.upper()}"
+
+    def load(self, options: RunOptions) -> Callable[..., Sequence["Tensor"]]:
+        """See `TorchBackend.load`."""
+        self._afresh = options.recompile
+        block = eager_block(self.bundle, impl=self.bundle.manifest.options.attention_impl, device=self.device)
+        return self._compile(block) if options.recompile else self._warm_start(block)
+
+    def _compile(self, block: "AttentionBlock") -> Callable[..., Sequence["Tensor"]]:
+        import torch
+
+        inputs, outputs = tuple(self.spec.inputs), tuple(self.spec.outputs)
+
+        def forward(*tensors: "Tensor") -> list["Tensor"]:
+            results = run_block(block, dict(zip(inputs, tensors, strict=True)))
+            return [results[name] for name in outputs]
+
+        return torch.compile(forward, fullgraph=True, dynamic=True)
+
+    def _warm_start(self, block: "AttentionBlock") -> Callable[..., Sequence["Tensor"]]:
+        from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
+        from torch._inductor.standalone_compile import CompiledArtifact
+
+        folder = self.bundle.path
+        with (
+            tempfile.TemporaryDirectory(prefix="diffdeploy-") as cache,
+            temporary_cache_dir(cache),
+            shipped(folder / KERNELS),
+        ):
+            artifact: Any = CompiledArtifact.load(path=str(folder / ARTIFACT), format="binary")
+        state = state_tensors(block)
+
+        def call(*tensors: "Tensor") -> Sequence["Tensor"]:
+            outputs: Sequence[Tensor] = artifact(*state, *tensors)
+            return outputs
+
+        return call

@@ -1,0 +1,61 @@
+"""``torch.compile``: inductor's artifact and its kernels, for a warm start with the same torch on the same hardware."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffdeploy.arrays import Array
+from diffdeploy.bundle import Bundle, Manifest
+from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check
+from diffdeploy.formats.base import Format
+from diffdeploy.formats.options import ExportOptions, RunOptions
+from diffdeploy.graphs import GraphSpec, Variant
+
+if TYPE_CHECKING:
+    from diffdeploy.modules import AttentionBlock
+
+__all__ = ["CompileFormat"]
+
+
+class CompileFormat(Format):
+    """``model.inductor`` and the folder ``kernels``; the weights are arguments of the artifact."""
+
+    name = "compile"
+    impls = ("two_call", "padded", "paired", "rows")
+    compiles = True
+    machine = ("torch", "python", "platform", "isa", "gpu")
+
+    def fastest_impl(self, variant: Variant) -> str:
+        """See `Format.fastest_impl`."""
+        return "rows" if variant == "cached" else "padded"  # which reads the cache once, in one attention
+
+    def lower(
+        self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
+    ) -> Mapping[str, Any]:
+        """See `Format.lower`."""
+        from diffdeploy.exporters.compile import lower
+
+        lower(block, spec, directory, self.device_of(options))
+        return {}
+
+    def check_run_options(self, manifest: Manifest, options: RunOptions) -> None:
+        """See `Format.check_run_options`; these bundles can be compiled afresh."""
+        super().check_run_options(manifest, RunOptions(reference=options.reference))
+
+    def open(self, bundle: Bundle, options: RunOptions, device: str) -> Backend:
+        """See `Format.open`."""
+        from diffdeploy.formats.compile.backend import CompiledBackend
+
+        return CompiledBackend(bundle, options, device)
+
+    def facts(self, bundle: Bundle) -> ArtifactFacts:
+        """See `Format.facts`."""
+        from diffdeploy.formats.compile.contract import facts
+
+        return facts(bundle)
+
+    def contract(self, bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
+        """See `Format.contract`."""
+        from diffdeploy.formats.compile.contract import checks
+
+        return checks(bundle, weights)

@@ -1,0 +1,64 @@
+"""Inductor's C++ kernels as files of a bundle, found by the digest of their source.
+
+Inductor finds its kernels by a hash of the compiler's command line, which holds the path that torch is installed at,
+and compiles again where that differs. A bundle must start warm wherever the same torch is, and without a compiler.
+"""
+
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffdeploy.exclusive import replaced
+
+__all__ = ["recorded", "shipped"]
+
+
+def _name(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()[:32] + ".so"
+
+
+@contextmanager
+def recorded(folder: Path) -> Iterator[None]:
+    """Copy every kernel that inductor builds or takes from its cache in the block into ``folder``."""
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    built: dict[str, list[str]] = {}
+    build = AsyncCompile.cpp_pybinding
+
+    def record(self: Any, argtypes: list[str], source: str) -> Any:
+        built[source] = argtypes
+        return build(self, argtypes, source)
+
+    with replaced(AsyncCompile, "cpp_pybinding", record):
+        yield
+    folder.mkdir()
+    strip = shutil.which("strip")
+    for source, argtypes in built.items():
+        kernel = CppPythonBindingsCodeCache.load_pybinding(argtypes, source)
+        target = folder / _name(source)
+        shutil.copyfile(kernel.__self__.__file__, target)
+        if strip is not None:  # debug information holds paths of this machine
+            subprocess.run([strip, "--strip-debug", str(target)], check=True)
+
+
+@contextmanager
+def shipped(folder: Path) -> Iterator[None]:
+    """Take the kernels that are loaded in the block from ``folder``; what is not there is compiled."""
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    build = AsyncCompile.cpp_pybinding
+
+    def find(self: Any, argtypes: list[str], source: str) -> Any:
+        file = folder / _name(source)
+        if not file.is_file():
+            return build(self, argtypes, source)
+        return CppPythonBindingsCodeCache._load_library(str(file.absolute()), file.stem).kernel
+
+    with replaced(AsyncCompile, "cpp_pybinding", find):
+        yield

@@ -1,0 +1,45 @@
+"""The constants that a right artifact can hold, whatever its format."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from diffdeploy.arrays import Array
+from diffdeploy.bundle import Bundle, Manifest
+from diffdeploy.config import LAMBDA_VECTORS, AnyConfig
+from diffdeploy.exact import lambda_value, rope_tables
+from diffdeploy.formats.registry import require_format
+
+__all__ = ["expected_constants", "held_constants"]
+
+
+def expected_constants(manifest: Manifest, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """What a right artifact can hold: weights in its dtype, and all numbers and tables in float64."""
+    expected = {name: array for name, array in weights.items() if name not in LAMBDA_VECTORS}
+    numbers = {name: np.asarray(value, np.float64) for name, value in _numbers(manifest.config, weights).items()}
+    if manifest.config.rope is not None:
+        length = manifest.graph.axes["sequence_length"].max
+        cos, sin = rope_tables(manifest.config.rope, manifest.config.head_dim, length)
+        numbers |= {"rope.cos": cos, "rope.sin": sin}
+    return {**expected, **numbers}
+
+
+def _numbers(config: AnyConfig, weights: Mapping[str, Array]) -> dict[str, float]:
+    numbers = {"softmax_scale": config.head_dim**-0.5}
+    if config.constant_lambda:
+        numbers["lambda"] = lambda_value(config, weights)
+    if config.norm_eps is not None:
+        numbers |= {"norm_eps": config.norm_eps, "output_scale": config.output_scale}
+    return numbers
+
+
+def held_constants(bundle: Bundle, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Those of `expected_constants` that the artifact of a right bundle holds.
+
+    Args:
+        bundle: an opened bundle.
+        weights: canonical weights in the artifact's dtype.
+    """
+    expected = expected_constants(bundle.manifest, weights)
+    held = require_format(bundle.manifest.format).read_constants(bundle.path, expected)
+    return {name: array for name, array in expected.items() if name in held}

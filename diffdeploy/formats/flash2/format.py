@@ -1,0 +1,70 @@
+"""FlashAttention-2: weights and config, for the eager block on CUDA with the package flash-attn."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from diffdeploy.arrays import Array
+from diffdeploy.bundle import Bundle
+from diffdeploy.errors import InputError
+from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check
+from diffdeploy.formats.base import Format
+from diffdeploy.formats.options import ExportOptions, RunOptions
+from diffdeploy.graphs import DType, GraphSpec, Variant
+
+if TYPE_CHECKING:
+    from diffdeploy.modules import AttentionBlock
+
+__all__ = ["Flash2Format"]
+
+
+class Flash2Format(Format):
+    """No graph is shipped: weights and config are in every bundle."""
+
+    name = "flash2"
+    impls = ("flash2",)
+    package = "flash_attn"
+    distributions = ("flash-attn",)
+    devices = ("cuda",)
+    dtypes = ("float16", "bfloat16")
+    runs: ClassVar[Mapping[str, tuple[DType, ...]]] = {"cuda": ("float16", "bfloat16")}
+
+    def fastest_impl(self, variant: Variant) -> str:
+        """See `Format.fastest_impl`."""
+        return "flash2"
+
+    def check_options(self, options: ExportOptions) -> None:
+        """Refuse what FlashAttention-2 does not have.
+
+        Raises:
+            InputError: a graph with a mask, or an option of another format.
+        """
+        super().check_options(options)
+        if options.graph != "plain":
+            raise InputError(
+                f"graph is {options.graph}, and FlashAttention-2 takes no mask; accepted for flash2 is plain"
+            )
+
+    def lower(
+        self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
+    ) -> Mapping[str, Any]:
+        """See `Format.lower`."""
+        return {}
+
+    def open(self, bundle: Bundle, options: RunOptions, device: str) -> Backend:
+        """See `Format.open`."""
+        from diffdeploy.formats.flash2.backend import Flash2Backend
+
+        return Flash2Backend(bundle, options, device)
+
+    def facts(self, bundle: Bundle) -> ArtifactFacts:
+        """See `Format.facts`."""
+        from diffdeploy.formats.flash2.contract import facts
+
+        return facts(bundle)
+
+    def contract(self, bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
+        """See `Format.contract`."""
+        from diffdeploy.formats.flash2.contract import checks
+
+        return checks(bundle, weights)

@@ -1,0 +1,189 @@
+"""ONNX bundles through onnxruntime, with all graph optimisations on: the level that production uses."""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffdeploy.arrays import to_array, to_tensor
+from diffdeploy.errors import ExportError
+from diffdeploy.formats.artifact import Backend
+from diffdeploy.formats.onnx.names import MODEL
+from diffdeploy.formats.options import RunOptions
+from diffdeploy.graphs import zero_inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["OnnxCudaBackend", "OnnxReferenceBackend", "OnnxRuntimeBackend"]
+
+_CPU = "CPUExecutionProvider"
+# By the numbers of onnx.TensorProto.DataType, which onnxruntime takes where numpy has no dtype.
+_ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+
+
+class _OnnxBackend(Backend):
+    """What the backends of ``model.onnx`` share."""
+
+    _session: Any
+
+    def run(self, inputs: Sequence[Any], *, as_torch: bool) -> Sequence[Any]:
+        """See `Backend.run`."""
+        arrays = {
+            name: value if isinstance(value, np.ndarray) else to_array(value)
+            for name, value in zip(self.spec.inputs, inputs, strict=True)
+        }
+        outputs: list[Any] = self._session.run(list(self.spec.outputs), arrays)
+        return [to_tensor(output) for output in outputs] if as_torch else outputs
+
+    def close(self) -> None:
+        """Let the session go."""
+        self._session = None
+
+
+class OnnxReferenceBackend(_OnnxBackend):
+    """Runs ``model.onnx`` with the interpreter of the onnx package: every dtype, one operator at a time, in numpy."""
+
+    def open(self, options: RunOptions) -> None:
+        """Load the model; raises ExportError where that fails."""
+        import onnx.reference
+
+        model = self.bundle.path / MODEL
+        try:
+            self._session = onnx.reference.ReferenceEvaluator(str(model))
+        except Exception as error:
+            raise ExportError(f"onnx.reference {onnx.__version__} cannot load {model}: {error}") from error
+
+    @property
+    def description(self) -> str:
+        """Backend, version and settings, for reports."""
+        import onnx
+
+        return f"onnx.reference {onnx.__version__}"
+
+
+class OnnxRuntimeBackend(_OnnxBackend):
+    """Runs ``model.onnx`` on the CPU execution provider."""
+
+    def open(self, options: RunOptions) -> None:
+        """Load the model; raises ExportError where that fails."""
+        settings = self._settings()
+        if options.threads is not None:
+            settings.intra_op_num_threads = options.threads
+        self._session = self._start(settings)
+
+    @property
+    def description(self) -> str:
+        """Backend, version and settings, for reports."""
+        import onnxruntime
+
+        return f"onnxruntime {onnxruntime.__version__}, {self.device.upper()}, all optimisations"
+
+    def _providers(self) -> list[Any]:
+        return [_CPU]
+
+    def _settings(self) -> Any:
+        import onnxruntime
+
+        settings = onnxruntime.SessionOptions()
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        settings.log_severity_level = 4  # what it would log it also raises
+        return settings
+
+    def _start(self, settings: Any) -> Any:
+        import onnxruntime
+
+        model = self.bundle.path / MODEL
+        try:
+            return onnxruntime.InferenceSession(str(model), settings, providers=self._providers())
+        except Exception as error:
+            raise ExportError(f"onnxruntime {onnxruntime.__version__} cannot load {model}: {error}") from error
+
+
+class OnnxCudaBackend(OnnxRuntimeBackend):
+    """Runs ``model.onnx`` on the CUDA execution provider, from and to tensors that are on the device already.
+
+    What onnxruntime computes on the CPU must be sizes: a graph of which it puts any more there is not loaded.
+
+    Attributes:
+        placement: how many nodes of the optimised graph each execution provider runs.
+    """
+
+    placement: dict[str, int]
+
+    def open(self, options: RunOptions) -> None:
+        """Load the model; raises ExportError where that fails."""
+        with tempfile.TemporaryDirectory() as folder:
+            settings = self._settings()
+            settings.enable_profiling = True
+            settings.profile_file_prefix = str(Path(folder) / "profile")
+            self._session = self._start(settings)
+            self.run(list(zero_inputs(self.spec).values()), as_torch=True)
+            events = json.loads(Path(self._session.end_profiling()).read_text())
+        nodes = {event["name"]: event["args"] for event in events if event.get("args", {}).get("provider")}
+        self.placement = dict(Counter(node["provider"] for node in nodes.values()))
+        slow = [name for name, node in nodes.items() if node["provider"] == _CPU and not _gives_sizes(node)]
+        if slow:
+            names = ", ".join(name.removesuffix("_kernel_time") for name in slow)
+            raise ExportError(f"onnxruntime has no CUDA kernels for {names} and would fall back to the CPU")
+
+    @property
+    def description(self) -> str:
+        """Backend, version, settings and where the nodes run, for reports."""
+        placed = ", ".join(
+            f"{count} nodes on {name.removesuffix('ExecutionProvider')}" for name, count in self.placement.items()
+        )
+        return f"{super().description}, {placed}"
+
+    def _providers(self) -> list[Any]:
+        # TensorFloat-32 is on by default there, and would round float32 graphs to 10 bits.
+        return [("CUDAExecutionProvider", {"device_id": str(self._index), "use_tf32": "0"})]
+
+    @property
+    def _index(self) -> int:
+        return int(self.device.partition(":")[2] or 0)
+
+    def run(self, inputs: Sequence[Any], *, as_torch: bool) -> Sequence[Any]:
+        """See `Backend.run`."""
+        import torch
+
+        given = [to_tensor(value) if isinstance(value, np.ndarray) else value for value in inputs]
+        tensors = dict(zip(self.spec.inputs, (t.detach().to(self.device).contiguous() for t in given), strict=True))
+        outputs = {
+            name: torch.empty(shape, dtype=tensors["hidden_states"].dtype, device=self.device)
+            for name, shape in self._output_shapes(tensors).items()
+        }
+        binding = self._session.io_binding()
+        for bind, bound, specs in (
+            (binding.bind_input, tensors, self.spec.inputs),
+            (binding.bind_output, outputs, self.spec.outputs),
+        ):
+            for name, tensor in bound.items():
+                element_type = _ELEMENT_TYPES[specs[name].dtype]
+                # An empty tensor has no address, and none is read.
+                bind(name, "cuda", self._index, element_type, list(tensor.shape), tensor.data_ptr())
+        torch.cuda.current_stream(self.device).synchronize()  # the provider has a stream of its own
+        self._session.run_with_iobinding(binding)
+        results = [output.to(given[0].device) for output in outputs.values()]
+        return results if as_torch else [to_array(result) for result in results]
+
+    def _output_shapes(self, tensors: "dict[str, Tensor]") -> dict[str, list[int]]:
+        sizes = {
+            axis: size
+            for name, spec in self.spec.inputs.items()
+            for axis, size in zip(spec.shape, tensors[name].shape, strict=True)
+        }
+        return {
+            name: [axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape]
+            for name, spec in self.spec.outputs.items()
+        }
+
+
+def _gives_sizes(node: dict[str, Any]) -> bool:
+    """Whether a node of onnxruntime's profile computes integers alone, as shapes are."""
+    outputs = node.get("output_type_shape", [])
+    return bool(outputs) and all(dtype in ("int64", "int32", "bool") for output in outputs for dtype in output)

@@ -1,0 +1,98 @@
+"""Constants of an ONNX model: initializers, found by what they hold, and attributes of nodes."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from diffdeploy.arrays import Array, epsilon
+from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["read", "write"]
+
+_ATTRIBUTES = {"norm_eps": "epsilon", "softmax_scale": "scale"}
+
+
+class _Place(NamedTuple):
+    """Where a constant is: an initializer, as it is or transposed, or the attribute of some nodes."""
+
+    tensor: "onnx.TensorProto | None"
+    transposed: bool
+    attributes: "list[onnx.AttributeProto]"
+
+
+def read(directory: Path, expected: Mapping[str, Array]) -> set[str]:
+    """Names of the constants that are in the model."""
+    return set(_places(_load(directory), expected))
+
+
+def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
+    """Replace constants, and save the model."""
+    import onnx
+
+    model = _load(directory)
+    places = _places(model, expected)
+    for name, array in changes.items():
+        tensor, transposed, attributes = places[name]
+        for attribute in attributes:
+            attribute.f = float(array)
+        if tensor is not None:
+            old = onnx.numpy_helper.to_array(tensor)
+            new = np.ascontiguousarray(array.T if transposed else array).astype(old.dtype).reshape(old.shape)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(new, tensor.name))
+    (directory / EXTERNAL_DATA).unlink(missing_ok=True)
+    onnx.save(model, directory / MODEL)
+
+
+def _load(directory: Path) -> "onnx.ModelProto":
+    import onnx
+
+    return onnx.load(directory / MODEL)
+
+
+def _places(model: "onnx.ModelProto", expected: Mapping[str, Array]) -> dict[str, _Place]:
+    import onnx
+
+    left = {tensor.name: (tensor, onnx.numpy_helper.to_array(tensor)) for tensor in model.graph.initializer}
+    places = {}
+    for name, wanted in expected.items():
+        attributes = [] if name not in _ATTRIBUTES else list(_attributes(model, _ATTRIBUTES[name], float(wanted)))
+        if attributes:
+            places[name] = _Place(None, False, attributes)
+            continue
+        for key, (tensor, held) in left.items():
+            if (transposed := _holds(held, wanted)) is not None:
+                places[name] = _Place(tensor, transposed, [])
+                del left[key]
+                break
+    return places
+
+
+def _attributes(model: "onnx.ModelProto", name: str, value: float) -> "Iterator[onnx.AttributeProto]":
+    for node in model.graph.node:
+        yield from (a for a in node.attribute if a.name == name and np.isclose(a.f, value, rtol=1e-6))
+
+
+def _holds(held: Array, wanted: Array) -> bool | None:
+    """Whether ``held`` is ``wanted``, rounded to its dtype; ``True`` when transposed, ``None`` when not at all."""
+    if held.dtype.kind not in "fV" or (wanted.ndim and held.size != wanted.size):
+        return None
+    if wanted.ndim == 0:
+        near = held.size == 1 and np.isclose(float(held.reshape(())), float(wanted), rtol=4 * epsilon(held.dtype))
+        return False if near else None
+    forms = [(wanted, False), *([(wanted.T, True)] if wanted.ndim == 2 else [])]
+    for form, transposed in forms:
+        if held.shape == form.shape and np.allclose(
+            held.astype(np.float64), form.astype(np.float64), rtol=0, atol=_rounding(held, wanted)
+        ):
+            return transposed
+    return None
+
+
+def _rounding(held: Array, wanted: Array) -> float:
+    """Weights are there bit for bit; tables, which are given in float64, are rounded once."""
+    return epsilon(held.dtype) if wanted.dtype == np.float64 else 0.0

@@ -1,0 +1,148 @@
+"""ONNX: standard operators, or flavor ``ort``, for onnxruntime and other runtimes of the standard."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from diffdeploy.arrays import Array
+from diffdeploy.bundle import Bundle, Manifest
+from diffdeploy.errors import InputError
+from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates
+from diffdeploy.formats.base import EVERY_DTYPE, Format
+from diffdeploy.formats.onnx.names import ORT, STANDARD
+from diffdeploy.formats.options import ExportOptions, RunOptions
+from diffdeploy.graphs import DType, GraphSpec, Variant
+
+if TYPE_CHECKING:
+    from diffdeploy.modules import AttentionBlock
+
+__all__ = ["DEFAULT_OPSET", "OPSETS", "OnnxFormat"]
+
+OPSETS = range(18, 25)
+DEFAULT_OPSET = 23
+
+
+class OnnxFormat(Format):
+    """``model.onnx``, with its weights inside or beside it."""
+
+    name = "onnx"
+    flavors = (STANDARD, ORT)
+    package = "onnxruntime"
+    distributions = ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+    export_packages = ("onnx", "onnxscript")
+    # onnxruntime 1.32 computes no attention in bfloat16 on the CPU.
+    runs: ClassVar[Mapping[str, tuple[DType, ...]]] = {"cpu": ("float32", "float16"), "cuda": EVERY_DTYPE}
+    torch_allocates = False
+    holds_ranges = True
+
+    def why_not_run(self, device: str = "cpu", dtype: DType = "float32", *, reference: bool = False) -> str | None:
+        """See `Format.why_not_run`."""
+        if reference:
+            return _why_no_reference(device)
+        if (reason := super().why_not_run(device, dtype)) is not None:
+            wrong_dtype = dtype not in self.runs.get(device.partition(":")[0], EVERY_DTYPE)
+            return reason + ("; --runtime reference verifies such graphs, slowly" if wrong_dtype else "")
+        return _why_no_provider() if device != "cpu" else None
+
+    def fastest_impl(self, variant: Variant) -> str:
+        """See `Format.fastest_impl`."""
+        return "padded" if variant == "cached" else "two_call"  # which reads the cache as it is
+
+    def check_options(self, options: ExportOptions) -> None:
+        """Refuse an opset outside 18 to 24, and what the operators of a flavor do not have.
+
+        Raises:
+            InputError: one was asked for.
+        """
+        if options.onnx_flavor is not None and options.onnx_flavor not in self.flavors:
+            raise InputError(f"onnx flavor is {options.onnx_flavor!r}; accepted: {', '.join(self.flavors)}")
+        if options.onnx_flavor == ORT and options.graph == "cached":
+            raise InputError("graph is cached, which the flavor ort does not have; leave --onnx-flavor out")
+        if options.onnx_flavor == ORT and options.reference:
+            raise InputError("the reference runtime interprets standard operators alone; leave --onnx-flavor out")
+        if options.opset is not None and options.opset not in OPSETS:
+            raise InputError(f"opset is {options.opset}; accepted is {OPSETS.start} to {OPSETS.stop - 1}")
+
+    def lower(
+        self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
+    ) -> Mapping[str, Any]:
+        """See `Format.lower`."""
+        from diffdeploy.exporters.onnx import lower
+
+        flavor, opset = options.onnx_flavor or STANDARD, options.opset or DEFAULT_OPSET
+        lower(block, spec, directory, opset=opset, flavor=flavor)
+        return {"opset": opset, "flavor": flavor}
+
+    def check_run_options(self, manifest: Manifest, options: RunOptions) -> None:
+        """See `Format.check_run_options`."""
+        standard = manifest.options.flavor != ORT
+        super().check_run_options(
+            manifest, RunOptions(reference=options.reference and not standard, recompile=options.recompile)
+        )
+
+    def open(self, bundle: Bundle, options: RunOptions, device: str) -> Backend:
+        """See `Format.open`."""
+        from diffdeploy.formats.onnx.backend import OnnxCudaBackend, OnnxReferenceBackend, OnnxRuntimeBackend
+
+        if options.reference:
+            return OnnxReferenceBackend(bundle, options, device)
+        kind = OnnxRuntimeBackend if device == "cpu" else OnnxCudaBackend
+        return kind(bundle, options, device)
+
+    def facts(self, bundle: Bundle) -> ArtifactFacts:
+        """See `Format.facts`."""
+        from diffdeploy.formats.onnx.contract import facts
+
+        return facts(bundle)
+
+    def contract(self, bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
+        """See `Format.contract`."""
+        from diffdeploy.formats.onnx.contract import checks
+
+        return checks(bundle, weights)
+
+    def intermediates(self, bundle: Bundle) -> Intermediates:
+        """See `Format.intermediates`."""
+        from diffdeploy.formats.onnx.intermediates import intermediates
+
+        return intermediates(bundle.path)
+
+    def read_constants(self, directory: Path, expected: Mapping[str, Array]) -> set[str]:
+        """See `Format.read_constants`."""
+        from diffdeploy.formats.onnx.constants import read
+
+        return read(directory, expected)
+
+    def write_constants(self, directory: Path, expected: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
+        """See `Format.write_constants`."""
+        from diffdeploy.formats.onnx.constants import write
+
+        write(directory, expected, changes)
+
+    def file_faults(self) -> Sequence[FileFault]:
+        """See `Format.file_faults`."""
+        from diffdeploy.formats.onnx.faults import ONNX_FAULTS
+
+        return ONNX_FAULTS
+
+    def traces_block(self, manifest: Manifest) -> bool:
+        """Flavor ``ort`` writes the block's steps down itself."""
+        return manifest.options.flavor != ORT
+
+
+def _why_no_reference(device: str) -> str | None:
+    from importlib.util import find_spec
+
+    if device != "cpu":
+        return f"the reference runtime runs on cpu, not on {device.partition(':')[0]}"
+    if find_spec("onnx") is None:
+        return "onnx is not installed, and the reference runtime is a part of it; pip install 'diffdeploy[export]'"
+    return None
+
+
+def _why_no_provider() -> str | None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return None
+    return f"onnxruntime {onnxruntime.__version__} has no CUDA provider; pip install 'diffdeploy[gpu]'"

@@ -1,0 +1,65 @@
+"""Intermediate values of an ONNX model: every one becomes an output, and one at a time is asked for."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from diffdeploy.arrays import Array, to_tensor
+from diffdeploy.errors import ExportError
+from diffdeploy.formats.artifact import Intermediates
+from diffdeploy.formats.onnx.names import MODEL, ORT_ATTENTION
+from diffdeploy.graphs import Stage
+
+__all__ = ["intermediates"]
+
+_FLOATING = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+
+
+def intermediates(directory: Path) -> Intermediates:
+    """What can be seen of the model in a bundle: onnxruntime's own operator takes each stream by itself."""
+    import onnx
+
+    try:
+        graph = onnx.load(directory / MODEL, load_external_data=False).graph
+    except Exception as error:
+        raise ExportError(str(error)) from error
+    own = [node for node in graph.node if node.op_type == ORT_ATTENTION]
+    turns = any(attribute.name == "do_rotary" and attribute.i for node in own for attribute in node.attribute)
+    return Intermediates(
+        partial(_values, directory), by_stream=bool(own), hidden=frozenset({Stage.ROPE} if turns else ())
+    )
+
+
+def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str, Tensor]]:
+    """Name of the node and value of every floating-point result, in the order of the graph.
+
+    Args:
+        directory: of the bundle.
+        inputs: by the names of the graph.
+    """
+    import onnx
+    import onnxruntime
+
+    path = directory / MODEL
+    model = onnx.load(path, load_external_data=False)
+    declared = {value.name for value in model.graph.output}
+    nodes = {name: node for node in model.graph.node for name in node.output if name}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes if name not in declared)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4  # what it would log it also raises
+    # Weights in a file of their own are looked for beside the model.
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+        shown = [value.name for value in session.get_outputs() if value.type in _FLOATING]
+    except Exception as error:
+        raise ExportError(str(error)) from error
+    for name in shown:
+        try:
+            (array,) = session.run([name], dict(inputs))
+        except Exception as error:
+            raise ExportError(str(error)) from error
+        node = nodes[name]
+        yield f"{node.op_type} {node.name}", to_tensor(array)

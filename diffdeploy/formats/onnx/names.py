@@ -1,0 +1,13 @@
+"""Names that ONNX bundles use: files, flavors and onnxruntime's own operator."""
+
+__all__ = ["EXTERNAL_DATA", "FIRST_OPSET_WITH_ATTENTION", "MODEL", "ORT", "ORT_ATTENTION", "ORT_DOMAIN", "STANDARD"]
+
+MODEL = "model.onnx"
+# Where weights go that do not fit into a protobuf message.
+EXTERNAL_DATA = "model.onnx.data"
+
+# Operators of the standard alone, or those that onnxruntime runs fastest.
+STANDARD, ORT = "standard", "ort"
+ORT_DOMAIN, ORT_ATTENTION = "com.microsoft", "GroupQueryAttention"
+
+FIRST_OPSET_WITH_ATTENTION = 23

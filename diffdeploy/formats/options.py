@@ -1,0 +1,59 @@
+"""What a user can choose when a block is exported, and when a bundle is run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from diffdeploy.graphs import DType, Variant
+
+__all__ = ["Device", "ExportOptions", "RunOptions"]
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What the user can choose about the artifact.
+
+    Attributes:
+        format: name of a format, see `diffdeploy.formats.registry`.
+        graph: variant of the graph, see `GraphSpec`.
+        dtype: dtype of the graph and its weights.
+        max_batch_size: largest batch the artifact is declared for.
+        max_sequence_length: longest sequence the artifact is declared for.
+        device: ``cpu`` or ``cuda``: what the formats with machine code are compiled for, and where the artifact is
+            verified; by default the first that the format is made for.
+        opset: ONNX operator set, 18 to 24; by default 23.
+        onnx_flavor: ``standard`` for operators of the standard alone; ``ort`` for those that onnxruntime runs fastest.
+        impl: how the two attentions are written down.
+        seed: random seed for the inputs that the artifact is verified with.
+        reference: verify ONNX with `onnx.reference` in place of onnxruntime.
+    """
+
+    format: str = "onnx"
+    graph: Variant = "plain"
+    dtype: DType = "float32"
+    max_batch_size: int = 32
+    max_sequence_length: int = 2048
+    device: Device | None = None
+    opset: int | None = None
+    onnx_flavor: str | None = None
+    impl: str = "auto"
+    seed: int = 0
+    reference: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What a bundle is run with.
+
+    Attributes:
+        device: ``cpu``, ``cuda`` or ``cuda:N``; by default the one that the bundle was made for.
+        threads: threads of the backend on the CPU; by default its own choice. Those of torch are the whole process's.
+        reference: run ONNX with `onnx.reference`, which is slow and knows every dtype, in place of onnxruntime.
+        recompile: compile a ``compile`` bundle afresh, on a machine other than the one that it was made for.
+    """
+
+    device: str | None = None
+    threads: int | None = None
+    reference: bool = False
+    recompile: bool = False

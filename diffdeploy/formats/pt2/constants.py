@@ -1,0 +1,75 @@
+"""Constants of an exported program: its state, its buffers, and the numbers among the arguments of its nodes."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffdeploy.arrays import Array, to_tensor
+from diffdeploy.formats.pt2.backend import MODEL
+
+__all__ = ["load", "read", "save", "write"]
+
+_BUFFERS = {"lambda": "block._frozen_lambda", "rope.cos": "block.rotary.cos", "rope.sin": "block.rotary.sin"}
+_ARGUMENTS = {"norm_eps": "rms_norm", "output_scale": "mul", "softmax_scale": "scaled_dot_product_attention"}
+
+
+def load(directory: Path) -> torch.export.ExportedProgram:
+    """The program of a bundle."""
+    return torch.export.load(directory / MODEL)
+
+
+def save(program: torch.export.ExportedProgram, directory: Path) -> None:
+    """Put the program in place of the bundle's."""
+    torch.export.save(program, directory / MODEL)
+
+
+def read(directory: Path, expected: Mapping[str, Array]) -> set[str]:
+    """Names of the constants that are in the program."""
+    program = load(directory)
+    arguments = {name for name in _ARGUMENTS if name in expected and list(_nodes(program, name, expected[name]))}
+    return {name for name in expected if _tensor(program, name) is not None} | arguments
+
+
+def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
+    """Replace constants, and save the program."""
+    program = load(directory)
+    for name, array in changes.items():
+        if name in _ARGUMENTS:
+            for node in _nodes(program, name, expected[name]):
+                _replace(node, float(expected[name]), float(array))
+            continue
+        key, holder = _holder(program, name)
+        old = holder[key]
+        new = to_tensor(np.ascontiguousarray(array)).to(old.dtype).reshape(old.shape)
+        holder[key] = torch.nn.Parameter(new, requires_grad=False) if isinstance(old, torch.nn.Parameter) else new
+    save(program, directory)
+
+
+def _holder(program: torch.export.ExportedProgram, name: str) -> tuple[str, dict[str, Any]]:
+    key = _BUFFERS.get(name, f"block.{name}")
+    return key, program.state_dict if key in program.state_dict else program.constants
+
+
+def _tensor(program: torch.export.ExportedProgram, name: str) -> torch.Tensor | None:
+    key, holder = _holder(program, name)
+    return holder.get(key)
+
+
+def _nodes(program: torch.export.ExportedProgram, name: str, value: Array) -> Iterator[torch.fx.Node]:
+    """The nodes that take the number as an argument."""
+    for node in program.graph.nodes:
+        arguments = (*node.args, *node.kwargs.values())
+        if _ARGUMENTS[name] in str(node.target) and any(_is(argument, float(value)) for argument in arguments):
+            yield node
+
+
+def _is(argument: Any, value: float) -> bool:
+    return isinstance(argument, float) and argument == value
+
+
+def _replace(node: torch.fx.Node, old: float, new: float) -> None:
+    node.args = tuple(new if _is(argument, old) else argument for argument in node.args)
+    node.kwargs = {key: new if _is(argument, old) else argument for key, argument in node.kwargs.items()}

@@ -1,0 +1,79 @@
+"""``torch.export``: a program that any Python with torch loads, with its ranges checked by itself."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffdeploy.arrays import Array
+from diffdeploy.bundle import Bundle
+from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates
+from diffdeploy.formats.base import Format
+from diffdeploy.formats.options import ExportOptions, RunOptions
+from diffdeploy.graphs import GraphSpec, Variant
+
+if TYPE_CHECKING:
+    from diffdeploy.modules import AttentionBlock
+
+__all__ = ["Pt2Format"]
+
+
+class Pt2Format(Format):
+    """``model.pt2``: an exported program."""
+
+    name = "pt2"
+    holds_ranges = True
+
+    def fastest_impl(self, variant: Variant) -> str:
+        """See `Format.fastest_impl`."""
+        return "padded"
+
+    def lower(
+        self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
+    ) -> Mapping[str, Any]:
+        """See `Format.lower`."""
+        from diffdeploy.exporters.pt2 import lower
+
+        lower(block, spec, directory)
+        return {}
+
+    def open(self, bundle: Bundle, options: RunOptions, device: str) -> Backend:
+        """See `Format.open`."""
+        from diffdeploy.formats.pt2.backend import Pt2Backend
+
+        return Pt2Backend(bundle, options, device)
+
+    def facts(self, bundle: Bundle) -> ArtifactFacts:
+        """See `Format.facts`."""
+        from diffdeploy.formats.pt2.contract import facts
+
+        return facts(bundle)
+
+    def contract(self, bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
+        """See `Format.contract`."""
+        from diffdeploy.formats.pt2.contract import checks
+
+        return checks(bundle, weights)
+
+    def intermediates(self, bundle: Bundle) -> Intermediates:
+        """See `Format.intermediates`."""
+        from diffdeploy.formats.pt2.intermediates import intermediates
+
+        return intermediates(bundle.path)
+
+    def read_constants(self, directory: Path, expected: Mapping[str, Array]) -> set[str]:
+        """See `Format.read_constants`."""
+        from diffdeploy.formats.pt2.constants import read
+
+        return read(directory, expected)
+
+    def write_constants(self, directory: Path, expected: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
+        """See `Format.write_constants`."""
+        from diffdeploy.formats.pt2.constants import write
+
+        write(directory, expected, changes)
+
+    def file_faults(self) -> Sequence[FileFault]:
+        """See `Format.file_faults`."""
+        from diffdeploy.formats.pt2.faults import PT2_FAULTS
+
+        return PT2_FAULTS

@@ -1,0 +1,63 @@
+"""What the backends that run a torch callable share."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffdeploy.arrays import to_array, to_tensor
+from diffdeploy.errors import ExportError
+from diffdeploy.exclusive import without_warnings
+from diffdeploy.formats.artifact import Backend
+from diffdeploy.formats.options import RunOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TorchBackend"]
+
+
+class TorchBackend(Backend):
+    """Runs a torch callable that takes the graph's inputs in their order."""
+
+    _call: Any
+
+    def open(self, options: RunOptions) -> None:
+        """Load the callable.
+
+        Raises:
+            ExportError: torch cannot load it.
+        """
+        import torch
+
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        try:
+            with without_warnings():  # torch warns of its own workings
+                self._call = self.load(options)
+        except Exception as error:
+            raise ExportError(f"torch {torch.__version__} cannot load {self.bundle.path}: {error}") from error
+
+    @abstractmethod
+    def load(self, options: RunOptions) -> Callable[..., "Sequence[Tensor]"]:
+        """Load the callable, which takes the graph's inputs and returns its outputs, in their order."""
+
+    def run(self, inputs: Sequence[Any], *, as_torch: bool) -> Sequence[Any]:
+        """Call it without gradients, on the device that it was loaded for."""
+        import torch
+
+        # Compiled code takes memory for contiguous, whatever strides a tensor has.
+        tensors = [to_tensor(value) if isinstance(value, np.ndarray) else value.contiguous() for value in inputs]
+        if self.device == "cpu":
+            with torch.no_grad():
+                outputs = self._call(*tensors)
+        else:
+            home = tensors[0].device
+            with torch.no_grad():
+                outputs = [output.to(home) for output in self._call(*(tensor.to(self.device) for tensor in tensors))]
+        return outputs if as_torch else [to_array(output) for output in outputs]
+
+    def close(self) -> None:
+        """Let the callable go."""
+        self._call = None

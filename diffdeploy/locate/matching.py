@@ -1,0 +1,176 @@
+"""Finding stages among the values of an artifact by what they hold, so that no names of nodes are needed.
+
+Shape suffixes: B batch, H heads, S query length, w any width.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffdeploy.budgets import BUDGETS
+from diffdeploy.graphs import DType, Stage
+from diffdeploy.locate.finding import Finding, StageError
+from diffdeploy.locate.values import StageValues
+
+__all__ = ["Matcher"]
+
+_OUTPUTS = {Stage.CACHE: ("present.key", "present.value"), Stage.OUTPUT_PROJECTION: ("output",)}
+
+# What an artifact may compute for each stream by itself.
+_OF_STREAMS = (Stage.Q_PROJECTION, Stage.K_PROJECTION, Stage.ROPE)
+
+# Of a budget, which is meant for whole blocks over several runs of eager; a stage has one run to compare with.
+_SLACK = 2.0
+
+# Of the dtype, that a value may be off by and still be the one that is looked for.
+_ROUNDINGS = 64
+
+
+@dataclass
+class _Wanted:
+    """One value that a stage should give, and the nearest that the artifact has given so far."""
+
+    stage: Stage
+    exact: Tensor
+    eager_rmse: float
+    rounding_rmse: float
+    streams: "tuple[_Wanted, ...]" = ()  # the same of each stream, where the artifact may have them apart
+    nearest: tuple[bool, float, str] | None = None
+
+    def offer(self, node: str, value: Tensor) -> None:
+        """Take the value if it has the shape of this one and is nearer than what came before."""
+        for stream in self.streams:
+            stream.offer(node, value)
+        # Rows that are not split into heads yet could be those of another projection: they count where nothing else is.
+        candidates = [(False, form) for form in _split_forms(value, self.exact.shape)]
+        candidates += [(True, form) for form in _joined_forms(value, self.exact.shape)]
+        for joined, form in candidates:
+            rmse = float((form.to(torch.float64) - self.exact).square().mean().sqrt())
+            found = (joined, rmse if rmse == rmse else float("inf"), node)
+            if self.nearest is None or found[:2] < self.nearest[:2]:
+                self.nearest = found
+
+
+def _split_forms(value: Tensor, shape: torch.Size) -> Iterator[Tensor]:
+    """The value as ``[B, H, S, w]`` in every layout that attention code uses for heads."""
+    batch, heads, length, width = shape
+    if value.ndim == 4 and value.shape[:3] == shape[:3] and value.shape[3] >= width:
+        yield value[..., :width]  # padded with zeros for kernels that want equal widths
+    if value.shape == (batch, length, heads, width):
+        yield value.transpose(1, 2)
+    if value.shape == (batch * heads, length, width):
+        yield value.reshape(shape)
+    if value.shape == (batch, heads, width, length):
+        yield value.transpose(2, 3)
+
+
+def _joined_forms(value: Tensor, shape: torch.Size) -> Iterator[Tensor]:
+    """The same where heads are joined."""
+    batch, heads, length, width = shape
+    if value.shape == (batch, length, heads * width):
+        yield value.reshape(batch, length, heads, width).transpose(1, 2)
+
+
+class Matcher:
+    """Takes the artifact's values one at a time, keeps none of them, and then names the first stage that deviates.
+
+    Args:
+        exact: stages in fp64.
+        eager: stages in the artifact's dtype.
+        dtype: of the artifact.
+        by_stream: whether it computes queries and keys of each stream by themselves.
+        hidden: stages that are inside its operators, and not among its values.
+    """
+
+    def __init__(
+        self,
+        exact: StageValues,
+        eager: StageValues,
+        dtype: DType,
+        *,
+        by_stream: bool = False,
+        hidden: Collection[Stage] = (),
+    ) -> None:
+        self._budget = BUDGETS[dtype]
+        eps = torch.finfo(getattr(torch, dtype)).eps
+
+        def wanted(stage: Stage, value: Tensor, rounded: Tensor, *, apart: bool) -> _Wanted:
+            error = float((rounded.to(torch.float64) - value).square().mean().sqrt())
+            numbers = (0, 1) if apart and value.shape[1] % 2 == 0 else ()
+            streams = tuple(wanted(stage, value[:, s::2], rounded[:, s::2], apart=False) for s in numbers)
+            return _Wanted(stage, value, error, eps * float(value.square().mean().sqrt()), streams)
+
+        self._wanted = [
+            wanted(stage, value, rounded, apart=by_stream and stage in _OF_STREAMS)
+            for stage in exact
+            if stage not in hidden
+            for value, rounded in zip(exact[stage], eager[stage], strict=True)
+        ]
+        # Where the streams have changed places both attentions are there, and only the difference tells.
+        signal, noise, weighted = (exact[s][0] for s in (Stage.SIGNAL, Stage.NOISE, Stage.LAMBDA))
+        lam = (weighted * noise).sum(-1, keepdim=True) / noise.square().sum(-1, keepdim=True)
+        exchanged = noise - lam.nan_to_num() * signal
+        self._exchanged = _Wanted(Stage.SIGNAL, exchanged, 0.0, eps * float(exchanged.square().mean().sqrt()))
+
+    def offer(self, node: str, value: Tensor) -> None:
+        """Compare an intermediate value of the artifact with all stages inside."""
+        if value.is_floating_point() and value.ndim >= 3:
+            for wanted in (*self._wanted, self._exchanged):
+                if wanted.stage not in _OUTPUTS:
+                    wanted.offer(node, value)
+
+    def offer_outputs(self, outputs: Mapping[str, Tensor]) -> None:
+        """Compare the artifact's outputs with the stages that they are: nothing inside may stand in for them."""
+        for stage, names in _OUTPUTS.items():
+            wanted = [value for value in self._wanted if value.stage == stage]
+            for value, name in zip(wanted, names, strict=False):
+                value.offer(name, outputs[name])
+
+    def finding(self) -> Finding:
+        """The verdict over all that was offered."""
+        errors = map(self._least_error, self._wanted)
+        stages = [error for error in errors if error is not None]
+        guilty = next((error for error in stages if error.deviates), None)
+        if guilty is None:
+            detail = "every stage that the artifact shows is right by itself"
+            return Finding(stage=None, found_by="intermediate values", detail=detail, stages=stages)
+        stage, node = guilty.stage, guilty.node
+        if stage == Stage.LAMBDA and self._within(self._exchanged):
+            stage, node = Stage.SIGNAL, None
+        detail = f"it is {_times(guilty)} as far off as eager"
+        return Finding(stage=stage, found_by="intermediate values", node=node, detail=detail, stages=stages)
+
+    def _within(self, wanted: _Wanted) -> bool:
+        return wanted.nearest is not None and wanted.nearest[1] <= _ROUNDINGS * wanted.rounding_rmse
+
+    def _least_error(self, whole: _Wanted) -> StageError | None:
+        """Of the value as a whole, or of the worse stream; ``None`` where the artifact shows neither."""
+        errors = [] if whole.nearest is None else [self._error(whole)]
+        if whole.streams and all(stream.nearest is not None for stream in whole.streams):
+            errors.append(max(map(self._error, whole.streams), key=_severity))
+        return min(errors, key=_severity, default=None)
+
+    def _error(self, wanted: _Wanted) -> StageError:
+        assert wanted.nearest is not None
+        _, rmse, node = wanted.nearest
+        allowed = self._budget.k * wanted.eager_rmse + self._budget.rmse_floor * wanted.rounding_rmse
+        least = max(wanted.eager_rmse, wanted.rounding_rmse / 4)
+        finite = rmse < float("inf")
+        return StageError(
+            stage=wanted.stage,
+            rmse=rmse if finite else None,
+            eager_rmse=wanted.eager_rmse,
+            amplification=rmse / least if finite and least > 0.0 else None,
+            deviates=rmse > _SLACK * allowed,
+            node=node,
+        )
+
+
+def _severity(error: StageError) -> float:
+    return float("inf") if error.amplification is None else error.amplification
+
+
+def _times(error: StageError) -> str:
+    return "not a number, or infinitely" if error.amplification is None else f"{error.amplification:.3g} times"

@@ -1,0 +1,243 @@
+"""The guilty stage of an artifact that shows only its outputs: inputs for which all stages but a few cannot matter.
+
+The output projection is a matrix, so that the normalised heads can be had back from outputs; the norm keeps directions,
+so that the differential heads are known but for their lengths. Then:
+
+- a single position attends to itself alone, whatever queries and keys are: values, norm and output projection are left;
+- a linear map from the exact heads to the outputs that fits every token is another output projection;
+- heads that are right but for factors of channels, or of halves of a head, are a matter of the norm;
+- heads in the plane of both exact attentions are a matter of lambda;
+- a query that a head's weights do not see makes its attentions plain averages; a key, one that counts the same however
+  large its token is;
+- a query that one stream's weights do not see leaves the other stream alone.
+
+Queries and keys meet only in their product: a change of both that keeps their row spaces (rows of a head in another
+order, a factor) cannot be told from a change of the attention by outputs alone, unless a cache shows the keys.
+"""
+
+import numpy as np
+
+from diffdeploy.arrays import Array
+from diffdeploy.bundle import Bundle
+from diffdeploy.errors import ExportError
+from diffdeploy.graphs import Stage
+from diffdeploy.locate.finding import Finding
+from diffdeploy.locate.narrow import narrow_verdict
+from diffdeploy.locate.probing import Answer, Prober, Runs, null_spaces
+
+__all__ = ["by_probes"]
+
+_Verdict = tuple[Stage | None, str]
+
+_LENGTH, _PAST = 3, 2
+# Going back through the output projection multiplies rounding.
+_INVERTED = 64.0
+
+
+def by_probes(bundle: Bundle, artifact: Runs) -> Finding:
+    """Name the stage that explains what an artifact gives for a few dozen chosen inputs."""
+    try:
+        with np.errstate(all="ignore"):  # what an artifact gives may be 0, infinite or NaN anywhere
+            stage, detail = _verdict(Prober(bundle, artifact))
+    except (ExportError, np.linalg.LinAlgError) as error:
+        stage, detail = None, f"probes do not run: {error}"
+    return Finding(stage=stage, found_by="probes", detail=detail)
+
+
+def _verdict(prober: Prober) -> _Verdict:
+    if prober.has_cache and (found := _cache(prober)):
+        return found
+    if not prober.shows_heads:
+        return narrow_verdict(prober)
+    if found := _lambda(prober):
+        return found
+    if not prober.ask(prober.tokens(1)).right:
+        return _behind_attention(prober)
+    if not prober.ask(1e-3 * prober.tokens(1)).right:
+        return Stage.NORM, "single positions are right, but not where the norm's epsilon counts"
+    return _attention(prober)
+
+
+def _cache(prober: Prober) -> _Verdict | None:
+    """Keys and values as the cache gives them away; at position 0 nothing is turned."""
+    x = prober.tokens(_LENGTH)
+    position = 0 if prober.takes_positions else None
+    still, turned = (prober.ask(x, position=p, past_length=_PAST) for p in (position, None))
+    for name in ("present.key", "present.value"):
+        if not prober.same(turned.given[name][:, :, :_PAST], turned.wanted(name)[:, :, :_PAST]):
+            return Stage.CACHE, f"{name} does not hold the past as it was given"
+    new = [
+        (answer.given[n][:, :, _PAST:], answer.wanted(n)[:, :, _PAST:])
+        for answer, n in ((turned, "present.value"), (still, "present.key"), (turned, "present.key"))
+    ]
+    values, keys, turned_keys = new
+    if not prober.same(*keys):
+        turned_only = prober.config.rope is not None and prober.same(*(_pair_lengths(prober, side) for side in keys))
+        stage = Stage.ROPE if turned_only else Stage.K_PROJECTION
+        return stage, "present.key is wrong at position 0, where nothing is turned"
+    if not prober.same(*turned_keys):
+        return Stage.ROPE, "present.key is right at position 0, and wrong elsewhere"
+    if not prober.same(*values):
+        return Stage.V_PROJECTION, "present.value holds other values"
+    return None
+
+
+def _pair_lengths(prober: Prober, keys_BHTw: Array) -> Array:
+    """What turning keeps: lengths of the channel pairs of each stream, which stand side by side in a cached head."""
+    assert prober.config.rope is not None
+    half = prober.config.head_dim // 2
+    interleaved = prober.config.rope.style == "interleaved"
+    grid = keys_BHTw.reshape(*keys_BHTw.shape[:-1], -1, *((half, 2) if interleaved else (2, half)))
+    lengths: Array = np.linalg.norm(grid, axis=-1 if interleaved else -2)
+    return lengths
+
+
+def _lambda(prober: Prober) -> _Verdict | None:
+    """Whether all heads lie in the plane of signal and noise, and with which lambda."""
+    if not prober.config.constant_lambda:
+        return None
+    answer = prober.ask(prober.tokens(_LENGTH))
+    # The first position's attentions are equal, and span no plane.
+    given = prober.directions(answer.given["output"])[:, :, 1:].reshape(-1, prober.config.value_dim)
+    signal, noise, weighted = (
+        answer.stage(s)[:, :, 1:].reshape(given.shape) for s in (Stage.SIGNAL, Stage.NOISE, Stage.LAMBDA)
+    )
+    factors = np.stack(
+        [np.linalg.lstsq(np.stack((s, n), 1), g, rcond=None)[0] for s, n, g in zip(signal, noise, given, strict=True)]
+    )
+    if not prober.same(factors[:, :1] * signal + factors[:, 1:] * noise, given, slack=_INVERTED):
+        return None
+    expected = float(np.median((weighted * noise).sum(-1) / np.square(noise).sum(-1)))
+    ratios = -factors[:, 1] / factors[:, 0]
+    found = float(np.median(ratios))
+    if abs(found - expected) <= 2 * prober.tolerance * (1 + abs(expected)):
+        return None
+    if np.mean(np.abs(ratios - found) < 0.05 * (abs(found) + 0.01)) < 0.9:
+        return Stage.DIFFERENCE, "heads lie between signal and noise, but not by one lambda"
+    if abs(found * expected - 1) < 0.05 and float(np.median(factors[:, 0])) < 0.0:
+        return Stage.SIGNAL, "the streams are exchanged: what should be the signal is subtracted"
+    return Stage.LAMBDA, f"heads are signal - {found:.5g} noise; lambda is {expected:.5g}"
+
+
+def _behind_attention(prober: Prober) -> _Verdict:
+    """Single positions are wrong: values, norm or output projection."""
+    width = prober.config.num_heads * prober.config.value_dim
+    answers = [prober.ask(prober.tokens(_LENGTH)) for _ in range(-(-3 * width // (prober.batch_size * _LENGTH)))]
+    has_norm = prober.config.has_norm
+    if has_norm and _is_norm(prober, answers):
+        return Stage.NORM, "heads are right but for factors of channels or halves"
+    last = Stage.NORM if has_norm else Stage.DIFFERENCE
+    heads = np.concatenate([a.stage(last).transpose(0, 2, 1, 3).reshape(-1, width) for a in answers])
+    heads = np.concatenate((heads, np.ones((len(heads), 1))), axis=1)
+    outputs = np.concatenate([a.given["output"].reshape(-1, prober.config.embed_dim) for a in answers])
+    if prober.same(heads @ np.linalg.lstsq(heads, outputs, rcond=None)[0], outputs, share=0.99):
+        return Stage.OUTPUT_PROJECTION, "another matrix explains every output"
+    return Stage.V_PROJECTION, "single positions are wrong, and neither norm nor output projection explains it"
+
+
+def _is_norm(prober: Prober, answers: list[Answer]) -> bool:
+    """Whether normalised heads are the exact differences, times one factor per half and one per channel."""
+    shape = (-1, 2, prober.config.head_dim)
+    given = np.concatenate([prober.heads(answer.given["output"]).reshape(shape) for answer in answers])
+    exact = np.concatenate([answer.stage(Stage.DIFFERENCE).reshape(shape) for answer in answers])
+    ratios = given / exact
+    if not np.isfinite(ratios).all():
+        return False
+    halves = np.median(ratios, axis=-1, keepdims=True)
+    channels = np.median(ratios / halves, axis=0, keepdims=True)
+    halves = np.median(ratios / channels, axis=-1, keepdims=True)
+    return prober.same(halves * channels * exact, given, slack=_INVERTED, share=0.95)
+
+
+def _attention(prober: Prober) -> _Verdict:
+    """Single positions are right: queries, keys, rotary embedding or the attentions."""
+    if _seen_from_null_space(prober, "q"):
+        return Stage.Q_PROJECTION, "queries that are 0 by their weights do not give plain averages"
+    if _seen_from_null_space(prober, "k"):
+        return Stage.K_PROJECTION, "a key that is 0 by its weights still counts"
+    right = [_is_right_alone(prober, stream) for stream in (0, 1)]
+    if right == [True, False]:
+        return Stage.NOISE, "outputs are right where the noise is a plain average"
+    if right == [False, True]:
+        return Stage.SIGNAL, "outputs are right where the signal is a plain average"
+    if prober.config.rope is not None and _is_right_without_distance(prober):
+        return Stage.ROPE, "outputs are right where no distance between positions counts"
+    if prober.ask(prober.tokens(_LENGTH)).right:
+        return Stage.SIGNAL, "3 positions without padding are right; what differs is which keys are seen"
+    return Stage.SIGNAL, "both attentions are wrong, and neither projections nor positions explain it"
+
+
+def _bases(prober: Prober, side: str) -> Array | None:
+    """By head, a basis of what its rows of ``q_proj`` or ``k_proj`` do not see; ``None`` with a bias or a norm."""
+    config = prober.config
+    if config.streams_share_keys or f"{side}_proj.bias" in prober.weights or config.qk_norm_eps:
+        return None
+    heads = config.num_heads if side == "q" else config.num_kv_heads
+    return null_spaces(prober.weights[f"{side}_proj.weight"].reshape(heads, -1, config.embed_dim))
+
+
+def _seen_from_null_space(prober: Prober, side: str) -> bool:
+    """Whether some head of the artifact sees what its weights do not.
+
+    With such a query the exact head is a plain average; with such a key, two positions mix by the other key alone, and
+    the same way when the token is doubled.
+    """
+    bases = _bases(prober, side)
+    if bases is None:
+        return False
+    group = prober.config.num_heads // prober.config.num_kv_heads
+    for number, basis in enumerate(bases):
+        if side == "q":
+            x = prober.tokens(_LENGTH)
+            x[:, -1] = prober.tokens_in(basis)
+            answer = prober.ask(x)
+            given, wanted = (
+                prober.heads(output)[:, number, -1] for output in (answer.given["output"], answer.wanted("output"))
+            )
+        else:
+            x = prober.tokens(2)
+            x[:, 0] = prober.tokens_in(basis)
+            heads = slice(number * group, (number + 1) * group)
+            given, wanted = (_mixture(prober, x * np.array([factor, 1.0])[:, None], heads) for factor in (1.0, 2.0))
+        if not prober.same(given, wanted, slack=_INVERTED):
+            return True
+    return False
+
+
+def _mixture(prober: Prober, x_BSD: Array, heads: slice) -> Array:
+    """``[B, g]``: by which angle the last of two positions mixes their values."""
+    answer = prober.ask(x_BSD)
+    given = prober.directions(answer.given["output"])[:, heads, -1]
+    values = answer.stage(Stage.V_PROJECTION)[:, heads.start * prober.config.num_kv_heads // prober.config.num_heads]
+    mixed = np.stack([np.linalg.lstsq(v.T, g.T, rcond=None)[0] for v, g in zip(values, given, strict=True)])
+    angles: Array = np.arctan2(mixed[:, 0], mixed[:, 1])
+    return angles
+
+
+def _is_right_alone(prober: Prober, stream: int) -> bool:
+    """Whether outputs are right where the other stream's queries are 0, and its attention a plain average."""
+    if _bases(prober, "q") is None:
+        return False
+    config = prober.config
+    rows = prober.weights["q_proj.weight"].reshape(config.num_heads, 2, -1, config.embed_dim)[:, 1 - stream]
+    bases = null_spaces(rows.reshape(1, -1, config.embed_dim))
+    if bases is None:
+        return False
+    x = prober.tokens(_LENGTH)
+    x[:, -1] = prober.tokens_in(bases[0])
+    answer = prober.ask(x)
+    return prober.same(answer.given["output"][:, -1], answer.wanted("output")[:, -1])
+
+
+def _is_right_without_distance(prober: Prober) -> bool:
+    """Whether outputs are right where all positions are one, or where the only key is the query's own position's."""
+    if prober.takes_positions:
+        return prober.ask(prober.tokens(_LENGTH), position=0).right
+    if _bases(prober, "k") is None:
+        return False
+    bases = null_spaces(prober.weights["k_proj.weight"][None])
+    if bases is None:
+        return False
+    x = prober.tokens(2)
+    x[:, 0] = prober.tokens_in(bases[0])
+    return prober.ask(x).right

@@ -1,0 +1,154 @@
+"""Asking an artifact: chosen inputs, what it gives for them, and what every stage should have given.
+
+Shape suffixes: B batch, S positions, H heads, e value width, D model width.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from diffdeploy.arrays import Array, epsilon, read_safetensors, to_array
+from diffdeploy.bundle import WEIGHTS, Bundle
+from diffdeploy.graphs import Stage
+from diffdeploy.locate.values import stage_values
+
+__all__ = ["Answer", "Prober", "Runs", "null_spaces", "same"]
+
+# Of the dtype's spacing, relative to the size of what is compared: less is rounding, through several stages.
+_ROUNDINGS = 256
+
+# Of the output projection: what is had back through it loses that many times its precision.
+_WORST_CONDITION = 1e4
+
+
+class Runs(Protocol):
+    """What can be asked."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name."""
+        ...
+
+
+class Answer:
+    """What the artifact gave for one input, and what every stage should have given, in float64."""
+
+    def __init__(self, given: dict[str, Array], exact: Mapping[Stage, tuple[Array, ...]], tolerance: float) -> None:
+        self.given, self._exact, self._tolerance = given, exact, tolerance
+
+    def stage(self, stage: Stage) -> Array:
+        """The exact value of a stage that has one, ``[B, H, S, width]``."""
+        (value,) = self._exact[stage]
+        return value
+
+    def wanted(self, name: str) -> Array:
+        """The exact output of that name."""
+        if name == "output":
+            return self._exact[Stage.OUTPUT_PROJECTION][0][:, 0]
+        return self._exact[Stage.CACHE][0 if name == "present.key" else 1]
+
+    @property
+    def right(self) -> bool:
+        """Whether the artifact's output is the exact one."""
+        return same(self.given["output"], self.wanted("output"), self._tolerance)
+
+
+class Prober:
+    """Makes inputs and asks for their outputs.
+
+    Args:
+        bundle: whose artifact is asked.
+        artifact: runs inputs.
+
+    Attributes:
+        config: of the block.
+        weights: canonical weights, float64.
+        tolerance: relative error that rounding explains.
+        batch_size: rows of an input.
+        takes_positions: whether tokens can be put at any position.
+        has_cache: whether keys and values are given back.
+        shows_heads: whether the output projection can be inverted.
+    """
+
+    def __init__(self, bundle: Bundle, artifact: Runs) -> None:
+        self.config, self._spec = bundle.manifest.config, bundle.manifest.graph
+        stored = read_safetensors(bundle.path / WEIGHTS)
+        self.weights = {name: array.astype(np.float64) for name, array in stored.items()}
+        self.tolerance = _ROUNDINGS * epsilon(self._spec.dtype)
+        self.batch_size = min(32, self._spec.axes["batch_size"].max)
+        self.takes_positions = "position_ids" in self._spec.inputs
+        self.has_cache = self._spec.variant == "cached"
+        self._artifact = artifact
+        self._generator = np.random.default_rng(0)
+        projection = self.weights["out_proj.weight"]
+        self._inverse = np.linalg.pinv(projection)
+        self.shows_heads = projection.shape[0] >= projection.shape[1] and np.linalg.cond(projection) < _WORST_CONDITION
+
+    def ask(self, x_BSD: Array, *, position: int | None = None, past_length: int = 0) -> Answer:
+        """Run an input.
+
+        Args:
+            x_BSD: hidden states.
+            position: of all tokens; by default they are counted on from the past.
+            past_length: random tokens in the cache.
+        """
+        inputs = self._inputs(x_BSD, position, past_length)
+        given = {name: array.astype(np.float64) for name, array in self._artifact.run(inputs).items()}
+        exact = stage_values(self.config, self.weights, inputs, torch.float64)
+        return Answer(given, {stage: tuple(map(to_array, value)) for stage, value in exact.items()}, self.tolerance)
+
+    def tokens(self, length: int) -> Array:
+        """Random hidden states ``[B, S, D]``."""
+        return self._generator.standard_normal((self.batch_size, length, self.config.embed_dim))
+
+    def tokens_in(self, basis: Array) -> Array:
+        """Random hidden states ``[B, D]`` of a space with that basis ``[n, D]``, as large as others."""
+        points = self._generator.standard_normal((self.batch_size, len(basis))) @ basis
+        sizes = np.sqrt(np.mean(np.square(points), axis=-1, keepdims=True))
+        unit: Array = points / np.maximum(sizes, 1e-30)
+        return unit
+
+    def heads(self, output: Array) -> Array:
+        """Normalised heads ``[B, H, S, e]`` that outputs ``[B, S, D]`` were projected from, nearest to them."""
+        joined = (output - self.weights.get("out_proj.bias", 0.0)) @ self._inverse.T
+        return joined.reshape(*output.shape[:2], self.config.num_heads, -1).transpose(0, 2, 1, 3)
+
+    def directions(self, output: Array) -> Array:
+        """The same without the norm's weight and factor: differential heads, but for their lengths."""
+        directions: Array = self.heads(output) / (self.weights.get("subln.weight", 1.0) * self.config.output_scale)
+        return directions
+
+    def same(self, given: Array, wanted: Array, *, slack: float = 1.0, share: float = 1.0) -> bool:
+        """See `same`; ``slack`` is for what goes through the inverse of the output projection."""
+        return same(given, wanted, slack * self.tolerance, share)
+
+    def _inputs(self, x_BSD: Array, position: int | None, past_length: int) -> dict[str, Array]:
+        spec, (batch, length) = self._spec, x_BSD.shape[:2]
+        inputs = {"hidden_states": x_BSD.astype(spec.dtype)}
+        if "attention_mask" in spec.inputs:
+            inputs["attention_mask"] = np.ones((batch, past_length + length), np.int64)
+        if self.takes_positions:
+            counted = np.arange(past_length, past_length + length)
+            positions = counted if position is None else np.full(length, position)
+            inputs["position_ids"] = np.tile(positions.astype(np.int64), (batch, 1))
+        for name in ("past_key_values.key", "past_key_values.value"):
+            if name in spec.inputs:
+                _, heads, _, width = spec.inputs[name].shape
+                shape = (batch, int(heads), past_length, int(width))
+                inputs[name] = self._generator.standard_normal(shape).astype(spec.dtype)
+        return inputs
+
+
+def same(given: Array, wanted: Array, tolerance: float, share: float = 1.0) -> bool:
+    """Whether that share of the elements differs by no more than that part of the usual size; NaN never does."""
+    size = float(np.sqrt(np.mean(np.square(wanted)))) or 1.0
+    return bool(np.mean(np.abs(given - wanted) <= tolerance * size) >= share)
+
+
+def null_spaces(rows: Array) -> Array | None:
+    """Bases ``[n, rest, D]`` of what ``rows [n, r, D]`` do not see; ``None`` where they may see everything."""
+    rank = rows.shape[1]
+    if rank >= rows.shape[2]:
+        return None
+    return np.stack([np.linalg.svd(matrix)[2][rank:] for matrix in rows])

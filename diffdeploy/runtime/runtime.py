@@ -1,0 +1,96 @@
+"""`Runtime`: one interface to every format, with the input checks that backends do not make."""
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from diffdeploy.arrays import Array
+from diffdeploy.bundle import Bundle
+from diffdeploy.errors import InputError
+from diffdeploy.formats import Backend
+from diffdeploy.graphs import GraphSpec, zero_inputs
+from diffdeploy.runtime.inputs import check_inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Runtime"]
+
+
+class Runtime:
+    """A loaded bundle. Call it with the inputs by name; safe to call from several threads.
+
+    A context manager, which closes it.
+
+    Args:
+        bundle: an opened bundle.
+        backend: its opened artifact.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Attributes:
+        bundle: where it came from.
+        spec: names, dtypes and ranges of inputs and outputs.
+        device: where it runs.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, device: str) -> None:
+        self.bundle, self.device = bundle, device
+        self.spec: GraphSpec = bundle.manifest.graph
+        self._backend: Backend | None = backend
+        self._description = backend.description
+
+    @property
+    def description(self) -> str:
+        """Backend, version and settings, for reports."""
+        return self._description
+
+    @property
+    def verified(self) -> bool:
+        """Whether verification accepted the bundle when it was made."""
+        return self.bundle.manifest.verified
+
+    def __call__(self, **inputs: "Tensor | Array") -> "dict[str, Any]":
+        """Run the graph.
+
+        Args:
+            **inputs: torch tensors or numpy arrays, as `spec` says; bfloat16 arrays are those of ``ml_dtypes``.
+
+        Returns:
+            Outputs by name: torch tensors, where ``hidden_states`` is, if that is one; else numpy arrays.
+
+        Raises:
+            InputError: a name, dtype, shape or value is not what `spec` accepts, or the runtime is closed. Values of
+                tensors on CUDA are not looked at, since that would wait for the device.
+        """
+        if (backend := self._backend) is None:
+            raise InputError(f"the runtime of {self.bundle.path} is closed; load the bundle again")
+        check_inputs(self.spec, inputs)
+        as_torch = not isinstance(inputs["hidden_states"], np.ndarray)
+        outputs = backend.run([inputs[name] for name in self.spec.inputs], as_torch=as_torch)
+        return dict(zip(self.spec.outputs, outputs, strict=True))
+
+    def warmup(self, **sizes: int) -> None:
+        """Make one call, so that the first one in production does not pay for what backends put off until then.
+
+        Args:
+            **sizes: of axes, by their names; by default the smallest, and 64 positions, or as many as there can be.
+
+        Raises:
+            InputError: a size is out of its range.
+        """
+        self(**zero_inputs(self.spec, **sizes))
+
+    def close(self) -> None:
+        """Release the backend; later calls are refused."""
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,92 @@
+"""Entering faulty blocks into the table: each is exported beside right weights, as its bundle was."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from diffdeploy.arrays import to_tensor
+from diffdeploy.config import AnyConfig
+from diffdeploy.exporters import ExportOptions, lower_block
+from diffdeploy.graphs import Stage
+from diffdeploy.modules import AttentionBlock, block_class
+from diffdeploy.selftest.blocks.steps import Steps
+from diffdeploy.selftest.fault import Fault, FaultTarget, When, all_of
+
+__all__ = ["BLOCK_FAULTS", "config_fault", "faulty"]
+
+BLOCK_FAULTS: list[Fault] = []
+
+Kind = TypeVar("Kind", bound=type[Steps])
+
+
+def faulty(name: str, breaks: str, stage: Stage | None, *conditions: When) -> Callable[[Kind], Kind]:
+    """Enter a class with one wrong step; see `Fault` for the arguments."""
+
+    def enter(step: Kind) -> Kind:
+        def inject(target: FaultTarget) -> None:
+            kind: Any = type(step.__name__, (step, block_class(target.config)), {})
+            _export(target, kind, target.config)
+
+        BLOCK_FAULTS.append(
+            Fault(
+                name=name,
+                place="block",
+                breaks=breaks,
+                stage=stage,
+                inject=inject,
+                applies=all_of(_is_traced, *conditions),
+            )
+        )
+        return step
+
+    return enter
+
+
+def config_fault(
+    name: str, stage: Stage | None, breaks: str, change: Callable[[Any], AnyConfig], *conditions: When
+) -> None:
+    """Enter a right block of another config."""
+
+    def inject(target: FaultTarget) -> None:
+        _export(target, block_class(target.config), change(target.config))
+
+    def differs(target: FaultTarget) -> bool:
+        return change(target.config) != target.config
+
+    BLOCK_FAULTS.append(
+        Fault(
+            name=name,
+            place="block",
+            breaks=breaks,
+            stage=stage,
+            inject=inject,
+            applies=all_of(*conditions, differs),
+        )
+    )
+
+
+def _is_traced(target: FaultTarget) -> bool:
+    return target.format.traces_block(target.manifest)
+
+
+def _export(target: FaultTarget, kind: type[AttentionBlock], config: AnyConfig) -> None:
+    """Lower another block as the bundle's was, in place of the artifact that is there."""
+    spec, recorded = target.spec, target.manifest.options
+    block = kind.from_weights(
+        config,
+        {name: to_tensor(array) for name, array in target.weights.items()},
+        impl=recorded.attention_impl,
+        max_positions=spec.axes["sequence_length"].max,
+        dtype=getattr(torch, spec.dtype),
+    )
+    options = ExportOptions(
+        format=target.manifest.format,
+        graph=spec.variant,
+        dtype=spec.dtype,
+        device=recorded.device or "cpu",
+        opset=recorded.opset,
+        onnx_flavor=recorded.flavor,
+        impl=recorded.attention_impl,
+    )
+    lower_block(block, spec, target.path, options)

@@ -1,0 +1,91 @@
+"""What must hold of a bundle for a fault to be one: heads that can be confused, a mask that can be ignored, ..."""
+
+from diffdeploy.selftest.fault import FaultTarget
+
+__all__ = [
+    "cached",
+    "causal",
+    "causal_without_window",
+    "float32",
+    "grouped",
+    "has_rope",
+    "longer_than_64",
+    "masked",
+    "several_heads",
+    "several_kv_heads",
+    "several_pairs",
+    "version_1",
+    "window_above_64",
+    "without_window",
+]
+
+
+def version_1(target: FaultTarget) -> bool:
+    """The block is the paper's, with two key streams per head, one lambda and a norm."""
+    return not target.config.streams_share_keys
+
+
+def several_heads(target: FaultTarget) -> bool:
+    """Heads can be confused."""
+    return target.config.num_heads > 1
+
+
+def several_kv_heads(target: FaultTarget) -> bool:
+    """Key/value heads can be confused."""
+    return target.config.num_kv_heads > 1
+
+
+def grouped(target: FaultTarget) -> bool:
+    """Several heads read one key/value head."""
+    return target.config.num_heads > target.config.num_kv_heads
+
+
+def has_rope(target: FaultTarget) -> bool:
+    """There is rotary embedding."""
+    return target.config.rope is not None
+
+
+def several_pairs(target: FaultTarget) -> bool:
+    """A stream has more than one pair of channels to turn."""
+    return target.config.head_dim > 2
+
+
+def causal(target: FaultTarget) -> bool:
+    """Positions see none after them."""
+    return target.config.causal
+
+
+def without_window(target: FaultTarget) -> bool:
+    """There is no sliding window."""
+    return target.config.sliding_window is None
+
+
+def causal_without_window(target: FaultTarget) -> bool:
+    """The mask is the plain causal one."""
+    return causal(target) and without_window(target)
+
+
+def window_above_64(target: FaultTarget) -> bool:
+    """A window of 64 would be another one."""
+    window = target.config.sliding_window
+    return window is None or window > 64
+
+
+def longer_than_64(target: FaultTarget) -> bool:
+    """Sequences can be longer than 64."""
+    return target.spec.axes["sequence_length"].max > 64
+
+
+def masked(target: FaultTarget) -> bool:
+    """The graph takes an attention mask."""
+    return target.spec.variant != "plain"
+
+
+def cached(target: FaultTarget) -> bool:
+    """The graph takes and gives a cache."""
+    return target.spec.variant == "cached"
+
+
+def float32(target: FaultTarget) -> bool:
+    """Half precision would be another one."""
+    return target.spec.dtype == "float32"

@@ -1,0 +1,81 @@
+"""An artifact that runs in this process: for many trials in a row, where a process for each would cost minutes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from diffdeploy.arrays import Array
+from diffdeploy.errors import ExportError
+from diffdeploy.formats import RunOptions
+from diffdeploy.runtime import Runtime, load
+from diffdeploy.selftest.fault import Wrap
+
+__all__ = ["LocalArtifact"]
+
+
+class LocalArtifact:
+    """Stands for `diffdeploy.verify.worker.ArtifactProcess`.
+
+    Args:
+        bundle: directory of the bundle.
+        options: what it is run with.
+        wrap: what stands between the runtime and the verification.
+    """
+
+    def __init__(self, bundle: Path, options: RunOptions, wrap: Wrap | None = None) -> None:
+        self._bundle, self._options, self._wrap = bundle, options, wrap
+        self._runtime: Runtime | None = None
+        self._call: Callable[[dict[str, Array]], dict[str, Array]]
+        self._started: Mapping[str, Array] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._runtime is not None:
+            self._runtime.close()
+
+    @property
+    def backend(self) -> str:
+        """What runs the artifact; loads it.
+
+        Raises:
+            ExportError: the runtime cannot load the bundle.
+        """
+        if self._runtime is None:
+            runtime = load(self._bundle, **asdict(self._options))
+
+            def call(inputs: dict[str, Array]) -> dict[str, Array]:
+                return runtime(**inputs)
+
+            self._runtime, self._call = runtime, call if self._wrap is None else self._wrap(call)
+        return self._runtime.description
+
+    def start(self, inputs: Mapping[str, Array]) -> None:
+        """Take an input; `result` runs it."""
+        self.backend  # noqa: B018 - it loads
+        self._started = inputs
+
+    def result(self) -> dict[str, Array]:
+        """Outputs by name.
+
+        Raises:
+            ExportError: the artifact did not run.
+        """
+        try:
+            return self._call(dict(self._started))
+        except Exception as error:  # whatever a backend raises is the finding, as in a process of its own
+            raise ExportError(f"{type(error).__name__}: {error}") from error
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name of an input.
+
+        Raises:
+            ExportError: the artifact did not run.
+        """
+        self.start(inputs)
+        return self.result()

@@ -1,0 +1,170 @@
+"""Proof that the verification can fail: every fault that a bundle could have is put into a copy, and verified."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from diffdeploy.arrays import Array
+from diffdeploy.bundle import MANIFEST, WEIGHTS, Bundle, Manifest, open_bundle, read_weights, write_manifest
+from diffdeploy.errors import DiffDeployError, ExportError, VerificationError
+from diffdeploy.files import file_sha256
+from diffdeploy.formats import ExportOptions, RunOptions
+from diffdeploy.formats.expected import held_constants
+from diffdeploy.selftest.fault import Fault, FaultTarget
+from diffdeploy.selftest.local_artifact import LocalArtifact
+from diffdeploy.selftest.registry import faults_of
+from diffdeploy.selftest.results import FaultResult, SelfTest, Skipped
+from diffdeploy.verify.cases import AnyCase
+from diffdeploy.verify.metrics import Yardstick
+from diffdeploy.verify.run import verify_bundle
+from diffdeploy.verify.yardsticks import Yardsticks
+
+__all__ = ["Trials", "self_test"]
+
+
+class _Remembered(Yardsticks):
+    """Yardsticks that are computed once per case: the cases are the same for every fault."""
+
+    def __init__(self, bundle: Bundle, exact_weights: Mapping[str, Array]) -> None:
+        super().__init__(bundle, exact_weights)
+        self._known: dict[str, dict[str, Yardstick]] = {}
+
+    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> dict[str, Yardstick]:
+        if case.id not in self._known:
+            self._known[case.id] = super().of(case, inputs)
+        return self._known[case.id]
+
+
+class Trials:
+    """Trials of faults on copies of one right bundle, which is never changed.
+
+    Args:
+        path: the bundle's directory.
+        run_options: device and backend that artifacts are run with.
+
+    Attributes:
+        faults: faults that the bundle could have, and that can be put in.
+        skipped: faults that it could have, but that cannot be put in, with the reason.
+
+    Raises:
+        InputError: no bundle there.
+        IntegrityError: the bundle is not what was exported.
+        UnavailableError: this machine cannot run the format.
+        VerificationError: the bundle fails verification as it is, so that nothing could be proved with it.
+    """
+
+    def __init__(self, path: str | Path, run_options: RunOptions | None = None) -> None:
+        bundle = open_bundle(path)
+        weights = read_weights(bundle)
+        self._target = FaultTarget(bundle.path, bundle.manifest, held_constants(bundle, weights), weights)
+        self._options = run_options or RunOptions()
+        exact = {name: array.astype(np.float64) for name, array in weights.items()}
+        self._yardsticks = _Remembered(bundle, exact)
+        self._digests = _digests(bundle.path)
+        report = verify_bundle(
+            path, run_options=self._options, open_artifact=LocalArtifact, yardsticks=self._yardsticks
+        )
+        if not report.passed:
+            raise VerificationError(
+                f"{path} fails verification without any fault put in, so a self-test proves nothing: "
+                f"{report.first_failure()}"
+            )
+        possible, why_not = faults_of(self._target), _why_not_export(self._target)
+        self.faults = [fault for fault in possible if why_not is None or fault.place != "block"]
+        self.skipped = [
+            Skipped(name=fault.name, reason=why_not or "") for fault in possible if fault not in self.faults
+        ]
+
+    def run(self, fault: Fault) -> FaultResult:
+        """Put one fault into a copy and verify it.
+
+        Raises:
+            ExportError: the fault could not be put in.
+        """
+        with tempfile.TemporaryDirectory(prefix="diffdeploy-fault-") as folder:
+            copy = Path(folder) / "bundle"
+            shutil.copytree(self._target.path, copy)
+            self._inject(fault, replace(self._target, path=copy))
+            return self._verify(fault, copy)
+
+    def _inject(self, fault: Fault, target: FaultTarget) -> None:
+        try:
+            fault.inject(target)
+        except DiffDeployError as error:  # a format that does not have what the faulty block needs
+            raise ExportError(str(error)) from error
+        if fault.signed:
+            manifest = Manifest.from_bytes((target.path / MANIFEST).read_bytes())
+            write_manifest(target.path, manifest)
+        if fault.wrap is None and _digests(target.path) == self._digests:
+            raise ExportError(f"the fault {fault.name} does not change the artifact")
+
+    def _verify(self, fault: Fault, copy: Path) -> FaultResult:
+        # What is right is another thing where config, graph or weights are, and has to be computed for every case.
+        same = self._is_held_against_the_same(copy)
+        try:
+            report = verify_bundle(
+                copy,
+                cases="full" if same else "quick",
+                run_options=self._options,
+                open_artifact=partial(LocalArtifact, wrap=fault.wrap),
+                yardsticks=self._yardsticks if same else None,
+                first_failure_only=True,
+            )
+        except DiffDeployError as error:
+            return FaultResult.refused(fault, str(error))
+        return FaultResult.of(fault, report)
+
+    def _is_held_against_the_same(self, copy: Path) -> bool:
+        manifest = Manifest.from_bytes((copy / MANIFEST).read_bytes())
+        promised = (manifest.config, manifest.graph) == (self._target.config, self._target.spec)
+        weights = copy / WEIGHTS
+        return promised and weights.exists() and file_sha256(weights) == self._digests[WEIGHTS]
+
+
+def self_test(
+    path: str | Path,
+    *,
+    run_options: RunOptions | None = None,
+    progress: Callable[[int, int, str], None] = lambda *_: None,
+) -> SelfTest:
+    """Put every fault that a bundle could have into copies of it, one at a time, and verify each.
+
+    Args:
+        path: the bundle's directory; it is not changed.
+        run_options: see `Trials`.
+        progress: called with faults done, faults in all, and the name of the next one.
+
+    Raises:
+        DiffDeployError: see `Trials`.
+    """
+    trials = Trials(path, run_options)
+    results: list[FaultResult] = []
+    skipped = list(trials.skipped)
+    for done, fault in enumerate(trials.faults):
+        progress(done, len(trials.faults), fault.name)
+        try:
+            results.append(trials.run(fault))
+        except ExportError as error:
+            skipped.append(Skipped(name=fault.name, reason=str(error)))
+    return SelfTest.of(results, skipped)
+
+
+def _why_not_export(target: FaultTarget) -> str | None:
+    """Why faults in the computation are not put into bundles of a format; ``None`` when they are."""
+    found = target.format
+    if found.compiles:
+        return f"each takes a compilation; export --format pt2 for the program that {found.name} compiles"
+    return found.why_not_export(found.device_of(ExportOptions(device=target.manifest.options.device)))
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(directory)): file_sha256(file)
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and not file.is_symlink()
+    }

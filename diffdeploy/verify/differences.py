@@ -1,0 +1,116 @@
+"""What differs between two bundles, or two reports: figures, checks, versions, graph, files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffdeploy.bundle import REPORT, Manifest, open_bundle
+from diffdeploy.verify.report import Report, files_judged, read_report
+
+__all__ = ["Described", "Difference", "differences", "read_described"]
+
+
+@dataclass(frozen=True)
+class Described:
+    """A bundle or a report that is compared; a bundle that was never verified has no report."""
+
+    path: Path
+    manifest: Manifest | None
+    report: Report | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that differs.
+
+    Attributes:
+        section: ``files``, ``graph``, ``config``, ``options``, ``versions``, ``artifact``, ``verification``, ``checks``
+            or ``figures``.
+        name: of the thing, with dots.
+        before: its value in the first; ``None`` where it is not there.
+        after: its value in the second.
+    """
+
+    section: str
+    name: str
+    before: Any
+    after: Any
+
+
+def read_described(path: Path) -> Described:
+    """Open a bundle or a report.
+
+    Raises:
+        InputError: it is neither.
+        IntegrityError: the bundle is not what was exported.
+    """
+    if not path.is_dir():
+        return Described(path, None, read_report(path))
+    manifest = open_bundle(path).manifest
+    report = read_report(path / REPORT) if REPORT in manifest.files else None
+    return Described(path, manifest, report)
+
+
+def differences(one: Described, other: Described) -> list[Difference]:
+    """Everything that differs, section by section; what only one kind of subject has is left out.
+
+    Args:
+        one: compared with the other.
+        other: bundle or report, also where ``one`` is the other kind.
+    """
+    changes = []
+    befores, afters = _sections(one), _sections(other)
+    for section in befores.keys() & afters.keys():
+        before, after = befores[section], afters[section]
+        changes += [
+            Difference(section, name, before.get(name), after.get(name))
+            for name in dict.fromkeys([*before, *after])
+            if before.get(name) != after.get(name)
+        ]
+    order = list(befores)
+    return sorted(changes, key=lambda change: order.index(change.section))
+
+
+def _sections(subject: Described) -> dict[str, Mapping[str, Any]]:
+    manifest, report = subject.manifest, subject.report
+    sections: dict[str, Mapping[str, Any]] = {}
+    if manifest is not None:
+        fields = manifest.model_dump(mode="json")
+        sections |= {
+            "files": files_judged(manifest),
+            "graph": _flat({"format": manifest.format, **fields["graph"]}),
+            "config": _flat(fields["config"]),
+            "options": _flat(fields["options"]),
+            "versions": _flat(fields["environment"]),
+        }
+    if report is not None:
+        sections.setdefault("files", report.files)
+        sections.setdefault("versions", _flat(report.environment.model_dump(mode="json")))
+        judged = report.model_dump(include={"format", "dtype", "backend", "seed", "selection", "budget"})
+        sections |= {
+            "artifact": report.graph.model_dump(),
+            "verification": _flat({"passed": report.passed, **judged}),
+            "checks": {check.name: "passed" if check.passed else check.detail for check in report.contract},
+            "figures": _figures(report),
+        }
+    return sections
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    """All of each output of each case, as one value."""
+    return {
+        f"{case.id} {output.output}": output.model_dump(mode="json", exclude={"output"})
+        for case in report.cases
+        for output in case.outputs
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= _flat(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value
+    return leaves

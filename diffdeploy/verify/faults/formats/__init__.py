@@ -1,1 +1,0 @@
-"""Reading and writing what an artifact holds as constants; one module per format."""

@@ -1,0 +1,246 @@
+"""The life of an export: checkpoint, cast weights, lowered artifact, verification, then one rename into place."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffdeploy.arrays import to_array
+from diffdeploy.bundle import (
+    GOLDEN,
+    REPORT,
+    WEIGHTS,
+    Bundle,
+    Environment,
+    ExportRecord,
+    FileDigest,
+    Manifest,
+    Provenance,
+    cast_weights,
+    staged_bundle,
+    write_manifest,
+)
+from diffdeploy.config import AnyConfig
+from diffdeploy.errors import DiffDeployError, ExportError, InputError, UnavailableError
+from diffdeploy.exclusive import without_warnings
+from diffdeploy.formats import ArtifactFacts, ExportOptions, Format, RunOptions, distributions, require_format
+from diffdeploy.graphs import GraphSpec, graph_spec
+from diffdeploy.runtime.machine import this_machine
+from diffdeploy.verify import Progress, RejectedError, Report, artifact_facts, golden_arrays, verify_bundle
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffdeploy.checkpoints import Checkpoint
+    from diffdeploy.modules import AttentionBlock
+
+__all__ = ["Export", "export_bundle", "lower_block"]
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished export: where the bundle is, what the artifact says of itself, and the report that accepted it."""
+
+    path: Path
+    facts: ArtifactFacts
+    report: Report | None
+
+
+def _checked_format(options: ExportOptions) -> Format:
+    """The format of an export, after the checks that need no weights."""
+    found = require_format(options.format)
+    device = found.device_of(options)
+    # First what no machine can do: it is the user's to change, not the machine's.
+    if reason := found.why_not_made_for(device, options.dtype):
+        raise InputError(reason)
+    if reason := found.why_not_export(device, options.dtype):
+        raise UnavailableError(reason)
+    # Refused here and not by the operator: an implementation may exist, and yet be none that this format ships.
+    if options.impl not in ("auto", *found.impls):
+        raise InputError(
+            f"attention implementation {str(options.impl)!r} is not what format {options.format} ships; "
+            f"accepted: {', '.join(('auto', *found.impls))}"
+        )
+    if options.seed < 0:
+        raise InputError(f"seed is {options.seed}; accepted is 0 or more")
+    found.check_options(options)
+    return found
+
+
+def _impl(found: Format, options: ExportOptions) -> str:
+    return found.fastest_impl(options.graph) if options.impl == "auto" else str(options.impl)
+
+
+def _write_weights(config: AnyConfig, weights: dict[str, "Tensor"], spec: GraphSpec, seed: int, staging: Path) -> None:
+    import numpy as np
+    import safetensors.numpy
+
+    arrays = {name: to_array(tensor) for name, tensor in weights.items()}
+    # From the cast weights: the artifact is to compute what it was given, not what the checkpoint held before.
+    exact = {name: array.astype(np.float64) for name, array in arrays.items()}
+    # Serialised first: the library's own file writer hides the reason when a disk is full.
+    (staging / WEIGHTS).write_bytes(safetensors.numpy.save(arrays))
+    (staging / GOLDEN).write_bytes(safetensors.numpy.save(golden_arrays(config, spec, exact, seed)))
+
+
+def export_bundle(
+    checkpoint: "Checkpoint",
+    output: Path,
+    options: ExportOptions | None = None,
+    *,
+    force: bool = False,
+    verify: bool = True,
+    phase: Callable[[str], None] = lambda _: None,
+    progress: Progress | None = None,
+) -> Export:
+    """Lower a block, verify the artifact and put the bundle at ``output``; whatever fails leaves nothing there.
+
+    Args:
+        checkpoint: the block, from `diffdeploy.read_checkpoint`.
+        output: directory of the bundle; made with its parents.
+        options: what to make.
+        force: replace a bundle that is at ``output``.
+        verify: run the verification; without it the manifest says that the bundle is not verified.
+        phase: called with a few words when a phase of the export begins.
+        progress: called with cases done, cases in all, and the name of the next one.
+
+    Raises:
+        InputError: an option, a weight or ``output`` is not acceptable.
+        UnavailableError: a package or disk space is missing.
+        ExportError: the block could not be lowered.
+        RejectedError: the artifact does not compute what its weights and config say.
+    """
+    options = options or ExportOptions()
+    found = _checked_format(options)
+    device = found.device_of(options)
+    # Before the lowering, which takes minutes where it compiles.
+    if verify and (reason := found.why_not_run(device, options.dtype, reference=options.reference)):
+        raise UnavailableError(f"{reason}; --no-verify exports without running it")
+    spec = graph_spec(
+        options.graph,
+        checkpoint.config,
+        dtype=options.dtype,
+        max_batch_size=options.max_batch_size,
+        max_sequence_length=options.max_sequence_length,
+    )
+    weights = cast_weights(checkpoint.weights, options.dtype)
+    report = None
+    with staged_bundle(output, force=force) as staging:
+        phase("lowering")
+        # Before the lowering: aoti writes the digest of this file into its package.
+        _write_weights(checkpoint.config, weights, spec, options.seed, staging)
+        block = _block(checkpoint.config, weights, options, _impl(found, options))
+        recorded = _lower(found, block, spec, staging, options)
+        # Signed as not verified, so that the verification opens the directory as any user would.
+        manifest = write_manifest(staging, _manifest(checkpoint, spec, options, found, recorded))
+        # Also of a bundle that is not verified: the command line reports them.
+        facts = artifact_facts(Bundle(staging, manifest))
+        if verify:
+            phase("verifying")
+            run_options = RunOptions(device=device, reference=options.reference)
+            report = _accept(Bundle(staging, manifest), run_options, progress)
+    return Export(output, facts, report)
+
+
+def _accept(bundle: Bundle, run_options: RunOptions, progress: Progress | None) -> Report:
+    """Verify a bundle, and sign it as verified.
+
+    Raises:
+        RejectedError: it failed.
+    """
+    report = verify_bundle(bundle.path, progress=progress, run_options=run_options)
+    if not report.passed:
+        raise RejectedError(
+            f"the exported {bundle.manifest.format} artifact failed verification and was not kept: "
+            f"{report.first_failure()}; --no-verify keeps one, for diffdeploy verify to look into",
+            report,
+        )
+    # The report needs a digest too, so the manifest is signed again.
+    (bundle.path / REPORT).write_bytes(report.to_bytes())
+    write_manifest(bundle.path, bundle.manifest.model_copy(update={"verified": True}))
+    return report
+
+
+def lower_block(block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions) -> None:
+    """Write the artifact of a block into a directory that holds its weights, and nothing else.
+
+    Args:
+        block: frozen block in the dtype of the graph, on the CPU.
+        spec: interface of the graph.
+        directory: existing directory.
+        options: format and its options.
+
+    Raises:
+        InputError: an option is not acceptable.
+        UnavailableError: a package is missing.
+        ExportError: the block could not be lowered.
+    """
+    found = _checked_format(options)
+    _lower(found, block, spec, directory, options)
+
+
+def _lower(
+    found: Format, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
+) -> Mapping[str, Any]:
+    """Lower a block; what torch raises while it does becomes one sentence."""
+    try:
+        with without_warnings():  # torch warns of its own workings; what matters is verified
+            return found.lower(block, spec, directory, options)
+    # A full disk or too little memory is not torch's refusal of the block, and has a sentence of its own.
+    except (OSError, MemoryError, DiffDeployError):
+        raise
+    except Exception as error:
+        raise ExportError(f"the block could not be lowered to {options.format}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What a long message of torch says: what is violated and the first detail of it, else its last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # torch.export lists each violated constraint on a line that begins with a dash, under a sentence that says so.
+    details = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    return f"{lines[0]} {details[0]}" if details else lines[-1]
+
+
+def _block(config: AnyConfig, weights: "Mapping[str, Tensor]", options: ExportOptions, impl: str) -> "AttentionBlock":
+    import torch
+
+    from diffdeploy.modules import block_class
+
+    return block_class(config).from_weights(
+        config,
+        weights,
+        impl=impl,
+        max_positions=options.max_sequence_length,
+        dtype=getattr(torch, options.dtype),
+    )
+
+
+def _manifest(
+    checkpoint: "Checkpoint", spec: GraphSpec, options: ExportOptions, found: Format, recorded: Mapping[str, Any]
+) -> Manifest:
+    device = found.device_of(options)
+    facts = this_machine(device) if found.machine else {}
+    return Manifest(
+        format=options.format,
+        config=checkpoint.config,
+        graph=spec,
+        options=ExportRecord(
+            attention_impl=_impl(found, options),
+            seed=options.seed,
+            # Where the file runs on every device, a device in the manifest would send its users to that one.
+            device=device if found.is_bound_to_device else None,
+            **recorded,
+        ),
+        made_for={name: facts[name] for name in found.machine if name in facts},
+        verified=False,
+        environment=Environment.current(distributions()),
+        provenance=Provenance(
+            files={file.name: FileDigest(size=file.size, sha256=file.sha256) for file in checkpoint.files},
+            layout=checkpoint.layout,
+            layer=checkpoint.layer,
+            keys=checkpoint.keys,
+            options=checkpoint.options.given(),
+        ),
+        # Filled in by `write_manifest`, which alone knows what is in the directory.
+        files={},
+    )

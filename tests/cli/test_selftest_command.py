@@ -1,0 +1,89 @@
+"""``diffdeploy verify BUNDLE --self-test`` as a user meets it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diffdeploy.checkpoints import Checkpoint
+from diffdeploy.cli.main import main
+from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.selftest import Fault, all_faults, trials
+
+CHOSEN = ("lambda_negated", "run_nan_at_length_one", "byte_changed")
+
+
+@pytest.fixture(scope="module")
+def bundle(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("selftest") / "bundle"
+    export_bundle(sample, path, ExportOptions(max_batch_size=3, max_sequence_length=16), verify=False)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _few_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [fault for fault in all_faults() if fault.name in CHOSEN]
+    monkeypatch.setattr(trials, "faults_of", lambda target: chosen)
+
+
+def test_json_names_counts_and_faults(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(bundle), "--self-test", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    result = said["self_test"]
+    assert (said["status"], result["injected"], result["caught"], result["located"]) == ("passed", 3, 3, 1)
+    by_name = {fault["name"]: fault for fault in result["faults"]}
+    assert by_name.keys() == set(CHOSEN)
+    assert by_name["lambda_negated"]["stage"] == by_name["lambda_negated"]["expected_stage"] == "lambda"
+    assert by_name["lambda_negated"]["by"][0] == "check lambda"
+    assert by_name["run_nan_at_length_one"]["by"] == ["case B1-S1-normal"]
+    assert by_name["byte_changed"]["by"] == ["opening"]
+
+
+def test_the_table_is_for_people_and_the_verdict_for_the_shell(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(bundle), "--self-test"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"3 of 3 faults caught, 1 of 1 located: {bundle}\n"
+    assert "lambda_negated" in said.err
+    assert "B1-S1-normal" in said.err
+
+
+def test_a_fault_that_is_not_seen_exits_1(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unseen = Fault(name="harmless", place="runtime", breaks="nothing", wrap=lambda run: run)
+    monkeypatch.setattr(trials, "faults_of", lambda target: [unseen])
+    assert main(["verify", str(bundle), "--self-test"]) == 1
+    said = capsys.readouterr()
+    assert f"error: the verification of {bundle} does not see harmless; do not rely on it" in said.err
+
+
+@pytest.mark.parametrize("option", [["--cases", "quick"], ["--golden"], ["--seed", "1"]], ids=lambda option: option[0])
+def test_what_does_not_go_together_is_refused(
+    option: list[str], bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(bundle), "--self-test", *option]) == 2
+    assert f"--self-test verifies copies with faults in them, so it does not go with {option[0]}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_no_bundle_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path), "--self-test"]) == 2
+    assert "is not a bundle" in capsys.readouterr().err
+
+
+def test_a_fault_that_the_format_cannot_hold_is_listed_with_the_reason(
+    sample: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GroupQueryAttention is causal, so a block that forgets to be cannot be exported with it."""
+    options = ExportOptions(onnx_flavor="ort", max_batch_size=3, max_sequence_length=16)
+    export_bundle(sample, tmp_path / "bundle", options, verify=False)
+    chosen = [fault for fault in all_faults() if fault.name in ("not_causal", "byte_changed")]
+    monkeypatch.setattr(trials, "faults_of", lambda target: chosen)
+    assert main(["verify", str(tmp_path / "bundle"), "--self-test", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)["self_test"]
+    assert [fault["name"] for fault in result["faults"]] == ["byte_changed"]
+    assert [skipped["name"] for skipped in result["skipped"]] == ["not_causal"]
+    assert "is causal, and this block is not" in result["skipped"][0]["reason"]
