@@ -1,8 +1,7 @@
-"""Bundles that many tests look at, made once."""
+"""What tests of many rooms ask for: the sample, and bundles that are exported once."""
 
 import shutil
-from dataclasses import replace
-from functools import cache
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from packaging.requirements import Requirement
 
 from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
 from diffdeploy.checkpoints.files import SAMPLE
-from diffdeploy.exporters import ExportOptions, export_bundle
-from tests.support.bundles import FormatBundle
+from diffdeploy.exporters import ExportOptions
+from tests.support.bundles import BundleCache, FormatBundle, cache_folder, options_of
 
 
 def pytest_report_header() -> list[str]:
@@ -43,30 +42,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def bundles(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BundleCache]:
+    """Where tests that need a bundle, and not an export, have it from."""
+    cache = BundleCache(cache_folder(pytestconfig, tmp_path_factory))
+    yield cache
+    assert cache.changed() == [], "a test changed a bundle that others share; it must copy it first"
+
+
+@pytest.fixture(scope="session")
 def sample() -> Checkpoint:
     return read_checkpoint(SAMPLE, CheckpointOptions(layer=1))
 
 
 @pytest.fixture(scope="session")
-def sample_bundle(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sample_bundle(sample: Checkpoint, bundles: BundleCache) -> Path:
     """Layer 1 of the sample, verified. Shared: copy before changing."""
-    output = tmp_path_factory.mktemp("sample") / "bundle"
-    return export_bundle(sample, output, ExportOptions(max_sequence_length=256)).path
+    return bundles.bundle(sample, ExportOptions(max_sequence_length=256))
 
 
 @pytest.fixture(scope="session")
-def format_bundle(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> FormatBundle:
+def format_bundle(sample: Checkpoint, bundles: BundleCache) -> FormatBundle:
     """A plain, verified bundle for each of `CPU_FORMATS`, made when first asked for. Shared: copy before changing."""
-    folder = tmp_path_factory.mktemp("formats")
-
-    @cache
-    def make(name: str) -> Path:
-        options = ExportOptions(format=name, max_batch_size=4, max_sequence_length=70)
-        if name == "onnx-ort":
-            options = replace(options, format="onnx", onnx_flavor="ort")
-        return export_bundle(sample, folder / name, options).path
-
-    return make
+    return lambda name: bundles.bundle(sample, options_of(name))
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from diffdeploy.errors import DiffDeployError, InputError, UnavailableError
 from diffdeploy.ops import diff_attention
 from diffdeploy.ops.target import traced_for
 from tests import oracles
-from tests.support.operator_inputs import HEADS, IMPLEMENTATIONS, INFINITY, bias_of, masks, random_inputs
+from tests.support.operator_inputs import HEADS, IMPLEMENTATIONS, INFINITY, bias_of, masks, random_inputs, side_by_side
+from tests.support.pairwise import pairwise
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +30,11 @@ def check(actual: Tensor, expected: Any) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("layout", ["canonical", "legacy"])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS, ids=str)
-def test_both_key_maps(impl: str, layout: GqaLayout, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("pair", [False, True], ids=["streams", "paired"])
+def test_both_key_maps(impl: str, layout: GqaLayout, heads: int, kv_heads: int, pair: bool) -> None:
     q, k, v = random_inputs(heads, kv_heads, 5, 5)
+    if pair:
+        k = side_by_side(k)
     lam = torch.tensor(0.4, dtype=torch.float64)
     actual = diff_attention(q, k, v, lam, causal=True, gqa_layout=layout, impl=impl)
     bias = bias_of(None, heads, causal=True, window=None, queries=5, keys=5)
@@ -40,12 +44,18 @@ def test_both_key_maps(impl: str, layout: GqaLayout, heads: int, kv_heads: int) 
     assert (np.abs(actual.numpy() - other).max() > 1e-3) == (heads != kv_heads)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", masks(5, 5, 4))
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (3, 8), (1, 1), (1, 7)], ids=str)
-def test_masks(impl: str, name: str, causal: bool, queries: int, keys: int) -> None:
+@pairwise(
+    impl=IMPLEMENTATIONS,
+    name=list(masks(5, 5, 4)),
+    causal={"causal": True, "full": False},
+    sizes=[(5, 5), (3, 8), (1, 1), (1, 7)],
+    pair={"streams": False, "paired": True},
+)
+def test_masks(impl: str, name: str, causal: bool, sizes: tuple[int, int], pair: bool) -> None:
+    queries, keys = sizes
     q, k, v = random_inputs(4, 2, queries, keys)
+    if pair:
+        k = side_by_side(k)
     mask = masks(queries, keys, 4)[name]
     lam = torch.tensor(0.4, dtype=torch.float64)
     actual = diff_attention(q, k, v, lam, causal=causal, attn_mask=mask, impl=impl)
@@ -53,12 +63,18 @@ def test_masks(impl: str, name: str, causal: bool, queries: int, keys: int) -> N
     check(actual, oracles.masked_diff_attention(q.numpy(), k.numpy(), v.numpy(), np.array(0.4), bias))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("window", [1, 2, 9])
-@pytest.mark.parametrize("name", [None, "left", "additive", "per_head"])
-@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (2, 7), (7, 3)], ids=str)
-def test_sliding_window(impl: str, window: int, name: str | None, queries: int, keys: int) -> None:
+@pairwise(
+    impl=IMPLEMENTATIONS,
+    window=[1, 2, 9],
+    name=[None, "left", "additive", "per_head"],
+    sizes=[(6, 6), (2, 7), (7, 3), (1, 9)],
+    pair={"streams": False, "paired": True},
+)
+def test_sliding_window(impl: str, window: int, name: str | None, sizes: tuple[int, int], pair: bool) -> None:
+    queries, keys = sizes
     q, k, v = random_inputs(3, 1, queries, keys)
+    if pair:
+        k = side_by_side(k)
     mask = None if name is None else masks(queries, keys, 3)[name]
     lam = torch.tensor(0.4, dtype=torch.float64)
     actual = diff_attention(q, k, v, lam, causal=True, attn_mask=mask, sliding_window=window, impl=impl)
