@@ -13,6 +13,7 @@ from diffdeploy.ops.flash2 import flash2
 from tests import oracles
 from tests.support import flash_attn_stand_in
 from tests.support.operator_inputs import HEADS, bias_of, masks, random_inputs
+from tests.support.pairwise import pairwise
 
 LAMBDA = torch.tensor(0.4, dtype=torch.float64)
 
@@ -24,13 +25,14 @@ def _stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         flash_attn_stand_in.calls.clear()
 
 
-@pytest.mark.parametrize("pad", [True, False], ids=["padded", "split"])
-@pytest.mark.parametrize("layout", ["canonical", "legacy"])
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS, ids=str)
-@pytest.mark.parametrize(("queries", "keys", "window"), [(5, 5, None), (3, 7, None), (1, 4, None), (6, 6, 2)], ids=str)
-def test_calls(
-    pad: bool, layout: GqaLayout, heads: int, kv_heads: int, queries: int, keys: int, window: int | None
-) -> None:
+@pairwise(
+    pad={"padded": True, "split": False},
+    layout=["canonical", "legacy"],
+    head_counts=HEADS,
+    sizes=[(5, 5, None), (3, 7, None), (1, 4, None), (6, 6, 2)],
+)
+def test_calls(pad: bool, layout: GqaLayout, head_counts: tuple[int, int], sizes: tuple[int, int, int | None]) -> None:
+    (heads, kv_heads), (queries, keys, window) = head_counts, sizes
     q, k, v = random_inputs(heads, kv_heads, queries, keys)
     actual = flash2(q, k, v, LAMBDA, causal=True, key_padding=None, sliding_window=window, gqa_layout=layout, pad=pad)
     bias = bias_of(None, heads, causal=True, window=window, queries=queries, keys=keys)

@@ -10,6 +10,7 @@ from tests import oracles
 
 IMPLEMENTATIONS = ["naive", "chunked", "two_call", "padded", "four_call", "stacked_split", "stacked_wide"]
 HEADS = [(4, 4), (4, 2), (4, 1), (6, 2), (6, 3), (3, 1)]
+CAUSAL = {"causal": True, "full": False}
 INFINITY = float("inf")
 
 
