@@ -8,14 +8,21 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED) ## Export the bundled sample to ONNX and verify it.
 	$(BIN)/diffdeploy export --format onnx --output artifacts/demo --force
 
+# Each worker computes in one thread, see tests/conftest.py, so there should be as many as cores.
+WORKERS ?= 2
+PYTEST = $(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadgroup
+
 test: $(INSTALLED) ## All checks and tests of a change.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/pytest
+	@# mypy runs beside the tests, and says what it found after them.
+	@types=$$(mktemp); $(BIN)/mypy >$$types 2>&1 & mypy=$$!; \
+	echo $(PYTEST); $(PYTEST); tests=$$?; \
+	wait $$mypy; mypy=$$?; echo $(BIN)/mypy; cat $$types; rm $$types; \
+	exit $$((tests | mypy))
 
 slow: $(INSTALLED) ## The long tests.
-	$(BIN)/pytest -m slow -rP
+	$(PYTEST) -m slow -rP
 
 campaign: $(INSTALLED) ## 1,000 right exports and runs must pass; goes on where it was stopped.
 	$(BIN)/python -m tests.campaign
@@ -35,7 +42,7 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch setuptools
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[cpu,plot,test]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[export,cpu,plot,test]'
 	touch $@
 
 # The same tests on the ends of what pyproject.toml allows, in environments of their own.

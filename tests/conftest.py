@@ -1,5 +1,11 @@
 """What tests of many rooms ask for: the sample, and bundles that are exported once."""
 
+import os
+
+# Before torch is imported, and for the processes that tests start: waking a second thread costs more than these small
+# blocks do, and `make test` has a process for each core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version

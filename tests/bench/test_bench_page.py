@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.bench_reports import make_report
+from tests.support.benchmarks import make_report
 from tests.support.paths import ROOT
 
 

@@ -12,14 +12,20 @@ from diffdeploy.modules import DiffAttention
 from diffdeploy.ops import diff_attention
 from tests import oracles
 from tests.support.blocks import make_config, random_weights
-from tests.support.operator_inputs import IMPLEMENTATIONS
+from tests.support.operator_inputs import CAUSAL, IMPLEMENTATIONS
+from tests.support.pairwise import pairwise
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 3), (3, 1)], ids=str)
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 5), (3, 8), (1, 7)], ids=str)
-def test_operator_matches_formula(impl: str, causal: bool, heads: int, kv_heads: int, queries: int, keys: int) -> None:
+@pairwise(
+    impl=IMPLEMENTATIONS,
+    causal=CAUSAL,
+    head_counts=[(4, 4), (4, 2), (6, 3), (3, 1)],
+    lengths=[(1, 1), (5, 5), (3, 8), (1, 7)],
+)
+def test_operator_matches_formula(
+    impl: str, causal: bool, head_counts: tuple[int, int], lengths: tuple[int, int]
+) -> None:
+    (heads, kv_heads), (queries, keys) = head_counts, lengths
     generator = torch.Generator().manual_seed(heads * 100 + keys)
     q, k, v = (
         torch.randn(2, count, length, width, generator=generator, dtype=torch.float64)
@@ -31,10 +37,12 @@ def test_operator_matches_formula(impl: str, causal: bool, heads: int, kv_heads:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("style", ["interleaved", "half", None])
-@pytest.mark.parametrize("affine", [True, False], ids=["gamma", "plain"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pairwise(
+    impl=IMPLEMENTATIONS,
+    style=["interleaved", "half", None],
+    affine={"gamma": True, "plain": False},
+    bias={"bias": True, "nobias": False},
+)
 def test_block_matches_formula(impl: str, style: Any, affine: bool, bias: bool) -> None:
     rope = RopeConfig(style=style, theta=100.0) if style else None
     config = make_config(rope=rope, norm_affine=affine, qkv_bias=bias, out_bias=bias)

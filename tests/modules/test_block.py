@@ -10,11 +10,10 @@ from diffdeploy.errors import InputError
 from diffdeploy.modules import block_class
 from tests.support.blocks import BLOCK_CONFIGS, empty_cache, make_block, random_states
 from tests.support.operator_inputs import IMPLEMENTATIONS
+from tests.support.pairwise import pairwise
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", BLOCK_CONFIGS)
-@pytest.mark.parametrize("chunks", [(9,), (1,) * 9, (4, 1, 4), (8, 1)], ids=str)
+@pairwise(impl=IMPLEMENTATIONS, name=list(BLOCK_CONFIGS), chunks=[(9,), (1,) * 9, (4, 1, 4), (8, 1)])
 def test_any_split_equals_one_pass(name: str, impl: str, chunks: tuple[int, ...]) -> None:
     block, x = make_block(name, impl), random_states(2, 9)
     cache, outputs, done = empty_cache(block, 2), [], 0

@@ -15,6 +15,7 @@ from diffdeploy.ops.request import Request
 from tests import oracles
 from tests.support import flash_attn_stand_in
 from tests.support.operator_inputs import HEADS, bias_of, masks, random_inputs, side_by_side
+from tests.support.pairwise import pairwise
 
 LAMBDA = torch.tensor(0.4, dtype=torch.float64)
 
@@ -26,17 +27,17 @@ def _stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         flash_attn_stand_in.calls.clear()
 
 
-@pytest.mark.parametrize("pad", [True, False], ids=["padded", "split"])
-@pytest.mark.parametrize("layout", ["canonical", "legacy"])
-@pytest.mark.parametrize(("heads", "kv_heads"), HEADS, ids=str)
-@pytest.mark.parametrize(
-    ("queries", "keys", "window", "pair"),
-    [(5, 5, None, False), (3, 7, None, True), (1, 4, None, False), (1, 4, None, True), (6, 6, 2, False)],
-    ids=str,
+@pairwise(
+    pad={"padded": True, "split": False},
+    layout=["canonical", "legacy"],
+    head_counts=HEADS,
+    sizes=[(5, 5, None), (3, 7, None), (1, 4, None), (6, 6, 2)],
+    pair={"streams": False, "paired": True},
 )
 def test_calls(
-    pad: bool, layout: GqaLayout, heads: int, kv_heads: int, queries: int, keys: int, window: int | None, pair: bool
+    pad: bool, layout: GqaLayout, head_counts: tuple[int, int], sizes: tuple[int, int, int | None], pair: bool
 ) -> None:
+    (heads, kv_heads), (queries, keys, window) = head_counts, sizes
     q, k, v = random_inputs(heads, kv_heads, queries, keys)
     if pair:
         k = side_by_side(k)

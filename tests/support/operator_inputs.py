@@ -21,6 +21,7 @@ IMPLEMENTATIONS = [
     "rows",
 ]
 HEADS = [(4, 4), (4, 2), (4, 1), (6, 2), (6, 3), (3, 1)]
+CAUSAL = {"causal": True, "full": False}
 INFINITY = float("inf")
 
 

@@ -1,10 +1,40 @@
-"""Reports of benchmarks, made up."""
+"""Plans of benchmarks, and reports of them, made up."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from diffdeploy.bench import BenchReport, Block, Row
+import torch
+
+from diffdeploy.bench import BenchReport, Block, Candidate, Plan, Row, Size
 from diffdeploy.bench.machine import Machine
+from diffdeploy.checkpoints import Checkpoint
+from diffdeploy.graphs import DType, Variant
+
+
+def make_plan(
+    block: Checkpoint,
+    folder: Path,
+    *sizes: Size,
+    graph: Variant = "plain",
+    dtype: DType = "float32",
+    impls: tuple[str, ...] = ("naive",),
+) -> Plan:
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in block.weights.items()}
+    save_file(weights, folder / "weights.safetensors")
+    return Plan(
+        config=block.config,
+        weights=folder / "weights.safetensors",
+        graph=graph,
+        dtype=dtype,
+        device="cpu",
+        threads=1,
+        sizes=sizes,
+        candidates=tuple(map(Candidate.of_impl, impls)),
+        baseline=impls[0],
+    )
 
 
 def make_report(latencies: Mapping[str, float], *, spread: float = 0.01, **changes: Any) -> BenchReport:
