@@ -29,7 +29,7 @@ class AotiBackend(TorchBackend):
         import torch
 
         device = torch.device(self.device)
-        package: Callable[..., Sequence[Tensor]] = torch._inductor.aoti_load_package(
+        package: Callable[..., Sequence[Tensor]] = torch._inductor.aoti_load_package(  # noqa: SLF001 - the only name torch has for it
             str(self.bundle.path / MODEL), device_index=-1 if device.index is None else device.index
         )
         return package
