@@ -19,7 +19,8 @@ __all__ = [
 ]
 
 RopeStyle = Literal["interleaved", "half"]
-# Vectors of the paper's lambda; they stay in fp32, whatever the dtype of a block.
+# Vectors of the paper's lambda; they stay in fp32, whatever the dtype of a block, since rounding them to bfloat16
+# costs more accuracy than the rest of the path of lambda.
 LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 GqaLayout = Literal["canonical", "legacy"]
@@ -54,6 +55,7 @@ class RopeScaling:
 
     kind: Literal["linear", "llama3"]
     factor: float
+    # Llama 3.1's, for configs that leave them out.
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
@@ -62,6 +64,7 @@ class RopeScaling:
         _require(self.kind in ("linear", "llama3"), "rope scaling", self.kind, "linear or llama3")
         _require(math.isfinite(self.factor) and self.factor >= 1, "rope scaling factor", self.factor, "1 or more")
         _require(
+            # Their difference is what the frequencies in between are interpolated over.
             self.high_freq_factor > self.low_freq_factor > 0,
             "high_freq_factor",
             self.high_freq_factor,
@@ -104,6 +107,7 @@ def _check_sizes(config: "AnyConfig") -> None:
         "even when rotary embedding is used, since it turns pairs of channels",
     )
     _require(
+        # A window bounds how old a key may be; without causality it would leave all later keys in sight.
         config.sliding_window is None or (config.sliding_window >= 1 and config.causal),
         "sliding_window",
         config.sliding_window,
@@ -144,17 +148,22 @@ class DiffAttentionConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    # A number, not a depth: sources count layers from -1, 0 or 1, and some store it.
     lambda_init: float
+    # Not derived from lambda_init, since not every source has the factor.
     output_scale: float
     causal: bool = True
     rope: RopeConfig | None = None
+    # That of the originals, which their state dicts do not hold.
     norm_eps: float = 1e-5
     norm_affine: bool = True
     qk_norm_eps: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
+    # Names and shapes of weights are the same in both layouts, so it cannot be told from a checkpoint.
     gqa_layout: GqaLayout = "canonical"
     sliding_window: int | None = None
+    # Tells the two configs apart when they are read from JSON.
     version: Literal[1] = 1
 
     def __post_init__(self) -> None:
@@ -217,6 +226,7 @@ class DiffAttentionConfig:
             shapes |= {"q_proj.bias": (q_rows,), "k_proj.bias": (kv_rows,), "v_proj.bias": (kv_rows,)}
         if self.out_bias:
             shapes["out_proj.bias"] = (self.embed_dim,)
+        # One vector for all heads: the paper's lambda is one number per layer.
         shapes |= dict.fromkeys(LAMBDA_VECTORS, (self.head_dim,))
         if self.qk_norm_eps is not None:
             shapes |= {"q_norm.weight": (self.head_dim,), "k_norm.weight": (self.head_dim,)}
@@ -278,6 +288,7 @@ class DiffAttentionV2Config:
         """Output heads per key/value head, ``g = h / h_kv``."""
         return self.num_heads // self.num_kv_heads
 
+    # From here on, what code asks of both kinds of block, and what has one answer in this one.
     @property
     def gqa_layout(self) -> GqaLayout:
         """The canonical key map: with one key head for both streams there is no other."""
@@ -332,6 +343,7 @@ class DiffAttentionV2Config:
         """Names and shapes of the weights of this block, as `DiffAttentionV2.state_dict` has them."""
         kv_rows = self.num_kv_heads * self.head_dim
         return {
+            # Two query streams per output head, in neighbouring rows; keys and values have one for both.
             "q_proj.weight": (2 * self.num_heads * self.head_dim, self.embed_dim),
             "k_proj.weight": (kv_rows, self.embed_dim),
             "v_proj.weight": (kv_rows, self.embed_dim),
