@@ -92,7 +92,7 @@ class _Multihead(DiffAttention):
         """
         causal = not (self._mask_replaces_causality and attn_mask is not None)
         mask = attn_mask if attn_mask is None or attn_mask.ndim != 2 else attn_mask[None, None]
-        output, _ = self._attend(x, mask, _rotation(rel_pos), causal=causal)
+        output, _ = self.compute(x, mask, _rotation(rel_pos), causal=causal)
         return output
 
 
@@ -181,7 +181,7 @@ class MultiheadFlashDiffV2(DiffAttentionV2):
             InputError: a mask that does not fit.
         """
         mask = attn_mask if attn_mask is None or attn_mask.ndim != 2 else attn_mask[None, None]
-        output, _ = self._attend(x, mask, _rotation(rel_pos))
+        output, _ = self.compute(x, mask, _rotation(rel_pos))
         return output
 
 
@@ -190,9 +190,9 @@ def _rename(state: dict[str, Any], prefix: str, old: str, new: str) -> None:
         state[f"{prefix}{new}.{key.removeprefix(f'{prefix}{old}.')}"] = state.pop(key)
 
 
-def _name_as_original(module: Any, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+def _name_as_original(_module: Any, state: dict[str, Any], prefix: str, _local_metadata: Any) -> None:
     _rename(state, prefix, "out_proj", "o_proj")
 
 
-def _name_as_here(module: Any, state: dict[str, Any], prefix: str, *others: Any) -> None:
+def _name_as_here(_module: Any, state: dict[str, Any], prefix: str, *_others: Any) -> None:
     _rename(state, prefix, "o_proj", "out_proj")

@@ -1,19 +1,43 @@
-"""Bundles that many tests look at, made once."""
+"""What tests of many rooms ask for: the sample, and bundles that are exported once."""
+
+import os
+
+# Before torch is imported, and for the processes that tests start: waking a second thread costs more than these small
+# blocks do, and `make test` has a process for each core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
 from diffdeploy.checkpoints.files import SAMPLE
-from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.exporters import ExportOptions
+from tests.support.bundles import BundleCache, FormatBundle, cache_folder, options_of
 
-CPU_FORMATS = ["onnx", "onnx-ort", "pt2", "aoti", "compile"]
+
+def pytest_report_header() -> list[str]:
+    """What a run tries and what it leaves out, in its own words, for whoever reads its log."""
+    named = {Requirement(text).name for text in requires("diffdeploy") or ()} - {"diffdeploy"}
+    found = {name: _version(name) for name in sorted(named)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device, so only the CPU is tried"
+    return [
+        "versions: " + ", ".join(f"{name} {text}" for name, text in found.items() if text),
+        "not tried, not installed: " + ", ".join(name for name, text in found.items() if not text),
+        f"torch is built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}; {device}",
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,33 +48,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def bundles(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BundleCache]:
+    """Where tests that need a bundle, and not an export, have it from."""
+    cache = BundleCache(cache_folder(pytestconfig, tmp_path_factory))
+    yield cache
+    assert cache.changed() == [], "a test changed a bundle that others share; it must copy it first"
+
+
+@pytest.fixture(scope="session")
 def sample() -> Checkpoint:
     return read_checkpoint(SAMPLE, CheckpointOptions(layer=1))
 
 
 @pytest.fixture(scope="session")
-def sample_bundle(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sample_bundle(sample: Checkpoint, bundles: BundleCache) -> Path:
     """Layer 1 of the sample, verified. Shared: copy before changing."""
-    output = tmp_path_factory.mktemp("sample") / "bundle"
-    return export_bundle(sample, output, ExportOptions(max_sequence_length=256)).path
-
-
-FormatBundle = Callable[[str], Path]
+    return bundles.bundle(sample, ExportOptions(max_sequence_length=256))
 
 
 @pytest.fixture(scope="session")
-def format_bundle(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> FormatBundle:
+def format_bundle(sample: Checkpoint, bundles: BundleCache) -> FormatBundle:
     """A plain, verified bundle for each of `CPU_FORMATS`, made when first asked for. Shared: copy before changing."""
-    folder = tmp_path_factory.mktemp("formats")
-
-    @cache
-    def make(name: str) -> Path:
-        options = ExportOptions(format=name, max_batch_size=4, max_sequence_length=70)
-        if name == "onnx-ort":
-            options = replace(options, format="onnx", onnx_flavor="ort")
-        return export_bundle(sample, folder / name, options).path
-
-    return make
+    return lambda name: bundles.bundle(sample, options_of(name))
 
 
 @pytest.fixture

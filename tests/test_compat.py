@@ -11,9 +11,12 @@ from diffdeploy import compat
 from diffdeploy.config import lambda_init_at
 from diffdeploy.errors import InputError
 from tests import oracles
+from tests.support.operator_inputs import HEADS
+from tests.support.pairwise import pairwise
 
 SDPA = [compat.MultiheadSdpaDiff1, compat.MultiheadSdpaDiff2, compat.MultiheadSdpaDiff3, compat.MultiheadSdpaDiff4]
 FLASH = [compat.MultiheadFlashDiff1, compat.MultiheadFlashDiff2]
+CLASSES = {cls.__name__: cls for cls in (*SDPA, compat.MultiheadDiffAttn, *FLASH)}
 KEYS = {
     *(f"{name}_proj.weight" for name in ("q", "k", "v", "out")),
     *(f"lambda_{name}" for name in ("q1", "k1", "q2", "k2")),
@@ -56,10 +59,9 @@ def expected_output(
     return out
 
 
-@pytest.mark.parametrize("cls", [*SDPA, compat.MultiheadDiffAttn, *FLASH], ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1), (6, 2), (6, 3), (3, 1)], ids=str)
-@pytest.mark.parametrize("rope", [True, False], ids=["rope", "norope"])
-def test_same_keys_and_results(cls: Any, heads: int, kv_heads: int, rope: bool) -> None:
+@pairwise(cls=CLASSES, head_counts=HEADS, rope={"rope": True, "norope": False})
+def test_same_keys_and_results(cls: Any, head_counts: tuple[int, int], rope: bool) -> None:
+    heads, kv_heads = head_counts
     doubled = 2 if cls in SDPA else 1
     module = cls(8 * heads, 3, doubled * heads, doubled * kv_heads).double()
     weights = randomise(module)
@@ -74,9 +76,7 @@ def test_same_keys_and_results(cls: Any, heads: int, kv_heads: int, rope: bool) 
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("cls", [*SDPA, compat.MultiheadDiffAttn, *FLASH], ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("additive", [True, False], ids=["additive", "boolean"])
-@pytest.mark.parametrize("shape", [(1, 1, 5, 5), (5, 5), (1, 4, 5, 5)], ids=str)
+@pairwise(cls=CLASSES, additive={"additive": True, "boolean": False}, shape=[(1, 1, 5, 5), (5, 5), (1, 4, 5, 5)])
 def test_masks(cls: Any, additive: bool, shape: tuple[int, ...]) -> None:
     doubled = 2 if cls in SDPA else 1
     module = cls(32, 1, doubled * 4, doubled * 2).double()

@@ -7,8 +7,8 @@ import torch
 from diffdeploy.config import GqaLayout
 from diffdeploy.ops import diff_attention
 from tests import oracles
-from tests.test_block import CONFIGS, empty_cache, make_block, random_states
-from tests.test_ops import IMPLEMENTATIONS, bias_of, masks, random_inputs
+from tests.support.blocks import BLOCK_CONFIGS, empty_cache, make_block, random_states
+from tests.support.operator_inputs import IMPLEMENTATIONS, bias_of, masks, random_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +39,7 @@ def test_operator(impl: str, layout: GqaLayout, dtype: torch.dtype, name: str | 
     assert error < 16 * torch.finfo(dtype).eps * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", BLOCK_CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_block_with_padding_and_cache(name: str, dtype: torch.dtype) -> None:
     exact, block = make_block(name), make_block(name, dtype=dtype).cuda()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from diffdeploy.formats import export_targets, format_names
 from diffdeploy.ops import Impl
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors",
     "arrays",

@@ -29,7 +29,7 @@ def migrated(fields: Fields) -> Fields:
         IntegrityError: the schema is not known.
     """
     given = fields.get("schema_version")
-    if not isinstance(given, int) or (given != _PRESENT and given not in _STEPS):
+    if type(given) is not int or (given != _PRESENT and given not in _STEPS):  # True is an int, and no schema
         accepted = ", ".join(map(str, (*_STEPS, _PRESENT)))
         raise IntegrityError(f"manifest.json has schema_version {given!r}; accepted is {accepted}")
     while fields["schema_version"] in _STEPS:

@@ -1,18 +1,22 @@
 """Which layout a checkpoint has and where its blocks are, from keys and config.json; never from shapes alone."""
 
-import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdeploy.checkpoints.layouts import LAYOUTS, UNSUPPORTED, Fields, Layout
+from diffdeploy.checkpoints.fields import Fields
+from diffdeploy.checkpoints.layouts import LAYOUTS, UNSUPPORTED, Layout
+from diffdeploy.checkpoints.places import layer_numbers
 from diffdeploy.errors import InputError
 
-__all__ = ["AUTO", "Found", "find_blocks", "prefix_of_layer"]
+__all__ = ["AUTO", "Found", "find_blocks"]
 
 # The layout that is recognised, by a name of its own for those who want to say so.
 AUTO = "auto"
 
-_LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+# lambda_q1 itself may be what is missing; a block that lacks more than this is of another layout, and a list of its
+# missing keys would mislead.
+_MOST_ABSENT = 2
 
 
 @dataclass(frozen=True)
@@ -32,19 +36,29 @@ class Found:
     blocks: dict[str, int | None]
 
 
+def _anchored(layout: Layout, keys: Iterable[str]) -> Iterator[str]:
+    """Prefixes under which the layout's anchor stands."""
+    for key in keys:
+        # With its dot, so that `kq_proj.weight` is no anchor; a bare state dict has no prefix at all.
+        if key == layout.anchor or key.endswith("." + layout.anchor):
+            yield key.removesuffix(layout.anchor)
+
+
 def _prefixes(layout: Layout, keys: set[str]) -> dict[str, int | None]:
     """Prefixes that hold all that the layout needs and nothing that it never has."""
-    anchor = layout.anchor
-    blocks: dict[str, int | None] = {}
-    for key in keys:
-        if key != anchor and not key.endswith("." + anchor):
-            continue
-        prefix = key.removesuffix(anchor)
-        whole = all(prefix + name in keys for name in layout.required_keys())
-        if whole and not any(prefix + name in keys for name in layout.absent):
-            indices = _LAYER_INDEX.findall("." + prefix)
-            blocks[prefix] = int(indices[-1]) if indices else None
-    return dict(sorted(blocks.items(), key=lambda item: (item[1] is None, item[1] or 0, item[0])))
+    whole = [
+        prefix
+        for prefix in _anchored(layout, keys)
+        if all(prefix + name in keys for name in layout.required_keys())
+        and not any(prefix + name in keys for name in layout.absent)
+    ]
+    return layer_numbers(whole, keys)
+
+
+def _reads_all(layout: Layout, blocks: Iterable[str], keys: set[str]) -> bool:
+    """Whether a layout has a place for every tensor of its blocks."""
+    known = {source.key for source in (*layout.sources.values(), *layout.optional.values())} | {*layout.irrelevant}
+    return all(key.removeprefix(prefix) in known for prefix in blocks for key in keys if key.startswith(prefix))
 
 
 def find_blocks(keys: list[str], fields: Fields, layout_name: str | None, path: Path) -> Found:
@@ -68,6 +82,7 @@ def find_blocks(keys: list[str], fields: Fields, layout_name: str | None, path: 
         if not blocks:
             raise _not_whole(path, present, layout)
         return Found(layout, "asked for", (), blocks)
+    # First, since most of these have all keys of a layout that can be read, and one more.
     for shows, reason in UNSUPPORTED:
         if shows(present, fields):
             raise InputError(f"{path} cannot be deployed: {reason}")
@@ -75,28 +90,29 @@ def find_blocks(keys: list[str], fields: Fields, layout_name: str | None, path: 
     named = [layout for layout in fitting if layout.model_types and model_type.startswith(layout.model_types)]
     if named:
         return Found(named[0], f"its keys, and model_type {model_type!r} in config.json", (), fitting[named[0]])
+    # Layouts with a model_type arrange rows of equal shapes in different orders: without it they are not even tried.
     unnamed = [layout for layout in fitting if not layout.model_types]
+    # Where one layout drops a tensor that another reads, the keys do tell.
+    unnamed = [each for each in unnamed if _reads_all(each, fitting[each], present)] or unnamed
     if unnamed:
         return Found(unnamed[0], "its keys", tuple(unnamed[1:]), fitting[unnamed[0]])
-    possible = [layout for layout in fitting if layout.name != "diffdeploy"]
-    if possible:
+    if fitting:
         raise InputError(
-            f"{path} has the keys of layout {possible[0].name}, but no config.json beside it says so (model_type is "
-            f"{model_type!r}), and keys and shapes do not tell how its heads are arranged; give --layout if you know"
+            f"{path} has the keys of layout {next(iter(fitting)).name}, but no config.json beside it says so "
+            f"(model_type is {model_type!r}), and keys and shapes do not tell how its heads are arranged; give "
+            "--layout if you know"
         )
     raise _not_whole(path, present, None)
 
 
 def _not_whole(path: Path, keys: set[str], layout: Layout | None) -> InputError:
     """What is missing from the block that is nearest to a layout."""
+    has_vectors = any(key.endswith("lambda_q1") for key in keys)
     for candidate in (layout,) if layout else LAYOUTS.values():
-        for key in sorted(keys):
-            if key != candidate.anchor and not key.endswith("." + candidate.anchor):
-                continue
-            prefix = key.removesuffix(candidate.anchor)
+        for prefix in _anchored(candidate, sorted(keys)):
             absent = [prefix + name for name in candidate.required_keys() if prefix + name not in keys]
-            differential = any((prefix + name).endswith("lambda_q1") for name in keys) or len(absent) <= 2
-            if absent and differential and any(key.startswith(f"{prefix}lambda_") for key in keys):
+            near = has_vectors or len(absent) <= _MOST_ABSENT
+            if absent and near and any(key.startswith(f"{prefix}lambda_") for key in keys):
                 return InputError(f"{path} lacks the keys {', '.join(absent)}, so no block is whole")
     if not any("lambda_" in key for key in keys):
         return InputError(
@@ -107,22 +123,3 @@ def _not_whole(path: Path, keys: set[str], layout: Layout | None) -> InputError:
     if layout is not None:
         return InputError(f"{path} does not have the keys of layout {layout.name}; {begin}")
     return InputError(f"{path} has a layout that is not known; accepted are {', '.join(LAYOUTS)}, and {begin}")
-
-
-def prefix_of_layer(found: Found, layer: int | None, path: Path) -> str:
-    """The prefix of the block that was asked for.
-
-    Raises:
-        InputError: there are several and none was asked for, or the one asked for is not there exactly once.
-    """
-    blocks = found.blocks
-    if len(blocks) == 1 and layer is None:
-        return next(iter(blocks))
-    layers = sorted(index for index in blocks.values() if index is not None)
-    listed = ", ".join(map(str, layers)) or "none (the keys have no layer index)"
-    if layer is None:
-        raise InputError(f"{path} holds several layers; choose one with --layer: {listed}")
-    chosen = [prefix for prefix, index in blocks.items() if index == layer]
-    if len(chosen) != 1:
-        raise InputError(f"layer {layer} is not in {path} exactly once; its layers are: {listed}")
-    return chosen[0]

@@ -1,25 +1,16 @@
 """Row maps between layouts and canonical weights, in both directions, bit for bit."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffdeploy.checkpoints.layouts import Layout, Source
+from diffdeploy.checkpoints.sizes import Sizes
 from diffdeploy.config import LAMBDA_VECTORS
 from diffdeploy.errors import InputError
 
-__all__ = ["Sizes", "from_canonical", "to_canonical"]
-
-
-class Sizes(NamedTuple):
-    """Sizes of a block, found from shapes."""
-
-    embed_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+__all__ = ["from_canonical", "to_canonical"]
 
 
 def _heads(name: str, sizes: Sizes) -> int:
@@ -27,6 +18,7 @@ def _heads(name: str, sizes: Sizes) -> int:
 
 
 def _part_rows(sizes: Sizes) -> dict[str, int]:
+    # Every layout that packs is of version 1, whose values are as wide as a pair of streams.
     width = 2 * sizes.head_dim
     return {"q": sizes.num_heads * width, "k": sizes.num_kv_heads * width, "v": sizes.num_kv_heads * width}
 
@@ -52,6 +44,7 @@ def to_canonical(sources: Mapping[str, Source], get: Callable[[str], Tensor], si
     loaded: dict[str, Tensor] = {}
     weights = {}
     for name, source in sources.items():
+        # Once for all parts of a packed projection.
         if source.key not in loaded:
             loaded[source.key] = get(source.key)
         tensor = loaded[source.key]
@@ -66,6 +59,7 @@ def to_canonical(sources: Mapping[str, Source], get: Callable[[str], Tensor], si
             weights[name][0] = tensor
             weights[name.replace("_q", "_k")] = torch.eye(1, sizes.head_dim, dtype=tensor.dtype)[0]
             continue
+        # A view of a packed projection would keep the whole of it alive, and safetensors refuses to write one.
         weights[name] = tensor.contiguous()
     return weights
 
@@ -78,6 +72,7 @@ def from_canonical(layout: Layout, weights: Mapping[str, Tensor], sizes: Sizes) 
     """
     sources = {**layout.sources, **layout.optional}
     scalars = [name for name, source in layout.sources.items() if source.scalar]
+    # The partner of a scalar's vector is the unit vector that `to_canonical` made, and has no key of its own.
     carried = {name.replace("_q", "_k") for name in scalars}
     if missing := sorted(weights.keys() - sources.keys() - carried):
         raise InputError(f"layout {layout.name} has no place for {', '.join(missing)}")
@@ -97,10 +92,12 @@ def from_canonical(layout: Layout, weights: Mapping[str, Tensor], sizes: Sizes) 
             result[source.key] = tensor.contiguous()
         else:
             packed.setdefault(source.key, {})[source.part] = tensor
+    # Last, since the parts of a packed projection arrive one by one.
     return result | {key: torch.cat([parts[part] for part in "qkv"]) for key, parts in packed.items()}
 
 
 def _as_scalar(vector: Tensor, partner: Tensor, layout: Layout) -> Tensor:
+    # The product of any two vectors is a number too, but it would come back as other vectors: not bit for bit.
     if vector[1:].any() or partner[1:].any() or partner[0] != 1:
         raise InputError(
             f"layout {layout.name} holds the exponents of lambda as numbers, and this block has vectors: "

@@ -1,13 +1,17 @@
 """What can be said of a checkpoint's blocks without any option."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from diffdeploy.checkpoints.detect import find_blocks
-from diffdeploy.checkpoints.files import open_tensors, read_config_fields
-from diffdeploy.checkpoints.reader import BlockReader, CheckpointOptions
+from diffdeploy.checkpoints.fields import read_config_fields
+from diffdeploy.checkpoints.files import open_tensors
+from diffdeploy.checkpoints.options import CheckpointOptions
+from diffdeploy.checkpoints.reader import BlockReader
+from diffdeploy.checkpoints.tensors import BlockTensors
 from diffdeploy.config import lambda_init_at
 from diffdeploy.errors import InputError
 
@@ -19,6 +23,7 @@ class BlockSummary:
     """One block; ``None`` where neither the keys nor ``config.json`` say it.
 
     Attributes:
+        unread: keys of the block that its layout does not know; such a block is not exported.
         refused: why it cannot be deployed; then nothing but ``prefix`` and ``layer`` is known.
     """
 
@@ -38,6 +43,7 @@ class BlockSummary:
     dtype: str | None = None
     num_parameters: int | None = None
     num_bytes: int | None = None
+    unread: tuple[str, ...] = ()
     refused: str | None = None
 
 
@@ -66,6 +72,7 @@ def summarise(path: str | Path, layout: str | None = None) -> CheckpointSummary:
         try:
             reader = BlockReader(file, fields, found, prefix, CheckpointOptions(layout=layout))
         except InputError as error:
+            # One bad block hides nothing of the others: a Phi-4 file holds layers that cannot be deployed alone.
             blocks.append(BlockSummary(prefix=prefix, layer=layer, refused=str(error)))
             continue
         blocks.append(_block(reader))
@@ -79,35 +86,43 @@ def summarise(path: str | Path, layout: str | None = None) -> CheckpointSummary:
 
 
 def _block(reader: BlockReader) -> BlockSummary:
-    tensors = [reader.file.get(key) for key in reader.keys]
-    depth = reader.depth()
-    lambda_init = None if depth is None or reader.layout.version == 2 else lambda_init_at(depth)
-    affine = "with gamma" if "subln.weight" in reader.sources else "without gamma"
+    # Past the checks of `BlockTensors.get`: a block in fp8 or with NaN can be described, though not deployed.
+    tensors = [reader.tensors.file.get(key) for key in reader.tensors.keys]
+    layout, settings = reader.layout, reader.settings
+    depth = settings.depth()
+    lambda_init = None if depth is None or not layout.constant_lambda else lambda_init_at(depth)
+    affine = "with gamma" if "subln.weight" in reader.tensors.sources else "without gamma"
     return BlockSummary(
-        prefix=reader.prefix,
+        prefix=reader.tensors.prefix,
         layer=reader.layer,
         **reader.sizes._asdict(),
-        norm="none" if reader.layout.version == 2 else f"eps {reader.norm_eps():g}, {affine}",
-        rope=reader.rope_style(),
-        rope_theta=reader.rope_theta(),
-        gqa_layout=reader.gqa_layout(),
-        sliding_window=reader.layout.sliding_window(reader.fields, reader.layer),
+        norm=f"eps {settings.norm_eps():g}, {affine}" if layout.has_norm else "none",
+        rope=settings.rope_style(),
+        rope_theta=settings.rope_theta(),
+        gqa_layout=settings.gqa_layout(reader.sizes),
+        sliding_window=settings.sliding_window(),
         lambda_init=lambda_init,
-        lambda_value=None if lambda_init is None else lambda_init + _learned_lambda(reader),
+        lambda_value=None if lambda_init is None else _finite(lambda_init + _learned_lambda(reader.tensors)),
         dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
         num_parameters=sum(tensor.numel() for tensor in tensors),
         num_bytes=sum(tensor.nbytes for tensor in tensors),
+        unread=tuple(reader.tensors.unread),
     )
 
 
-def _learned_lambda(reader: BlockReader) -> float:
+def _learned_lambda(tensors: BlockTensors) -> float:
     """``exp(lq1 . lk1) - exp(lq2 . lk2)``, or of the two numbers that stand for the products."""
 
     def exponent(pair: int) -> float:
-        source = reader.sources[f"lambda_q{pair}"]
-        q = reader.file.get(reader.prefix + source.key).double()
-        if source.scalar:
+        # In fp64, as the oracle that the verification reports lambda from.
+        q = tensors.file.get(tensors.key(f"lambda_q{pair}")).double()
+        if tensors.sources[f"lambda_q{pair}"].scalar:
             return float(q)
-        return float(q @ reader.file.get(reader.prefix + reader.sources[f"lambda_k{pair}"].key).double())
+        return float(q @ tensors.file.get(tensors.key(f"lambda_k{pair}")).double())
 
     return float(torch.tensor(exponent(1)).double().exp() - torch.tensor(exponent(2)).double().exp())
+
+
+def _finite(value: float) -> float | None:
+    """A number that JSON can hold; weights that give no number are refused when the block is read."""
+    return value if math.isfinite(value) else None

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from diffdeploy.checkpoints.layouts import LAYOUTS
-from diffdeploy.checkpoints.rows import Sizes, from_canonical
+from diffdeploy.checkpoints.rows import from_canonical
+from diffdeploy.checkpoints.sizes import Sizes
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import InputError
 
@@ -31,7 +32,8 @@ def write_checkpoint(
     chosen = LAYOUTS[layout]
     if chosen.version != config.version:
         raise InputError(f"layout {layout} is of version {chosen.version}, and the block of version {config.version}")
-    if chosen.causal != config.causal:
+    # No key says it: the file would be read back as the layout is, and compute something else.
+    if chosen.causal is not None and chosen.causal != config.causal:
         raise InputError(f"layout {layout} is {'causal' if chosen.causal else 'not causal'}, unlike the block")
     sizes = Sizes(config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim)
     return {prefix + key: tensor for key, tensor in from_canonical(chosen, weights, sizes).items()}

@@ -109,4 +109,4 @@ class FileFault:
     place: Literal["graph", "bundle"] = "graph"
     breaks: str
     edit: Callable[[Path], None]
-    applies: Callable[[Manifest], bool] = lambda manifest: True
+    applies: Callable[[Manifest], bool] = lambda _: True

@@ -134,7 +134,7 @@ class UserCase:
         """What it tries."""
         return "user"
 
-    def inputs(self, spec: GraphSpec) -> dict[str, Array]:
+    def inputs(self, spec: GraphSpec) -> dict[str, Array]:  # noqa: ARG002 - they were checked when they were read
         """The inputs of a single call, by name."""
         return self.arrays
 

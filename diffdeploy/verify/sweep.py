@@ -51,7 +51,7 @@ def select_cases(selection: Selection, config: AnyConfig, spec: GraphSpec, seed:
         return ordered
     if selection < 1:
         raise InputError(f"the number of cases is {selection}; accepted is 1 or more, quick or full")
-    return [*ordered[:selection], *islice(random_cases(config, spec, seed), max(0, selection - len(ordered)))]
+    return [*ordered[:selection], *islice(random_cases(spec, seed), max(0, selection - len(ordered)))]
 
 
 def golden_cases(spec: GraphSpec, seed: int) -> list[Case]:
@@ -151,7 +151,7 @@ def _in_chunks(config: AnyConfig, spec: GraphSpec, seed: int, batch_sizes: tuple
     ]
 
 
-def random_cases(config: AnyConfig, spec: GraphSpec, seed: int) -> Iterator[Case]:
+def random_cases(spec: GraphSpec, seed: int) -> Iterator[Case]:
     """Endless cases of any size up to a few hundred positions."""
     choose = np.random.default_rng(seed)
     kinds, masks = get_args(Kind), get_args(Mask)

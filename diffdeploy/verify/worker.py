@@ -157,7 +157,7 @@ def _main(bundle: str, options: str) -> int:
     while (frame := _receive(stdin)) is not None:
         try:
             outputs = runtime(**frame[1])
-        except Exception as error:  # whatever a backend raises is the finding
+        except Exception as error:  # noqa: BLE001 - whatever a backend raises is the finding
             _send(stdout, {"error": f"{type(error).__name__}: {error}"}, {})
             continue
         _send(stdout, {}, outputs)

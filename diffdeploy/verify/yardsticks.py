@@ -25,7 +25,7 @@ class Yardsticks:
         self._weights = exact_weights
         self._eager = run_arrays(eager_block(bundle, impl="naive"))
 
-    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> dict[str, Yardstick]:
+    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> dict[str, Yardstick]:  # noqa: ARG002 - a cache may
         """Of all outputs of a case, by name."""
         expected, stored = exact_and_stored(self._config, self._weights, inputs, self._dtype)
         yardsticks = eager_error(self._eager, inputs, expected, self._dtype)

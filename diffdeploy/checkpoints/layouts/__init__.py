@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 
-from diffdeploy.checkpoints.layouts.base import Fields, Layout, Source
+from diffdeploy.checkpoints.fields import Fields
+from diffdeploy.checkpoints.layouts.base import Layout, Source
 from diffdeploy.checkpoints.layouts.huggingface import DIFFLLAMA, MOTIF
 from diffdeploy.checkpoints.layouts.microsoft import DIFFDEPLOY, MICROSOFT, MICROSOFT_V2, SDPADIFF
 from diffdeploy.checkpoints.layouts.phi4flash import PHI4FLASH
 from diffdeploy.checkpoints.layouts.timm import TIMM, TIMM_DUAL
 
-__all__ = ["LAYOUTS", "UNSUPPORTED", "Fields", "Layout", "Source"]
+__all__ = ["LAYOUTS", "UNSUPPORTED", "Layout", "Source"]
 
 # In the order in which they are tried; the first of those with the same keys gives its name where they mean the same.
 LAYOUTS = {

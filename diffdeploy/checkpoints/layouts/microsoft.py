@@ -15,14 +15,17 @@ _V1: dict[str, Any] = {
         **{f"{name}_proj.weight": Source(f"{name}_proj.weight") for name in ("q", "k", "v", "out")},
         **lambda_sources(),
     },
+    # The revision of October 2024 builds its norm without a weight.
     "optional": {"subln.weight": Source("subln.weight")},
 }
 
+# Its naive module and its flash modules read different key streams from the same keys.
 MICROSOFT = Layout(name="microsoft", what="Microsoft unilm, Diff-Transformer", gqa_layout=None, **_V1)
 
 SDPADIFF = Layout(
     name="sdpadiff",
     what="vasqu/multihead-sdpadiff, variants 1 to 4",
+    # All four compute what Microsoft's naive module does.
     gqa_layout="legacy",
     **_V1,
 )
@@ -39,5 +42,6 @@ MICROSOFT_V2 = Layout(
         "out_proj.weight": Source("o_proj.weight"),
         "lambda_proj.weight": Source("lambda_proj.weight"),
     },
+    # No optional keys: neither biases nor a norm exist in this version.
     version=2,
 )

@@ -7,19 +7,16 @@ the two exponents of lambda themselves, in place of inner products.
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from diffdeploy.checkpoints.layouts.base import Fields, Layout, Source, lambda_sources
-from diffdeploy.config import RopeConfig
+from diffdeploy.checkpoints.fields import Fields
+from diffdeploy.checkpoints.layouts.base import Layout, Source, lambda_sources, no_rope
 
 __all__ = ["TIMM", "TIMM_DUAL"]
-
-
-def _no_rope(fields: Fields) -> RopeConfig | None:
-    return None
 
 
 def _refuse(keys: AbstractSet[str], fields: Fields, layer: int | None) -> str | None:
     if "norm.weight" in keys:
         return "norm.weight (scale_norm) is a second norm before the output projection, which has no canonical form"
+    # timm passes the model's norm_layer on, and a vision transformer's is LayerNorm unless it is told otherwise.
     if "q_norm.bias" in keys:
         return "q_norm.bias belongs to a LayerNorm of queries and keys; accepted is an RMS norm"
     return None
@@ -33,7 +30,8 @@ _SHARED: dict[str, Any] = {
         "k_norm.weight": Source("k_norm.weight"),
     },
     "causal": False,
-    "rope": _no_rope,
+    "rope": no_rope,
+    # The default of timm's RmsNorm; only sub_norm is built with another, 1e-5.
     "qk_norm_eps": 1e-6,
     "refuse": _refuse,
 }
@@ -50,6 +48,7 @@ TIMM_DUAL = Layout(
     what="timm DiffAttention with dual_lambda",
     sources={
         **_PROJECTIONS,
+        # Only the q vectors: `to_canonical` makes unit vectors of the others, so that the products are these numbers.
         "lambda_q1": Source("lambda_a", scalar=True),
         "lambda_q2": Source("lambda_b", scalar=True),
     },

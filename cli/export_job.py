@@ -1,0 +1,148 @@
+"""Running exports: one bundle, or one for each layer of a checkpoint."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffdeploy.cli import console
+from diffdeploy.cli.report_output import finish, report_fields
+from diffdeploy.errors import DiffDeployError, VerificationError
+
+if TYPE_CHECKING:
+    from diffdeploy.checkpoints import Checkpoint, CheckpointOptions
+    from diffdeploy.exporters import Export, ExportOptions
+    from diffdeploy.verify import RejectedError, Report
+
+__all__ = ["Job", "Outcome", "export_all"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one export ended: with an export, or with a rejected report."""
+
+    target: Path
+    format_name: str
+    export: "Export | None"
+    rejected: "RejectedError | None"
+
+    @property
+    def report(self) -> "Report | None":
+        """Of the verification, if there was one."""
+        if self.rejected is not None:
+            return self.rejected.report
+        return None if self.export is None else self.export.report
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """For JSON."""
+        if self.report is not None:
+            return report_fields(self.report, self.target)
+        assert self.export is not None
+        return {
+            "status": "unverified",
+            "format": self.format_name,
+            "bundle": str(self.target),
+            "graph": self.export.facts.model_dump(),
+            "verification": {"passed": False, "num_cases": 0, "worst": None},
+        }
+
+    def print_verdict(self) -> None:
+        """The verdict in one line on standard output."""
+        if self.report is None:
+            console.print_text(f"unverified: {self.target}; run diffdeploy verify {self.target} before it is used")
+        else:
+            console.print_verdict(self.report, self.target)
+
+    def finish(self, *, as_json: bool) -> int:
+        """Print everything; give the exit code."""
+        if self.report is not None:
+            error = None if self.rejected is None else str(self.rejected)
+            return finish(self.report, self.target, as_json=as_json, error=error)
+        if as_json:
+            console.print_json(self.fields)
+        else:
+            self.print_verdict()
+        return 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export, as it was asked for."""
+
+    checkpoint: Path
+    reading: "CheckpointOptions"
+    options: "ExportOptions"
+    force: bool
+    verify: bool
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint, for the default output."""
+        return self.checkpoint.resolve().name.removesuffix(self.checkpoint.suffix)
+
+    def read(self) -> "Checkpoint":
+        """The block."""
+        from diffdeploy.checkpoints import read_checkpoint
+
+        return read_checkpoint(self.checkpoint, self.reading)
+
+    def run(self, output: Path | None) -> Outcome:
+        """Read, export and verify, showing what goes on."""
+        from diffdeploy.bundle import default_output
+
+        with console.activity("reading the checkpoint") as activity:
+            found = self.read()
+            target = output or default_output(self.name, found.layer, self.options.format)
+            return self.export(found, target, activity)
+
+    def export(self, found: "Checkpoint", target: Path, activity: console.Activity) -> Outcome:
+        """Export and verify a block that has been read."""
+        from diffdeploy.exporters import export_bundle
+        from diffdeploy.verify import RejectedError
+
+        try:
+            done = export_bundle(
+                found,
+                target,
+                self.options,
+                force=self.force,
+                verify=self.verify,
+                phase=activity.phase,
+                progress=activity.progress,
+            )
+        except RejectedError as error:
+            return Outcome(target, self.options.format, None, error)
+        return Outcome(target, self.options.format, done, None)
+
+
+def export_all(job: Job, output: Path | None, *, as_json: bool) -> int:
+    """Export every layer to a folder of its own; failures are collected and listed at the end.
+
+    Returns:
+        The exit code of the worst.
+    """
+    from diffdeploy.bundle import default_output
+    from diffdeploy.checkpoints import list_layers
+
+    layers = list_layers(job.checkpoint, job.reading.layout)
+    parent = output or default_output(job.name, None, job.options.format)
+    results: list[dict[str, Any]] = []
+    failures: list[dict[str, Any]] = []
+    for number, layer in enumerate(layers, start=1):
+        console.note(f"layer {layer} ({number} of {len(layers)})")
+        try:
+            done = replace(job, reading=replace(job.reading, layer=layer)).run(parent / f"layer{layer}")
+        except DiffDeployError as error:
+            failures.append({"layer": layer, "error": str(error), "exit_code": error.exit_code})
+            continue
+        results.append({"layer": layer, **done.fields})
+        if done.rejected is not None:
+            failures.append({"layer": layer, "error": str(done.rejected), "exit_code": VerificationError.exit_code})
+        elif not as_json:
+            done.print_verdict()
+    if as_json:
+        status = "failed" if failures else "passed" if job.verify else "unverified"
+        console.print_json({"status": status, "bundles": results, "failures": failures})
+    for failure in failures:
+        console.fail(f"layer {failure['layer']}: {failure['error']}")
+    return max((int(failure["exit_code"]) for failure in failures), default=0)

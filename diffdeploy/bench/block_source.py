@@ -1,0 +1,173 @@
+"""The block that is measured: random, from a checkpoint, or from bundles, which must all hold the same one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from diffdeploy.bench.results import Block
+from diffdeploy.bench.synthetic import random_checkpoint
+from diffdeploy.bundle import MANIFEST, WEIGHTS, Bundle, open_bundle
+from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
+from diffdeploy.errors import InputError
+from diffdeploy.graphs import DType, Variant
+
+__all__ = ["BlockSource", "RandomSizes", "open_sources"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSizes:
+    """Sizes of a random block; ``None`` for the default."""
+
+    embed_dim: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether any was asked for."""
+        return (self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim) != (None,) * 4
+
+    def checkpoint(self) -> Checkpoint:
+        """The block; by default ``D`` is 1024, ``h`` is 8, ``h_kv = h`` and ``d = D / 2h``, as in the paper.
+
+        Raises:
+            InputError: sizes that do not fit each other.
+        """
+        embed_dim, num_heads = self.embed_dim or 1024, self.num_heads or 8
+        if self.head_dim is None and embed_dim % (2 * num_heads):
+            raise InputError(
+                f"--embed-dim {embed_dim} is no multiple of 2 * --num-heads {num_heads}; give --head-dim or other sizes"
+            )
+        return random_checkpoint(
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            num_kv_heads=self.num_kv_heads or num_heads,
+            head_dim=self.head_dim or embed_dim // num_heads // 2,
+        )
+
+
+@dataclass(frozen=True)
+class BlockSource:
+    """The block, and what is known of it.
+
+    Attributes:
+        checkpoint: its config and weights.
+        bundles: that were given.
+        source: where it came from, for the report.
+        names: how to call each bundle.
+    """
+
+    checkpoint: Checkpoint
+    bundles: tuple[Bundle, ...]
+    source: str
+    names: tuple[str, ...]
+
+    def dtype(self, asked: DType | None) -> DType:
+        """Of the run: as asked for, else that of the bundles, else float32.
+
+        Raises:
+            InputError: the bundles have another one.
+        """
+        found = [bundle.manifest.graph.dtype for bundle in self.bundles]
+        return _agreed("--dtype", asked, found, self.names) or "float32"
+
+    def graph(self, asked: Variant | None) -> Variant:
+        """Variant of the run: as asked for, else that of the bundles, else plain.
+
+        Raises:
+            InputError: the bundles have another one.
+        """
+        found = [bundle.manifest.graph.variant for bundle in self.bundles]
+        return _agreed("--graph", asked, found, self.names) or "plain"
+
+    @property
+    def longest(self) -> int | None:
+        """Positions that all bundles are made for, past included; ``None`` without bundles."""
+        axes = [bundle.manifest.graph.axes for bundle in self.bundles]
+        return min((each.get("total_sequence_length", each["sequence_length"]).max for each in axes), default=None)
+
+    @property
+    def block(self) -> Block:
+        """For the report."""
+        config = self.checkpoint.config
+        return Block(
+            source=self.source,
+            embed_dim=config.embed_dim,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            version=config.version,
+            causal=config.causal,
+            rope=None if config.rope is None else config.rope.style,
+            sliding_window=config.sliding_window,
+        )
+
+
+def _agreed(option: str, asked: T | None, found: Sequence[T], names: Sequence[str]) -> T | None:
+    wanted = asked if asked is not None or not found else found[0]
+    for name, value in zip(names, found, strict=True):
+        if value != wanted:
+            raise InputError(f"{option} is {wanted}, and bundle {name} has {value}; measure them in separate runs")
+    return wanted
+
+
+def open_sources(paths: Sequence[Path], reading: CheckpointOptions, sizes: RandomSizes) -> BlockSource:
+    """Open what was given.
+
+    Args:
+        paths: at most one checkpoint, and any number of bundles.
+        reading: what the checkpoint cannot say.
+        sizes: of the block, when nothing is given.
+
+    Raises:
+        InputError: what cannot be opened, or does not hold the same block.
+        IntegrityError: a bundle is damaged.
+    """
+    bundles = tuple(open_bundle(path) for path in paths if (path / MANIFEST).is_file())
+    checkpoints = [path for path in paths if not (path / MANIFEST).is_file()]
+    if len(checkpoints) > 1:
+        raise InputError(f"{checkpoints[0]} and {checkpoints[1]} are two checkpoints; give one, and bundles of it")
+    if paths and sizes.given:
+        raise InputError(f"sizes are those of a random block, and {paths[0]} has its own; leave out one of them")
+    # Such an option would change nothing, and its user would not know.
+    if not checkpoints and reading.given():
+        raise InputError(
+            f"--{next(iter(reading.given())).replace('_', '-')} is for reading a checkpoint, and none is given"
+        )
+    names = tuple(
+        # Two bundles of the same name in different folders are told apart by their paths.
+        bundle.path.name if [other.path.name for other in bundles].count(bundle.path.name) == 1 else str(bundle.path)
+        for bundle in bundles
+    )
+    if checkpoints:
+        checkpoint, source = read_checkpoint(checkpoints[0], reading), checkpoints[0].name
+    elif bundles:
+        checkpoint, source = _of_bundle(bundles[0]), names[0]
+    else:
+        checkpoint, source = sizes.checkpoint(), "random weights"
+    for bundle, name in zip(bundles, names, strict=True):
+        _require_same(checkpoint, bundle, name, source)
+    return BlockSource(checkpoint, bundles, source, names)
+
+
+def _of_bundle(bundle: Bundle) -> Checkpoint:
+    from safetensors.torch import load_file
+
+    weights = load_file(bundle.path / WEIGHTS)
+    return Checkpoint(config=bundle.manifest.config, weights=weights, layout="bundle", layer=None, keys=[])
+
+
+def _require_same(checkpoint: Checkpoint, bundle: Bundle, name: str, source: str) -> None:
+    """Ratios between blocks of different sizes would say nothing, and the outputs are held against one exact result."""
+    weights = _of_bundle(bundle).weights
+    same = bundle.manifest.config == checkpoint.config and all(
+        # In the dtype of the bundle, whose weights were cast when it was made.
+        bool((checkpoint.weights[key].to(tensor.dtype) == tensor).all())
+        for key, tensor in weights.items()
+    )
+    if not same:
+        raise InputError(f"bundle {name} does not hold the block of {source}; measure them in separate runs")

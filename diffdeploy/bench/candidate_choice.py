@@ -1,0 +1,145 @@
+"""Which candidates there are: names checked, and what cannot run here refused, or left out where nobody named it."""
+
+from collections.abc import Iterable, Sequence
+
+from diffdeploy.bench.block_source import BlockSource
+from diffdeploy.bench.plan import SOFTMAX, Candidate, Size
+from diffdeploy.bundle import Bundle
+from diffdeploy.config import AnyConfig
+from diffdeploy.errors import DiffDeployError, InputError
+from diffdeploy.formats import RunOptions
+from diffdeploy.graphs import DType, Variant
+from diffdeploy.ops import Impl
+from diffdeploy.ops.registry import implementation
+from diffdeploy.ops.request import Request
+from diffdeploy.runtime import require_runnable
+
+__all__ = ["choose_baseline", "choose_names", "eager_candidates", "given_candidates"]
+
+_NAIVE = Impl.NAIVE.value
+# `auto` behind what it chooses from.
+_EAGER = (*(impl.value for impl in Impl if impl != Impl.AUTO), Impl.AUTO.value, SOFTMAX)
+
+
+def choose_names(what: str, given: Sequence[str], accepted: Iterable[str]) -> list[str]:
+    """The names that were asked for: ``all``, ``none``, or some of the accepted ones.
+
+    Args:
+        what: kind of name, for the error.
+        given: as asked for.
+        accepted: in their order.
+
+    Raises:
+        InputError: a name that is not known.
+    """
+    accepted = list(accepted)
+    if list(given) == ["none"]:
+        return []
+    if list(given) == ["all"]:
+        return accepted
+    for name in given:
+        if name not in accepted:
+            raise InputError(f"{what} {name!r} is not known; accepted: {', '.join(accepted)}, all or none")
+    return list(dict.fromkeys(given))
+
+
+def eager_candidates(
+    given: Sequence[str], config: AnyConfig, *, device: str, dtype: DType, graph: Variant = "plain"
+) -> list[Candidate]:
+    """The implementations of the eager block, and the plain softmax block.
+
+    Args:
+        given: names; with ``all`` what cannot run is left out.
+        config: of the block.
+        device: ``cpu`` or ``cuda``.
+        dtype: of the run.
+        graph: of the run.
+
+    Raises:
+        InputError: a name that is not known, or one that the block, the dtype or the graph does not have.
+        UnavailableError: one that cannot run here.
+    """
+    names = choose_names("implementation", given, _EAGER)
+    candidates = []
+    for name in names:
+        try:
+            _require_runnable_impl(name, config, device, dtype, graph)
+        except DiffDeployError:
+            if list(given) != ["all"]:
+                raise
+            continue
+        candidates.append(Candidate.of_impl(name))
+    return candidates
+
+
+def _require_runnable_impl(name: str, config: AnyConfig, device: str, dtype: DType, graph: Variant) -> None:
+    if name == SOFTMAX and config.streams_share_keys:
+        raise InputError("softmax is compared with blocks of the first version, and this one is of the second")
+    if name == Impl.FLASH2 and graph == "cached":
+        raise InputError("flash2 does not take the padding mask of --graph cached; give plain or masked")
+    if name not in (SOFTMAX, Impl.AUTO):
+        reason = implementation(Impl(name)).why_not(_one_token(config, device, dtype))
+        if reason is not None:
+            raise reason
+
+
+def _one_token(config: AnyConfig, device: str, dtype: DType) -> Request:
+    """A request with the widths of a block."""
+    import torch
+
+    sides = (
+        (2 * config.num_heads, config.head_dim),
+        (config.num_key_streams, config.head_dim),
+        (config.num_kv_heads, config.value_dim),
+    )
+    q, k, v = (torch.empty(1, heads, 1, width, dtype=getattr(torch, dtype), device=device) for heads, width in sides)
+    return Request.of(q, k, v, torch.zeros(()), causal=config.causal)
+
+
+def given_candidates(subject: BlockSource, sizes: Sequence[Size], device: str) -> list[Candidate]:
+    """The bundles that were given.
+
+    Raises:
+        InputError: a size is outside the ranges of a bundle.
+        UnavailableError: a bundle cannot be run here.
+    """
+    candidates = []
+    for bundle, name in zip(subject.bundles, subject.names, strict=True):
+        require_runnable(bundle.manifest, RunOptions(device=device))
+        for size in sizes:
+            _require_range(bundle, name, size)
+        candidates.append(Candidate.of_bundle(name, bundle.path))
+    return candidates
+
+
+def _require_range(bundle: Bundle, name: str, size: Size) -> None:
+    axes = bundle.manifest.graph.axes
+    # With a cache the range is of past and token together.
+    length = "total_sequence_length" if "total_sequence_length" in axes else "sequence_length"
+    for option, axis, given in (
+        ("--batch", "batch_size", size.batch_size),
+        ("--seq", length, size.total_sequence_length),
+    ):
+        most = axes[axis].max
+        if given > most:
+            raise InputError(f"bundle {name} is made for {axis} up to {most}, and {option} leads to {given}")
+
+
+def choose_baseline(given: str | None, candidates: Sequence[Candidate]) -> str:
+    """The candidate that ratios refer to: as asked for, else ``naive``, else the first one.
+
+    Raises:
+        InputError: there is no such candidate, or none at all, or two of the same name.
+    """
+    names = [candidate.name for candidate in candidates]
+    if not names:
+        raise InputError("there is nothing to measure; give --impl, --format or a bundle")
+    for name in names:
+        # Samples, verdicts and rows are told apart by name alone.
+        if names.count(name) > 1:
+            raise InputError(f"two candidates are called {name}; rename the bundle, or leave it out of --format")
+    if given is None:
+        return _NAIVE if _NAIVE in names else names[0]
+    if given not in names:
+        raise InputError(f"baseline {given!r} is not among what is measured; accepted: {', '.join(names)}")
+    return given

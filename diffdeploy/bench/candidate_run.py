@@ -1,0 +1,97 @@
+"""From a candidate to something that runs: inputs by name in, outputs by name out."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+from diffdeploy.arrays import to_tensor
+from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
+from diffdeploy.config import AnyConfig
+from diffdeploy.graphs import GraphSpec, graph_spec, run_block
+from diffdeploy.modules import block_class
+from diffdeploy.modules.softmax import SoftmaxAttention, as_second_version
+from diffdeploy.runtime import load
+from diffdeploy.verify.cases import Case
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Run", "formula_of", "inputs_of", "load_weights", "open_candidate", "weight_bytes"]
+
+Run = Callable[[Mapping[str, "Tensor"]], Mapping[str, "Tensor"]]
+
+
+def load_weights(plan: Plan) -> dict[str, "Tensor"]:
+    """The canonical weights of the plan's block, on the CPU."""
+    from safetensors.torch import load_file
+
+    return load_file(plan.weights)
+
+
+def open_candidate(plan: Plan, candidate: Candidate, weights: Mapping[str, "Tensor"]) -> Run:
+    """Load a candidate on the plan's device.
+
+    Args:
+        plan: what to measure.
+        candidate: one of its candidates.
+        weights: of the block; bundles bring their own.
+    """
+    import torch
+
+    if candidate.bundle is not None:
+        # The public runtime: its checks of inputs and its copies are part of what a user pays.
+        runtime = load(candidate.bundle, device=plan.device, threads=plan.threads)
+        return lambda inputs: runtime(**inputs)
+    dtype = getattr(torch, plan.dtype)
+    if candidate.impl == SOFTMAX:
+        softmax = SoftmaxAttention(plan.config, weights, max_positions=plan.max_positions, dtype=dtype)
+        return partial(run_block, softmax.to(plan.device).eval())
+    assert candidate.impl is not None
+    block = block_class(plan.config).from_weights(
+        plan.config, weights, impl=candidate.impl, max_positions=plan.max_positions, dtype=dtype
+    )
+    return partial(run_block, block.to(plan.device))
+
+
+def formula_of(
+    plan: Plan, candidate: Candidate, weights: Mapping[str, "Tensor"]
+) -> tuple[AnyConfig, Mapping[str, "Tensor"]]:
+    """Config and weights of the formula that a candidate computes, in terms that the oracle knows."""
+    if candidate.impl != SOFTMAX:
+        return plan.config, weights
+    return as_second_version(plan.config, weights)
+
+
+def weight_bytes(candidate: Candidate, weights: Mapping[str, "Tensor"]) -> int:
+    """What the weights of a candidate take by themselves."""
+    # The softmax block takes the projections and nothing else.
+    counted = [tensor for name, tensor in weights.items() if candidate.impl != SOFTMAX or name.endswith("_proj.weight")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in counted)
+
+
+def inputs_of(plan: Plan, config: AnyConfig, size: Size) -> dict[str, "Tensor"]:
+    """The inputs of one size, the same for all candidates of a config; seeded.
+
+    Args:
+        plan: what to measure.
+        config: of the block, or of the softmax block as `formula_of` gives it, whose cache has another shape.
+        size: one of the plan's sizes.
+    """
+    case = Case(
+        batch_size=size.batch_size,
+        sequence_length=size.sequence_length,
+        past_length=size.past_sequence_length,
+        mask="left" if plan.graph == "masked" else "none",
+        seed=plan.seed,
+    )
+    return {name: to_tensor(array) for name, array in case.inputs(_spec(plan, config)).items()}
+
+
+def _spec(plan: Plan, config: AnyConfig) -> GraphSpec:
+    return graph_spec(
+        plan.graph,
+        config,
+        dtype=plan.dtype,
+        max_batch_size=plan.max_batch_size,
+        max_sequence_length=plan.max_sequence_length,
+    )

@@ -1,0 +1,134 @@
+"""The tensors of one block: the keys under its prefix that its layout names, read only when they are asked for."""
+
+import torch
+from torch import Tensor
+
+from diffdeploy.checkpoints.files import TensorFile
+from diffdeploy.checkpoints.layouts import Layout, Source
+from diffdeploy.errors import InputError
+
+__all__ = ["BlockTensors"]
+
+# What safetensors can also hold (fp8, integers) needs scales that stand elsewhere in the checkpoint.
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+# Optional tensors that a block has together or not at all: half of them would be a block that no code base builds.
+_TOGETHER = (("q_proj.bias", "k_proj.bias", "v_proj.bias"), ("q_norm.weight", "k_norm.weight"))
+
+_MOST_SHOWN = 8
+
+
+class BlockTensors:
+    """One block of a file, seen through its layout.
+
+    Args:
+        file: the checkpoint.
+        prefix: of the block.
+        layout: of the block.
+
+    Raises:
+        InputError: one of several optional tensors that belong together is missing.
+
+    Attributes:
+        names: keys behind the prefix, those that the layout does not know included.
+        sources: where each canonical weight stands that this block has.
+    """
+
+    def __init__(self, file: TensorFile, prefix: str, layout: Layout) -> None:
+        self.file, self.prefix = file, prefix
+        keys = file.keys()
+        self.names = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+        self.sources: dict[str, Source] = {
+            **layout.sources,
+            **{name: source for name, source in layout.optional.items() if source.key in self.names},
+        }
+        self._require_whole_groups(layout)
+        self._irrelevant = layout.irrelevant
+
+    def _require_whole_groups(self, layout: Layout) -> None:
+        for group in _TOGETHER:
+            known = [name for name in group if name in layout.optional]
+            absent = [layout.optional[name].key for name in known if name not in self.sources]
+            if absent and len(absent) < len(known):
+                found = ", ".join(self.key(name) for name in known if name in self.sources)
+                missing = ", ".join(self.prefix + key for key in dict.fromkeys(absent))
+                raise InputError(f"{self.file.path} has {found}, but lacks {missing}; such tensors come together")
+
+    @property
+    def unread(self) -> list[str]:
+        """Keys under the prefix that neither the layout reads nor anybody needs."""
+        read = {source.key for source in self.sources.values()}
+        return sorted(self.prefix + name for name in self.names - read if name not in self._irrelevant)
+
+    def require_all_read(self, layout: Layout) -> None:
+        """See that no tensor of the block would be dropped.
+
+        Raises:
+            InputError: the layout has no place for one.
+        """
+        if unread := self.unread:
+            shown = ", ".join(unread[:_MOST_SHOWN])
+            more = len(unread) - _MOST_SHOWN
+            raise InputError(
+                f"layout {layout.name} does not know {shown}{f' and {more} more' if more > 0 else ''}, and a block "
+                "without what these tensors do would be another one; give another --layout, or remove them if nothing "
+                "computes with them"
+            )
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys that hold the block."""
+        # A packed projection is the source of three weights, and is one key.
+        return list(dict.fromkeys(self.prefix + source.key for source in self.sources.values()))
+
+    def key(self, name: str) -> str:
+        """The key that holds a canonical weight."""
+        return self.prefix + self.sources[name].key
+
+    def shape(self, name: str, rank: int) -> tuple[int, ...]:
+        """Shape of the tensor that holds a canonical weight.
+
+        Raises:
+            InputError: it has another rank, or no elements.
+        """
+        shape = self.file.shape(self.key(name))
+        if len(shape) != rank or 0 in shape:
+            raise InputError(f"{self.key(name)} has shape {list(shape)}; accepted is a rank of {rank}")
+        return shape
+
+    def get(self, name: str) -> Tensor:
+        """A tensor by its name behind the prefix.
+
+        Raises:
+            InputError: it cannot be deployed.
+        """
+        key = self.prefix + name
+        tensor = self.file.get(key)
+        if tensor.dtype not in _DTYPES:
+            raise InputError(f"{key} has dtype {tensor.dtype}; accepted are fp64, fp32, fp16 and bf16")
+        # Every error budget of the verification would be NaN, and so say nothing.
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{key} holds NaN or infinity; such a block cannot be deployed")
+        return tensor
+
+    def require_shapes(self, canonical: dict[str, tuple[int, ...]]) -> None:
+        """Hold each tensor against the shapes of the canonical weights that it holds.
+
+        Raises:
+            InputError: a shape that does not fit the others.
+        """
+        expected: dict[str, list[int]] = {}
+        for name, source in self.sources.items():
+            shape = [] if source.scalar else list(canonical[name])
+            # q, k and v of a packed projection add up to the rows of one tensor.
+            if source.part is not None and source.key in expected:
+                expected[source.key][0] += shape[0]
+            else:
+                expected[source.key] = shape
+        for name, wanted in expected.items():
+            given = list(self.file.shape(self.prefix + name))
+            if given != wanted:
+                raise InputError(
+                    f"{self.prefix}{name} has shape {given}; accepted is {wanted}, as the other shapes say"
+                )

@@ -1,0 +1,191 @@
+"""Faults in the files of a bundle: damaged, stale, of another block, or promising what the artifact does not hold."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from diffdeploy.arrays import Array
+from diffdeploy.bundle import GOLDEN, MANIFEST, REPORT, WEIGHTS, Manifest
+from diffdeploy.config import AnyConfig, RopeConfig
+from diffdeploy.graphs import Range, Stage
+from diffdeploy.selftest.conditions import grouped, has_rope, several_pairs, version_1
+from diffdeploy.selftest.constant_fault import next_bit
+from diffdeploy.selftest.fault import Fault, FaultTarget, When, all_of
+
+__all__ = ["BUNDLE_FILE_FAULTS"]
+
+
+def _fault(
+    name: str,
+    breaks: str,
+    inject: Callable[[FaultTarget], None],
+    *conditions: When,
+    stage: Stage | None = None,
+    signed: bool = True,
+) -> Fault:
+    return Fault(
+        name=name,
+        place="bundle",
+        breaks=breaks,
+        stage=stage,
+        inject=inject,
+        applies=all_of(*conditions),
+        signed=signed,
+    )
+
+
+def _artifact(target: FaultTarget) -> str:
+    """The largest file that only the artifact has."""
+    others = (WEIGHTS, GOLDEN, MANIFEST, REPORT)
+    names = [name for name in target.manifest.files if name not in others]
+    return max(names, key=lambda name: target.manifest.files[name].size)
+
+
+def _change_a_byte(target: FaultTarget) -> None:
+    path = target.path / _artifact(target)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _remove_weights(target: FaultTarget) -> None:
+    (target.path / WEIGHTS).unlink()
+
+
+def _leave_a_file(target: FaultTarget) -> None:
+    (target.path / "notes.txt").write_text("left over")
+
+
+def _link_weights(target: FaultTarget) -> None:
+    # The very same bytes: only that it is a link can give it away.
+    elsewhere = target.path.parent / "weights-elsewhere"
+    (target.path / WEIGHTS).rename(elsewhere)
+    (target.path / WEIGHTS).symlink_to(elsewhere)
+
+
+def _truncate(target: FaultTarget) -> None:
+    path = target.path / _artifact(target)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _edit_arrays(target: FaultTarget, file: str, edit: Callable[[dict[str, Array]], None]) -> None:
+    import safetensors.numpy
+
+    from diffdeploy.arrays import read_safetensors
+
+    arrays = read_safetensors(target.path / file)
+    edit(arrays)
+    (target.path / file).write_bytes(safetensors.numpy.save(arrays))
+
+
+def _one_bit_in_the_weights_file(target: FaultTarget) -> None:
+    def edit(arrays: dict[str, Array]) -> None:
+        # Signed again, so that only a comparison with the artifact can see it.
+        arrays["v_proj.weight"] = next_bit(arrays["v_proj.weight"])
+
+    _edit_arrays(target, WEIGHTS, edit)
+
+
+def _weights_file_of_another_block(target: FaultTarget) -> None:
+    def edit(arrays: dict[str, Array]) -> None:
+        arrays["q_proj.weight"] = np.ascontiguousarray(arrays["q_proj.weight"][::-1])
+
+    _edit_arrays(target, WEIGHTS, edit)
+
+
+def _golden_output_off(target: FaultTarget) -> None:
+    def edit(arrays: dict[str, Array]) -> None:
+        name = next(name for name in arrays if name.endswith(".output"))
+        arrays[name] = arrays[name] + 1e-6 * np.abs(arrays[name]).max()
+
+    _edit_arrays(target, GOLDEN, edit)
+
+
+def _edit_manifest(target: FaultTarget, manifest: Manifest) -> None:
+    # Not by `write_manifest`, which comes after every fault that is signed.
+    (target.path / MANIFEST).write_bytes(manifest.to_bytes())
+
+
+def _names_config(change: Callable[[Any], AnyConfig]) -> Callable[[FaultTarget], None]:
+    """The manifest says another config; weights and artifact are the old ones."""
+
+    def inject(target: FaultTarget) -> None:
+        _edit_manifest(target, target.manifest.model_copy(update={"config": change(target.config)}))
+
+    return inject
+
+
+def _other_theta(config: AnyConfig) -> AnyConfig:
+    assert config.rope is not None
+    return replace(config, rope=RopeConfig(style=config.rope.style, theta=2 * config.rope.theta))
+
+
+def _promise_longer_sequences(target: FaultTarget) -> None:
+    spec = target.spec
+    # Lengths alone: the fault is that the rotary tables end before them.
+    axes = {name: Range(min=r.min, max=r.max if name == "batch_size" else 2 * r.max) for name, r in spec.axes.items()}
+    _edit_manifest(target, target.manifest.model_copy(update={"graph": spec.model_copy(update={"axes": axes})}))
+
+
+def _artifact_holds_ranges(target: FaultTarget) -> bool:
+    return target.format.holds_ranges
+
+
+BUNDLE_FILE_FAULTS = [
+    _fault("byte_changed", "one bit of the artifact, with the old digests", _change_a_byte, signed=False),
+    _fault("weights_missing", "weights.safetensors is not there", _remove_weights, signed=False),
+    _fault("file_left_over", "a file that the manifest does not list", _leave_a_file, signed=False),
+    _fault("weights_are_a_link", "weights.safetensors leads out of the bundle", _link_weights, signed=False),
+    _fault("artifact_truncated", "half of the artifact", _truncate),
+    _fault(
+        "weights_file_off_by_one_bit",
+        "one weight in weights.safetensors is the next number",
+        _one_bit_in_the_weights_file,
+    ),
+    _fault("weights_file_of_another_block", "weights.safetensors has another q_proj", _weights_file_of_another_block),
+    _fault(
+        "golden_output_off_by_a_millionth", "an exact output in golden.safetensors is not exact", _golden_output_off
+    ),
+    _fault(
+        "manifest_of_another_layer",
+        "the manifest says another lambda_init",
+        # About what one layer makes at a depth of 4.
+        _names_config(lambda config: replace(config, lambda_init=config.lambda_init + 0.05)),
+        version_1,
+        stage=Stage.LAMBDA,
+    ),
+    _fault(
+        "manifest_of_another_eps",
+        "the manifest says ten times the epsilon",
+        _names_config(lambda config: replace(config, norm_eps=10 * config.norm_eps)),
+        version_1,
+        stage=Stage.NORM,
+    ),
+    _fault(
+        "manifest_of_another_theta",
+        "the manifest says twice the rotary base",
+        _names_config(_other_theta),
+        has_rope,
+        several_pairs,
+        stage=Stage.ROPE,
+    ),
+    _fault(
+        "manifest_of_another_key_map",
+        "the manifest says the other meaning of grouped queries",
+        _names_config(
+            lambda config: replace(config, gqa_layout="legacy" if config.gqa_layout == "canonical" else "canonical")
+        ),
+        version_1,
+        grouped,
+        stage=Stage.SIGNAL,
+    ),
+    _fault(
+        "manifest_promises_longer_sequences",
+        "the manifest says twice the longest sequence",
+        _promise_longer_sequences,
+        has_rope,
+        _artifact_holds_ranges,
+    ),
+]

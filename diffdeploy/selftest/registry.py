@@ -1,0 +1,45 @@
+"""All faults: those that any format can have, and those of one format's files."""
+
+from functools import cache
+
+from diffdeploy.formats import FileFault, Format, formats
+from diffdeploy.selftest.blocks import BLOCK_FAULTS
+from diffdeploy.selftest.bundle_files import BUNDLE_FILE_FAULTS
+from diffdeploy.selftest.fault import Fault, FaultTarget
+from diffdeploy.selftest.numbers import NUMBER_FAULTS
+from diffdeploy.selftest.precision import PRECISION_FAULTS
+from diffdeploy.selftest.runtimes import RUNTIME_FAULTS
+from diffdeploy.selftest.weights import WEIGHT_FAULTS
+
+__all__ = ["all_faults", "faults_of"]
+
+
+@cache
+def all_faults() -> tuple[Fault, ...]:
+    """Every fault, in the order of trials: cheap ones first, and those that have to be exported last."""
+    # A format describes faults in its own files, and knows nothing of a self-test: it stands far below.
+    of_files = [_of_format(each, fault) for each in formats().values() for fault in each.file_faults()]
+    return (
+        *WEIGHT_FAULTS,
+        *PRECISION_FAULTS,
+        *NUMBER_FAULTS,
+        *of_files,
+        *BUNDLE_FILE_FAULTS,
+        *RUNTIME_FAULTS,
+        *BLOCK_FAULTS,
+    )
+
+
+def _of_format(owner: Format, fault: FileFault) -> Fault:
+    def inject(target: FaultTarget) -> None:
+        fault.edit(target.path)
+
+    def applies(target: FaultTarget) -> bool:
+        return target.manifest.format == owner.name and fault.applies(target.manifest)
+
+    return Fault(name=fault.name, place=fault.place, breaks=fault.breaks, inject=inject, applies=applies)
+
+
+def faults_of(target: FaultTarget) -> list[Fault]:
+    """The faults that a bundle could have."""
+    return [fault for fault in all_faults() if fault.applies(target)]

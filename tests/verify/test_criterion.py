@@ -1,0 +1,172 @@
+"""The criterion: what is measured, what is allowed, and that saved figures give the verdict again."""
+
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from diffdeploy.arrays import Array, epsilon
+from diffdeploy.checkpoints import Checkpoint
+from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.graphs import DType
+from diffdeploy.verify import BUDGETS, Budget, OutputReport, verify_bundle
+from diffdeploy.verify.metrics import Yardstick, judge, measure
+from tests.support.blocks import make_config, random_weights
+
+DTYPES = get_args(DType)
+
+
+def exact(shape: tuple[int, ...] = (2, 5, 8), scale: float = 1.0) -> Array:
+    return np.random.default_rng(0).standard_normal(shape) * scale
+
+
+def yardstick(expected: Array, dtype: DType = "float32", eager: Array | None = None) -> Yardstick:
+    made = Yardstick(expected, dtype)
+    made.add(expected.astype(dtype) if eager is None else eager.astype(dtype))
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 0.0], ids=["normal", "small", "zero"])
+def test_correct_rounding_passes_and_twice_the_budget_fails(dtype: DType, scale: float) -> None:
+    expected = exact(scale=scale)
+    right = measure("output", expected.astype(dtype), yardstick(expected, dtype))
+    assert right.passed
+    assert right.allowed_max_error is not None
+    wrong = expected.astype(dtype)
+    wrong[1, 2, 3] += np.asarray(max(2 * right.allowed_max_error, 1e-6), dtype)
+    failed = measure("output", wrong, yardstick(expected, dtype))
+    assert not failed.passed
+    assert failed.worst_index == [1, 2, 3]
+    assert failed.budget_used is not None
+    assert failed.budget_used > 1.5
+
+
+def test_the_figures_are_what_their_names_say() -> None:
+    expected, eager = np.array([[[3.0, -4.0]]]), np.array([[[3.5, -4.0]]])
+    actual = np.array([[[3.0, -4.25]]], np.float32)
+    report = measure("output", actual, yardstick(expected, eager=eager))
+    figures = (report.rmse, report.eager_rmse, report.max_error, report.eager_max_error)
+    assert figures == pytest.approx((0.25 / 2**0.5, 0.5 / 2**0.5, 0.25, 0.5), rel=1e-3)
+    assert (report.exact_rms, report.exact_max) == pytest.approx((12.5**0.5, 4.0), rel=1e-3)
+    budget, eps = BUDGETS["float32"], epsilon("float32")
+    assert report.allowed_rmse == pytest.approx(budget.k * 0.5 / 2**0.5 + budget.rmse_floor * eps * 12.5**0.5, rel=1e-3)
+    assert report.allowed_max_error == pytest.approx(budget.k * 0.5 + budget.max_floor * eps * 4.0, rel=1e-3)
+    assert report.budget_used == pytest.approx(0.5 / budget.k, rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+def test_nan_and_infinity_must_be_where_they_belong(value: float) -> None:
+    expected = exact()
+    expected[0, 1, 2] = value
+    eager = np.where(np.isfinite(expected), expected + 1e-6, expected)
+    assert measure("output", expected.astype(np.float32), yardstick(expected, eager=eager)).passed
+    for place, wrong in (((0, 1, 2), 1.0), ((0, 0, 0), value), ((0, 1, 2), -value if np.isinf(value) else np.inf)):
+        actual = expected.astype(np.float32)
+        actual[place] = wrong
+        report = measure("output", actual, yardstick(expected, eager=eager))
+        assert not report.passed
+        assert report.budget_used is None
+        assert "differs from the exact result" in str(report.reason)
+
+
+def test_the_worst_index_counts_elements_without_a_number() -> None:
+    expected = exact()
+    expected[0] = np.nan
+    actual = expected.astype(np.float32)
+    actual[1, 4, 7] += 1
+    assert measure("output", actual, yardstick(expected)).worst_index == [1, 4, 7]
+
+
+def test_what_overflows_the_dtype_must_be_infinite() -> None:
+    expected = exact()
+    expected[0, 0, 0] = 1e6
+    with np.errstate(over="ignore"):
+        overflowed = expected.astype(np.float16)
+    assert measure("output", overflowed, yardstick(expected, "float16", eager=overflowed)).passed
+    clipped = np.minimum(expected, 60_000).astype(np.float16)
+    assert "+inf differs" in str(measure("output", clipped, yardstick(expected, "float16", eager=overflowed)).reason)
+
+
+def test_an_output_without_a_finite_number_passes_with_the_same_kinds() -> None:
+    expected = np.full((1, 2, 3), np.nan)
+    assert measure("output", expected.astype(np.float32), yardstick(expected)).passed
+
+
+def test_a_broken_yardstick_allows_nothing() -> None:
+    expected = exact()
+    broken = expected.copy()
+    broken[0, 0, 0] = np.nan
+    report = measure("output", expected.astype(np.float32), yardstick(expected, eager=broken))
+    assert not report.passed
+    assert "no yardstick" in str(report.reason)
+
+
+@pytest.mark.parametrize(
+    "actual", [np.zeros((2, 5, 7), np.float32), np.zeros((2, 5, 8), np.float64)], ids=["shape", "dtype"]
+)
+def test_another_shape_or_dtype_fails(actual: Array) -> None:
+    assert "expected float32 [2, 5, 8]" in str(measure("output", actual, yardstick(exact())).reason)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_streams_that_nearly_cancel_are_no_false_alarm(dtype: DType, tmp_path: Path) -> None:
+    """With lambda near 1 and one token, eager subtracts equal probabilities exactly, which no artifact can."""
+    config = make_config(lambda_init=0.995, rope=None)
+    weights = {name: w.float() * (not name.startswith("lambda")) for name, w in random_weights(config).items()}
+    checkpoint = Checkpoint(config=config, weights=weights, layout="none", layer=None, keys=list(weights))
+    options = ExportOptions(format="pt2", dtype=dtype, impl="two_call", max_sequence_length=16)
+    bundle = export_bundle(checkpoint, tmp_path / "out", options, verify=False).path
+    report = verify_bundle(bundle, cases="quick")
+    assert report.passed, report.first_failure()
+    storage_alone = [output for case in report.cases for output in case.outputs if output.storage_rmse > 0]
+    without = [judge(output.model_copy(update=FREE), report.budget, dtype) for output in storage_alone]
+    shares = [max(output.severity for output in outputs) for outputs in (storage_alone, without)]
+    assert shares[1] > max(0.5, 1.5 * shares[0])
+
+
+FREE = {"storage_rmse": 0.0, "storage_max_error": 0.0}
+
+
+def figures_with(error: float, eager: float) -> OutputReport:
+    return OutputReport(
+        output="output",
+        passed=False,
+        rmse=error,
+        eager_rmse=eager,
+        max_error=3 * error,
+        eager_max_error=3 * eager,
+        exact_rms=1.0,
+        exact_max=3.0,
+        worst_index=[0],
+    )
+
+
+@pytest.mark.parametrize("error", [1e-6, 5e-6, 1e-3])
+def test_the_smallest_k_is_the_one_where_the_verdict_turns(error: float) -> None:
+    budget = BUDGETS["float32"]
+    smallest = judge(figures_with(error, 1e-7), budget, "float32").smallest_k
+    assert smallest is not None
+    for factor, passed in ((1.001, True), (0.999, False)):
+        changed = Budget(k=factor * smallest, rmse_floor=budget.rmse_floor, max_floor=budget.max_floor)
+        assert judge(figures_with(error, 1e-7), changed, "float32").passed is passed
+
+
+def test_no_k_is_enough_where_eager_is_exact() -> None:
+    report = judge(figures_with(1e-3, 0.0), BUDGETS["float32"], "float32")
+    assert not report.passed
+    assert report.smallest_k is None
+    assert judge(figures_with(1e-7, 0.0), BUDGETS["float32"], "float32").smallest_k == 0.0
+
+
+def test_judging_saved_figures_gives_the_same_verdict() -> None:
+    """Figures are rounded before they are judged, so that nothing is lost when they are stored."""
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        expected = exact((1, 1, 3))
+        eager = expected + generator.standard_normal(expected.shape) * 1e-7
+        actual = (expected + generator.standard_normal(expected.shape) * 1.1e-6).astype(np.float32)
+        report = measure("output", actual, yardstick(expected, eager=eager))
+        stored = OutputReport.model_validate_json(report.model_dump_json())
+        assert judge(stored, BUDGETS["float32"], "float32") == report
