@@ -74,6 +74,7 @@ def verify_bundle(
     chosen, selection = _choose(bundle, seed, cases, load_inputs)
     if save_inputs is not None:
         write_inputs(save_inputs, chosen, spec)
+    # Opened first: its process loads the artifact while this one reads the contract.
     with open_artifact(bundle.path, run_options) as artifact, half_the_threads():
         weights = read_weights(bundle)
         checks = artifact_checks(bundle, weights)
@@ -94,7 +95,7 @@ def verify_bundle(
                 reports.append(run_case(case, bundle, artifact, yardsticks))
                 if first_failure_only and not reports[-1].passed:
                     break
-            else:
+            else:  # a run that stopped has failed already, and needs no properties
                 checks += property_checks(artifact, manifest.config, spec, seed)
             guilty = _guilty_stage(bundle, artifact, checks, chosen, reports)
     return Report(
@@ -150,7 +151,9 @@ def _guilty_stage(
     if not failed and all(check.passed for check in checks):
         return None
     spec = bundle.manifest.graph
+    # Of one call: what several calls give together has no stages of its own.
     single = [case.inputs(spec) for case in cases if case.id in failed and not case.chunks and not case.row_by_row]
+    # The smallest, since locating holds every stage of it in fp64.
     single.sort(key=lambda inputs: inputs["hidden_states"].size)
     telling = telling_case(spec, bundle.manifest.options.seed)
     inputs = [telling.inputs(spec), *single[:1]] if failed else []
@@ -163,6 +166,7 @@ def _choose(
     """The cases, and what to call their selection."""
     manifest = bundle.manifest
     users = [] if load_inputs is None else read_inputs(load_inputs, manifest.graph)
+    # Whoever brings inputs asks about those; a sweep beside them has to be asked for.
     if users and selection is None:
         return [*users], "user"
     selection = "full" if selection is None else selection
@@ -182,6 +186,7 @@ def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, yardsticks: Yard
     spec = bundle.manifest.graph
     inputs = case.inputs(spec)
     if not case.chunks and not case.row_by_row:
+        # The artifact computes while this process works out what it should give.
         artifact.start(inputs)
     expected = yardsticks.of(case, inputs)
     try:
