@@ -30,6 +30,8 @@ class AotiBackend(TorchBackend):
 
         device = torch.device(self.device)
         package: Callable[..., Sequence[Tensor]] = torch._inductor.aoti_load_package(
-            str(self.bundle.path / MODEL), device_index=-1 if device.index is None else device.index
+            # -1 stands for cuda without a number.
+            str(self.bundle.path / MODEL),
+            device_index=-1 if device.index is None else device.index,
         )
         return package
