@@ -28,7 +28,8 @@ _WORST_CONDITION = 1e4
 # Going back through the output projection multiplies rounding: what is compared there gets so many times the tolerance.
 INVERTED = 64.0
 
-# Of the elements, that must agree where a fit of thousands of numbers is to explain them all but for outliers.
+# Of the elements, which a fit must explain. Right explanations met all of them, wrong ones less than one in a hundred;
+# the difference to 1 is room for outliers.
 MOST = 0.99
 
 # More rows in a call are fewer calls, and a fit needs hundreds of tokens.

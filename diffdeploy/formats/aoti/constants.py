@@ -15,8 +15,10 @@ from diffdeploy.formats.aoti.backend import MODEL
 
 __all__ = ["read", "rewrite_member", "write"]
 
-# Vectorised code holds a number many times over; more than this are not all the same number.
+# Vectorised code holds a number many times over (16 times with AVX-512, measured); more than this are not all the same
+# number: zero is there 38,000 times.
 _MOST_COPIES = 256
+# Steps of float32 away from the exact number. A lambda was found 5 steps away, as the block had computed it.
 _ROUNDINGS = 8
 
 
