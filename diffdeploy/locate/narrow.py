@@ -9,7 +9,7 @@ import numpy as np
 
 from diffdeploy.arrays import Array
 from diffdeploy.graphs import Stage
-from diffdeploy.locate.probing import MOST, Answer, Prober
+from diffdeploy.locate.probing import EQUATIONS, MOST, TINY, Answer, Prober
 
 __all__ = ["narrow_verdict"]
 
@@ -24,16 +24,13 @@ _LARGEST_LAMBDA, _GRID = 3.0, 121
 # All steps together reach 3 steps of the grid far; the last is 1e-12 wide, below all rounding.
 _REFINEMENTS, _SHRINK = 60, 1.5
 
-# Heads of tokens of the one size have squares near 1e-6, below the usual epsilon of a norm; of the other near 4,000,
-# where even an epsilon that is added outside of the root makes less than rounding.
-_TINY, _LARGE = 1e-3, 64.0
+# Heads of tokens of that size have squares near 4,000, where even an epsilon that is added outside of the root makes
+# less than rounding.
+_LARGE = 64.0
 
 # Right explanations used up to half of that many tolerances; of wrong steps that no explanation fits, the nearest was
 # at 1.1 (a noise of 1e-4 on the outputs).
 _EXPLAINED = 4.0
-
-# Equations for each unknown of a fit, so that a wrong model cannot meet them all.
-_EQUATIONS = 3
 
 
 def narrow_verdict(prober: Prober) -> _Verdict:
@@ -41,7 +38,7 @@ def narrow_verdict(prober: Prober) -> _Verdict:
     if found := _lambda(prober):
         return found
     alone = prober.tokens(1)
-    if prober.ask(alone).right and prober.ask(_TINY * alone).right:
+    if prober.ask(alone).right and prober.ask(TINY * alone).right:
         return None, "outputs are narrower than the heads, and tell no more than that values and norm are right"
     if prober.ask(_LARGE * alone).right:
         return Stage.NORM, "single positions are right where the norm's epsilon does not count"
@@ -57,7 +54,7 @@ def narrow_verdict(prober: Prober) -> _Verdict:
 
 
 def _num_answers(prober: Prober) -> int:
-    return -(-_EQUATIONS * prober.config.num_heads * prober.config.value_dim // (prober.batch_size * _LENGTH))
+    return -(-EQUATIONS * prober.config.num_heads * prober.config.value_dim // (prober.batch_size * _LENGTH))
 
 
 def _joined(prober: Prober, answer: Answer) -> Array:

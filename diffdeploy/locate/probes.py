@@ -23,7 +23,7 @@ from diffdeploy.errors import ExportError
 from diffdeploy.graphs import Stage
 from diffdeploy.locate.finding import Finding
 from diffdeploy.locate.narrow import narrow_verdict
-from diffdeploy.locate.probing import INVERTED, MOST, Answer, Prober, Runs, null_spaces
+from diffdeploy.locate.probing import EQUATIONS, INVERTED, MOST, TINY, Answer, Prober, Runs, null_spaces
 
 __all__ = ["by_probes"]
 
@@ -31,9 +31,6 @@ _Verdict = tuple[Stage | None, str]
 
 # The first position attends to itself alone and tells nothing of queries and keys; the others mix two and three keys.
 _LENGTH, _PAST = 3, 2
-
-# Heads of tokens of that size have squares near 1e-6, below the usual epsilon of a norm.
-_TINY = 1e-3
 
 # Tolerances that a fitted lambda may be off by; in right blocks it was off by less than a hundredth of one.
 _LAMBDA_ROUNDINGS = 2.0
@@ -46,9 +43,6 @@ _SMALLEST_LAMBDA = 0.01
 
 # Exchanged streams gave 1 / lambda within 1e-6; other wrong lambdas, times the right one, were off 1 by 0.27 and more.
 _RECIPROCAL = 0.05
-
-# Equations for each unknown of a fit, so that a wrong model cannot meet them all.
-_EQUATIONS = 3
 
 # Of the elements, which factors must explain that are medians: right ones met all of them, wrong ones 57 % at most.
 _MOST_FACTORS = 0.95
@@ -74,7 +68,7 @@ def _verdict(prober: Prober) -> _Verdict:
         return found
     if not prober.ask(prober.tokens(1)).right:
         return _behind_attention(prober)
-    if not prober.ask(_TINY * prober.tokens(1)).right:
+    if not prober.ask(TINY * prober.tokens(1)).right:
         return Stage.NORM, "single positions are right, but not where the norm's epsilon counts"
     return _attention(prober)
 
@@ -145,7 +139,7 @@ def _behind_attention(prober: Prober) -> _Verdict:
     """Single positions are wrong: values, norm or output projection."""
     width = prober.config.num_heads * prober.config.value_dim
     answers = [
-        prober.ask(prober.tokens(_LENGTH)) for _ in range(-(-_EQUATIONS * width // (prober.batch_size * _LENGTH)))
+        prober.ask(prober.tokens(_LENGTH)) for _ in range(-(-EQUATIONS * width // (prober.batch_size * _LENGTH)))
     ]
     has_norm = prober.config.has_norm
     if has_norm and _is_norm(prober, answers):

@@ -14,7 +14,7 @@ from diffdeploy.bundle import WEIGHTS, Bundle
 from diffdeploy.graphs import Stage
 from diffdeploy.locate.values import stage_values
 
-__all__ = ["INVERTED", "MOST", "Answer", "Prober", "Runs", "null_spaces", "same"]
+__all__ = ["EQUATIONS", "INVERTED", "MOST", "TINY", "Answer", "Prober", "Runs", "null_spaces", "same"]
 
 # Of the dtype's spacing, relative to the size of what is compared: less is rounding, through several stages. Right
 # blocks of random sizes used half of it in float32 and a sixth in half precision; one, with lambda at 0.98, used 1.9
@@ -31,6 +31,12 @@ INVERTED = 64.0
 # Of the elements, which a fit must explain. Right explanations met all of them, wrong ones less than one in a hundred;
 # the difference to 1 is room for outliers.
 MOST = 0.99
+
+# Heads of tokens of that size have squares near 1e-6, below the usual epsilon of a norm.
+TINY = 1e-3
+
+# Equations for each unknown of a fit, so that a wrong model cannot meet them all.
+EQUATIONS = 3
 
 # More rows in a call are fewer calls, and a fit needs hundreds of tokens.
 _MOST_ROWS = 32
