@@ -37,7 +37,7 @@ FLOORS = [
 ]
 ROOMS = FLOORS
 # Of a line; where a reader would ask why.
-LEAST_COMMENTS = 0.02
+LEAST_COMMENTS = 0.03
 
 
 def sources() -> list[tuple[str, Path]]:
