@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffdeploy.cli import console
-from diffdeploy.cli.jobs import Job
-from diffdeploy.cli.results import report_fields
+from diffdeploy.cli.export_job import Job
+from diffdeploy.cli.report_output import report_fields
 
 if TYPE_CHECKING:
     from diffdeploy.bench import BenchReport

@@ -9,7 +9,7 @@ import typer
 
 from diffdeploy.cli import console
 from diffdeploy.cli.bench_view import json_fields, print_bench, print_changes
-from diffdeploy.cli.options import AsJson
+from diffdeploy.cli.shared_options import AsJson
 from diffdeploy.errors import DiffDeployError, InputError, VerificationError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from diffdeploy import __version__
 from diffdeploy.cli import console
-from diffdeploy.cli.options import AsJson
+from diffdeploy.cli.shared_options import AsJson
 
 if TYPE_CHECKING:
     from diffdeploy.formats import Device, Format

@@ -7,7 +7,7 @@ import typer
 
 from diffdeploy.cli import console
 from diffdeploy.cli.all_formats import export_formats
-from diffdeploy.cli.jobs import Job, export_all
+from diffdeploy.cli.export_job import Job, export_all
 from diffdeploy.errors import InputError
 from diffdeploy.formats import format_names
 

@@ -113,4 +113,5 @@ def _block_rows(block: "BlockSummary", version: int) -> list[tuple[str, str]]:
         ("gqa layout", known(block.gqa_layout, "--gqa-layout")),
         *([] if version == 2 else lambdas),
         ("weights", f"{block.num_parameters:,} in {block.dtype}, {block.num_bytes:,} bytes"),
+        *([("unread", ", ".join(block.unread) + ", which keep it from being exported")] if block.unread else []),
     ]

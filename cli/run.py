@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffdeploy.cli import console
-from diffdeploy.cli.options import AsJson, Device, Recompile, RuntimeName, Threads
+from diffdeploy.cli.shared_options import AsJson, Device, Recompile, RuntimeName, Threads
 
 if TYPE_CHECKING:
     from diffdeploy.arrays import Array

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffdeploy.cli import console
-from diffdeploy.cli.options import AsJson, Device, Recompile, RuntimeName
-from diffdeploy.cli.results import finish
+from diffdeploy.cli.report_output import finish
+from diffdeploy.cli.shared_options import AsJson, Device, Recompile, RuntimeName
 from diffdeploy.errors import InputError
 
 if TYPE_CHECKING:

@@ -91,7 +91,7 @@ class _Multihead(DiffAttention):
         """
         causal = not (self._mask_replaces_causality and attn_mask is not None)
         mask = attn_mask if attn_mask is None or attn_mask.ndim != 2 else attn_mask[None, None]
-        output, _ = self._attend(x, mask, _rotation(rel_pos), causal=causal)
+        output, _ = self.compute(x, mask, _rotation(rel_pos), causal=causal)
         return output
 
 
@@ -178,7 +178,7 @@ class MultiheadFlashDiffV2(DiffAttentionV2):
             InputError: a mask that does not fit.
         """
         mask = attn_mask if attn_mask is None or attn_mask.ndim != 2 else attn_mask[None, None]
-        output, _ = self._attend(x, mask, _rotation(rel_pos))
+        output, _ = self.compute(x, mask, _rotation(rel_pos))
         return output
 
 

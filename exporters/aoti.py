@@ -19,6 +19,7 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, device: str) 
 
     Its metadata carry the digest of the weights and the torch that compiled it.
     """
+    # The package holds the weights inside, out of reach; the verification compares this with weights.safetensors.
     metadata = {"weights_sha256": file_sha256(directory / WEIGHTS), "torch": torch.__version__}
     torch._inductor.aoti_compile_and_package(
         trace(block, spec, device),

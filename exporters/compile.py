@@ -24,6 +24,7 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, device: str) 
 
     program = trace(block, spec, device)
     signature = program.graph_signature
+    # Inductor's artifact takes what the trace lifted, in this order; the backend passes the block's own state.
     lifted = [*signature.parameters, *signature.buffers, *signature.lifted_tensor_constants]
     if len(lifted) != len(state_tensors(block)):
         raise ExportError(f"the traced graph takes {', '.join(lifted)}, which is not the state of the block")

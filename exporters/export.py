@@ -50,10 +50,12 @@ def _checked_format(options: ExportOptions) -> Format:
     """The format of an export, after the checks that need no weights."""
     found = require_format(options.format)
     device = found.device_of(options)
+    # First what no machine can do: it is the user's to change, not the machine's.
     if reason := found.why_not_made_for(device, options.dtype):
         raise InputError(reason)
     if reason := found.why_not_export(device, options.dtype):
         raise UnavailableError(reason)
+    # Refused here and not by the operator: an implementation may exist, and yet be none that this format ships.
     if options.impl not in ("auto", *found.impls):
         raise InputError(
             f"attention implementation {str(options.impl)!r} is not what format {options.format} ships; "
@@ -74,6 +76,7 @@ def _write_weights(config: AnyConfig, weights: dict[str, "Tensor"], spec: GraphS
     import safetensors.numpy
 
     arrays = {name: to_array(tensor) for name, tensor in weights.items()}
+    # From the cast weights: the artifact is to compute what it was given, not what the checkpoint held before.
     exact = {name: array.astype(np.float64) for name, array in arrays.items()}
     # Serialised first: the library's own file writer hides the reason when a disk is full.
     (staging / WEIGHTS).write_bytes(safetensors.numpy.save(arrays))
@@ -110,6 +113,7 @@ def export_bundle(
     options = options or ExportOptions()
     found = _checked_format(options)
     device = found.device_of(options)
+    # Before the lowering, which takes minutes where it compiles.
     if verify and (reason := found.why_not_run(device, options.dtype, reference=options.reference)):
         raise UnavailableError(f"{reason}; --no-verify exports without running it")
     spec = graph_spec(
@@ -123,24 +127,38 @@ def export_bundle(
     report = None
     with staged_bundle(output, force=force) as staging:
         phase("lowering")
+        # Before the lowering: aoti writes the digest of this file into its package.
         _write_weights(checkpoint.config, weights, spec, options.seed, staging)
         block = _block(checkpoint.config, weights, options, _impl(found, options))
         recorded = _lower(found, block, spec, staging, options)
+        # Signed as not verified, so that the verification opens the directory as any user would.
         manifest = write_manifest(staging, _manifest(checkpoint, spec, options, found, recorded))
+        # Also of a bundle that is not verified: the command line reports them.
         facts = artifact_facts(Bundle(staging, manifest))
         if verify:
             phase("verifying")
             run_options = RunOptions(device=device, reference=options.reference)
-            report = verify_bundle(staging, progress=progress, run_options=run_options)
-            if not report.passed:
-                raise RejectedError(
-                    f"the exported {options.format} artifact failed verification and was not kept: "
-                    f"{report.first_failure()}; --no-verify keeps one, for diffdeploy verify to look into",
-                    report,
-                )
-            (staging / REPORT).write_bytes(report.to_bytes())
-            write_manifest(staging, manifest.model_copy(update={"verified": True}))
+            report = _accept(Bundle(staging, manifest), run_options, progress)
     return Export(output, facts, report)
+
+
+def _accept(bundle: Bundle, run_options: RunOptions, progress: Progress | None) -> Report:
+    """Verify a bundle, and sign it as verified.
+
+    Raises:
+        RejectedError: it failed.
+    """
+    report = verify_bundle(bundle.path, progress=progress, run_options=run_options)
+    if not report.passed:
+        raise RejectedError(
+            f"the exported {bundle.manifest.format} artifact failed verification and was not kept: "
+            f"{report.first_failure()}; --no-verify keeps one, for diffdeploy verify to look into",
+            report,
+        )
+    # The report needs a digest too, so the manifest is signed again.
+    (bundle.path / REPORT).write_bytes(report.to_bytes())
+    write_manifest(bundle.path, bundle.manifest.model_copy(update={"verified": True}))
+    return report
 
 
 def lower_block(block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions) -> None:
@@ -168,6 +186,7 @@ def _lower(
     try:
         with without_warnings():  # torch warns of its own workings; what matters is verified
             return found.lower(block, spec, directory, options)
+    # A full disk or too little memory is not torch's refusal of the block, and has a sentence of its own.
     except (OSError, MemoryError, DiffDeployError):
         raise
     except Exception as error:
@@ -177,6 +196,7 @@ def _lower(
 def _reason(error: Exception) -> str:
     """What a long message of torch says: what is violated and the first detail of it, else its last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # torch.export lists each violated constraint on a line that begins with a dash, under a sentence that says so.
     details = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
     return f"{lines[0]} {details[0]}" if details else lines[-1]
 
@@ -207,6 +227,7 @@ def _manifest(
         options=ExportRecord(
             attention_impl=_impl(found, options),
             seed=options.seed,
+            # Where the file runs on every device, a device in the manifest would send its users to that one.
             device=device if found.is_bound_to_device else None,
             **recorded,
         ),
@@ -219,6 +240,8 @@ def _manifest(
             layer=checkpoint.layer,
             keys=checkpoint.keys,
             options=checkpoint.options.given(),
+            defaults=checkpoint.defaults,
         ),
+        # Filled in by `write_manifest`, which alone knows what is in the directory.
         files={},
     )

@@ -40,6 +40,7 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, *, opset: int
     """
     if flavor == ORT:
         _require_ort(block.config)
+    # A module of its own: which operators are written is decided while the block is traced.
     graph = OrtGraphModule(block, spec) if flavor == ORT else GraphModule(block, spec)
     program = _export(graph.eval(), spec, opset, block.q_proj.weight.dtype)
     _name_axes(program, spec)
@@ -50,6 +51,7 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, *, opset: int
 def _require_ort(config: AnyConfig) -> None:
     if not config.causal:
         raise InputError("onnxruntime's GroupQueryAttention is causal, and this block is not; leave --onnx-flavor out")
+    # Queries and keys are padded to the width of the values, so that is the one that counts.
     if config.value_dim % 8:
         raise InputError(
             "onnxruntime's GroupQueryAttention takes widths that are multiples of 8, and the values of this block have "
@@ -60,12 +62,14 @@ def _require_ort(config: AnyConfig) -> None:
 def _save(model: "onnx_ir.Model", directory: Path) -> None:
     import onnx_ir
 
+    # The weights alone: they are known before anything is written, and a protobuf that is too large fails half-way.
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     onnx_ir.save(model, directory / MODEL, external_data=EXTERNAL_DATA if size > _MAX_INLINE_BYTES else None)
 
 
 def _export(graph: nn.Module, spec: GraphSpec, opset: int, dtype: torch.dtype) -> "onnx_ir.Model":
     tensors, dynamic = example(spec, dtype)
+    # At each export it warns of the operators that it skips because torchvision is not installed.
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -93,6 +97,7 @@ def _name_axes(model: "onnx_ir.Model", spec: GraphSpec) -> None:
 
     for value in (*model.graph.inputs, *model.graph.outputs):
         tensor = spec.inputs.get(str(value.name)) or spec.outputs[str(value.name)]
+        # torch names a length that is a sum `sequence_length + past_sequence_length`.
         value.shape = onnx_ir.Shape(tensor.shape)
 
 

@@ -51,19 +51,17 @@ class OrtGraphModule(nn.Module):
         v_BSHe = _heads(block.v_proj(x_BSD), config.value_dim)
         seen_bias, dead = _bias(x_BSD, inputs.get("attention_mask"), config)
         # Once for both streams, since a weight that two products read is left to be transposed at run time.
-        all_keys = (
-            None if self.keys is not None else block._normalise_keys(_heads(block.k_proj(x_BSD), config.head_dim))
-        )
+        all_keys = None if self.keys is not None else block.normalise_keys(_heads(block.k_proj(x_BSD), config.head_dim))
         streams = []
         for stream in (0, 1):
-            q_BSHd = block._normalise_queries(_heads(self.queries[stream](x_BSD), config.head_dim))
+            q_BSHd = block.normalise_queries(_heads(self.queries[stream](x_BSD), config.head_dim))
             k_BSHd, values = self._keys_and_values(x_BSD, all_keys, v_BSHe, stream)
             q_BSHd, k_BSHd = (self._rotate(side, inputs.get("position_ids")) for side in (q_BSHd, k_BSHd))
             output = self._attend(q_BSHd, k_BSHd, values, seen_bias)
             streams.append(output if dead is None else output.masked_fill(dead, 0.0))
-        lam = block._lambda(x_BSD).to(x_BSD.dtype)
+        lam = block.lambda_(x_BSD).to(x_BSD.dtype)
         lam = lam if lam.ndim == 0 else lam.transpose(1, 2)
-        return (block.out_proj(block._normalise(streams[0] - lam * streams[1]).flatten(2)),)
+        return (block.project(block.normalise(streams[0] - lam * streams[1]).flatten(2)),)
 
     def _keys_and_values(
         self, x_BSD: Tensor, all_keys: Tensor | None, v_BSHe: Tensor, stream: int
@@ -71,11 +69,16 @@ class OrtGraphModule(nn.Module):
         block, config = self.block, self.block.config
         if all_keys is None:
             assert self.keys is not None
-            return block._normalise_keys(_heads(self.keys[stream](x_BSD), config.head_dim)), v_BSHe
+            return block.normalise_keys(_heads(self.keys[stream](x_BSD), config.head_dim)), v_BSHe
         if not config.permutes_key_streams:
             return all_keys, v_BSHe
         k_BHSd, v_BHSe = stream_heads(
-            all_keys.transpose(1, 2), v_BSHe.transpose(1, 2), stream, config.num_heads, "legacy"
+            all_keys.transpose(1, 2),
+            v_BSHe.transpose(1, 2),
+            stream,
+            width=config.head_dim,
+            num_heads=config.num_heads,
+            gqa_layout="legacy",
         )
         return k_BHSd.transpose(1, 2), v_BHSe.transpose(1, 2)
 

@@ -60,6 +60,7 @@ def trace(block: AttentionBlock, spec: GraphSpec, device: str = "cpu") -> torch.
     from torch.utils._sympy.value_ranges import ValueRanges
 
     tensors, dynamic = example(spec, block.q_proj.weight.dtype)
+    # Implementations ask where they will run, and would find the CPU that they are traced on.
     with traced_for(device):
         program = torch.export.export(GraphModule(block, spec), tensors, dynamic_shapes=(dynamic,))
     for expression in program.range_constraints:
@@ -69,5 +70,6 @@ def trace(block: AttentionBlock, spec: GraphSpec, device: str = "cpu") -> torch.
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
+                # They hold the paths of this machine's files.
                 node.meta.pop("stack_trace", None)
     return program if device == "cpu" else move_to_device_pass(program, f"{device}:{torch.cuda.current_device()}")

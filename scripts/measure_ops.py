@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from diffdeploy.bench.synthetic import random_checkpoint
 from diffdeploy.errors import DiffDeployError
 from diffdeploy.ops import Impl, diff_attention
 from diffdeploy.ops.flash2 import flash2
+from diffdeploy.ops.request import Request
 
 SHAPES = ((8, 64), (4, 128))
 IMPLEMENTATIONS = [impl.value for impl in Impl if impl != Impl.AUTO]
@@ -63,8 +63,7 @@ def candidates(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> dict[str, Callab
         impl: partial(diff_attention, q, k, v, lam, causal=True, impl=impl) for impl in [*IMPLEMENTATIONS, "auto"]
     }
     for name, pad in (("flash2 padded", True), ("flash2 split", False)):
-        settings: dict[str, Any] = {"causal": True, "key_padding": None, "sliding_window": None}
-        runs[name] = partial(flash2, q, k, v, lam, **settings, gqa_layout="canonical", pad=pad)
+        runs[name] = partial(flash2, Request.of(q, k, v, lam, causal=True), pad=pad)
     able = {}
     for name, run in runs.items():
         try:

@@ -50,8 +50,9 @@ def masked_diff_attention(
 ) -> Array:
     """The operator one row at a time.
 
-    ``q [B, 2h, S, d]``, ``k [B, 2h_kv or h_kv, T, d]``, ``v [B, h_kv, T, e]``; ``lam`` and ``scores_bias`` (0, -inf
-    where hidden, or any number) broadcastable to ``[B, h, S]`` and ``[B, 2h, S, T]`` -> ``[B, h, S, e]``.
+    ``q [B, 2h, S, d]``, ``k [B, 2h_kv or h_kv, T, d]`` or, side by side, ``[B, h_kv, T, 2d]``, ``v [B, h_kv, T, e]``;
+    ``lam`` and ``scores_bias`` (0, -inf where hidden, or any number) broadcastable to ``[B, h, S]`` and
+    ``[B, 2h, S, T]`` -> ``[B, h, S, e]``.
     """
     batch, heads, kv_heads, length = q.shape[0], q.shape[1] // 2, v.shape[1], q.shape[2]
     group = heads // kv_heads
@@ -60,10 +61,11 @@ def masked_diff_attention(
     out = np.zeros((batch, heads, length, v.shape[3]))
     for b, i, row, s in np.ndindex(batch, heads, length, 2):
         key = (2 * i + s) // group if legacy else 2 * (i // group) + s
-        scores = (
-            k[b, i // group if k.shape[1] == kv_heads else key] @ q[b, 2 * i + s, row] / np.sqrt(q.shape[3])
-            + bias[b, 2 * i + s, row]
-        )
+        if k.shape[3] != q.shape[3]:  # head 2j of width d is the first half of pair j, head 2j + 1 the second
+            read = np.split(k[b, key // 2], 2, axis=-1)[key % 2]
+        else:
+            read = k[b, i // group if k.shape[1] == kv_heads else key]
+        scores = read @ q[b, 2 * i + s, row] / np.sqrt(q.shape[3]) + bias[b, 2 * i + s, row]
         if np.isneginf(scores).all():
             continue
         result = softmax_row(scores) @ v[b, i // group]

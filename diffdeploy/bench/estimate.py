@@ -2,7 +2,7 @@
 
 import math
 
-from diffdeploy.bench.judging import MAX_ORACLE_SCORES
+from diffdeploy.bench.correctness import MAX_ORACLE_SCORES
 from diffdeploy.bench.operations import num_scores
 from diffdeploy.bench.plan import Candidate, Plan, Size
 from diffdeploy.errors import UnavailableError

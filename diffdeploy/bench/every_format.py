@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from diffdeploy.bench.block_source import BlockSource
 from diffdeploy.bench.plan import Candidate, Plan, Size
 from diffdeploy.bench.results import BenchReport
 from diffdeploy.bench.run import Bench
-from diffdeploy.bench.source import BlockSource
 from diffdeploy.bench.startup import Startup, measure_startup
 from diffdeploy.bundle import cast_weights
 from diffdeploy.checkpoints import Checkpoint

@@ -10,7 +10,7 @@ import resource
 from collections.abc import Callable
 from pathlib import Path
 
-from diffdeploy.bench.candidates import Run
+from diffdeploy.bench.candidate_run import Run
 
 __all__ = ["peak_bytes"]
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from diffdeploy.bench.choices import (
+from diffdeploy.bench.block_source import BlockSource, RandomSizes, open_sources
+from diffdeploy.bench.candidate_choice import (
     choose_baseline,
     choose_names,
     eager_candidates,
@@ -17,7 +18,6 @@ from diffdeploy.bench.estimate import require_memory
 from diffdeploy.bench.machine import free_bytes
 from diffdeploy.bench.plan import Candidate, Plan, Size
 from diffdeploy.bench.run import Bench
-from diffdeploy.bench.source import BlockSource, RandomSizes, open_sources
 from diffdeploy.bundle import cast_weights
 from diffdeploy.checkpoints import CheckpointOptions
 from diffdeploy.errors import InputError, UnavailableError

@@ -13,10 +13,10 @@ from typing import Any
 
 from diffdeploy.bench.estimate import fits_twice
 from diffdeploy.bench.machine import Machine, free_bytes
+from diffdeploy.bench.measuring_process import MeasuringProcess
 from diffdeploy.bench.medians import estimate, paired_ratios
 from diffdeploy.bench.operations import attention_flop, block_flop
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
-from diffdeploy.bench.process import MeasuringProcess
 from diffdeploy.bench.results import BenchReport, Block, Row
 
 __all__ = ["Bench", "Progress"]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffdeploy.bench import timing
-from diffdeploy.bench.candidates import Run, formula_of, inputs_of, load_weights, open_candidate, weight_bytes
-from diffdeploy.bench.judging import expected_outputs, judge_candidate
+from diffdeploy.bench.candidate_run import Run, formula_of, inputs_of, load_weights, open_candidate, weight_bytes
+from diffdeploy.bench.correctness import expected_outputs, judge_candidate
 from diffdeploy.bench.machine import Machine, OtherLoad, matmul_gflop_per_second
 from diffdeploy.bench.memory import peak_bytes
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size

@@ -37,13 +37,15 @@ class Provenance(Record):
         layer: of the block in it, if its keys have an index.
         keys: the keys that were read.
         options: what was given to read it.
+        defaults: fields that config.json leaves to the source's own config class, with the value and the class.
     """
 
     files: dict[str, FileDigest]
     layout: str
     layer: int | None
     keys: list[str]
-    options: dict[str, int | float | str]
+    options: dict[str, bool | int | float | str]
+    defaults: dict[str, str] = Field(default_factory=dict)
 
 
 class Environment(Record):

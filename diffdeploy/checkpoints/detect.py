@@ -1,15 +1,15 @@
 """Which layout a checkpoint has and where its blocks are, from keys and config.json; never from shapes alone."""
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffdeploy.checkpoints.fields import Fields
 from diffdeploy.checkpoints.layouts import LAYOUTS, UNSUPPORTED, Layout
+from diffdeploy.checkpoints.places import layer_numbers
 from diffdeploy.errors import InputError
 
-__all__ = ["AUTO", "Found", "find_blocks", "prefix_of_layer"]
+__all__ = ["AUTO", "Found", "find_blocks"]
 
 # The layout that is recognised, by a name of its own for those who want to say so.
 AUTO = "auto"
@@ -17,9 +17,6 @@ AUTO = "auto"
 # lambda_q1 itself may be what is missing; a block that lacks more than this is of another layout, and a list of its
 # missing keys would mislead.
 _MOST_ABSENT = 2
-
-# A name may end in a digit (`lambda_q1`, `norm2.weight`); only a number between dots counts layers.
-_LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -49,14 +46,19 @@ def _anchored(layout: Layout, keys: Iterable[str]) -> Iterator[str]:
 
 def _prefixes(layout: Layout, keys: set[str]) -> dict[str, int | None]:
     """Prefixes that hold all that the layout needs and nothing that it never has."""
-    blocks: dict[str, int | None] = {}
-    for prefix in _anchored(layout, keys):
-        whole = all(prefix + name in keys for name in layout.required_keys())
-        if whole and not any(prefix + name in keys for name in layout.absent):
-            indices = _LAYER_INDEX.findall("." + prefix)
-            blocks[prefix] = int(indices[-1]) if indices else None
-    # As numbers, so that layer 10 follows 9; blocks without a number last, by name.
-    return dict(sorted(blocks.items(), key=lambda item: (item[1] is None, item[1] or 0, item[0])))
+    whole = [
+        prefix
+        for prefix in _anchored(layout, keys)
+        if all(prefix + name in keys for name in layout.required_keys())
+        and not any(prefix + name in keys for name in layout.absent)
+    ]
+    return layer_numbers(whole, keys)
+
+
+def _reads_all(layout: Layout, blocks: Iterable[str], keys: set[str]) -> bool:
+    """Whether a layout has a place for every tensor of its blocks."""
+    known = {source.key for source in (*layout.sources.values(), *layout.optional.values())} | {*layout.irrelevant}
+    return all(key.removeprefix(prefix) in known for prefix in blocks for key in keys if key.startswith(prefix))
 
 
 def find_blocks(keys: list[str], fields: Fields, layout_name: str | None, path: Path) -> Found:
@@ -90,13 +92,15 @@ def find_blocks(keys: list[str], fields: Fields, layout_name: str | None, path: 
         return Found(named[0], f"its keys, and model_type {model_type!r} in config.json", (), fitting[named[0]])
     # Layouts with a model_type arrange rows of equal shapes in different orders: without it they are not even tried.
     unnamed = [layout for layout in fitting if not layout.model_types]
+    # Where one layout drops a tensor that another reads, the keys do tell.
+    unnamed = [each for each in unnamed if _reads_all(each, fitting[each], present)] or unnamed
     if unnamed:
         return Found(unnamed[0], "its keys", tuple(unnamed[1:]), fitting[unnamed[0]])
     if fitting:
         raise InputError(
             f"{path} has the keys of layout {next(iter(fitting)).name}, but no config.json beside it says so "
-            f"(model_type is {model_type!r}), and keys and shapes do not tell how its heads are arranged; give --layout "
-            "if you know"
+            f"(model_type is {model_type!r}), and keys and shapes do not tell how its heads are arranged; give "
+            "--layout if you know"
         )
     raise _not_whole(path, present, None)
 
@@ -119,22 +123,3 @@ def _not_whole(path: Path, keys: set[str], layout: Layout | None) -> InputError:
     if layout is not None:
         return InputError(f"{path} does not have the keys of layout {layout.name}; {begin}")
     return InputError(f"{path} has a layout that is not known; accepted are {', '.join(LAYOUTS)}, and {begin}")
-
-
-def prefix_of_layer(found: Found, layer: int | None, path: Path) -> str:
-    """The prefix of the block that was asked for.
-
-    Raises:
-        InputError: there are several and none was asked for, or the one asked for is not there exactly once.
-    """
-    blocks = found.blocks
-    if len(blocks) == 1 and layer is None:
-        return next(iter(blocks))
-    layers = sorted(index for index in blocks.values() if index is not None)
-    listed = ", ".join(map(str, layers)) or "none (the keys have no layer index)"
-    if layer is None:
-        raise InputError(f"{path} holds several layers; choose one with --layer: {listed}")
-    chosen = [prefix for prefix, index in blocks.items() if index == layer]
-    if len(chosen) != 1:
-        raise InputError(f"layer {layer} is not in {path} exactly once; its layers are: {listed}")
-    return chosen[0]

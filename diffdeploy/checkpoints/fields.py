@@ -1,15 +1,19 @@
 """Typed access to ``config.json``: what stands beside the weights and says what they cannot."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from diffdeploy.errors import InputError
 
-__all__ = ["Fields", "read_config_fields", "typed_field"]
+__all__ = ["Fields", "read_config_fields", "read_json_object", "shortened", "typed_field"]
 
 Fields = Mapping[str, Any]
+
+# Enough to recognise any value that a config really has.
+_LONGEST_SHOWN = 80
 
 _Value = TypeVar("_Value", bound=int | float | str)
 
@@ -21,15 +25,31 @@ def read_config_fields(weights_path: Path) -> dict[str, Any]:
         InputError: the file is not a JSON object.
     """
     path = weights_path.parent / "config.json"
-    if not path.is_file():
-        return {}
+    return read_json_object(path, "readable JSON") if path.is_file() else {}
+
+
+def read_json_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: file to read.
+        what: what it should be, for the error.
+
+    Raises:
+        InputError: the file is not that.
+    """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}); mend it or move it away") from error
+    # Nested more deeply than Python's stack is not readable either.
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not {what} ({_first_line(error)}); mend it or copy it again") from error
     if not isinstance(fields, dict):
         raise InputError(f"{path} holds a {type(fields).__name__}; accepted is a JSON object")
     return fields
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def typed_field(fields: Fields, name: str, kind: type[_Value]) -> _Value | None:
@@ -42,5 +62,20 @@ def typed_field(fields: Fields, name: str, kind: type[_Value]) -> _Value | None:
     # JSON does not tell 10000 from 10000.0; and to Python, though to nobody else, true is an int.
     accepted = (int, float) if kind is float else (kind,)
     if value is not None and (not isinstance(value, accepted) or isinstance(value, bool)):
-        raise InputError(f"{name} in config.json is {value!r}; accepted is a {kind.__name__}")
+        raise InputError(f"{name} in config.json is {shortened(value)}; accepted is a {kind.__name__}")
+    if kind is float and value is not None and not math.isfinite(_as_float(cast(float, value))):
+        raise InputError(f"{name} in config.json is {shortened(value)}; accepted is a finite number")
     return cast(_Value | None, value)
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # JSON has integers of any size
+        return math.inf
+
+
+def shortened(value: object) -> str:
+    """A value for an error message, which stays one sentence whatever a file holds."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."

@@ -1,7 +1,5 @@
 """Tensors from files. Pickled objects are refused, never run."""
 
-import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +8,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from diffdeploy.checkpoints.fields import read_json_object
 from diffdeploy.errors import InputError
 from diffdeploy.exclusive import without_warnings
 
@@ -17,8 +16,10 @@ __all__ = ["SAMPLE", "TensorFile", "open_tensors"]
 
 SAMPLE = Path(__file__).parent / "sample"
 
-# As transformers' save_pretrained names it.
-_INDEX = "model.safetensors.index.json"
+# As transformers' save_pretrained names them, the present form first: a directory may hold both.
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# Of a file in any file system that is in use (NAME_MAX).
+_LONGEST_NAME = 255
 # Where training scripts put the weights beside an optimizer: Lightning, PyTorch's own tutorial, and nanoGPT's.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 
@@ -69,35 +70,98 @@ class _SafetensorsFile:
         return tuple(self._handle.get_slice(key).get_shape())
 
     def get(self, key: str) -> Tensor:
-        tensor: Tensor = self._handle.get_tensor(key)
+        try:
+            tensor: Tensor = self._handle.get_tensor(key)
+        except Exception as error:
+            raise InputError(f"{key} in {self.path} cannot be read ({error}); copy the file again") from error
         return tensor
 
     def holder(self, key: str) -> Path:  # noqa: ARG002 - all keys are in this file
         return self.path
 
 
+class _TorchFile:
+    """A ``torch.save`` file that holds tensors and plain containers only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        tensors = _state_dict(_load_weights(path))
+        # Step counters and arguments stand beside the weights in many files, and are no weights.
+        self._tensors = {str(key): value for key, value in tensors.items() if isinstance(value, Tensor)}
+        if not self._tensors:
+            raise InputError(f"{path} holds no state dict; accepted is a mapping from names to tensors")
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensors[key].shape)
+
+    def get(self, key: str) -> Tensor:
+        tensor = self._tensors[key]
+        # A sparse tensor has no rows to permute, and one on the meta device has no numbers.
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise InputError(f"{key} in {self.path} is {_kind(tensor)}; accepted are dense tensors with their numbers")
+        return tensor
+
+    def holder(self, key: str) -> Path:  # noqa: ARG002 - all keys are in this file
+        return self.path
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "a tensor without numbers (meta)"
+    return "quantised" if tensor.is_quantized else f"sparse ({str(tensor.layout).removeprefix('torch.')})"
+
+
+def _load_weights(path: Path) -> Any:
+    """What a ``torch.save`` file holds, mapped into memory where it can be, so that only what is used is read."""
+    # Files of torch before 1.6 are no archives and cannot be mapped.
+    for mmap in (True, False):
+        try:
+            with without_warnings():  # about pickle protocols, before the refusal that says it better
+                # To the CPU: what was saved on a GPU must be readable on a machine without one.
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception as error:
+            if mmap:
+                continue
+            raise InputError(
+                f"{path} cannot be read as weights only, and pickled objects are never executed; save the state dict "
+                "alone, with safetensors.torch.save_file or torch.save(model.state_dict())"
+            ) from error
+    raise AssertionError("unreachable")
+
+
+def _state_dict(loaded: Any) -> Mapping[Any, Any]:
+    """The mapping from names to tensors, which trainers put inside others, some of them more than once."""
+    met: set[int] = set()
+    while isinstance(loaded, Mapping) and id(loaded) not in met:
+        met.add(id(loaded))  # a file may hold a mapping that contains itself
+        inner = next((key for key in _STATE_DICT_KEYS if isinstance(loaded.get(key), Mapping)), None)
+        if inner is None:
+            return loaded
+        loaded = loaded[inner]
+    return {}
+
+
 class _ShardedFile:
-    """Several ``.safetensors`` files and the index that says which tensor is in which; each is opened when needed."""
+    """Several files and the index that says which tensor is in which; each is opened when needed."""
 
     def __init__(self, index: Path) -> None:
         self.path = index
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self._files = {str(key): index.parent / str(name) for key, name in weight_map.items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{index} is not a readable index of shards ({error}); copy it again") from error
-        # An index comes with the download: a name with ".." would have any file of this machine read.
-        if outside := [file for file in self._files.values() if file.parent != index.parent]:
-            raise InputError(f"{index} names {outside[0].name}, which is not beside it")
+        weight_map = read_json_object(index, "an index of shards").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{index} is not a readable index of shards (it has no weight_map); copy it again")
+        self._files = {key: _shard_path(index, name) for key, name in weight_map.items()}
         # All of them now, though most are never opened: a broken download is cheaper to mend as a whole.
         if missing := sorted({file.name for file in self._files.values() if not file.is_file()}):
             raise InputError(f"{index.parent} lacks the shards {', '.join(missing)}; copy them again")
-        self._open: dict[Path, _SafetensorsFile] = {}
+        self._open: dict[Path, TensorFile] = {}
 
-    def _shard(self, key: str) -> _SafetensorsFile:
+    def _shard(self, key: str) -> TensorFile:
         file = self._files[key]
         if file not in self._open:
-            self._open[file] = _SafetensorsFile(file)
+            self._open[file] = _open_file(file)
         # An index of another revision names tensors that its shards do not hold.
         if key not in set(self._open[file].keys()):
             raise InputError(f"{file} lacks the key {key}, which {self.path.name} says is there; copy it again")
@@ -116,41 +180,22 @@ class _ShardedFile:
         return self._files[key]
 
 
-class _TorchFile:
-    """A ``torch.save`` file that holds tensors and plain containers only."""
+def _shard_path(index: Path, name: object) -> Path:
+    """Where a shard is.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with without_warnings():  # about pickle protocols, before the refusal that says it better
-                # To the CPU: what was saved on a GPU must be readable on a machine without one.
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-        # Beside what unpickling refuses, whatever a file that is no archive of torch makes the reader stumble over.
-        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
-            raise InputError(
-                f"{path} cannot be read as weights only, and pickled objects are never executed; save the state dict "
-                "alone, with safetensors.torch.save_file or torch.save(model.state_dict())"
-            ) from error
-        # Repeatedly, since some trainers put a wrapper's checkpoint into their own.
-        while isinstance(loaded, Mapping) and (inner := next((k for k in _STATE_DICT_KEYS if k in loaded), None)):
-            loaded = loaded[inner]
-        # Step counters and arguments stand beside the weights in many files, and are no weights.
-        tensors = loaded.items() if isinstance(loaded, Mapping) else ()
-        self._tensors = {str(key): value for key, value in tensors if isinstance(value, Tensor)}
-        if not self._tensors:
-            raise InputError(f"{path} holds no state dict; accepted is a mapping from names to tensors")
+    Raises:
+        InputError: a name that is none, or that leads elsewhere: an index comes with the download, and a name with
+            ``..`` would have any file of this machine read.
+    """
+    if not isinstance(name, str) or not 0 < len(name.encode()) <= _LONGEST_NAME or "\0" in name:
+        raise InputError(f"{index} names the shard {str(name)[:40]!r}, which is no file name; copy it again")
+    if Path(name).name != name:
+        raise InputError(f"{index} names {name}, which is not beside it")
+    return index.parent / name
 
-    def keys(self) -> list[str]:
-        return list(self._tensors)
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._tensors[key].shape)
-
-    def get(self, key: str) -> Tensor:
-        return self._tensors[key]
-
-    def holder(self, key: str) -> Path:  # noqa: ARG002 - all keys are in this file
-        return self.path
+def _open_file(path: Path) -> TensorFile:
+    return _SafetensorsFile(path) if path.suffix == ".safetensors" else _TorchFile(path)
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -159,17 +204,21 @@ def open_tensors(path: Path) -> TensorFile:
     Raises:
         InputError: nothing there, several files to choose from, a damaged file, or one with pickled objects.
     """
-    if path.is_dir() and (path / _INDEX).is_file():
-        path = path / _INDEX
     if path.is_dir():
-        found = [p for suffix in ("*.safetensors", "*.pt", "*.pth", "*.bin") for p in sorted(path.glob(suffix))]
-        # Not the newest or the largest of them: beside a model may lie its optimizer, or another epoch.
-        if len(found) != 1:
-            names = ", ".join(p.name for p in found) or "none"
-            raise InputError(f"{path} must hold one .safetensors or .pt file, but there are: {names}; give the file")
-        path = found[0]
+        path = _in_directory(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist; give a .safetensors or .pt file, or a directory with one")
-    if path.name.endswith(".index.json"):
-        return _ShardedFile(path)
-    return _SafetensorsFile(path) if path.suffix == ".safetensors" else _TorchFile(path)
+    return _ShardedFile(path) if path.name.endswith(".index.json") else _open_file(path)
+
+
+def _in_directory(directory: Path) -> Path:
+    """The one checkpoint in a directory."""
+    for index in _INDICES:
+        if (directory / index).is_file():
+            return directory / index
+    found = [p for suffix in ("*.safetensors", "*.pt", "*.pth", "*.bin") for p in sorted(directory.glob(suffix))]
+    # Not the newest or the largest of them: beside a model may lie its optimizer, or another epoch.
+    if len(found) != 1:
+        names = ", ".join(p.name for p in found) or "none"
+        raise InputError(f"{directory} must hold one .safetensors or .pt file, but there are: {names}; give the file")
+    return found[0]

@@ -17,7 +17,14 @@ class CheckpointOptions:
     Attributes:
         layout: name of a layout; by default it is recognised.
         layer: 0-based layer to read out of a larger state dict.
+        prefix: what the keys of the block begin with, where numbers do not tell blocks apart.
         depth: 0-based layer index that sets ``lambda_init``; by default what the layout makes of the one in the key.
+        lambda_init: constant part of lambda itself, in place of what follows from a depth.
+        output_scale: factor behind the norm; by default ``1 - lambda_init``.
+        causal: whether a position sees none after it; by default as the layout's code base has it.
+        sliding_window: keys that a position sees, itself included; 0 for all.
+        norm_eps: epsilon of the norm over each head's outputs.
+        qk_norm_eps: epsilon of the norms of queries and keys, where the block has them.
         rope: rotary style, or ``none``.
         rope_theta: rotary base.
         gqa_layout: which key stream a query stream reads when ``h_kv < h``.
@@ -25,15 +32,22 @@ class CheckpointOptions:
 
     layout: str | None = None
     layer: int | None = None
+    prefix: str | None = None
     depth: int | None = None
+    lambda_init: float | None = None
+    output_scale: float | None = None
+    causal: bool | None = None
+    sliding_window: int | None = None
+    norm_eps: float | None = None
+    qk_norm_eps: float | None = None
     rope: Literal["interleaved", "half", "none"] | None = None
     rope_theta: float | None = None
     gqa_layout: GqaLayout | None = None
 
-    def given(self) -> dict[str, int | float | str]:
+    def given(self) -> dict[str, bool | int | float | str]:
         """Those that are not left open."""
         # Not `if value`: layer 0 and depth 0 are given.
-        return {name: value for name, value in asdict(self).items() if value not in (None, AUTO)}
+        return {name: value for name, value in asdict(self).items() if value is not None and value != AUTO}
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> Self:

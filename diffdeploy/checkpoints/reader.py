@@ -5,16 +5,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffdeploy.checkpoints.detect import Found, find_blocks, prefix_of_layer
+from diffdeploy.checkpoints.agreement import require_agreement
+from diffdeploy.checkpoints.detect import Found, find_blocks
 from diffdeploy.checkpoints.fields import Fields, read_config_fields
 from diffdeploy.checkpoints.files import TensorFile, open_tensors
 from diffdeploy.checkpoints.layouts import Layout
 from diffdeploy.checkpoints.options import CheckpointOptions
+from diffdeploy.checkpoints.places import choose_block
 from diffdeploy.checkpoints.rows import to_canonical
-from diffdeploy.checkpoints.settings import BlockSettings, required
+from diffdeploy.checkpoints.settings import BlockSettings, require
 from diffdeploy.checkpoints.sizes import read_sizes
 from diffdeploy.checkpoints.tensors import BlockTensors
-from diffdeploy.config import AnyConfig, DiffAttentionConfig, DiffAttentionV2Config, GqaLayout, lambda_init_at
+from diffdeploy.config import AnyConfig, DiffAttentionConfig, DiffAttentionV2Config
 from diffdeploy.errors import InputError
 from diffdeploy.files import file_sha256
 
@@ -42,6 +44,7 @@ class Checkpoint:
         keys: the keys that were read.
         files: the files that were read.
         options: what was asked for.
+        defaults: fields that the file leaves to the source's own config class, see `BlockSettings.defaults`.
     """
 
     config: AnyConfig
@@ -51,6 +54,7 @@ class Checkpoint:
     keys: list[str]
     files: tuple[SourceFile, ...] = ()
     options: CheckpointOptions = field(default_factory=CheckpointOptions)
+    defaults: dict[str, str] = field(default_factory=dict)
 
 
 class BlockReader:
@@ -84,25 +88,49 @@ class BlockReader:
         Raises:
             InputError: something that cannot be inferred was not given.
         """
+        self.tensors.require_all_read(self.layout)
+        missing: list[str] = []
+        config = self._version_1(missing) if self.layout.constant_lambda else self._version_2(missing)
+        # All at once: one who has to look them up wants to do so once.
+        require(missing)
+        assert config is not None
+        require_agreement(self.settings, config)
+        return config
+
+    def _version_1(self, missing: list[str]) -> DiffAttentionConfig | None:
+        """The config of a block of the first version; ``None`` where an option is missing."""
         settings, sources = self.settings, self.tensors.sources
-        window = settings.sliding_window()
-        if not self.layout.constant_lambda:
-            return DiffAttentionV2Config(**self.sizes._asdict(), rope=settings.rope(), sliding_window=window)
-        lambda_init = lambda_init_at(required(settings.depth(), "--depth"))
-        gqa_layout: GqaLayout = required(settings.gqa_layout(self.sizes), "--gqa-layout")
+        lambda_init, gqa_layout, causal = settings.lambda_init(), settings.gqa_layout(self.sizes), settings.causal()
+        rope = settings.rope(missing)
+        missing += ["--depth"] if lambda_init is None else []
+        missing += ["--gqa-layout"] if gqa_layout is None else []
+        missing += ["--causal or --no-causal"] if causal is None else []
+        if lambda_init is None or gqa_layout is None or causal is None:
+            return None
         return DiffAttentionConfig(
             **self.sizes._asdict(),
             lambda_init=lambda_init,
-            output_scale=1 - lambda_init,
-            causal=self.layout.causal,
-            rope=settings.rope(),
+            output_scale=settings.output_scale(lambda_init),
+            causal=causal,
+            rope=rope,
             gqa_layout=gqa_layout,
             norm_eps=settings.norm_eps(),
             norm_affine="subln.weight" in sources,
-            qk_norm_eps=self.layout.qk_norm_eps if "q_norm.weight" in sources else None,
+            qk_norm_eps=settings.qk_norm_eps() if "q_norm.weight" in sources else None,
             qkv_bias="q_proj.bias" in sources,
             out_bias="out_proj.bias" in sources,
-            sliding_window=window,
+            sliding_window=settings.sliding_window(),
+        )
+
+    def _version_2(self, missing: list[str]) -> DiffAttentionV2Config | None:
+        """The config of a block of the second version; ``None`` where an option is missing."""
+        settings = self.settings
+        causal, rope = settings.causal(), settings.rope(missing)
+        if causal is None:
+            missing.append("--causal or --no-causal")
+            return None
+        return DiffAttentionV2Config(
+            **self.sizes._asdict(), causal=causal, rope=rope, sliding_window=settings.sliding_window()
         )
 
     def weights(self, config: AnyConfig) -> dict[str, Tensor]:
@@ -149,7 +177,8 @@ def read_checkpoint(path: str | Path, options: CheckpointOptions | None = None) 
     file = open_tensors(Path(path))
     fields = read_config_fields(file.path)
     found = find_blocks(file.keys(), fields, options.layout, file.path)
-    reader = BlockReader(file, fields, found, prefix_of_layer(found, options.layer, file.path), options)
+    prefix = choose_block(found.blocks, file.path, layer=options.layer, prefix=options.prefix)
+    reader = BlockReader(file, fields, found, prefix, options)
     config = reader.config()
     weights = reader.weights(config)
     # Of several shards only those that hold the block: the digest of all would read the whole model.
@@ -162,4 +191,5 @@ def read_checkpoint(path: str | Path, options: CheckpointOptions | None = None) 
         files=tuple(SourceFile(name=p.name, size=p.stat().st_size, sha256=file_sha256(p)) for p in holders),
         keys=reader.tensors.keys,
         options=options,
+        defaults=reader.settings.defaults(),
     )

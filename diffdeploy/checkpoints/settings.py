@@ -1,20 +1,24 @@
 """What the tensors of a block cannot say: from the user's options, else from ``config.json``, else from the layout."""
 
-from typing import TypeVar, cast
+from collections.abc import Sequence
+from typing import cast
 
 from diffdeploy.checkpoints.detect import Found
-from diffdeploy.checkpoints.fields import Fields, typed_field
+from diffdeploy.checkpoints.fields import Fields, shortened, typed_field
+from diffdeploy.checkpoints.layouts.base import UnknownThetaError
 from diffdeploy.checkpoints.options import CheckpointOptions
 from diffdeploy.checkpoints.sizes import Sizes
-from diffdeploy.config import GqaLayout, RopeConfig, RopeStyle
+from diffdeploy.config import GqaLayout, RopeConfig, RopeStyle, lambda_init_at
 from diffdeploy.errors import InputError
 
-__all__ = ["BlockSettings", "required"]
+__all__ = ["BlockSettings", "require"]
 
 # The norm's epsilon in every source that keeps none in its config, and the default of those that do.
 _NORM_EPS = 1e-5
 
 _MISSING = {
+    "--causal or --no-causal": "nothing in the keys tells a block that sees later positions from one that does not",
+    "--norm-eps": "the epsilon of the norm is not in the weights, so it cannot be guessed (most code bases use 1e-5)",
     "--depth": "lambda_init depends on the layer index, the keys have none, and the weights do not record it",
     "--rope interleaved|half|none": "the weights are the same for every rotary style, so it cannot be guessed, and "
     "there is no config.json beside them that says it",
@@ -25,18 +29,22 @@ _MISSING = {
     "variant of multihead-sdpadiff, which --layout sdpadiff says too)",
 }
 
-_Value = TypeVar("_Value")
 
+def require(missing: Sequence[str]) -> None:
+    """See that nothing is missing.
 
-def required(value: _Value | None, option: str) -> _Value:
-    """A setting that a block cannot do without.
+    Args:
+        missing: options that a block cannot do without, and that nobody gave.
 
     Raises:
-        InputError: nothing says it; the message names the option that can.
+        InputError: something is; the message names every option.
     """
-    if value is None:
-        raise InputError(f"{option} is missing: {_MISSING[option]}")
-    return value
+    if not missing:
+        return
+    if len(missing) == 1:
+        raise InputError(f"{missing[0]} is missing: {_MISSING[missing[0]]}")
+    reasons = "; ".join(f"{option}, since {_MISSING[option]}" for option in missing)
+    raise InputError(f"{len(missing)} options are missing: {reasons}")
 
 
 class BlockSettings:
@@ -63,39 +71,84 @@ class BlockSettings:
         # Not checked as above: Motif's layer 0 has depth -1, as its own code has it.
         return None if self.layer is None else self.layer + self.layout.depth_offset
 
+    def lambda_init(self) -> float | None:
+        """Constant part of lambda: as given, as the layout has it in every layer, else by the depth."""
+        if self.options.lambda_init is not None:
+            return self.options.lambda_init
+        depth = self.depth()
+        return None if depth is None else lambda_init_at(depth)
+
+    def output_scale(self, lambda_init: float) -> float:
+        """Factor behind the norm."""
+        return 1 - lambda_init if self.options.output_scale is None else self.options.output_scale
+
+    def causal(self) -> bool | None:
+        """Whether positions see none after them."""
+        return self.layout.causal if self.options.causal is None else self.options.causal
+
     def rope_style(self) -> str | None:
         """``interleaved``, ``half`` or ``none``."""
         if self.options.rope is not None:
             return self.options.rope
         if self.layout.rope is not None:
-            found = self.layout.rope(self.fields)
+            # The style of a layout does not depend on the base.
+            found = self.layout.rope(self.fields, self.options.rope_theta or 1.0)
             return "none" if found is None else found.style
-        # In diffdeploy's own config.json the rotary embedding is one object.
-        stored = self.fields.get("rope")
-        return stored.get("style") if isinstance(stored, dict) else stored
+        stored = self._own_rope().get("style")
+        return None if stored is None else str(stored)
 
     def rope_theta(self) -> float | None:
         """Rotary base."""
         if self.options.rope_theta is not None:
             return self.options.rope_theta
-        stored = self.layout.rope(self.fields) if self.layout.rope is not None else None
-        theta = stored.theta if stored is not None else (self.fields.get("rope") or {})
-        theta = theta.get("theta") if isinstance(theta, dict) else theta
-        return None if theta is None else float(theta)
+        if self.layout.rope is None:
+            return typed_field(self._own_rope(), "theta", float)
+        try:
+            found = self.layout.rope(self.fields, None)
+        except UnknownThetaError:
+            return None
+        return None if found is None else found.theta
 
-    def rope(self) -> RopeConfig | None:
-        """Rotary embedding; ``None`` where the block has none.
+    def _own_rope(self) -> Fields:
+        """The rotary embedding in diffdeploy's own config.json: one object, or the name of a style."""
+        stored = self.fields.get("rope")
+        if isinstance(stored, dict):
+            return stored
+        if stored is not None and not isinstance(stored, str):
+            raise InputError(f"rope in config.json is {shortened(stored)}; accepted is a JSON object or a style")
+        return {} if stored is None else {"style": stored}
 
-        Raises:
-            InputError: nothing says it.
+    def rope(self, missing: list[str]) -> RopeConfig | None:
+        """Rotary embedding; ``None`` where the block has none, and where something is missing that it needs.
+
+        Args:
+            missing: takes the options that nothing says.
         """
-        # As a whole, with its scaling, which no option can say.
-        if self.layout.rope is not None and self.options.rope is None and self.options.rope_theta is None:
-            return self.layout.rope(self.fields)
-        style = required(self.rope_style(), "--rope interleaved|half|none")
+        if self.layout.rope is not None and self.options.rope is None:
+            try:
+                # As a whole, with its scaling, which no option can say.
+                return self.layout.rope(self.fields, self.options.rope_theta)
+            except UnknownThetaError:
+                missing.append("--rope-theta")
+                return None
+        style, theta = self.rope_style(), self.rope_theta()
         if style == "none":
             return None
-        return RopeConfig(style=cast(RopeStyle, style), theta=required(self.rope_theta(), "--rope-theta"))
+        missing += ["--rope interleaved|half|none"] if style is None else []
+        missing += ["--rope-theta"] if theta is None else []
+        if style is None or theta is None:
+            return None
+        return RopeConfig(style=cast(RopeStyle, style), theta=float(theta))
+
+    def defaults(self) -> dict[str, str]:
+        """Fields that the file leaves to the source's own config class, with what that class takes, and its name."""
+        absent = {name: value for name, value in self.layout.class_defaults.items() if not self._says(name)}
+        return {name: f"{value:g}, the default of {self.layout.config_class}" for name, value in absent.items()}
+
+    def _says(self, name: str) -> bool:
+        nested = self.fields.get("rope_parameters")
+        given = getattr(self.options, "norm_eps" if name == self.layout.norm_eps_field else name, None)
+        return given is not None or name in self.fields or (isinstance(nested, dict) and name in nested)
 
     def gqa_layout(self, sizes: Sizes) -> GqaLayout | None:
         """Key map, or the canonical one where both are the same."""
@@ -106,10 +159,18 @@ class BlockSettings:
         return chosen or (None if self._others_fit else self.layout.gqa_layout)
 
     def norm_eps(self) -> float:
-        """Epsilon of the norm."""
+        """Epsilon of the norm over each head's outputs."""
+        if self.options.norm_eps is not None:
+            return self.options.norm_eps
         eps = typed_field(self.fields, self.layout.norm_eps_field, float)
         return _NORM_EPS if eps is None else float(eps)
 
+    def qk_norm_eps(self) -> float | None:
+        """Epsilon of the norms of queries and keys; ``None`` for a layout without such norms."""
+        return self.layout.qk_norm_eps if self.options.qk_norm_eps is None else self.options.qk_norm_eps
+
     def sliding_window(self) -> int | None:
         """Keys that a position sees, or ``None`` for all."""
+        if self.options.sliding_window is not None:
+            return self.options.sliding_window or None
         return self.layout.sliding_window(self.fields, self.layer)

@@ -1,5 +1,6 @@
 """What can be said of a checkpoint's blocks without any option."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class BlockSummary:
     """One block; ``None`` where neither the keys nor ``config.json`` say it.
 
     Attributes:
+        unread: keys of the block that its layout does not know; such a block is not exported.
         refused: why it cannot be deployed; then nothing but ``prefix`` and ``layer`` is known.
     """
 
@@ -41,6 +43,7 @@ class BlockSummary:
     dtype: str | None = None
     num_parameters: int | None = None
     num_bytes: int | None = None
+    unread: tuple[str, ...] = ()
     refused: str | None = None
 
 
@@ -99,10 +102,11 @@ def _block(reader: BlockReader) -> BlockSummary:
         gqa_layout=settings.gqa_layout(reader.sizes),
         sliding_window=settings.sliding_window(),
         lambda_init=lambda_init,
-        lambda_value=None if lambda_init is None else lambda_init + _learned_lambda(reader.tensors),
+        lambda_value=None if lambda_init is None else _finite(lambda_init + _learned_lambda(reader.tensors)),
         dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
         num_parameters=sum(tensor.numel() for tensor in tensors),
         num_bytes=sum(tensor.nbytes for tensor in tensors),
+        unread=tuple(reader.tensors.unread),
     )
 
 
@@ -117,3 +121,8 @@ def _learned_lambda(tensors: BlockTensors) -> float:
         return float(q @ tensors.file.get(tensors.key(f"lambda_k{pair}")).double())
 
     return float(torch.tensor(exponent(1)).double().exp() - torch.tensor(exponent(2)).double().exp())
+
+
+def _finite(value: float) -> float | None:
+    """A number that JSON can hold; weights that give no number are refused when the block is read."""
+    return value if math.isfinite(value) else None

@@ -13,6 +13,12 @@ __all__ = ["BlockTensors"]
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+# Optional tensors that a block has together or not at all: half of them would be a block that no code base builds.
+_TOGETHER = (("q_proj.bias", "k_proj.bias", "v_proj.bias"), ("q_norm.weight", "k_norm.weight"))
+
+_MOST_SHOWN = 8
+
+
 class BlockTensors:
     """One block of a file, seen through its layout.
 
@@ -20,6 +26,9 @@ class BlockTensors:
         file: the checkpoint.
         prefix: of the block.
         layout: of the block.
+
+    Raises:
+        InputError: one of several optional tensors that belong together is missing.
 
     Attributes:
         names: keys behind the prefix, those that the layout does not know included.
@@ -34,6 +43,38 @@ class BlockTensors:
             **layout.sources,
             **{name: source for name, source in layout.optional.items() if source.key in self.names},
         }
+        self._require_whole_groups(layout)
+        self._irrelevant = layout.irrelevant
+
+    def _require_whole_groups(self, layout: Layout) -> None:
+        for group in _TOGETHER:
+            known = [name for name in group if name in layout.optional]
+            absent = [layout.optional[name].key for name in known if name not in self.sources]
+            if absent and len(absent) < len(known):
+                found = ", ".join(self.key(name) for name in known if name in self.sources)
+                missing = ", ".join(self.prefix + key for key in dict.fromkeys(absent))
+                raise InputError(f"{self.file.path} has {found}, but lacks {missing}; such tensors come together")
+
+    @property
+    def unread(self) -> list[str]:
+        """Keys under the prefix that neither the layout reads nor anybody needs."""
+        read = {source.key for source in self.sources.values()}
+        return sorted(self.prefix + name for name in self.names - read if name not in self._irrelevant)
+
+    def require_all_read(self, layout: Layout) -> None:
+        """See that no tensor of the block would be dropped.
+
+        Raises:
+            InputError: the layout has no place for one.
+        """
+        if unread := self.unread:
+            shown = ", ".join(unread[:_MOST_SHOWN])
+            more = len(unread) - _MOST_SHOWN
+            raise InputError(
+                f"layout {layout.name} does not know {shown}{f' and {more} more' if more > 0 else ''}, and a block "
+                "without what these tensors do would be another one; give another --layout, or remove them if nothing "
+                "computes with them"
+            )
 
     @property
     def keys(self) -> list[str]:

@@ -33,7 +33,7 @@ def write_checkpoint(
     if chosen.version != config.version:
         raise InputError(f"layout {layout} is of version {chosen.version}, and the block of version {config.version}")
     # No key says it: the file would be read back as the layout is, and compute something else.
-    if chosen.causal != config.causal:
+    if chosen.causal is not None and chosen.causal != config.causal:
         raise InputError(f"layout {layout} is {'causal' if chosen.causal else 'not causal'}, unlike the block")
     sizes = Sizes(config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim)
     return {prefix + key: tensor for key, tensor in from_canonical(chosen, weights, sizes).items()}

@@ -10,7 +10,15 @@ from diffdeploy.config import LAMBDA_VECTORS
 from diffdeploy.exact import lambda_value, rope_tables
 from diffdeploy.formats.artifact import ArtifactFacts, Check
 
-__all__ = ["declared_facts", "lambda_constant", "make_check", "rope_constants", "state_checks", "weights_bit_for_bit"]
+__all__ = [
+    "attentions",
+    "declared_facts",
+    "lambda_constant",
+    "make_check",
+    "rope_constants",
+    "state_checks",
+    "weights_bit_for_bit",
+]
 
 
 def make_check(name: str, problems: list[str], fine: str) -> Check:
@@ -28,6 +36,14 @@ def declared_facts(bundle: Bundle, attention_ops: int, opset: int | None = None)
         inputs=list(spec.inputs),
         outputs=list(spec.outputs),
     )
+
+
+def attentions(bundle: Bundle) -> int:
+    """How many fused attentions the graph of a bundle holds, by the implementation that it was traced with."""
+    from diffdeploy.ops import Impl
+    from diffdeploy.ops.registry import implementation
+
+    return implementation(Impl(bundle.manifest.options.attention_impl)).num_attentions
 
 
 def state_checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:

@@ -42,7 +42,7 @@ class GraphSpec(Record):
     Attributes:
         variant: ``plain`` is ``hidden_states [batch_size, sequence_length, D] -> output`` at positions ``0 .. S-1``;
             ``masked`` takes an ``attention_mask`` and ``position_ids`` too; ``cached`` also takes keys and values of
-            the past, and gives those of past and present.
+            the past, and gives those of past and present; both key streams of a head side by side.
         inputs: by name, in order.
         outputs: by name, in order.
         axes: ranges of the named axes.
@@ -105,10 +105,8 @@ def graph_spec(
                 values=Range(min=0, max=max_sequence_length - 1),
             )
     if variant == "cached":
-        for side, heads, width in (
-            ("key", config.num_key_streams, config.head_dim),
-            ("value", config.num_kv_heads, config.value_dim),
-        ):
+        heads = config.num_kv_heads
+        for side, width in (("key", config.key_cache_dim), ("value", config.value_dim)):
             inputs[f"past_key_values.{side}"] = TensorSpec(
                 dtype=dtype, shape=("batch_size", heads, "past_sequence_length", width)
             )

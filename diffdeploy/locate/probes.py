@@ -82,12 +82,13 @@ def _cache(prober: Prober) -> _Verdict | None:
     return None
 
 
-def _pair_lengths(prober: Prober, keys: Array) -> Array:
-    """What turning keeps."""
+def _pair_lengths(prober: Prober, keys_BHTw: Array) -> Array:
+    """What turning keeps: lengths of the channel pairs of each stream, which stand side by side in a cached head."""
     assert prober.config.rope is not None
-    half = keys.shape[-1] // 2
-    grid = keys.reshape(*keys.shape[:-1], *((half, 2) if prober.config.rope.style == "interleaved" else (2, half)))
-    lengths: Array = np.linalg.norm(grid, axis=-1 if prober.config.rope.style == "interleaved" else -2)
+    half = prober.config.head_dim // 2
+    interleaved = prober.config.rope.style == "interleaved"
+    grid = keys_BHTw.reshape(*keys_BHTw.shape[:-1], -1, *((half, 2) if interleaved else (2, half)))
+    lengths: Array = np.linalg.norm(grid, axis=-1 if interleaved else -2)
     return lengths
 
 

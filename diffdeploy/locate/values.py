@@ -47,9 +47,12 @@ def stage_values(
         q, k = _rotate(q, config.rope, positions), _rotate(k, config.rope, positions)
         values[Stage.ROPE] = (q, k)
     if "past_key_values.key" in inputs:
-        k = torch.cat((to_tensor(inputs["past_key_values.key"]).to(dtype), k), dim=2)
-        v = torch.cat((to_tensor(inputs["past_key_values.value"]).to(dtype), v), dim=2)
-        values[Stage.CACHE] = (k, v)
+        pairs, v = (
+            torch.cat((to_tensor(inputs[f"past_key_values.{name}"]).to(dtype), side), dim=2)
+            for name, side in (("key", _pairs(config, k)), ("value", v))
+        )
+        values[Stage.CACHE] = (pairs, v)
+        k = _streams(config, pairs)
     hidden = _hidden(config, x_BSD.shape[1], k.shape[2], inputs.get("attention_mask"))
     signal, noise = (_attention(config, q, k, v, hidden, stream) for stream in (0, 1))
     weighted = _lambda(config, weights, w, x_BSD) * noise
@@ -62,6 +65,17 @@ def stage_values(
     output = heads.transpose(1, 2).flatten(2) @ w["out_proj.weight"].T + w.get("out_proj.bias", 0.0)
     values[Stage.OUTPUT_PROJECTION] = (output[:, None],)
     return values
+
+
+def _pairs(config: AnyConfig, k_BHTd: Tensor) -> Tensor:
+    """Key streams side by side, as the cache holds them: ``[B, h_kv, T, key_cache_dim]``."""
+    num_streams = config.num_key_streams // config.num_kv_heads
+    return torch.cat([k_BHTd[:, stream::num_streams] for stream in range(num_streams)], dim=-1)
+
+
+def _streams(config: AnyConfig, pairs_BHTw: Tensor) -> Tensor:
+    """Inverse of `_pairs`."""
+    return torch.stack(torch.split(pairs_BHTw, config.head_dim, dim=-1), dim=2).flatten(1, 2)
 
 
 def _widths(config: AnyConfig) -> tuple[int, int, int]:

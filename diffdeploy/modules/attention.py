@@ -1,202 +1,18 @@
 """The canonical differential-attention blocks, in plain torch: the paper's and the second version's.
 
-Shape suffixes: B batch, H heads, S query length, P past length, T = P + S key length, d stream width, e value width.
+Shape suffixes: B batch, H heads, S query length, d stream width, e value width.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from diffdeploy.config import LAMBDA_VECTORS, AnyConfig, DiffAttentionConfig, DiffAttentionV2Config
-from diffdeploy.errors import InputError
-from diffdeploy.modules.rotary import RotaryEmbedding
-from diffdeploy.ops import Impl, diff_attention
+from diffdeploy.modules.block import AttentionBlock, KeyValueCache, Rotation
+from diffdeploy.ops import Impl
 
-__all__ = ["AttentionBlock", "DiffAttention", "DiffAttentionV2", "KeyValueCache", "block_class"]
-
-Rotation = Callable[[Tensor], Tensor]
-
-
-# Keys ``[B, 2 h_kv, P, d]`` (``[B, h_kv, P, d]`` in the second version), after rotary embedding, and values
-# ``[B, h_kv, P, e]`` of past tokens, each held once. A plain tuple, so that every exporter takes it.
-KeyValueCache = tuple[Tensor, Tensor]
-
-
-class AttentionBlock(nn.Module):
-    """What both versions share: projections, rotary embedding, cache, masks and the operator.
-
-    Args:
-        config: sizes and flags.
-        impl: how the two attentions are computed.
-        max_positions: positions that can be embedded, when the config has rotary embedding.
-        device: as for any module.
-        dtype: of the projections; float64, float32, float16 or bfloat16.
-    """
-
-    config: AnyConfig
-
-    def __init__(
-        self,
-        config: AnyConfig,
-        *,
-        impl: Impl | str = Impl.AUTO,
-        max_positions: int = 4096,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.config, self.impl = config, impl
-        shapes = config.weight_shapes()
-
-        def linear(name: str) -> nn.Linear:
-            rows, columns = shapes[f"{name}.weight"]
-            return nn.Linear(columns, rows, bias=f"{name}.bias" in shapes, device=device, dtype=dtype)
-
-        self.q_proj, self.k_proj, self.v_proj = linear("q_proj"), linear("k_proj"), linear("v_proj")
-        self.out_proj = linear("out_proj")
-        self.rotary = (
-            RotaryEmbedding(config.rope, config.head_dim, max_positions, device=device, dtype=dtype)
-            if config.rope
-            else None
-        )
-
-    @classmethod
-    def from_weights(
-        cls,
-        config: AnyConfig,
-        weights: Mapping[str, Tensor],
-        *,
-        impl: Impl | str = Impl.AUTO,
-        max_positions: int = 4096,
-        dtype: torch.dtype = torch.float32,
-    ) -> Self:
-        """Build a frozen block, in evaluation mode, from canonical weights.
-
-        Args:
-            config: sizes and flags.
-            weights: tensors named and shaped as ``config.weight_shapes()`` says, of any floating dtype.
-            impl: how the two attentions are computed.
-            max_positions: positions that can be embedded, when the config has rotary embedding.
-            dtype: of the block.
-        """
-        with torch.device("meta"):
-            block = cls(config, impl=impl, max_positions=1, dtype=dtype)
-        targets = block.state_dict()
-        block.load_state_dict({name: weights[name].to(targets[name].dtype) for name in targets}, assign=True)
-        if config.rope:
-            block.rotary = RotaryEmbedding(config.rope, config.head_dim, max_positions, device="cpu", dtype=dtype)
-        block.requires_grad_(False)
-        return block.eval().freeze()
-
-    def freeze(self) -> Self:
-        """Compute once what does not depend on the input, for inference."""
-        return self
-
-    def _lambda(self, hidden_states: Tensor) -> Tensor:
-        """Lambda: a scalar, or ``[B, h, S, 1]``."""
-        raise NotImplementedError
-
-    def _normalise(self, heads_BHSe: Tensor) -> Tensor:
-        """What happens to the heads before they are joined."""
-        return heads_BHSe
-
-    def _normalise_queries(self, q_BHSd: Tensor) -> Tensor:
-        return q_BHSd
-
-    def _normalise_keys(self, k_BHSd: Tensor) -> Tensor:
-        return k_BHSd
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: KeyValueCache | None = None,
-    ) -> Any:
-        """Attend over the sequence of each batch row.
-
-        Args:
-            hidden_states: ``[B, S, D]`` in the block's dtype.
-            attention_mask: ``[B, T]`` (integer or boolean, 1 is a token, 0 is padding), or a mask broadcastable to
-                ``[B, 1 or h or 2h, S, T]`` (boolean, ``True`` is seen, or additive). It comes on top of causality.
-            position_ids: integer ``[B, S]``, for the rotary embedding; by default ``P .. P + S - 1``.
-            past_key_values: keys and values of past tokens, from an earlier call; ``P`` may be 0.
-
-        Returns:
-            ``[B, S, D]``, same dtype; with ``past_key_values`` a pair of that and the `KeyValueCache` of ``T`` tokens.
-
-        Raises:
-            InputError: shapes that do not fit, a past without a mask, or positions beyond ``max_positions``.
-        """
-        past_length = 0
-        if past_key_values is not None:
-            if attention_mask is None:
-                raise InputError("past_key_values needs an attention_mask [B, P + S], which says what of it are tokens")
-            past_length = past_key_values[0].shape[2]
-        rotary = self.rotary
-
-        def rotate(x_BHSd: Tensor) -> Tensor:
-            return x_BHSd if rotary is None else rotary(x_BHSd, position_ids, offset=past_length)
-
-        output, cache = self._attend(hidden_states, attention_mask, rotate, past_key_values)
-        return output if past_key_values is None else (output, cache)
-
-    def _attend(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        rotate: Rotation,
-        past_key_values: KeyValueCache | None = None,
-        *,
-        causal: bool | None = None,
-    ) -> tuple[Tensor, KeyValueCache]:
-        config = self.config
-        q_BHSd = rotate(self._normalise_queries(_split_heads(self.q_proj(hidden_states), config.head_dim)))
-        k_BHTd = rotate(self._normalise_keys(_split_heads(self.k_proj(hidden_states), config.head_dim)))
-        v_BHTe = _split_heads(self.v_proj(hidden_states), config.value_dim)
-        if past_key_values is not None:
-            k_BHTd, v_BHTe = _append(past_key_values, k_BHTd, v_BHTe)
-        if attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = _key_padding(attention_mask, v_BHTe)
-        heads_BHSe = diff_attention(
-            q_BHSd,
-            k_BHTd,
-            v_BHTe,
-            self._lambda(hidden_states),
-            causal=config.causal if causal is None else causal,
-            attn_mask=attention_mask,
-            sliding_window=config.sliding_window,
-            gqa_layout=config.gqa_layout,
-            impl=self.impl,
-        )
-        joined = self._normalise(heads_BHSe).transpose(1, 2).flatten(2)
-        return self.out_proj(joined), (k_BHTd, v_BHTe)
-
-
-def _split_heads(x_BSD: Tensor, width: int) -> Tensor:
-    return x_BSD.reshape(*x_BSD.shape[:2], -1, width).transpose(1, 2)
-
-
-def _append(past: KeyValueCache, k_BHSd: Tensor, v_BHSe: Tensor) -> KeyValueCache:
-    for name, old, new in zip(("key", "value"), past, (k_BHSd, v_BHSe), strict=True):
-        if old.ndim != 4 or (*old.shape[:2], old.shape[3]) != (*new.shape[:2], new.shape[3]):
-            wanted = [*new.shape[:2], "P", new.shape[3]]
-            raise InputError(f"past {name} has shape {list(old.shape)}; accepted is {wanted}")
-    if past[0].shape[2] != past[1].shape[2]:
-        raise InputError(f"past key holds {past[0].shape[2]} tokens, and past value {past[1].shape[2]}")
-    return torch.cat((past[0], k_BHSd), dim=2), torch.cat((past[1], v_BHSe), dim=2)
-
-
-def _key_padding(attention_mask: Tensor, v_BHTe: Tensor) -> Tensor:
-    batch, _, key_length, _ = v_BHTe.shape
-    if attention_mask.is_floating_point() or attention_mask.shape != (batch, key_length):
-        raise InputError(
-            f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}; accepted is an integer or boolean "
-            f"mask [{batch}, {key_length}], 1 for tokens and 0 for padding"
-        )
-    return attention_mask.to(torch.bool)[:, None, None]
+__all__ = ["AttentionBlock", "DiffAttention", "DiffAttentionV2", "KeyValueCache", "Rotation", "block_class"]
 
 
 class DiffAttention(AttentionBlock):
@@ -261,17 +77,21 @@ class DiffAttention(AttentionBlock):
         self._frozen_lambda = self.lambda_value().detach()
         return self
 
-    def _lambda(self, hidden_states: Tensor) -> Tensor:
+    def lambda_(self, hidden_states: Tensor) -> Tensor:
+        """One scalar for all tokens and heads."""
         return self.lambda_value() if self._frozen_lambda is None else self._frozen_lambda
 
-    def _normalise_queries(self, q_BHSd: Tensor) -> Tensor:
+    def normalise_queries(self, q_BHSd: Tensor) -> Tensor:
+        """RMS norm over each query stream, in those models that have one."""
         return q_BHSd if self.q_norm is None else self.q_norm(q_BHSd)
 
-    def _normalise_keys(self, k_BHSd: Tensor) -> Tensor:
+    def normalise_keys(self, k_BHSd: Tensor) -> Tensor:
+        """RMS norm over each key stream, in those models that have one."""
         return k_BHSd if self.k_norm is None else self.k_norm(k_BHSd)
 
-    def _normalise(self, heads_BHSe: Tensor) -> Tensor:
-        normalised: Tensor = self.subln(heads_BHSe)
+    def normalise(self, heads: Tensor) -> Tensor:
+        """RMS norm over each head, times ``1 - lambda_init`` (section 2.1, equation 3)."""
+        normalised: Tensor = self.subln(heads)
         return normalised * self.config.output_scale
 
 
@@ -296,7 +116,8 @@ class DiffAttentionV2(AttentionBlock):
         super().__init__(config, impl=impl, max_positions=max_positions, device=device, dtype=dtype)
         self.lambda_proj = nn.Linear(config.embed_dim, config.num_heads, bias=False, device=device, dtype=dtype)
 
-    def _lambda(self, hidden_states: Tensor) -> Tensor:
+    def lambda_(self, hidden_states: Tensor) -> Tensor:
+        """A sigmoid for each token and head."""
         per_token_BSh: Tensor = self.lambda_proj(hidden_states)
         return per_token_BSh.sigmoid().transpose(1, 2)[..., None]
 

@@ -14,34 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffdeploy.config import GqaLayout
-from diffdeploy.errors import InputError, UnavailableError
-from diffdeploy.ops.heads import stream_heads
+from diffdeploy.errors import DiffDeployError, InputError, UnavailableError
+from diffdeploy.ops.impl import Impl
+from diffdeploy.ops.registry import register
+from diffdeploy.ops.request import Request
 
-__all__ = ["flash2", "num_calls", "pads", "require_flash2"]
+__all__ = ["flash2", "num_calls", "pads", "unsupported", "unsupported_mask"]
 
 _MAX_WIDTH = 256
 _WIDEST_FAST = 128
-
-
-def require_flash2(q_BHSd: Tensor, v_BHTe: Tensor) -> None:
-    """Check all that FlashAttention-2 demands.
-
-    Raises:
-        UnavailableError: tensors that are not on CUDA, or no ``flash-attn``.
-        InputError: a dtype or a width that it has no kernel for.
-    """
-    if q_BHSd.device.type != "cuda":
-        raise UnavailableError(f"flash2 runs on CUDA only, and the tensors are on {q_BHSd.device.type}")
-    if find_spec("flash_attn") is None:
-        raise UnavailableError("flash2 needs the package flash-attn, which is not installed")
-    if q_BHSd.dtype not in (torch.float16, torch.bfloat16):
-        raise InputError(f"flash2 runs in float16 and bfloat16, and the tensors are {q_BHSd.dtype}")
-    width = max(q_BHSd.shape[-1], v_BHTe.shape[-1] // 2)
-    if width > _MAX_WIDTH or q_BHSd.shape[-1] % 8:
-        raise InputError(
-            f"flash2 has kernels for head widths that are multiples of 8 up to {_MAX_WIDTH}, and this one is {width}"
-        )
 
 
 def pads(width: int, value_width: int) -> bool:
@@ -58,68 +39,85 @@ def num_calls(width: int, value_width: int) -> int:
     return 2 if width == value_width or pads(width, value_width) else 4
 
 
-def flash2(
-    q_BHSd: Tensor,
-    k_BHTd: Tensor,
-    v_BHTe: Tensor,
-    lam: Tensor,
-    *,
-    causal: bool,
-    key_padding: Tensor | None,
-    sliding_window: int | None,
-    gqa_layout: GqaLayout,
-    pad: bool | None = None,
-) -> Tensor:
-    """Differential attention from calls of ``flash_attn_func``, or ``flash_attn_varlen_func`` when there is padding.
+def unsupported(request: Request) -> DiffDeployError | None:
+    """What FlashAttention-2 demands and does not get: a device, a package, a dtype, a width or a mask."""
+    if request.device != "cuda":
+        return UnavailableError(f"flash2 runs on CUDA only, and the tensors are on {request.device}")
+    if find_spec("flash_attn") is None:
+        return UnavailableError("flash2 needs the package flash-attn, which is not installed")
+    if request.dtype not in (torch.float16, torch.bfloat16):
+        return InputError(f"flash2 runs in float16 and bfloat16, and the tensors are {request.dtype}")
+    width = max(request.width, request.value_width // 2)
+    if width > _MAX_WIDTH or request.width % 8:
+        return InputError(
+            f"flash2 has kernels for head widths that are multiples of 8 up to {_MAX_WIDTH}, and this one is {width}"
+        )
+    return unsupported_mask(request)
+
+
+def unsupported_mask(request: Request) -> InputError | None:
+    """Why a mask cannot be expressed: it must hide keys from all queries alike, as padding does, and `S` equal `T`."""
+    mask, length, key_length = request.attn_mask, request.length, request.key_length
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or ((1,) * (4 - mask.ndim) + tuple(mask.shape))[1:] != (1, 1, key_length):
+        return InputError(
+            f"flash2 takes masks that hide keys from all queries alike, boolean [B, 1, 1, {key_length}], and this one "
+            f"is {mask.dtype} {list(mask.shape)}"
+        )
+    if length != key_length:
+        return InputError(
+            f"flash2 takes padding only when queries and keys are the same tokens, and there are {length} queries and "
+            f"{key_length} keys"
+        )
+    return None
+
+
+# Twice the time of `stacked_wide` (docs/operator-speed.md, H200, bfloat16, 2048 positions).
+@register(Impl.FLASH2, num_attentions=2, supports=unsupported, cost=0.25)
+def flash2(request: Request, *, pad: bool | None = None) -> Tensor:
+    """Calls of ``flash_attn_func``, or ``flash_attn_varlen_func`` when there is padding, whose rows give 0.
 
     Args:
-        q_BHSd: see `diff_attention`, as `k_BHTd`, `v_BHTe`, `lam`, `causal`, `sliding_window` and `gqa_layout`.
-        k_BHTd: keys.
-        v_BHTe: values.
-        lam: scalar or ``[B, h, S, 1]``.
-        causal: bottom-right.
-        key_padding: boolean ``[B, T]``, ``True`` is a token; needs ``S == T``. The rows of padding tokens give 0.
-        sliding_window: keys that a query sees.
-        gqa_layout: see `DiffAttentionConfig`.
+        request: which `unsupported` has nothing against.
         pad: which way to equal widths; by default `pads` decides.
-
-    Raises:
-        InputError: padding with ``S != T``.
     """
-    width, value_width, num_heads = q_BHSd.shape[-1], v_BHTe.shape[-1], q_BHSd.shape[1] // 2
+    width, value_width = request.width, request.value_width
     if pad is None:
         pad = pads(width, value_width)
-    if pad:
-        q_BHSd, k_BHTd = (F.pad(side, (0, value_width - width)) for side in (q_BHSd, k_BHTd))
     settings = {
-        "softmax_scale": width**-0.5,
-        "causal": causal,
-        "window_size": (-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+        "softmax_scale": request.scale,
+        "causal": request.causal,
+        "window_size": (-1, -1) if request.sliding_window is None else (request.sliding_window - 1, 0),
     }
-    attend = _Attention(key_padding, q_BHSd.shape[2], k_BHTd.shape[2], settings)
+    attend = _Attention(_key_padding(request), settings)
+    padding = (0, value_width - width if pad else 0)
     outputs = []
     for stream in (0, 1):
-        k_stream, v_stream = stream_heads(k_BHTd, v_BHTe, stream, num_heads, gqa_layout)
+        k_stream, v_stream = request.stream_heads(stream)
+        q_stream, k_stream = F.pad(request.q[:, stream::2], padding), F.pad(k_stream, padding)
         values = [v_stream] if pad or width == value_width else v_stream.chunk(2, dim=-1)
-        outputs.append(torch.cat([attend(q_BHSd[:, stream::2], k_stream, part) for part in values], dim=-1))
-    return outputs[0] - lam * outputs[1]
+        outputs.append(torch.cat([attend(q_stream, k_stream, part) for part in values], dim=-1))
+    return outputs[0] - request.lam * outputs[1]
+
+
+def _key_padding(request: Request) -> Tensor | None:
+    """The mask as ``[B, T]``, ``True`` for tokens."""
+    if request.attn_mask is None:
+        return None
+    return request.attn_mask.reshape(-1, request.key_length).expand(request.q.shape[0], request.key_length)
 
 
 class _Attention:
     """One call of the package, in this project's layout; without the padding tokens, where there are some."""
 
-    def __init__(self, key_padding: Tensor | None, length: int, key_length: int, settings: dict[str, Any]) -> None:
+    def __init__(self, key_padding: Tensor | None, settings: dict[str, Any]) -> None:
         import flash_attn
 
         self._package: Any = flash_attn
         self._settings = settings
         self._tokens: Tensor | None = None
         if key_padding is not None:
-            if length != key_length:
-                raise InputError(
-                    f"flash2 takes padding only when queries and keys are the same tokens, and there are {length} "
-                    f"queries and {key_length} keys"
-                )
             self._tokens = key_padding.flatten().nonzero().flatten()
             counts = key_padding.sum(dim=1, dtype=torch.int32)
             self._ends = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))

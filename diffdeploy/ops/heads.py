@@ -1,4 +1,4 @@
-"""Which key and value heads a stream reads.
+"""Which key and value heads a stream reads, and keys side by side or apart.
 
 Shape suffixes: B batch, H heads, T key length, d stream width, e value width.
 """
@@ -8,35 +8,46 @@ from torch import Tensor
 
 from diffdeploy.config import GqaLayout
 
-__all__ = ["shares_keys", "stream_heads"]
+__all__ = ["pair_streams", "separate_streams", "stream_heads"]
 
 
-def shares_keys(k_BHTd: Tensor, v_BHTe: Tensor) -> bool:
-    """Whether both streams read the same keys, as in the second version of differential attention."""
-    return k_BHTd.shape[1] == v_BHTe.shape[1]
+def pair_streams(k_BHTd: Tensor) -> Tensor:
+    """Keys ``[B, 2 h_kv, T, d]``, stream ``s`` of head ``j`` at ``2j + s``, as ``[k1 | k2]``: ``[B, h_kv, T, 2d]``."""
+    return torch.unflatten(k_BHTd, 1, (-1, 2)).transpose(2, 3).flatten(3)
+
+
+def separate_streams(k_BHTd: Tensor) -> Tensor:
+    """Inverse of `pair_streams`; copies."""
+    return torch.unflatten(k_BHTd, 3, (2, -1)).transpose(2, 3).flatten(1, 2)
 
 
 def stream_heads(
-    k_BHTd: Tensor, v_BHTe: Tensor, stream: int, num_heads: int, gqa_layout: GqaLayout
+    k_BHTd: Tensor, v_BHTe: Tensor, stream: int, *, width: int, num_heads: int, gqa_layout: GqaLayout
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of one stream: ``n`` of each, where query head ``i`` reads number ``i // (h / n)``.
 
-    With ``g = h / h_kv``, canonical streams take every second key head, and nothing is copied. In the legacy layout
-    query half head ``e = 2i + s`` reads key half head ``e // g``: for even ``g`` that is ``i // (g / 2)``, so each
-    stream reads all ``2 h_kv`` key heads as they lie; for odd ``g`` the keys are gathered.
+    With ``g = h / h_kv``, canonical streams take every second key head, or half of each pair, and nothing is copied. In
+    the legacy layout query half head ``e = 2i + s`` reads key half head ``e // g``: for even ``g`` that is
+    ``i // (g / 2)``, so each stream reads all ``2 h_kv`` key heads as they lie; for odd ``g`` the keys are gathered.
 
     Args:
-        k_BHTd: ``2 h_kv`` key heads, stream ``s`` of head ``j`` at ``2j + s``; or ``h_kv`` shared ones.
+        k_BHTd: ``2 h_kv`` key heads, stream ``s`` of head ``j`` at ``2j + s``; or ``h_kv`` pairs of twice the width; or
+            ``h_kv`` shared ones.
         v_BHTe: ``h_kv`` value heads.
         stream: 0 or 1.
+        width: ``d``, which tells pairs from shared keys.
         num_heads: ``h``.
         gqa_layout: see `DiffAttentionConfig`.
     """
-    if shares_keys(k_BHTd, v_BHTe):
+    num_kv_heads = v_BHTe.shape[1]
+    paired = k_BHTd.shape[3] == 2 * width
+    if k_BHTd.shape[1] == num_kv_heads and not paired:
         return k_BHTd, v_BHTe
-    group_size = num_heads // v_BHTe.shape[1]
+    group_size = num_heads // num_kv_heads
     if gqa_layout == "canonical" or group_size == 1:
-        return k_BHTd[:, stream::2], v_BHTe
+        return k_BHTd[..., stream * width : (stream + 1) * width] if paired else k_BHTd[:, stream::2], v_BHTe
+    if paired:
+        k_BHTd = separate_streams(k_BHTd)
     if group_size % 2 == 0:
         return k_BHTd, v_BHTe.repeat_interleave(2, dim=1)
     read = torch.arange(stream, 2 * num_heads, 2, device=k_BHTd.device) // group_size

@@ -17,3 +17,5 @@ class Impl(StrEnum):
     STACKED_SPLIT = "stacked_split"
     STACKED_WIDE = "stacked_wide"
     FLASH2 = "flash2"
+    PAIRED = "paired"
+    ROWS = "rows"

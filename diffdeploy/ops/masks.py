@@ -61,6 +61,28 @@ class Visibility:
         dead = self.dead
         return Visibility(change(self.mask), self.is_causal, None if dead is None else change(dead))
 
+    def of_rows(self, q_BHSd: Tensor, num_kv_heads: int) -> "Visibility":
+        """Where the heads of ``q`` that read one of ``num_kv_heads`` heads are its rows: ``[B, H, S rows, T]``.
+
+        Rows of one query are neighbours. ``H`` is 1, or ``num_kv_heads`` when the mask tells heads apart. Rows that are
+        more than the queries need the square causal mask as a tensor.
+        """
+        num_rows, seen = q_BHSd.shape[1] // num_kv_heads, self
+        if num_rows == 1:
+            return self
+        if self.is_causal:
+            newest = torch.arange(q_BHSd.shape[2], device=q_BHSd.device)
+            seen = Visibility(newest <= newest[:, None])
+
+        def as_rows(side: Tensor) -> Tensor:
+            if side.ndim == 4 and side.shape[1] > 1:
+                grouped = torch.unflatten(side, 1, (num_kv_heads, num_rows)).transpose(2, 3)
+                return grouped.clone(memory_format=torch.contiguous_format).flatten(2, 3)
+            return side.reshape(*(1,) * (4 - side.ndim), *side.shape).repeat_interleave(num_rows, dim=2)
+
+        mask, dead = (None if side is None else as_rows(side) for side in (seen.mask, seen.dead))
+        return Visibility(mask, dead=dead)
+
     def keys_of(self, queries: slice, key_length: int) -> slice:
         """The keys that any of these queries may see by its position."""
         if self.offset is None:

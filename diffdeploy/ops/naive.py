@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffdeploy.config import GqaLayout
-from diffdeploy.ops.heads import stream_heads
+from diffdeploy.ops.impl import Impl
 from diffdeploy.ops.masks import Visibility
+from diffdeploy.ops.registry import register
+from diffdeploy.ops.request import Request
 
 __all__ = ["chunked", "naive"]
 
@@ -19,24 +20,36 @@ __all__ = ["chunked", "naive"]
 _ROWS = 128
 _SCORES = 2**22
 
+# Queries, below which `auto` takes another implementation.
+_SHORTEST = 32
 
-def naive(
-    q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, gqa_layout: GqaLayout
-) -> Tensor:
+
+@register(Impl.NAIVE, num_attentions=2, cost=1.0)
+def naive(request: Request) -> Tensor:
     """``(P1 - lam P2) v`` with materialised probabilities; softmax in at least fp32, all else in the dtype of ``q``.
 
     Source: arXiv 2410.05258, equation 1. See `diff_attention` for shapes.
     """
-    keys, v_BHTe = _whole_heads(q_BHSd, k_BHTd, v_BHTe, gqa_layout)
+    keys, v_BHTe = _whole_heads(request)
+    seen = request.visibility()
     signal, noise = (
-        _probabilities(q_BHSd[:, stream::2], keys[stream], seen.of_stream(stream, v_BHTe.shape[1])) for stream in (0, 1)
+        _probabilities(request.q[:, stream::2], keys[stream], seen.of_stream(stream, request.num_heads))
+        for stream in (0, 1)
     )
-    return (signal - lam * noise) @ v_BHTe
+    return (signal - request.lam * noise) @ v_BHTe
 
 
-def chunked(
-    q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, gqa_layout: GqaLayout
-) -> Tensor:
+def _chunked_cost(request: Request) -> float:
+    # docs/operator-speed.md: 0.5 to 0.66 at 512 positions and more; few queries make a chunk for each of few heads. In
+    # float16 the products of CPUs are slow, and training would keep all probabilities.
+    slow = request.traced or request.dtype == torch.float16 or request.q.requires_grad
+    if request.device != "cpu" or slow or request.length < _SHORTEST:
+        return 1.1
+    return 0.55
+
+
+@register(Impl.CHUNKED, num_attentions=2, cost=_chunked_cost)
+def chunked(request: Request) -> Tensor:
     """`naive` for a few queries and heads at a time, without the keys that none of these queries can see.
 
     Scores stay in the cache, memory grows with the length and not with its square, and both streams share one product
@@ -44,11 +57,12 @@ def chunked(
     for equal widths. Chunks of queries as in arXiv 2112.05682, but all keys at once. A graph that is traced gets
     `naive`, since the number of chunks is not known there. See `diff_attention` for shapes.
     """
-    if torch.compiler.is_compiling():
-        return naive(q_BHSd, k_BHTd, v_BHTe, lam, seen, gqa_layout)
-    batch, half_heads, length, _ = q_BHSd.shape
-    num_heads, key_length = half_heads // 2, k_BHTd.shape[2]
-    (first, second), v_BHTe = _whole_heads(q_BHSd, k_BHTd, v_BHTe, gqa_layout)
+    if request.traced:
+        return naive(request)
+    q_BHSd, lam, seen = request.q, request.lam, request.visibility()
+    batch, num_heads = q_BHSd.shape[0], request.num_heads
+    length, key_length = request.length, request.key_length
+    (first, second), v_BHTe = _whole_heads(request)
     seen_1, seen_2 = (seen.of_stream(stream, num_heads) for stream in (0, 1))
     at_once = max(1, _SCORES // max(1, 2 * batch * min(_ROWS, length) * key_length))
     groups = []
@@ -75,13 +89,11 @@ def _parts(size: int, at_once: int) -> Iterator[slice]:
     return (slice(start, min(start + at_once, size)) for start in range(0, size, at_once))
 
 
-def _whole_heads(
-    q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, gqa_layout: GqaLayout
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _whole_heads(request: Request) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Keys of both streams and values, one of each for every query head."""
-    num_heads = q_BHSd.shape[1] // 2
-    signal, noise = (stream_heads(k_BHTd, v_BHTe, stream, num_heads, gqa_layout)[0] for stream in (0, 1))
-    return (_repeated(signal, num_heads), _repeated(noise, num_heads)), _repeated(v_BHTe, num_heads)
+    num_heads = request.num_heads
+    signal, noise = (_repeated(request.stream_heads(stream)[0], num_heads) for stream in (0, 1))
+    return (signal, noise), _repeated(request.v, num_heads)
 
 
 def _repeated(side: Tensor, num_heads: int) -> Tensor:

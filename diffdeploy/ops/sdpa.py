@@ -8,15 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffdeploy.config import GqaLayout
-from diffdeploy.ops.heads import shares_keys, stream_heads
+from diffdeploy.errors import InputError
+from diffdeploy.ops.heads import separate_streams
+from diffdeploy.ops.impl import Impl
 from diffdeploy.ops.masks import Visibility
+from diffdeploy.ops.registry import register
+from diffdeploy.ops.request import Keys, Phase, Request
+from diffdeploy.ops.rows import attend_rows, padded_queries
 from diffdeploy.ops.target import runs_on_cuda
 
-__all__ = ["four_call", "padded", "stacked_split", "stacked_wide", "two_call"]
+__all__ = ["attend", "four_call", "padded", "stacked_split", "stacked_wide", "two_call"]
+
+# Of one stream, in elements: as long as they stay in the processor's caches.
+_CACHED_SCORES_FP16 = 2**21
 
 
-def _attend(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility, scale: float) -> Tensor:
+def attend(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility, scale: float) -> Tensor:
     """One softmax attention."""
     grouped = q_BHSd.shape[1] != k_BHTd.shape[1]
     if grouped and q_BHSd.dtype == torch.float32 and runs_on_cuda(q_BHSd):
@@ -36,103 +43,149 @@ def _attend(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility, sc
     return seen.clear_dead(output)
 
 
-def _two_streams(
-    q_BHSd: Tensor,
-    k_BHTd: Tensor,
-    v_BHTe: Tensor,
-    lam: Tensor,
-    seen: Visibility,
-    gqa_layout: GqaLayout,
-    scale: float,
-) -> Tensor:
-    num_heads = q_BHSd.shape[1] // 2
+def _two_streams(request: Request, v_BHTe: Tensor, pad: int = 0) -> Tensor:
+    """One attention of each stream; queries and keys are zero-padded by ``pad`` channels."""
+    seen, num_heads = request.visibility(), request.num_heads
     signal, noise = (
-        _attend(
-            q_BHSd[:, stream::2],
-            *stream_heads(k_BHTd, v_BHTe, stream, num_heads, gqa_layout),
+        attend(
+            _padded(request.q[:, stream::2], pad),
+            _padded(keys, pad),
+            values,
             seen.of_stream(stream, num_heads),
-            scale,
+            request.scale,
+        )
+        for stream in (0, 1)
+        for keys, values in (request.stream_heads(stream, v_BHTe),)
+    )
+    return signal - request.lam * noise
+
+
+def _padded(side: Tensor, pad: int) -> Tensor:
+    return F.pad(side, (0, pad)) if pad else side
+
+
+def _halves_values(request: Request) -> InputError | None:
+    """Why values cannot be halved."""
+    if request.value_width % 2 == 0:
+        return None
+    return InputError(f"this implementation halves the values, and their width {request.value_width} is odd")
+
+
+# docs/operator-speed.md, at 2048 positions: on CUDA bfloat16, h 8, d 64; on the CPU float32.
+@register(Impl.TWO_CALL, num_attentions=2, cost=lambda request: 0.11 if request.device == "cuda" else 1.4)
+def two_call(request: Request) -> Tensor:
+    """Two calls with value width ``2d``: ``sdpa(q1, k1, v) - lam sdpa(q2, k2, v)``. See `diff_attention` for shapes."""
+    return _two_streams(request, request.v)
+
+
+def _padded_cost(request: Request) -> float:
+    if request.device == "cuda":
+        return 0.15
+    # Padding copies the keys of a cache, or reads a paired one twice, which is all the time of one token.
+    return 1.8 if request.phase == Phase.DECODE else 0.7
+
+
+@register(Impl.PADDED, num_attentions=2, cost=_padded_cost)
+def padded(request: Request) -> Tensor:
+    """`two_call` with q and k zero-padded to the width of v, for kernels that want equal widths.
+
+    Exact: the zeros add nothing to ``q k^T``, and the scale stays ``d ** -0.5``. Paired keys are not copied: both
+    streams read all of them, ``[q1 | 0]`` and ``[0 | q2]``; see `diffdeploy.ops.rows` for keys that are not finite. See
+    `diff_attention` for shapes.
+    """
+    if request.keys != Keys.PAIRED:
+        return _two_streams(request, request.v, request.value_width - request.width)
+    q_BHSe, seen = padded_queries(request), request.visibility()
+    # Kernels of the CPU, torch's and onnxruntime's, expand grouped keys; those of CUDA take groups in half precision.
+    grouped = runs_on_cuda(q_BHSe) and request.dtype != torch.float32
+    one_stream = attend if grouped else attend_rows
+    signal, noise = (
+        one_stream(
+            q_BHSe[:, stream::2],
+            request.k,
+            request.v,
+            seen.of_stream(stream, request.num_heads),
+            request.scale,
         )
         for stream in (0, 1)
     )
-    return signal - lam * noise
+    return signal - request.lam * noise
 
 
-def two_call(
-    q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, gqa_layout: GqaLayout
-) -> Tensor:
-    """Two calls with value width ``2d``: ``sdpa(q1, k1, v) - lam sdpa(q2, k2, v)``. See `diff_attention` for shapes."""
-    return _two_streams(q_BHSd, k_BHTd, v_BHTe, lam, seen, gqa_layout, q_BHSd.shape[-1] ** -0.5)
-
-
-def padded(
-    q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, gqa_layout: GqaLayout
-) -> Tensor:
-    """`two_call` with q and k zero-padded to the width of v, for kernels that want equal widths.
-
-    Exact: the zeros add nothing to ``q k^T``, and the scale stays ``d ** -0.5``. See `diff_attention` for shapes.
-    """
-    width = q_BHSd.shape[-1]
-    padding = (0, v_BHTe.shape[-1] - width)
-    q_BHSe, k_BHTe = F.pad(q_BHSd, padding), F.pad(k_BHTd, padding)
-    return _two_streams(q_BHSe, k_BHTe, v_BHTe, lam, seen, gqa_layout, width**-0.5)
-
-
-def four_call(
-    q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, gqa_layout: GqaLayout
-) -> Tensor:
+@register(
+    Impl.FOUR_CALL,
+    num_attentions=4,
+    supports=_halves_values,
+    cost=lambda request: 0.2 if request.device == "cuda" else 0.9,
+)
+def four_call(request: Request) -> Tensor:
     """`two_call` for each half of the values, so that all widths are ``d``. See `diff_attention` for shapes."""
-    scale = q_BHSd.shape[-1] ** -0.5
-    halves = v_BHTe.chunk(2, dim=-1)
-    return torch.cat([_two_streams(q_BHSd, k_BHTd, v, lam, seen, gqa_layout, scale) for v in halves], dim=-1)
+    return torch.cat([_two_streams(request, half) for half in request.v.chunk(2, dim=-1)], dim=-1)
 
 
-def stacked_split(
-    q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, gqa_layout: GqaLayout
-) -> Tensor:
+@register(
+    Impl.STACKED_SPLIT,
+    num_attentions=1,
+    supports=_halves_values,
+    cost=lambda request: 0.17 if request.device == "cuda" else 0.9,
+)
+def stacked_split(request: Request) -> Tensor:
     """`four_call` as one call of ``4h`` heads: streams 1, 1, 2, 2 with value halves 1, 2, 1, 2.
 
     See `diff_attention` for shapes.
     """
-    num_heads = q_BHSd.shape[1] // 2
+    seen = request.visibility()
     queries, keys, values, masks = [], [], [], []
     for stream in (0, 1):
-        k_stream, v_stream = stream_heads(k_BHTd, v_BHTe, stream, num_heads, gqa_layout)
+        k_stream, v_stream = request.stream_heads(stream)
         for half in v_stream.chunk(2, dim=-1):
-            queries.append(q_BHSd[:, stream::2])
+            queries.append(request.q[:, stream::2])
             keys.append(k_stream)
             values.append(half)
-            masks.append(seen.of_stream(stream, num_heads))
-    output = _attend(
+            masks.append(seen.of_stream(stream, request.num_heads))
+    output = attend(
         torch.cat(queries, dim=1),
         torch.cat(keys, dim=1),
         torch.cat(values, dim=1),
         Visibility.stack(masks),
-        q_BHSd.shape[-1] ** -0.5,
+        request.scale,
     )
     signal_1, signal_2, noise_1, noise_2 = output.chunk(4, dim=1)
+    lam = request.lam
     return torch.cat((signal_1 - lam * noise_1, signal_2 - lam * noise_2), dim=-1)
 
 
-def stacked_wide(
-    q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, gqa_layout: GqaLayout
-) -> Tensor:
-    """`two_call` as one call of ``2h`` heads. Keys are not copied; values are, once per stream, unless keys are shared.
+def _stacked_wide_cost(request: Request) -> float:
+    if request.device == "cuda":
+        return 0.09
+    if request.dtype != torch.float16 or request.traced:
+        return 1.4
+    # In float16 on the CPU matrix products are slow; one call is faster as long as its scores stay in the caches.
+    scores = request.q.shape[0] * request.num_heads * request.length * request.key_length
+    return 0.6 if scores < _CACHED_SCORES_FP16 else 1.4
 
-    Query heads are ordered so that those which read one key head are neighbours: key head, stream, member of the group
-    in the canonical layout; natural order in the legacy one and where keys are shared. See `diff_attention` for shapes.
+
+@register(Impl.STACKED_WIDE, num_attentions=1, cost=_stacked_wide_cost)
+def stacked_wide(request: Request) -> Tensor:
+    """`two_call` as one call of ``2h`` heads. Values are copied, once per stream, unless keys are shared.
+
+    Keys are not copied, but taken apart where they are paired. Query heads are ordered so that those which read one key
+    head are neighbours: key head, stream, member of the group in the canonical layout; natural order in the legacy one
+    and where keys are shared. See `diff_attention` for shapes.
     """
-    num_heads, num_kv_heads = q_BHSd.shape[1] // 2, v_BHTe.shape[1]
-    scale = q_BHSd.shape[-1] ** -0.5
-    seen = seen.of_half_heads(num_heads)
-    if not shares_keys(k_BHTd, v_BHTe):
+    q_BHSd, k_BHTd, v_BHTe, lam = request.q, request.k, request.v, request.lam
+    num_heads, num_kv_heads = request.num_heads, request.num_kv_heads
+    seen = request.visibility().of_half_heads(num_heads)
+    if request.keys == Keys.PAIRED:
+        k_BHTd = separate_streams(k_BHTd)
+    if request.keys != Keys.SHARED:
         v_BHTe = v_BHTe.repeat_interleave(2, dim=1)
-        if gqa_layout == "canonical" and num_heads != num_kv_heads:
+        if request.gqa_layout == "canonical" and num_heads != num_kv_heads:
             natural = torch.arange(2 * num_heads, device=q_BHSd.device)
             order = natural.reshape(num_kv_heads, -1, 2).transpose(1, 2).flatten()
-            output = _attend(q_BHSd.index_select(1, order), k_BHTd, v_BHTe, seen.reorder(order), scale)
+            output = attend(q_BHSd.index_select(1, order), k_BHTd, v_BHTe, seen.reorder(order), request.scale)
             batch, _, length, value_width = output.shape
             signal, noise = output.reshape(batch, num_kv_heads, 2, -1, length, value_width).unbind(2)
             return signal.flatten(1, 2) - lam * noise.flatten(1, 2)
-    output = _attend(q_BHSd, k_BHTd, v_BHTe, seen, scale)
+    output = attend(q_BHSd, k_BHTd, v_BHTe, seen, request.scale)
     return output[:, 0::2] - lam * output[:, 1::2]

@@ -27,7 +27,7 @@ class FaultTarget:
         path: its directory.
         manifest: of the bundle.
         constants: what the artifact holds of the canonical weights, ``lambda``, ``rope.cos``, ``rope.sin``,
-            ``norm_eps``, ``output_scale`` and ``softmax_scale``; see `diffdeploy.selftest.edits`.
+            ``norm_eps``, ``output_scale`` and ``softmax_scale``; see `diffdeploy.selftest.constant_fault`.
         weights: canonical weights.
     """
 

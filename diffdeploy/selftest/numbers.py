@@ -12,7 +12,7 @@ from diffdeploy.config import LAMBDA_VECTORS, RopeConfig, lambda_init_at
 from diffdeploy.exact import lambda_value, rope_tables
 from diffdeploy.graphs import Stage
 from diffdeploy.selftest.conditions import float32, has_rope, several_pairs, version_1
-from diffdeploy.selftest.edits import constant_fault, scalar
+from diffdeploy.selftest.constant_fault import constant_fault, scalar
 from diffdeploy.selftest.fault import Fault, FaultTarget
 
 __all__ = ["NUMBER_FAULTS"]

@@ -9,7 +9,7 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.graphs import Stage
 from diffdeploy.selftest.conditions import float32, several_heads
-from diffdeploy.selftest.edits import constant_fault, next_bit, rows
+from diffdeploy.selftest.constant_fault import constant_fault, next_bit, rows
 from diffdeploy.selftest.fault import Fault, FaultTarget
 
 __all__ = ["PRECISION_FAULTS"]

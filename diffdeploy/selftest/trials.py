@@ -17,8 +17,8 @@ from diffdeploy.formats import ExportOptions, RunOptions
 from diffdeploy.formats.expected import held_constants
 from diffdeploy.selftest.fault import Fault, FaultTarget
 from diffdeploy.selftest.local_artifact import LocalArtifact
+from diffdeploy.selftest.registry import faults_of
 from diffdeploy.selftest.results import FaultResult, SelfTest, Skipped
-from diffdeploy.selftest.table import faults_of
 from diffdeploy.verify.cases import AnyCase
 from diffdeploy.verify.metrics import Yardstick
 from diffdeploy.verify.run import verify_bundle

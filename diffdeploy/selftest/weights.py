@@ -17,7 +17,7 @@ from diffdeploy.selftest.conditions import (
     several_pairs,
     version_1,
 )
-from diffdeploy.selftest.edits import (
+from diffdeploy.selftest.constant_fault import (
     columns,
     constant_fault,
     flipped,

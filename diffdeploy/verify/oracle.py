@@ -141,7 +141,7 @@ def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Ar
         positions = inputs.get("position_ids", np.arange(past_length, past_length + length))
         q, k = _rotate(q, config.rope, positions), _rotate(k, config.rope, positions)
     if "past_key_values.key" in inputs:
-        k = np.concatenate((inputs["past_key_values.key"].astype(np.float64), k), axis=1)
+        k = np.concatenate((_streams(config, inputs["past_key_values.key"].astype(np.float64)), k), axis=1)
         v = np.concatenate((inputs["past_key_values.value"].astype(np.float64), v), axis=1)
     tokens = inputs.get("attention_mask", np.ones(past_length + length))
     joined = np.empty((len(stores), length, config.num_heads * config.value_dim))
@@ -159,7 +159,18 @@ def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Ar
             for number, store in enumerate(stores):
                 joined[number, rows, columns] = _head(config, w, i, store(signal), store(noise), x_SD[rows], store)
     outputs = [heads @ w["out_proj.weight"].T + w.get("out_proj.bias", 0.0) for heads in joined]
-    return _Row(outputs, k, v)
+    return _Row(outputs, _pairs(config, k), v)
+
+
+def _streams(config: AnyConfig, pairs_HTw: Array) -> Array:
+    """Key heads ``[num_key_streams, T, d]`` of a cache ``[h_kv, T, key_cache_dim]``, which has them side by side."""
+    return np.concatenate([np.split(pair, pair.shape[1] // config.head_dim, axis=1) for pair in pairs_HTw])
+
+
+def _pairs(config: AnyConfig, k_HTd: Array) -> Array:
+    """Inverse of `_streams`."""
+    side_by_side = [np.concatenate([*streams], axis=1) for streams in np.split(k_HTd, config.num_kv_heads)]
+    return np.stack(side_by_side)
 
 
 def _head(

@@ -8,7 +8,7 @@ import numpy as np
 
 from diffdeploy.budgets import BUDGETS
 from diffdeploy.bundle import Bundle, Environment, open_bundle, read_weights
-from diffdeploy.errors import DiffDeployError, ExportError
+from diffdeploy.errors import DiffDeployError, ExportError, InputError
 from diffdeploy.formats import Check, RunOptions, distributions
 from diffdeploy.locate import Finding, locate
 from diffdeploy.runtime import require_runnable
@@ -60,13 +60,15 @@ def verify_bundle(
         first_failure_only: stop at the first case that fails.
 
     Raises:
-        InputError: no bundle there, or inputs that its graph does not accept.
+        InputError: no bundle there, one whose cache keeps the key streams apart, or inputs that its graph does not
+            accept.
         IntegrityError: the bundle is not what was exported.
         UnavailableError: this machine cannot run the format.
     """
     run_options = run_options or RunOptions()
     bundle = open_bundle(path)
     manifest, spec = bundle.manifest, bundle.manifest.graph
+    _require_paired_cache(bundle)
     require_runnable(manifest, run_options)
     seed = manifest.options.seed if seed is None else seed
     chosen, selection = _choose(bundle, seed, cases, load_inputs)
@@ -109,6 +111,22 @@ def verify_bundle(
         cases=reports,
         guilty=guilty,
     )
+
+
+def _require_paired_cache(bundle: Bundle) -> None:
+    """Refuse a graph that keeps the key streams apart, as bundles of earlier versions do.
+
+    It runs, but the formula that it would be held against takes and gives them side by side.
+    """
+    config, inputs = bundle.manifest.config, bundle.manifest.graph.inputs
+    if "past_key_values.key" not in inputs:
+        return
+    given, wanted = inputs["past_key_values.key"].shape[1::2], (config.num_kv_heads, config.key_cache_dim)
+    if given != wanted:
+        raise InputError(
+            f"{bundle.path} was made by an earlier version with a cache of separate key streams, "
+            f"{given[0]} heads of width {given[1]}, and verification knows {wanted[0]} of {wanted[1]}; export it again"
+        )
 
 
 @contextmanager

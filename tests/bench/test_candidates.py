@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffdeploy.bench import SOFTMAX, Size
-from diffdeploy.bench.choices import choose_baseline, choose_names, eager_candidates
+from diffdeploy.bench.candidate_choice import choose_baseline, choose_names, eager_candidates
 from diffdeploy.bench.estimate import candidate_bytes, require_memory
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.config import DiffAttentionV2Config

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffdeploy.bench import SOFTMAX, Size
-from diffdeploy.bench.candidates import formula_of, inputs_of, open_candidate
+from diffdeploy.bench.candidate_run import formula_of, inputs_of, open_candidate
 from diffdeploy.bench.operations import attention_flop, block_flop, num_pairs, projection_flop
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.config import DiffAttentionConfig

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffdeploy.bench import SOFTMAX, Size
-from diffdeploy.bench.candidates import formula_of, inputs_of, open_candidate
+from diffdeploy.bench.candidate_run import formula_of, inputs_of, open_candidate
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.graphs import Variant
 from diffdeploy.verify.oracle import oracle

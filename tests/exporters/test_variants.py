@@ -66,7 +66,7 @@ def test_generating_token_by_token_with_a_padded_prompt(sample: Checkpoint, cach
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     block = block_class(sample.config).from_weights(sample.config, sample.weights, max_positions=64)
     expected = block(x, mask, positions)
-    past = {"past_key_values.key": torch.empty(2, 4, 0, 16), "past_key_values.value": torch.empty(2, 2, 0, 32)}
+    past = {"past_key_values.key": torch.empty(2, 2, 0, 32), "past_key_values.value": torch.empty(2, 2, 0, 32)}
     outputs = []
     for start, stop in [(0, 8), (8, 9), (9, 10), (10, 12)]:
         result = runtime(
@@ -89,7 +89,7 @@ def test_generating_token_by_token_with_a_padded_prompt(sample: Checkpoint, cach
         ),
         ({"attention_mask": np.full((1, 5), 2)}, "attention_mask holds numbers from 2 to 2; accepted are 0 to 1"),
         ({"position_ids": np.array([[0, 1, 70]])}, "position_ids holds numbers from 0 to 70; accepted are 0 to 69"),
-        ({"past_key_values.key": np.zeros((1, 3, 2, 16), np.float32)}, "past_key_values.key has shape"),
+        ({"past_key_values.key": np.zeros((1, 3, 2, 32), np.float32)}, "past_key_values.key has shape"),
         ({"hidden_states": np.zeros((2, 3, 128), np.float32)}, "batch_size is 1 in attention_mask, but 2 in another"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
@@ -99,11 +99,11 @@ def test_wrong_inputs_are_refused(changes: dict[str, Any], message: str, cached_
         "hidden_states": np.zeros((1, 3, 128), np.float32),
         "attention_mask": np.ones((1, 5), np.int64),
         "position_ids": np.array([[2, 3, 4]]),
-        "past_key_values.key": np.zeros((1, 4, 2, 16), np.float32),
+        "past_key_values.key": np.zeros((1, 2, 2, 32), np.float32),
         "past_key_values.value": np.zeros((1, 2, 2, 32), np.float32),
     }
     runtime = load(cached_bundle)
-    assert runtime(**good)["present.key"].shape == (1, 4, 5, 16)
+    assert runtime(**good)["present.key"].shape == (1, 2, 5, 32)
     with pytest.raises(InputError, match=message):
         runtime(**{**good, **changes})
 

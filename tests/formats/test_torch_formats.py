@@ -17,7 +17,7 @@ from diffdeploy.errors import InputError, UnavailableError
 from diffdeploy.exporters import ExportOptions, export, export_bundle
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.modules import DiffAttention, block_class
-from diffdeploy.selftest.edits import next_bit
+from diffdeploy.selftest.constant_fault import next_bit
 from diffdeploy.verify import RejectedError, artifact_checks, verify_bundle
 from tests.support.blocks import make_config, random_weights
 from tests.support.bundles import FormatBundle

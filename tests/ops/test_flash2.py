@@ -1,5 +1,6 @@
 """How FlashAttention-2 is called, with a stand-in of its semantics; and, marked ``gpu``, the real package."""
 
+import re
 import sys
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 from diffdeploy.config import GqaLayout
 from diffdeploy.errors import InputError
 from diffdeploy.ops import diff_attention
-from diffdeploy.ops.flash2 import flash2
+from diffdeploy.ops.flash2 import flash2, unsupported_mask
+from diffdeploy.ops.request import Request
 from tests import oracles
 from tests.support import flash_attn_stand_in
-from tests.support.operator_inputs import HEADS, bias_of, masks, random_inputs
+from tests.support.operator_inputs import HEADS, PAIR, bias_of, masks, random_inputs, side_by_side
 from tests.support.pairwise import pairwise
 
 LAMBDA = torch.tensor(0.4, dtype=torch.float64)
@@ -30,11 +32,17 @@ def _stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     layout=["canonical", "legacy"],
     head_counts=HEADS,
     sizes=[(5, 5, None), (3, 7, None), (1, 4, None), (6, 6, 2)],
+    pair=PAIR,
 )
-def test_calls(pad: bool, layout: GqaLayout, head_counts: tuple[int, int], sizes: tuple[int, int, int | None]) -> None:
+def test_calls(
+    pad: bool, layout: GqaLayout, head_counts: tuple[int, int], sizes: tuple[int, int, int | None], pair: bool
+) -> None:
     (heads, kv_heads), (queries, keys, window) = head_counts, sizes
     q, k, v = random_inputs(heads, kv_heads, queries, keys)
-    actual = flash2(q, k, v, LAMBDA, causal=True, key_padding=None, sliding_window=window, gqa_layout=layout, pad=pad)
+    if pair:
+        k = side_by_side(k)
+    request = Request.of(q, k, v, LAMBDA, causal=True, sliding_window=window, gqa_layout=layout)
+    actual = flash2(request, pad=pad)
     bias = bias_of(None, heads, causal=True, window=window, queries=queries, keys=keys)
     expected = oracles.masked_diff_attention(
         q.numpy(), k.numpy(), v.numpy(), np.array(0.4), bias, legacy=layout == "legacy"
@@ -46,7 +54,7 @@ def test_calls(pad: bool, layout: GqaLayout, head_counts: tuple[int, int], sizes
 def test_shared_keys_take_two_calls() -> None:
     q, k, v = random_inputs(4, 2, 5, 5, shared_keys=True)
     lam = torch.rand(2, 4, 5, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    actual = flash2(q, k, v, lam, causal=True, key_padding=None, sliding_window=None, gqa_layout="canonical")
+    actual = flash2(Request.of(q, k, v, lam, causal=True))
     bias = bias_of(None, 4, causal=True, window=None, queries=5, keys=5)
     expected = oracles.masked_diff_attention(q.numpy(), k.numpy(), v.numpy(), lam[..., 0].numpy(), bias)
     np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=1e-12)
@@ -59,9 +67,9 @@ def test_padding_goes_through_varlen(pad: bool, name: str) -> None:
     q, k, v = random_inputs(4, 2, 7, 7)
     mask = masks(7, 7, 4)[name]
     tokens = mask.expand(2, 1, 1, 7)[:, 0, 0]
-    actual = flash2(
-        q, k, v, LAMBDA, causal=True, key_padding=tokens, sliding_window=None, gqa_layout="canonical", pad=pad
-    )
+    request = Request.of(q, k, v, LAMBDA, causal=True, attn_mask=mask)
+    assert unsupported_mask(request) is None
+    actual = flash2(request, pad=pad)
     bias = bias_of(mask, 4, causal=True, window=None, queries=7, keys=7)
     expected = oracles.masked_diff_attention(q.numpy(), k.numpy(), v.numpy(), np.array(0.4), bias)
     expected *= tokens.numpy()[:, None, :, None]  # the rows of padding tokens are 0
@@ -69,11 +77,19 @@ def test_padding_goes_through_varlen(pad: bool, name: str) -> None:
     assert "flash_attn_varlen_func" in flash_attn_stand_in.calls
 
 
-def test_padding_needs_the_same_tokens() -> None:
-    q, k, v = random_inputs(4, 2, 3, 7)
-    tokens = torch.ones(2, 7, dtype=torch.bool)
-    with pytest.raises(InputError, match="3 queries and 7 keys"):
-        flash2(q, k, v, LAMBDA, causal=True, key_padding=tokens, sliding_window=None, gqa_layout="canonical")
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 1, 1, 7, dtype=torch.bool), "3 queries and 7 keys"),
+        (torch.ones(3, 7, dtype=torch.bool), r"boolean \[B, 1, 1, 7\], and this one is torch.bool \[3, 7\]"),
+        (torch.zeros(1, 1, 1, 7), "this one is torch.float32"),
+    ],
+    ids=["cache", "by-query", "additive"],
+)
+def test_masks_that_cannot_be_expressed(mask: torch.Tensor, message: str) -> None:
+    reason = unsupported_mask(Request.of(*random_inputs(4, 2, 3, 7), LAMBDA, causal=True, attn_mask=mask))
+    assert isinstance(reason, InputError)
+    assert re.search(message, str(reason))
 
 
 @pytest.mark.gpu

@@ -10,7 +10,16 @@ from torch import Tensor
 from diffdeploy.config import GqaLayout
 from diffdeploy.ops import diff_attention
 from tests import oracles
-from tests.support.operator_inputs import CAUSAL, HEADS, IMPLEMENTATIONS, bias_of, masks, random_inputs
+from tests.support.operator_inputs import (
+    CAUSAL,
+    HEADS,
+    IMPLEMENTATIONS,
+    PAIR,
+    bias_of,
+    masks,
+    random_inputs,
+    side_by_side,
+)
 from tests.support.pairwise import pairwise
 
 pytestmark = pytest.mark.usefixtures("_small_chunks")
@@ -20,10 +29,12 @@ def check(actual: Tensor, expected: Any) -> None:
     np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=1e-12)
 
 
-@pairwise(impl=IMPLEMENTATIONS, layout=["canonical", "legacy"], head_counts=HEADS)
-def test_both_key_maps(impl: str, layout: GqaLayout, head_counts: tuple[int, int]) -> None:
+@pairwise(impl=IMPLEMENTATIONS, layout=["canonical", "legacy"], head_counts=HEADS, pair=PAIR)
+def test_both_key_maps(impl: str, layout: GqaLayout, head_counts: tuple[int, int], pair: bool) -> None:
     heads, kv_heads = head_counts
     q, k, v = random_inputs(heads, kv_heads, 5, 5)
+    if pair:
+        k = side_by_side(k)
     lam = torch.tensor(0.4, dtype=torch.float64)
     actual = diff_attention(q, k, v, lam, causal=True, gqa_layout=layout, impl=impl)
     bias = bias_of(None, heads, causal=True, window=None, queries=5, keys=5)
@@ -33,10 +44,18 @@ def test_both_key_maps(impl: str, layout: GqaLayout, head_counts: tuple[int, int
     assert (np.abs(actual.numpy() - other).max() > 1e-3) == (heads != kv_heads)
 
 
-@pairwise(impl=IMPLEMENTATIONS, name=list(masks(5, 5, 4)), causal=CAUSAL, lengths=[(5, 5), (3, 8), (1, 1), (1, 7)])
-def test_masks(impl: str, name: str, causal: bool, lengths: tuple[int, int]) -> None:
+@pairwise(
+    impl=IMPLEMENTATIONS,
+    name=list(masks(5, 5, 4)),
+    causal=CAUSAL,
+    lengths=[(5, 5), (3, 8), (1, 1), (1, 7)],
+    pair=PAIR,
+)
+def test_masks(impl: str, name: str, causal: bool, lengths: tuple[int, int], pair: bool) -> None:
     queries, keys = lengths
     q, k, v = random_inputs(4, 2, queries, keys)
+    if pair:
+        k = side_by_side(k)
     mask = masks(queries, keys, 4)[name]
     lam = torch.tensor(0.4, dtype=torch.float64)
     actual = diff_attention(q, k, v, lam, causal=causal, attn_mask=mask, impl=impl)
@@ -48,11 +67,14 @@ def test_masks(impl: str, name: str, causal: bool, lengths: tuple[int, int]) -> 
     impl=IMPLEMENTATIONS,
     window=[1, 2, 9],
     name=[None, "left", "additive", "per_head"],
-    lengths=[(6, 6), (2, 7), (7, 3)],
+    lengths=[(6, 6), (2, 7), (7, 3), (1, 9)],
+    pair=PAIR,
 )
-def test_sliding_window(impl: str, window: int, name: str | None, lengths: tuple[int, int]) -> None:
+def test_sliding_window(impl: str, window: int, name: str | None, lengths: tuple[int, int], pair: bool) -> None:
     queries, keys = lengths
     q, k, v = random_inputs(3, 1, queries, keys)
+    if pair:
+        k = side_by_side(k)
     mask = None if name is None else masks(queries, keys, 3)[name]
     lam = torch.tensor(0.4, dtype=torch.float64)
     actual = diff_attention(q, k, v, lam, causal=True, attn_mask=mask, sliding_window=window, impl=impl)

@@ -224,7 +224,7 @@ def test_constants_are_found_in_every_format(trials: Callable[[str], Trials]) ->
 
 
 def test_bits_are_moved_by_one() -> None:
-    from diffdeploy.selftest.edits import next_bit
+    from diffdeploy.selftest.constant_fault import next_bit
 
     array = np.array([1.0, -4.0, 0.5], np.float32)
     assert next_bit(array).tolist() == [1.0, float(np.nextafter(np.float32(-4.0), np.float32(0))), 0.5]

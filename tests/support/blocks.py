@@ -70,6 +70,6 @@ def random_states(batch: int, length: int, dtype: torch.dtype = torch.float64) -
 def empty_cache(block: AttentionBlock, batch: int, dtype: torch.dtype = torch.float64) -> KeyValueCache:
     config = block.config
     return (
-        torch.empty(batch, config.num_key_streams, 0, config.head_dim, dtype=dtype),
+        torch.empty(batch, config.num_kv_heads, 0, config.key_cache_dim, dtype=dtype),
         torch.empty(batch, config.num_kv_heads, 0, config.value_dim, dtype=dtype),
     )

@@ -8,9 +8,21 @@ from torch import Tensor
 
 from tests import oracles
 
-IMPLEMENTATIONS = ["naive", "chunked", "two_call", "padded", "four_call", "stacked_split", "stacked_wide"]
+# All that run on a CPU.
+IMPLEMENTATIONS = [
+    "naive",
+    "chunked",
+    "two_call",
+    "padded",
+    "four_call",
+    "stacked_split",
+    "stacked_wide",
+    "paired",
+    "rows",
+]
 HEADS = [(4, 4), (4, 2), (4, 1), (6, 2), (6, 3), (3, 1)]
 CAUSAL = {"causal": True, "full": False}
+PAIR = {"streams": False, "paired": True}
 INFINITY = float("inf")
 
 
@@ -22,6 +34,11 @@ def random_inputs(
     shapes = [(2, 2 * heads, queries, 4), (2, key_heads, keys, 4), (2, kv_heads, keys, value_width)]
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
     return q, k, v
+
+
+def side_by_side(k: Tensor) -> Tensor:
+    """Key heads ``2j`` and ``2j + 1`` as one of twice the width, as a cache holds them."""
+    return torch.cat((k[:, ::2], k[:, 1::2]), dim=-1)
 
 
 def masks(queries: int, keys: int, heads: int) -> dict[str, Tensor]:

@@ -5,11 +5,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Literal
 
-from diffdeploy.checkpoints.fields import Fields
+from diffdeploy.checkpoints.fields import Fields, shortened, typed_field
 from diffdeploy.config import LAMBDA_VECTORS, GqaLayout, RopeConfig, RopeScaling
 from diffdeploy.errors import InputError
 
-__all__ = ["Layout", "Source", "huggingface_rope", "lambda_sources", "no_rope"]
+__all__ = ["ROTARY_BUFFERS", "Layout", "Source", "UnknownThetaError", "huggingface_rope", "lambda_sources", "no_rope"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,18 @@ class Layout:
         sources: canonical weights that every block has.
         optional: canonical weights that a block may have.
         absent: keys which no block of this layout has.
+        irrelevant: keys that a block may have and nobody needs, with the reason.
         model_types: ``model_type`` in config.json begins with one of these; empty where it says nothing.
         version: of differential attention.
         depth_offset: added to the layer index to give the depth of ``lambda_init``.
         gqa_layout: key map; ``None`` where the same keys are used for both.
-        causal: whether the block is.
-        rope: rotary embedding by the fields of config.json; ``None`` where they do not say.
+        causal: whether the block is; ``None`` where the same keys are used for both.
+        rope: rotary embedding by the fields of config.json and the base that the user gave; ``None`` where the fields
+            do not say.
+        of_others: fields of config.json that are named like a fact about attention and mean another part of the model.
+        reads_window: whether `sliding_window` reads the fields of that name.
+        class_defaults: fields whose absence means the default of the source's own config class.
+        config_class: that class, for the record of where a value came from.
         norm_eps_field: field with the norm's epsilon, 1e-5 where there is none.
         qk_norm_eps: epsilon of the optional norms of queries and keys.
         head_fields: fields that must agree with the shapes, with the multiple of ``num_heads`` or ``num_kv_heads``.
@@ -63,12 +69,17 @@ class Layout:
     sources: Mapping[str, Source]
     optional: Mapping[str, Source] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    irrelevant: Mapping[str, str] = field(default_factory=dict)
     model_types: tuple[str, ...] = ()
     version: Literal[1, 2] = 1
     depth_offset: int = 0
     gqa_layout: GqaLayout | None = "canonical"
-    causal: bool = True
-    rope: Callable[[Fields], RopeConfig | None] | None = None
+    causal: bool | None = True
+    rope: Callable[[Fields, float | None], RopeConfig | None] | None = None
+    of_others: tuple[str, ...] = ()
+    reads_window: bool = False
+    class_defaults: Mapping[str, float] = field(default_factory=dict)
+    config_class: str = ""
     norm_eps_field: str = "norm_eps"
     qk_norm_eps: float | None = None
     head_fields: Mapping[str, tuple[Literal["num_heads", "num_kv_heads"], int]] = field(default_factory=dict)
@@ -101,31 +112,63 @@ class Layout:
         return list(dict.fromkeys(source.key for source in self.sources.values()))
 
 
-def no_rope(fields: Fields) -> RopeConfig | None:
+# Older transformers stored what follows from the config.
+ROTARY_BUFFERS = {"rotary_emb.inv_freq": "the frequencies follow from config.json, and are computed in fp64 here"}
+
+
+class UnknownThetaError(InputError):
+    """Nothing says the base of the rotary frequencies."""
+
+
+def no_rope(fields: Fields, theta: float | None) -> RopeConfig | None:
     """For a code base whose blocks have no rotary embedding, whatever its config says."""
     return None
 
 
-def huggingface_rope(fields: Fields) -> RopeConfig:
+def huggingface_rope(fields: Fields, theta: float | None, default_theta: float | None = None) -> RopeConfig:
     """Rotate-half embedding from the fields of a transformers config, of version 4 or 5.
 
+    Args:
+        fields: of config.json.
+        theta: base that the user gave; it goes before the file's.
+        default_theta: base of the config class, where the file does not have the field at all.
+
     Raises:
-        InputError: a scaling that is not supported.
+        UnknownThetaError: no base.
+        InputError: a field of the wrong type, or a scaling that is not supported.
     """
     # `rope_parameters` since transformers 5, with theta in it; before that `rope_scaling`, with theta beside it.
-    parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta") or fields.get("rope_theta") or 10_000.0)
+    parameters = _object(fields, "rope_parameters") or _object(fields, "rope_scaling") or {}
+    if theta is None:
+        theta = typed_field(parameters, "rope_theta", float)
+    if theta is None:
+        # A field that is null is no field that is absent: somebody took the value away.
+        theta = typed_field(fields, "rope_theta", float) if "rope_theta" in fields else default_theta
+    if theta is None:
+        raise UnknownThetaError("rope_theta is missing")
     # `type` is what older files call it.
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     partial = parameters.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
-        raise InputError(f"partial_rotary_factor is {partial}; accepted is 1: every channel is turned")
-    if kind == "default":
-        return RopeConfig(style="half", theta=theta)
+        raise InputError(f"partial_rotary_factor is {shortened(partial)}; accepted is 1: every channel is turned")
+    if kind in (None, "default"):
+        return RopeConfig(style="half", theta=float(theta))
     # The others change with the length at run time or scale the scores, which no table of angles can say.
     if kind not in ("linear", "llama3"):
-        raise InputError(f"rope_type is {kind!r}; accepted are default, linear and llama3")
+        raise InputError(f"rope_type is {shortened(kind)}; accepted are default, linear and llama3")
+    if typed_field(parameters, "factor", float) is None:
+        raise InputError(f"rope_type is {kind}, which needs a factor beside it in config.json")
     # transformers keeps fields of other kinds in the same object; the rest of the defaults are those of `RopeScaling`.
-    known = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    scaling = RopeScaling(kind=kind, **{name: parameters[name] for name in known if name in parameters})
-    return RopeConfig(style="half", theta=theta, scaling=scaling)
+    known = ("factor", "low_freq_factor", "high_freq_factor")
+    numbers = {name: value for name in known if (value := typed_field(parameters, name, float)) is not None}
+    context = typed_field(parameters, "original_max_position_embeddings", int)
+    lengths = {} if context is None else {"original_max_position_embeddings": context}
+    scaling = RopeScaling(kind=kind, **numbers, **lengths)  # type: ignore[arg-type]  # by the names of its fields
+    return RopeConfig(style="half", theta=float(theta), scaling=scaling)
+
+
+def _object(fields: Fields, name: str) -> Fields:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{name} in config.json is {shortened(value)}; accepted is a JSON object")
+    return value or {}

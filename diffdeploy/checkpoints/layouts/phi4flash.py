@@ -6,7 +6,7 @@ to 15 have a sliding window, 17 sees everything, and 19 to 31 read the keys and 
 
 from collections.abc import Set as AbstractSet
 
-from diffdeploy.checkpoints.fields import Fields
+from diffdeploy.checkpoints.fields import Fields, typed_field
 from diffdeploy.checkpoints.layouts.base import Layout, Source, lambda_sources, no_rope
 
 __all__ = ["PHI4FLASH"]
@@ -15,16 +15,18 @@ __all__ = ["PHI4FLASH"]
 def _full_layer(fields: Fields) -> int:
     """The layer whose keys and values the later ones read: the first one behind the middle."""
     # 32 as in the published model and by default in its config class.
-    return int(fields.get("num_hidden_layers", 32)) // 2 + 1
+    return (typed_field(fields, "num_hidden_layers", int) or 32) // 2 + 1
 
 
 def _window(fields: Fields, layer: int | None) -> int | None:
     # 512 as in the published model; its config class alone would say 2047.
-    window = fields.get("sliding_window", 512)
+    window: object = fields.get("sliding_window", 512)
     # Its config class turns the one number into a list with an entry for each layer, and writes the list back.
     if isinstance(window, list):
         window = window[layer] if layer is not None and layer < len(window) else None
-    return None if window is None or layer is None or layer >= _full_layer(fields) else int(window)
+    if window is None or layer is None or layer >= _full_layer(fields):
+        return None
+    return typed_field({"sliding_window": window}, "sliding_window", int)
 
 
 def _refuse_cross(keys: AbstractSet[str], fields: Fields, layer: int | None) -> str | None:
@@ -54,5 +56,8 @@ PHI4FLASH = Layout(
     rope=no_rope,
     head_fields={"num_attention_heads": ("num_heads", 2), "num_key_value_heads": ("num_kv_heads", 2)},
     sliding_window=_window,
+    reads_window=True,
+    # Of the norms between the blocks, which are LayerNorms.
+    of_others=("layer_norm_eps",),
     refuse=_refuse_cross,
 )

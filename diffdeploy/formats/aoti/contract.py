@@ -17,7 +17,7 @@ from diffdeploy.config import LAMBDA_VECTORS
 from diffdeploy.errors import IntegrityError
 from diffdeploy.formats.aoti.backend import MODEL
 from diffdeploy.formats.artifact import ArtifactFacts, Check
-from diffdeploy.formats.checks import declared_facts, make_check
+from diffdeploy.formats.checks import attentions, declared_facts, make_check
 
 __all__ = ["checks", "facts"]
 
@@ -47,11 +47,11 @@ def facts(bundle: Bundle) -> ArtifactFacts:
 def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     """See `Format.contract`."""
     count, metadata = _attentions(bundle), json.loads(_member(bundle, ".wrapper_metadata.json"))
-    found = f"{count} calls of a fused attention in the source of the package"
+    found, expected = f"{count} calls of a fused attention in the source of the package", attentions(bundle)
     same = metadata.get("weights_sha256") == bundle.manifest.files[WEIGHTS].sha256
     problems = [] if same else ["the metadata name other weights"]
     return [
-        make_check("attention", [] if count == 2 else [f"{found}; expected 2"], found),
+        make_check("attention", [] if count == expected else [f"{found}; expected {expected}"], found),
         make_check(
             "weights", problems + _missing_weights(bundle, weights), "those of weights.safetensors, bit for bit"
         ),

@@ -21,12 +21,13 @@ class AotiFormat(Format):
     """``model.pt2``: a package of machine code with its weights in it."""
 
     name = "aoti"
+    impls = ("two_call", "padded", "paired", "rows")
     compiles = True
     machine = ("torch", "platform", "isa", "gpu")
 
     def fastest_impl(self, variant: Variant) -> str:
         """See `Format.fastest_impl`."""
-        return "padded"
+        return "rows" if variant == "cached" else "padded"  # which reads the cache once, in one attention
 
     def lower(
         self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
 from diffdeploy.formats.artifact import ArtifactFacts, Check
-from diffdeploy.formats.checks import declared_facts, make_check, state_checks
+from diffdeploy.formats.checks import attentions, declared_facts, make_check, state_checks
 from diffdeploy.formats.compile.backend import ARTIFACT
 
 __all__ = ["checks", "facts"]
@@ -28,6 +28,6 @@ def facts(bundle: Bundle) -> ArtifactFacts:
 def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     """See `Format.contract`."""
     count = _attentions(bundle)
-    found = f"{count} calls of a fused attention"
-    problems = [] if count == 2 else [f"{found}; expected 2"]
+    found, expected = f"{count} calls of a fused attention", attentions(bundle)
+    problems = [] if count == expected else [f"{found}; expected {expected}"]
     return [make_check("attention", problems, found), *state_checks(bundle, weights)]

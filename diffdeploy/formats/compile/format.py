@@ -21,12 +21,13 @@ class CompileFormat(Format):
     """``model.inductor`` and the folder ``kernels``; the weights are arguments of the artifact."""
 
     name = "compile"
+    impls = ("two_call", "padded", "paired", "rows")
     compiles = True
     machine = ("torch", "python", "platform", "isa", "gpu")
 
     def fastest_impl(self, variant: Variant) -> str:
         """See `Format.fastest_impl`."""
-        return "padded"
+        return "rows" if variant == "cached" else "padded"  # which reads the cache once, in one attention
 
     def lower(
         self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions

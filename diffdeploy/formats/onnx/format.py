@@ -46,7 +46,7 @@ class OnnxFormat(Format):
 
     def fastest_impl(self, variant: Variant) -> str:
         """See `Format.fastest_impl`."""
-        return "two_call"
+        return "padded" if variant == "cached" else "two_call"  # which reads the cache as it is
 
     def check_options(self, options: ExportOptions) -> None:
         """Refuse an opset outside 18 to 24, and what the operators of a flavor do not have.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffdeploy.graphs import Stage
+from diffdeploy.ops.heads import stream_heads
 from diffdeploy.ops.masks import Visibility
 from diffdeploy.selftest.blocks.entry import faulty
 from diffdeploy.selftest.blocks.steps import Steps
@@ -53,11 +54,16 @@ class ModuloHeads(Steps):
     """Head ``i`` reads key/value head ``i % h_kv``."""
 
     def heads_of(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        groups = self.config.num_heads // self.config.num_kv_heads
-        q, k, v = q_BHSd[:, stream::2], k_BHTd, v_BHTe
-        if k_BHTd.shape[1] != v_BHTe.shape[1]:
-            k = k_BHTd[:, stream::2]
-        return q, k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1)
+        groups = self.config.group_size
+        k, v = stream_heads(
+            k_BHTd,
+            v_BHTe,
+            stream,
+            width=self.config.head_dim,
+            num_heads=self.config.num_heads,
+            gqa_layout="canonical",
+        )
+        return q_BHSd[:, stream::2], k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1)
 
 
 @faulty("modulo_values", "keys as they should be, values by ``i % h_kv``", Stage.SIGNAL, grouped, several_kv_heads)
@@ -66,7 +72,7 @@ class ModuloValues(Steps):
 
     def heads_of(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, _ = super().heads_of(stream, q_BHSd, k_BHTd, v_BHTe)
-        groups = self.config.num_heads // self.config.num_kv_heads
+        groups = self.config.group_size
         return q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1), v_BHTe.repeat(1, groups, 1, 1)
 
 
@@ -106,24 +112,31 @@ class NoiseReadsOneHalf(Steps):
 class ScaledByValueWidth(Steps):
     """Scores divided by the root of the value width, as a kernel for equal widths would."""
 
-    def attend(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
-        return super().attend(q_BHSd * 2**-0.5, k_BHTd, v_BHTe, seen)
+    def softmax_attention(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
+        return super().softmax_attention(q_BHSd * 2**-0.5, k_BHTd, v_BHTe, seen)
 
 
 @faulty("half_precision_attention", "both attentions in float16", Stage.SIGNAL, float32)
 class HalfPrecisionAttention(Steps):
     """Both attentions in float16."""
 
-    def attend(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
+    def softmax_attention(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
         q, k, v = (side.to(torch.float16) for side in (q_BHSd, k_BHTd, v_BHTe))
-        return super().attend(q, k, v, seen).to(q_BHSd.dtype)
+        return super().softmax_attention(q, k, v, seen).to(q_BHSd.dtype)
 
 
 @faulty("half_precision_noise", "the attention that is subtracted in float16", Stage.NOISE, float32)
-class HalfPrecisionNoise(HalfPrecisionAttention):
+class HalfPrecisionNoise(Steps):
     """The attention that is subtracted in float16."""
 
-    def stream(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
-        if stream == 1:
-            return super().stream(stream, q_BHSd, k_BHTd, v_BHTe, seen)
-        return Steps.attend(self, *self.heads_of(stream, q_BHSd, k_BHTd, v_BHTe), seen)
+    def heads_of(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().heads_of(stream, q_BHSd, k_BHTd, v_BHTe)
+        return (q, k, v) if stream == 0 else (_rounded(q), _rounded(k), _rounded(v))
+
+    def streams(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> tuple[Tensor, Tensor]:
+        signal, noise = super().streams(q_BHSd, k_BHTd, v_BHTe, seen)
+        return signal, _rounded(noise)
+
+
+def _rounded(side: Tensor) -> Tensor:
+    return side.to(torch.float16).to(side.dtype)

@@ -10,42 +10,40 @@ from diffdeploy.graphs import Stage
 from diffdeploy.modules import KeyValueCache
 from diffdeploy.selftest.blocks.entry import faulty
 from diffdeploy.selftest.blocks.steps import Steps
-from diffdeploy.selftest.conditions import cached, float32, has_rope, version_1
+from diffdeploy.selftest.conditions import cached, float32, has_rope, several_kv_heads, version_1
 
 
 @faulty("cache_not_appended", "new tokens are zeros in the cache", Stage.CACHE, cached)
 class CacheNotAppended(Steps):
     """New tokens are zeros in the cache."""
 
-    def append(self, past: KeyValueCache, k_BHSd: Tensor, v_BHSe: Tensor) -> KeyValueCache:
-        return super().append(past, k_BHSd * 0, v_BHSe * 0)
+    def append(self, past: KeyValueCache, new: KeyValueCache) -> KeyValueCache:
+        return super().append(past, (new[0] * 0, new[1] * 0))
 
 
 @faulty("past_comes_last", "new tokens stand before the past", Stage.CACHE, cached)
 class PastComesLast(Steps):
     """New tokens stand before the past."""
 
-    def append(self, past: KeyValueCache, k_BHSd: Tensor, v_BHSe: Tensor) -> KeyValueCache:
-        return torch.cat((k_BHSd, past[0]), dim=2), torch.cat((v_BHSe, past[1]), dim=2)
+    def append(self, past: KeyValueCache, new: KeyValueCache) -> KeyValueCache:
+        return super().append(new, past)
 
 
 @faulty("past_reversed", "the past in reverse order of its tokens", Stage.CACHE, cached)
 class PastReversed(Steps):
     """The past in reverse order of its tokens."""
 
-    def append(self, past: KeyValueCache, k_BHSd: Tensor, v_BHSe: Tensor) -> KeyValueCache:
-        return super().append((past[0].flip(2), past[1].flip(2)), k_BHSd, v_BHSe)
+    def append(self, past: KeyValueCache, new: KeyValueCache) -> KeyValueCache:
+        return super().append((past[0].flip(2), past[1].flip(2)), new)
 
 
 @faulty("cached_before_rope", "the keys that are given back are not turned yet", Stage.CACHE, cached, has_rope)
 class CachedBeforeRope(Steps):
     """The keys that are given back are not turned yet."""
 
-    def cache(self, past: KeyValueCache | None, hidden_states: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> KeyValueCache:
-        if past is None:
-            return k_BHTd, v_BHTe
-        keys = self.k_proj(hidden_states).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-        return torch.cat((past[0], keys), dim=2), v_BHTe
+    def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
+        keys = self.k_proj(hidden_states).unflatten(-1, (-1, self.config.key_cache_dim)).transpose(1, 2)
+        return torch.cat((past[0], keys), dim=2), cache[1]
 
 
 @faulty(
@@ -58,8 +56,25 @@ class CachedBeforeRope(Steps):
 class CachedStreamsExchanged(Steps):
     """The cache that is given back has signal and noise keys exchanged."""
 
-    def cache(self, past: KeyValueCache | None, hidden_states: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> KeyValueCache:
-        return k_BHTd.reshape(k_BHTd.shape[0], -1, 2, *k_BHTd.shape[2:]).flip(2).flatten(1, 2), v_BHTe
+    def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
+        return cache[0].roll(self.config.head_dim, dims=-1), cache[1]
+
+
+@faulty(
+    "cached_pairs_of_heads",
+    "the cache that is given back holds the same stream of two heads side by side",
+    Stage.CACHE,
+    cached,
+    version_1,
+    several_kv_heads,
+)
+class CachedPairsOfHeads(Steps):
+    """The cache that is given back holds the same stream of two heads side by side."""
+
+    def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
+        keys = cache[0].unflatten(-1, (2, -1))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        pairs = keys.permute(0, 3, 1, 2, 4).flatten(1, 2).unflatten(1, (-1, 2))
+        return pairs.transpose(2, 3).flatten(3), cache[1]
 
 
 @faulty(
@@ -71,13 +86,13 @@ class CachedStreamsExchanged(Steps):
 class CachedHalvesExchanged(Steps):
     """The cache that is given back has the wrong half of the values first."""
 
-    def cache(self, past: KeyValueCache | None, hidden_states: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> KeyValueCache:
-        return k_BHTd, v_BHTe.roll(v_BHTe.shape[-1] // 2, dims=-1)
+    def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
+        return cache[0], cache[1].roll(cache[1].shape[-1] // 2, dims=-1)
 
 
 @faulty("cached_in_half_precision", "the values that are given back went through float16", Stage.CACHE, cached, float32)
 class CachedInHalfPrecision(Steps):
     """The values that are given back went through float16."""
 
-    def cache(self, past: KeyValueCache | None, hidden_states: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> KeyValueCache:
-        return k_BHTd, v_BHTe.half().to(v_BHTe.dtype)
+    def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
+        return cache[0], cache[1].half().to(cache[1].dtype)

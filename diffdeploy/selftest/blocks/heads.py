@@ -68,9 +68,9 @@ def _gamma(block: Steps) -> Tensor | None:
 class NormOverHalves(Steps):
     """The norm over ``d`` where it is over ``2d``."""
 
-    def _normalise(self, heads_BHSe: Tensor) -> Tensor:
+    def normalise(self, heads: Tensor) -> Tensor:
         config = _config(self)
-        halves = heads_BHSe.reshape(*heads_BHSe.shape[:-1], 2, config.head_dim)
+        halves = heads.reshape(*heads.shape[:-1], 2, config.head_dim)
         normed = F.rms_norm(halves, (config.head_dim,), None, config.norm_eps).flatten(-2)
         gamma = _gamma(self)
         return (normed if gamma is None else normed * gamma) * config.output_scale
@@ -80,10 +80,10 @@ class NormOverHalves(Steps):
 class NormOverAllHeads(Steps):
     """One norm over all heads together."""
 
-    def _normalise(self, heads_BHSe: Tensor) -> Tensor:
+    def normalise(self, heads: Tensor) -> Tensor:
         config = _config(self)
-        power = heads_BHSe.square().mean(dim=(1, 3), keepdim=True)
-        normed = heads_BHSe * torch.rsqrt(power + config.norm_eps)
+        power = heads.square().mean(dim=(1, 3), keepdim=True)
+        normed = heads * torch.rsqrt(power + config.norm_eps)
         gamma = _gamma(self)
         return (normed if gamma is None else normed * gamma) * config.output_scale
 
@@ -92,37 +92,37 @@ class NormOverAllHeads(Steps):
 class LayerNorm(Steps):
     """The mean is subtracted."""
 
-    def _normalise(self, heads_BHSe: Tensor) -> Tensor:
-        return super()._normalise(heads_BHSe - heads_BHSe.mean(-1, keepdim=True))
+    def normalise(self, heads: Tensor) -> Tensor:
+        return super().normalise(heads - heads.mean(-1, keepdim=True))
 
 
 @faulty("norm_missing", "no norm at all", Stage.NORM, version_1)
 class NormMissing(Steps):
     """No norm at all."""
 
-    def _normalise(self, heads_BHSe: Tensor) -> Tensor:
+    def normalise(self, heads: Tensor) -> Tensor:
         gamma = _gamma(self)
-        return (heads_BHSe if gamma is None else heads_BHSe * gamma) * _config(self).output_scale
+        return (heads if gamma is None else heads * gamma) * _config(self).output_scale
 
 
 @faulty("factor_before_norm", "the output factor in front of the norm, which takes it out again", Stage.NORM, version_1)
 class FactorBeforeNorm(Steps):
     """The output factor in front of the norm, which takes it out again."""
 
-    def _normalise(self, heads_BHSe: Tensor) -> Tensor:
+    def normalise(self, heads: Tensor) -> Tensor:
         factor = _config(self).output_scale
-        return super()._normalise(heads_BHSe * factor) / factor
+        return super().normalise(heads * factor) / factor
 
 
 @faulty("epsilon_outside", "epsilon added to the root, not under it", Stage.NORM, version_1)
 class EpsilonOutside(Steps):
     """Epsilon added to the root, not under it."""
 
-    def _normalise(self, heads_BHSe: Tensor) -> Tensor:
+    def normalise(self, heads: Tensor) -> Tensor:
         config = _config(self)
-        root = heads_BHSe.square().mean(-1, keepdim=True).sqrt() + config.norm_eps
+        root = heads.square().mean(-1, keepdim=True).sqrt() + config.norm_eps
         gamma = _gamma(self)
-        return (heads_BHSe / root if gamma is None else heads_BHSe / root * gamma) * config.output_scale
+        return (heads / root if gamma is None else heads / root * gamma) * config.output_scale
 
 
 @faulty("norm_before_difference", "each attention is normalised by itself", Stage.NORM, version_1)

@@ -30,7 +30,7 @@ from diffdeploy.selftest.conditions import (
 class KeysNotTurned(Steps):
     """No rotary embedding on the keys."""
 
-    def turn_keys(self, k_BHSd: Tensor, rotate: Rotation) -> Tensor:
+    def rotate_keys(self, k_BHSd: Tensor, rotate: Rotation) -> Tensor:
         return k_BHSd
 
 
@@ -38,7 +38,7 @@ class KeysNotTurned(Steps):
 class QueriesNotTurned(Steps):
     """No rotary embedding on the queries."""
 
-    def turn_queries(self, q_BHSd: Tensor, rotate: Rotation) -> Tensor:
+    def rotate_queries(self, q_BHSd: Tensor, rotate: Rotation) -> Tensor:
         return q_BHSd
 
 
@@ -46,7 +46,7 @@ class QueriesNotTurned(Steps):
 class KeysTurnedTwice(Steps):
     """The keys are turned, and turned again."""
 
-    def turn_keys(self, k_BHSd: Tensor, rotate: Rotation) -> Tensor:
+    def rotate_keys(self, k_BHSd: Tensor, rotate: Rotation) -> Tensor:
         return rotate(rotate(k_BHSd))
 
 
@@ -54,10 +54,10 @@ class KeysTurnedTwice(Steps):
 class NoiseNotTurned(Steps):
     """Rotary embedding of the signal stream alone."""
 
-    def turn_queries(self, q_BHSd: Tensor, rotate: Rotation) -> Tensor:
+    def rotate_queries(self, q_BHSd: Tensor, rotate: Rotation) -> Tensor:
         return _signal_only(rotate(q_BHSd), q_BHSd)
 
-    def turn_keys(self, k_BHSd: Tensor, rotate: Rotation) -> Tensor:
+    def rotate_keys(self, k_BHSd: Tensor, rotate: Rotation) -> Tensor:
         return _signal_only(rotate(k_BHSd), k_BHSd)
 
 
@@ -71,11 +71,11 @@ def _signal_only(turned: Tensor, plain: Tensor) -> Tensor:
 class PositionsIgnored(Steps):
     """Rotary positions count from 0, whatever ``position_ids`` says."""
 
-    def turn_queries(self, q_BHSd: Tensor, rotate: Rotation) -> Tensor:
+    def rotate_queries(self, q_BHSd: Tensor, rotate: Rotation) -> Tensor:
         assert self.rotary is not None
         return cast("Tensor", self.rotary(q_BHSd))
 
-    def turn_keys(self, k_BHSd: Tensor, rotate: Rotation) -> Tensor:
+    def rotate_keys(self, k_BHSd: Tensor, rotate: Rotation) -> Tensor:
         assert self.rotary is not None
         return cast("Tensor", self.rotary(k_BHSd))
 
@@ -177,8 +177,8 @@ class MaskIgnoredBySignal(MaskIgnoredByNoise):
 class HiddenRowsAreAverages(Steps):
     """A query that sees nothing gives the mean of the values, as kernels left alone do."""
 
-    def attend(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
-        return super().attend(q_BHSd, k_BHTd, v_BHTe, Visibility(seen.mask, seen.is_causal))
+    def softmax_attention(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
+        return super().softmax_attention(q_BHSd, k_BHTd, v_BHTe, Visibility(seen.mask, seen.is_causal))
 
 
 @faulty(
@@ -187,8 +187,8 @@ class HiddenRowsAreAverages(Steps):
 class HiddenRowsAreNan(Steps):
     """A query that sees nothing gives NaN, as a softmax over nothing does."""
 
-    def attend(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
-        output = super().attend(q_BHSd, k_BHTd, v_BHTe, Visibility(seen.mask, seen.is_causal))
+    def softmax_attention(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
+        output = super().softmax_attention(q_BHSd, k_BHTd, v_BHTe, Visibility(seen.mask, seen.is_causal))
         return output if seen.dead is None else output.masked_fill(seen.dead, float("nan"))
 
 

@@ -1,4 +1,4 @@
-"""The block's forward pass in steps that a fault can replace one of; without a fault it is the block.
+"""The block's attention and cache in finer steps that a fault can replace one of; without a fault it is the block.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -9,16 +9,21 @@ from torch import Tensor
 
 from diffdeploy.modules import AttentionBlock, KeyValueCache
 from diffdeploy.modules.attention import Rotation
+from diffdeploy.ops import Impl
 from diffdeploy.ops.heads import stream_heads
 from diffdeploy.ops.masks import Visibility, visibility
+from diffdeploy.ops.registry import implementation
 
 __all__ = ["Steps"]
 
 
 class Steps(AttentionBlock):
-    """A base to put in front of a block's class; each fault overrides one step."""
+    """A base to put in front of a block's class; each fault overrides one step, of these or of the block's own.
 
-    def _attend(
+    The graph has as many attentions as that of the block, so that a fault is found by its numbers.
+    """
+
+    def compute(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
@@ -27,43 +32,19 @@ class Steps(AttentionBlock):
         *,
         causal: bool | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
-        config = self.config
-        q_BHSd = self.turn_queries(self._normalise_queries(_split(self.q_proj(hidden_states), config.head_dim)), rotate)
-        k_BHSd = self.turn_keys(self._normalise_keys(_split(self.k_proj(hidden_states), config.head_dim)), rotate)
-        v_BHSe = self.values(_split(self.v_proj(hidden_states), config.value_dim))
-        cache = (k_BHSd, v_BHSe)
-        if past_key_values is not None:
-            cache = self.append(past_key_values, k_BHSd, v_BHSe)
-        mask = None if attention_mask is None else self.key_mask(attention_mask)[:, None, None]
-        seen = self.seen(q_BHSd, cache[0], mask)
-        signal, noise = (self.stream(stream, q_BHSd, *cache, seen) for stream in (0, 1))
-        lam = self._lambda(hidden_states).to(signal.dtype)
-        joined = self.join(self._normalise(self.difference(signal, noise, lam)))
-        return self.project(joined), self.cache(past_key_values, hidden_states, *cache)
+        output, cache = super().compute(hidden_states, attention_mask, rotate, past_key_values, causal=causal)
+        return output, cache if past_key_values is None else self.handed_on(past_key_values, hidden_states, cache)
 
-    def turn_queries(self, q_BHSd: Tensor, rotate: Rotation) -> Tensor:
-        """Rotary embedding of the queries."""
-        return rotate(q_BHSd)
-
-    def turn_keys(self, k_BHSd: Tensor, rotate: Rotation) -> Tensor:
-        """Rotary embedding of the keys."""
-        return rotate(k_BHSd)
-
-    def values(self, v_BHSe: Tensor) -> Tensor:
-        """Values of the new tokens."""
-        return v_BHSe
-
-    def append(self, past: KeyValueCache, k_BHSd: Tensor, v_BHSe: Tensor) -> KeyValueCache:
-        """Past and present, which attention reads."""
-        return torch.cat((past[0], k_BHSd), dim=2), torch.cat((past[1], v_BHSe), dim=2)
-
-    def cache(self, past: KeyValueCache | None, hidden_states: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> KeyValueCache:
+    def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
         """What is given back for the next call."""
-        return k_BHTd, v_BHTe
+        return cache
 
-    def key_mask(self, attention_mask: Tensor) -> Tensor:
-        """``[B, T]``, ``True`` for tokens."""
-        return attention_mask.to(torch.bool)
+    def attend(
+        self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, mask: Tensor | None, *, causal: bool
+    ) -> Tensor:
+        seen = self.seen(q_BHSd, k_BHTd, mask)
+        signal, noise = self.streams(q_BHSd, k_BHTd, v_BHTe, seen)
+        return self.difference(signal, noise, lam.to(signal.dtype))
 
     def seen(self, q_BHSd: Tensor, k_BHTd: Tensor, mask: Tensor | None) -> Visibility:
         """What both streams may see."""
@@ -75,39 +56,61 @@ class Steps(AttentionBlock):
         return seen
 
     def heads_of(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of one stream."""
+        """Queries, keys and values of one stream, with ``h`` heads of queries and a divisor of ``h`` of the others."""
         config = self.config
-        return q_BHSd[:, stream::2], *stream_heads(k_BHTd, v_BHTe, stream, config.num_heads, config.gqa_layout)
-
-    def attend(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
-        """One softmax attention."""
-        output = F.scaled_dot_product_attention(
-            q_BHSd,
+        k_BHTd, v_BHTe = stream_heads(
             k_BHTd,
+            v_BHTe,
+            stream,
+            width=config.head_dim,
+            num_heads=config.num_heads,
+            gqa_layout=config.gqa_layout,
+        )
+        return q_BHSd[:, stream::2], k_BHTd, v_BHTe
+
+    def streams(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> tuple[Tensor, Tensor]:
+        """Attentions of both streams: two, or one of twice as many heads where the block has one."""
+        parts = [self.heads_of(stream, q_BHSd, k_BHTd, v_BHTe) for stream in (0, 1)]
+        masks = [self.seen_by(stream, seen) for stream in (0, 1)]
+        impl = Impl(self.impl)
+        if impl == Impl.AUTO or implementation(impl).num_attentions != 1:
+            signal, noise = (self.softmax_attention(*part, mask) for part, mask in zip(parts, masks, strict=True))
+            return signal, noise
+        whole = [[side.repeat_interleave(part[0].shape[1] // side.shape[1], dim=1) for side in part] for part in parts]
+        q, k, v = (torch.cat(sides, dim=1) for sides in zip(*whole, strict=True))
+        signal, noise = self.softmax_attention(q, k, v, _by_stream(masks, q.shape[1] // 2)).chunk(2, dim=1)
+        return signal, noise
+
+    def softmax_attention(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
+        """One softmax attention, with equal widths where those of the block's kernels are."""
+        width = q_BHSd.shape[-1]
+        padding = (0, 0 if self.impl == Impl.TWO_CALL else v_BHTe.shape[-1] - width)
+        output = F.scaled_dot_product_attention(
+            F.pad(q_BHSd, padding),
+            F.pad(k_BHTd, padding),
             v_BHTe,
             attn_mask=seen.mask,
             is_causal=seen.is_causal,
+            scale=width**-0.5,
             enable_gqa=q_BHSd.shape[1] != k_BHTd.shape[1],
         )
         return seen.clear_dead(output)
-
-    def stream(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
-        """Attention of one stream."""
-        return self.attend(*self.heads_of(stream, q_BHSd, k_BHTd, v_BHTe), self.seen_by(stream, seen))
 
     def difference(self, signal: Tensor, noise: Tensor, lam: Tensor) -> Tensor:
         """The differential heads."""
         return signal - lam * noise
 
-    def join(self, heads_BHSe: Tensor) -> Tensor:
-        """``[B, S, H e]``."""
-        return heads_BHSe.transpose(1, 2).flatten(2)
 
-    def project(self, joined: Tensor) -> Tensor:
-        """The output projection."""
-        output: Tensor = self.out_proj(joined)
-        return output
+def _by_stream(masks: list[Visibility], num_heads: int) -> Visibility:
+    """Of both streams one after the other; masks of graphs tell no heads apart."""
+    first, second = masks
+    if first is second or first.mask is None or second.mask is None:
+        return first
 
+    def together(one: Tensor, other: Tensor) -> Tensor:
+        sides = (side.reshape(*(1,) * (4 - side.ndim), *side.shape) for side in (one, other))
+        batch = max(one.shape[0] if one.ndim == 4 else 1, other.shape[0] if other.ndim == 4 else 1)
+        return torch.cat([side.expand(batch, num_heads, -1, -1) for side in sides], dim=1)
 
-def _split(x_BSD: Tensor, width: int) -> Tensor:
-    return x_BSD.reshape(*x_BSD.shape[:2], -1, width).transpose(1, 2)
+    dead = None if first.dead is None or second.dead is None else together(first.dead, second.dead)
+    return Visibility(together(first.mask, second.mask), dead=dead)

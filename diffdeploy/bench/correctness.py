@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffdeploy.arrays import to_array
-from diffdeploy.bench.candidates import Run
+from diffdeploy.bench.candidate_run import Run
 from diffdeploy.bench.operations import num_scores
 from diffdeploy.bench.plan import Plan, Size
 from diffdeploy.config import AnyConfig

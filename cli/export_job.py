@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffdeploy.cli import console
-from diffdeploy.cli.results import finish, report_fields
+from diffdeploy.cli.report_output import finish, report_fields
 from diffdeploy.errors import DiffDeployError, VerificationError
 
 if TYPE_CHECKING:

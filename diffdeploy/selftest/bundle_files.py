@@ -11,7 +11,7 @@ from diffdeploy.bundle import GOLDEN, MANIFEST, REPORT, WEIGHTS, Manifest
 from diffdeploy.config import AnyConfig, RopeConfig
 from diffdeploy.graphs import Range, Stage
 from diffdeploy.selftest.conditions import grouped, has_rope, several_pairs, version_1
-from diffdeploy.selftest.edits import next_bit
+from diffdeploy.selftest.constant_fault import next_bit
 from diffdeploy.selftest.fault import Fault, FaultTarget, When, all_of
 
 __all__ = ["BUNDLE_FILE_FAULTS"]

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 
+from diffdeploy.bench.block_source import BlockSource
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Size
-from diffdeploy.bench.source import BlockSource
 from diffdeploy.bundle import Bundle
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import DiffDeployError, InputError
 from diffdeploy.formats import RunOptions
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.ops import Impl
-from diffdeploy.ops.flash2 import require_flash2
+from diffdeploy.ops.registry import implementation
+from diffdeploy.ops.request import Request
 from diffdeploy.runtime import require_runnable
 
 __all__ = ["choose_baseline", "choose_names", "eager_candidates", "given_candidates"]
@@ -71,19 +72,27 @@ def eager_candidates(
 
 
 def _require_runnable_impl(name: str, config: AnyConfig, device: str, dtype: DType, graph: Variant) -> None:
-    import torch
-
     if name == SOFTMAX and config.streams_share_keys:
         raise InputError("softmax is compared with blocks of the first version, and this one is of the second")
-    if name == Impl.FLASH2:
-        if graph == "cached":
-            raise InputError("flash2 does not take the padding mask of --graph cached; give plain or masked")
-        q, v = (torch.empty(1, 1, 1, width, dtype=getattr(torch, dtype), device=device) for width in _widths(config))
-        require_flash2(q, v)
+    if name == Impl.FLASH2 and graph == "cached":
+        raise InputError("flash2 does not take the padding mask of --graph cached; give plain or masked")
+    if name not in (SOFTMAX, Impl.AUTO):
+        reason = implementation(Impl(name)).why_not(_one_token(config, device, dtype))
+        if reason is not None:
+            raise reason
 
 
-def _widths(config: AnyConfig) -> tuple[int, int]:
-    return config.head_dim, config.value_dim
+def _one_token(config: AnyConfig, device: str, dtype: DType) -> Request:
+    """A request with the widths of a block."""
+    import torch
+
+    sides = (
+        (2 * config.num_heads, config.head_dim),
+        (config.num_key_streams, config.head_dim),
+        (config.num_kv_heads, config.value_dim),
+    )
+    q, k, v = (torch.empty(1, heads, 1, width, dtype=getattr(torch, dtype), device=device) for heads, width in sides)
+    return Request.of(q, k, v, torch.zeros(()), causal=config.causal)
 
 
 def given_candidates(subject: BlockSource, sizes: Sequence[Size], device: str) -> list[Candidate]:

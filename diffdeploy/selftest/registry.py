@@ -4,8 +4,8 @@ from functools import cache
 
 from diffdeploy.formats import FileFault, Format, formats
 from diffdeploy.selftest.blocks import BLOCK_FAULTS
+from diffdeploy.selftest.bundle_files import BUNDLE_FILE_FAULTS
 from diffdeploy.selftest.fault import Fault, FaultTarget
-from diffdeploy.selftest.files import BUNDLE_FILE_FAULTS
 from diffdeploy.selftest.numbers import NUMBER_FAULTS
 from diffdeploy.selftest.precision import PRECISION_FAULTS
 from diffdeploy.selftest.runtimes import RUNTIME_FAULTS

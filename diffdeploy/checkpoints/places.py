@@ -1,0 +1,96 @@
+"""Where blocks stand in a checkpoint: which number of a prefix counts the layers, and the block that was asked for."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from diffdeploy.errors import InputError
+
+__all__ = ["choose_block", "layer_numbers"]
+
+# A name may end in a digit (`lambda_q1`, `norm2.weight`); only a number between dots counts something.
+_NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
+
+
+def layer_numbers(prefixes: Iterable[str], keys: Iterable[str]) -> dict[str, int | None]:
+    """The layer of each block, in the order of layers; ``None`` where the keys do not say it.
+
+    With one number in a prefix that is the layer. With several it is the one that varies over the file, such as 5 of
+    ``layers.5.0.attn.`` where there are ``layers.4.0`` but no ``layers.5.1``.
+
+    Args:
+        prefixes: prefixes of the blocks, such as ``model.layers.3.self_attn.``.
+        keys: all keys of the file.
+    """
+    seen = _numbers_by_place(keys)
+    layers = {prefix: _layer(prefix, seen) for prefix in prefixes}
+    # As numbers, so that layer 10 follows 9; blocks without a number last, by name.
+    return dict(sorted(layers.items(), key=lambda item: (item[1] is None, item[1] or 0, item[0])))
+
+
+def _numbers_by_place(keys: Iterable[str]) -> dict[str, set[str]]:
+    """Numbers that stand behind the same names, over all keys."""
+    seen: dict[str, set[str]] = {}
+    for key in keys:
+        for match in _NUMBER.finditer(key):
+            seen.setdefault(_place(key, match), set()).add(match[0])
+    return seen
+
+
+def _place(text: str, number: re.Match[str]) -> str:
+    """What stands before a number, whatever numbers are in it: ``stages.*.blocks.``."""
+    return _NUMBER.sub("*", text[: number.start()])
+
+
+def _layer(prefix: str, seen: Mapping[str, set[str]]) -> int | None:
+    found = list(_NUMBER.finditer(prefix))
+    if len(found) > 1:
+        found = [match for match in found if len(seen[_place(prefix, match)]) > 1]
+    return int(found[0][0]) if len(found) == 1 else None
+
+
+def choose_block(
+    blocks: Mapping[str, int | None], path: Path, *, layer: int | None = None, prefix: str | None = None
+) -> str:
+    """The prefix of the block that was asked for.
+
+    Args:
+        blocks: prefix of each block, and its layer.
+        path: path of the checkpoint, for messages.
+        layer: layer that was asked for.
+        prefix: what the keys of the block begin with.
+
+    Raises:
+        InputError: no block, or several, are what was asked for.
+    """
+    beginning = "" if prefix is None else prefix.rstrip(".") + "."
+    exact = [each for each in blocks if prefix is not None and each in (prefix, beginning)]
+    chosen = exact or [each for each in blocks if each.startswith(beginning)]
+    if not chosen:
+        raise InputError(f"no block of {path} has the prefix {prefix}; there are {_listed(blocks)}")
+    if layer is not None:
+        of_layer = [each for each in chosen if blocks[each] == layer]
+        if not of_layer:
+            raise InputError(f"layer {layer} is not in {path}; {_layers_said([blocks[each] for each in chosen])}")
+        chosen = of_layer
+    if len(chosen) == 1:
+        return chosen[0]
+    layers = [blocks[each] for each in chosen]
+    if None not in layers and len(set(layers)) == len(layers):
+        raise InputError(f"{path} holds several layers; choose one with --layer: {', '.join(map(str, layers))}")
+    raise InputError(f"{path} holds several such blocks; choose one with --prefix: {_listed(chosen)}")
+
+
+def _layers_said(layers: Sequence[int | None]) -> str:
+    known = sorted({layer for layer in layers if layer is not None})
+    return f"its layers are: {', '.join(map(str, known)) or 'none (the keys have no layer index)'}"
+
+
+_MOST_LISTED = 12
+
+
+def _listed(blocks: Iterable[str]) -> str:
+    """Prefixes for a message; of a deep model the first ones."""
+    names = [each.rstrip(".") or "one at the top level" for each in blocks]
+    more = len(names) - _MOST_LISTED
+    return ", ".join(names[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,260 @@
+"""What every block shares, as public steps of the formula: projections, rotary embedding, cache, masks, operator.
+
+Shape suffixes: B batch, H heads, S query length, P past length, T = P + S key length, d stream width, e value width.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from diffdeploy.config import AnyConfig
+from diffdeploy.errors import InputError
+from diffdeploy.modules.rotary import RotaryEmbedding
+from diffdeploy.ops import Impl, diff_attention
+from diffdeploy.ops.heads import pair_streams
+
+__all__ = ["AttentionBlock", "KeyValueCache", "Rotation"]
+
+Rotation = Callable[[Tensor], Tensor]
+
+
+# Keys ``[B, h_kv, P, 2d]``, both streams of a head side by side (``[B, h_kv, P, d]`` in the second version, where they
+# are shared), after rotary embedding, and values ``[B, h_kv, P, e]`` of past tokens, each held once. Side by side, so
+# that attention over them is ordinary grouped-query attention, which reads the cache as it is. A plain tuple, so that
+# every exporter takes it.
+KeyValueCache = tuple[Tensor, Tensor]
+
+
+class AttentionBlock(nn.Module):
+    """What both versions share: projections, rotary embedding, cache, masks and the operator.
+
+    The formula is taken in public steps, which exporters reuse and faults replace, in this order: `normalise_queries`,
+    `normalise_keys`, `rotate_queries`, `rotate_keys`, `append` to the cache, `key_mask`, `lambda_`, `attend`,
+    `normalise`, `join`, `project`.
+
+    Args:
+        config: sizes and flags.
+        impl: how the two attentions are computed.
+        max_positions: positions that can be embedded, when the config has rotary embedding.
+        device: as for any module.
+        dtype: of the projections; float64, float32, float16 or bfloat16.
+    """
+
+    config: AnyConfig
+
+    def __init__(
+        self,
+        config: AnyConfig,
+        *,
+        impl: Impl | str = Impl.AUTO,
+        max_positions: int = 4096,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.impl = config, impl
+        shapes = config.weight_shapes()
+
+        def linear(name: str) -> nn.Linear:
+            rows, columns = shapes[f"{name}.weight"]
+            return nn.Linear(columns, rows, bias=f"{name}.bias" in shapes, device=device, dtype=dtype)
+
+        self.q_proj, self.k_proj, self.v_proj = linear("q_proj"), linear("k_proj"), linear("v_proj")
+        self.out_proj = linear("out_proj")
+        self.rotary = (
+            RotaryEmbedding(config.rope, config.head_dim, max_positions, device=device, dtype=dtype)
+            if config.rope
+            else None
+        )
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: AnyConfig,
+        weights: Mapping[str, Tensor],
+        *,
+        impl: Impl | str = Impl.AUTO,
+        max_positions: int = 4096,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Build a frozen block, in evaluation mode, from canonical weights.
+
+        Args:
+            config: sizes and flags.
+            weights: tensors named and shaped as ``config.weight_shapes()`` says, of any floating dtype.
+            impl: how the two attentions are computed.
+            max_positions: positions that can be embedded, when the config has rotary embedding.
+            dtype: of the block.
+        """
+        with torch.device("meta"):
+            block = cls(config, impl=impl, max_positions=1, dtype=dtype)
+        targets = block.state_dict()
+        block.load_state_dict({name: weights[name].to(targets[name].dtype) for name in targets}, assign=True)
+        if config.rope:
+            block.rotary = RotaryEmbedding(config.rope, config.head_dim, max_positions, device="cpu", dtype=dtype)
+        block.requires_grad_(False)
+        return block.eval().freeze()
+
+    def freeze(self) -> Self:
+        """Compute once what does not depend on the input, for inference."""
+        return self
+
+    def normalise_queries(self, q_BHSd: Tensor) -> Tensor:
+        """The norm over each query stream, where there is one."""
+        return q_BHSd
+
+    def normalise_keys(self, k_BHSd: Tensor) -> Tensor:
+        """The norm over each key stream, where there is one."""
+        return k_BHSd
+
+    def rotate_queries(self, q_BHSd: Tensor, rotate: Rotation) -> Tensor:
+        """Rotary embedding of the queries."""
+        return rotate(q_BHSd)
+
+    def rotate_keys(self, k_BHSd: Tensor, rotate: Rotation) -> Tensor:
+        """Rotary embedding of the new keys."""
+        return rotate(k_BHSd)
+
+    def append(self, past: KeyValueCache, new: KeyValueCache) -> KeyValueCache:
+        """Past and new tokens: what attention reads, and what is handed on.
+
+        Raises:
+            InputError: shapes that do not fit.
+        """
+        for name, old, side in zip(("key", "value"), past, new, strict=True):
+            if old.ndim != 4 or (*old.shape[:2], old.shape[3]) != (*side.shape[:2], side.shape[3]):
+                wanted = [*side.shape[:2], "P", side.shape[3]]
+                raise InputError(f"past {name} has shape {list(old.shape)}; accepted is {wanted}")
+        if past[0].shape[2] != past[1].shape[2]:
+            raise InputError(f"past key holds {past[0].shape[2]} tokens, and past value {past[1].shape[2]}")
+        return torch.cat((past[0], new[0]), dim=2), torch.cat((past[1], new[1]), dim=2)
+
+    def key_mask(self, attention_mask: Tensor) -> Tensor:
+        """``[B, T]``, ``True`` for tokens."""
+        return attention_mask.to(torch.bool)
+
+    def lambda_(self, hidden_states: Tensor) -> Tensor:
+        """Lambda: a scalar, or ``[B, h, S, 1]``."""
+        raise NotImplementedError
+
+    def attend(
+        self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, mask: Tensor | None, *, causal: bool
+    ) -> Tensor:
+        """Differential heads ``[B, h, S, e]``; keys are in pairs where they come from a cache."""
+        return diff_attention(
+            q_BHSd,
+            k_BHTd,
+            v_BHTe,
+            lam,
+            causal=causal,
+            attn_mask=mask,
+            sliding_window=self.config.sliding_window,
+            gqa_layout=self.config.gqa_layout,
+            impl=self.impl,
+        )
+
+    def normalise(self, heads: Tensor) -> Tensor:
+        """The norm over each head's ``e`` channels, the last axis, and the factor behind it, where there are any."""
+        return heads
+
+    def join(self, heads_BHSe: Tensor) -> Tensor:
+        """All heads side by side, ``[B, S, H e]``."""
+        return heads_BHSe.transpose(1, 2).flatten(2)
+
+    def project(self, joined: Tensor) -> Tensor:
+        """The output projection."""
+        output: Tensor = self.out_proj(joined)
+        return output
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KeyValueCache | None = None,
+    ) -> Any:
+        """Attend over the sequence of each batch row.
+
+        Args:
+            hidden_states: ``[B, S, D]`` in the block's dtype.
+            attention_mask: ``[B, T]`` (integer or boolean, 1 is a token, 0 is padding), or a mask broadcastable to
+                ``[B, 1 or h or 2h, S, T]`` (boolean, ``True`` is seen, or additive). It comes on top of causality.
+            position_ids: integer ``[B, S]``, for the rotary embedding; by default ``P .. P + S - 1``.
+            past_key_values: keys and values of past tokens, from an earlier call; ``P`` may be 0.
+
+        Returns:
+            ``[B, S, D]``, same dtype; with ``past_key_values`` a pair of that and the `KeyValueCache` of ``T`` tokens.
+
+        Raises:
+            InputError: shapes that do not fit, a past without a mask, or positions beyond ``max_positions``.
+        """
+        past_length = 0
+        if past_key_values is not None:
+            if attention_mask is None:
+                raise InputError("past_key_values needs an attention_mask [B, P + S], which says what of it are tokens")
+            past_length = past_key_values[0].shape[2]
+        rotary = self.rotary
+
+        def rotate(x_BHSd: Tensor) -> Tensor:
+            return x_BHSd if rotary is None else rotary(x_BHSd, position_ids, offset=past_length)
+
+        output, cache = self.compute(hidden_states, attention_mask, rotate, past_key_values)
+        return output if past_key_values is None else (output, cache)
+
+    def compute(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotate: Rotation,
+        past_key_values: KeyValueCache | None = None,
+        *,
+        causal: bool | None = None,
+    ) -> tuple[Tensor, KeyValueCache]:
+        """All steps, with the caller's rotary embedding.
+
+        Args:
+            hidden_states: see `forward`, as `attention_mask` and `past_key_values`.
+            attention_mask: mask, or ``None``.
+            rotate: turns queries and keys ``[B, H, S, d]``.
+            past_key_values: cache, or ``None``.
+            causal: in place of the config's.
+
+        Returns:
+            ``[B, S, D]``, and the keys and values that were attended to; without a past the keys are those of the
+            streams, ``[B, 2 h_kv, S, d]``.
+
+        Raises:
+            InputError: shapes that do not fit.
+        """
+        config = self.config
+        q_BHSd = self.rotate_queries(
+            self.normalise_queries(_split_heads(self.q_proj(hidden_states), config.head_dim)), rotate
+        )
+        k_BHTd = self.rotate_keys(
+            self.normalise_keys(_split_heads(self.k_proj(hidden_states), config.head_dim)), rotate
+        )
+        v_BHTe = _split_heads(self.v_proj(hidden_states), config.value_dim)
+        if past_key_values is not None:
+            new = k_BHTd if config.streams_share_keys else pair_streams(k_BHTd)
+            k_BHTd, v_BHTe = self.append(past_key_values, (new, v_BHTe))
+        if attention_mask is not None and attention_mask.ndim == 2:
+            _check_key_mask(attention_mask, v_BHTe)
+            attention_mask = self.key_mask(attention_mask)[:, None, None]
+        causal = config.causal if causal is None else causal
+        heads_BHSe = self.attend(q_BHSd, k_BHTd, v_BHTe, self.lambda_(hidden_states), attention_mask, causal=causal)
+        return self.project(self.join(self.normalise(heads_BHSe))), (k_BHTd, v_BHTe)
+
+
+def _split_heads(x_BSD: Tensor, width: int) -> Tensor:
+    return x_BSD.reshape(*x_BSD.shape[:2], -1, width).transpose(1, 2)
+
+
+def _check_key_mask(attention_mask: Tensor, v_BHTe: Tensor) -> None:
+    batch, _, key_length, _ = v_BHTe.shape
+    if attention_mask.is_floating_point() or attention_mask.shape != (batch, key_length):
+        raise InputError(
+            f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}; accepted is an integer or boolean "
+            f"mask [{batch}, {key_length}], 1 for tokens and 0 for padding"
+        )

@@ -1,0 +1,68 @@
+"""Zero-padded queries over pairs of keys, and heads that become rows, so that no kernel expands keys and values.
+
+On keys ``[k1 | k2]`` differential attention is ordinary grouped-query attention: queries ``[q1 | 0]`` and ``[0 | q2]``,
+``2h`` heads of width ``2d``, scale ``d ** -0.5``. It is exact, since the zeros add nothing, as long as all keys are
+finite: 0 times infinity is NaN. Where one half of a pair is infinite, as after an overflow of float16, the other stream
+becomes NaN as well, where two products would have left it as it is. That is not guarded against: the guard would be a
+copy of the keys, and the head, which is the difference of both streams, is lost either way unless every query that sees
+this key has a score of minus infinity there.
+
+Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffdeploy.ops.masks import Visibility
+from diffdeploy.ops.request import Keys, Request
+
+__all__ = ["as_rows", "attend_rows", "from_rows", "padded_queries"]
+
+
+def padded_queries(request: Request) -> Tensor:
+    """Queries of all ``2h`` half heads in natural order, for keys side by side: ``[B, 2h, S, 2d]``.
+
+    Canonical streams stand in their own half. In the legacy key map half head ``e = 2i + s`` reads key half head
+    ``e // g``, which is half ``(e // g) % 2`` of pair ``e // (2g)``: of the ``2g`` half heads of a group, the first
+    ``g`` stand in the first half. Shared keys have no halves, and their queries stay as they are.
+    """
+    q_BHSd, width = request.q, request.width
+    if request.keys == Keys.SHARED:
+        return q_BHSd
+    inner = request.group_size if request.permutes_key_streams else 1
+    halves = torch.unflatten(q_BHSd, 1, (-1, 2, inner))
+    signal, noise = F.pad(halves[:, :, 0], (0, width)), F.pad(halves[:, :, 1], (width, 0))
+    return torch.stack((signal, noise), dim=2).flatten(1, 3)
+
+
+def attend_rows(q_BHSe: Tensor, k_BHTe: Tensor, v_BHTe: Tensor, seen: Visibility, scale: float) -> Tensor:
+    """One softmax attention in which the heads that read one key/value head are its rows: nothing is expanded."""
+    num_kv_heads = k_BHTe.shape[1]
+    num_rows = q_BHSe.shape[1] // num_kv_heads
+    seen = seen.of_rows(q_BHSe, num_kv_heads)
+    output = F.scaled_dot_product_attention(
+        as_rows(q_BHSe, num_kv_heads),
+        k_BHTe,
+        v_BHTe,
+        attn_mask=seen.mask,
+        is_causal=seen.is_causal,
+        scale=scale,
+    )
+    return from_rows(seen.clear_dead(output), num_rows)
+
+
+# Rows of one position are neighbours, so that only axes of known sizes are merged, after a copy without conditions: in
+# a trace, anything else would make a guard of whether heads and positions merge as they lie.
+
+
+def as_rows(q_BHSe: Tensor, num_kv_heads: int) -> Tensor:
+    """Heads ``[B, H, S, e]`` that read one key/value head as its rows, ``[B, h_kv, S H / h_kv, e]``."""
+    grouped = torch.unflatten(q_BHSe, 1, (num_kv_heads, -1)).transpose(2, 3)
+    return grouped.clone(memory_format=torch.contiguous_format).flatten(2, 3)
+
+
+def from_rows(output: Tensor, num_rows: int) -> Tensor:
+    """Inverse of `as_rows`, for ``num_rows`` heads that read one key/value head."""
+    by_position = torch.unflatten(output, 2, (-1, num_rows)).transpose(1, 2)
+    return by_position.clone(memory_format=torch.contiguous_format).flatten(2, 3).transpose(1, 2)
