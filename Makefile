@@ -37,10 +37,35 @@ benchmarks: $(INSTALLED) ## Measure on this machine, which should be idle, and w
 	$(BIN)/python scripts/benchmarks_page.py docs/benchmarks.md $(RESULTS)/*.json
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch setuptools
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[export,cpu,plot,test]'
+	touch $@
+
+# The same tests on the ends of what pyproject.toml allows, in environments of their own.
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+EVERYTHING := .[export,cpu,plot,test]
+
+.PHONY: test-oldest test-newest
+
+test-oldest: $(OLDEST)/.installed ## The tests on the lowest versions that pyproject.toml allows.
+	$(OLDEST)/bin/python -m pytest
+
+test-newest: ## The tests on the newest versions that pip takes today, after asking for newer ones.
+	test -d $(NEWEST) || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager setuptools
+	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --no-build-isolation -e '$(EVERYTHING)'
+	@echo 'Not tried, since another package or the settings of pip hold it back:'
+	@$(NEWEST)/bin/pip list --outdated 2>/dev/null || echo 'not known: the registry did not answer'
+	$(NEWEST)/bin/python -m pytest
+
+$(OLDEST)/.installed: pyproject.toml scripts/lowest_versions.py
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(PYTHON) scripts/lowest_versions.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet -c $(OLDEST)/constraints.txt setuptools
+	$(OLDEST)/bin/pip install --quiet -c $(OLDEST)/constraints.txt --no-build-isolation -e '$(EVERYTHING)'
 	touch $@

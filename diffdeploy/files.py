@@ -73,7 +73,8 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
         if any(array.dtype.name == "bfloat16" for array in arrays.values()):
             raise InputError(f"{path} is .npz, which has no bfloat16; give a .safetensors file")
         stream = io.BytesIO()
-        np.savez(stream, allow_pickle=False, **arrays)
+        # Not with allow_pickle=False, which numpy 2.0 and 2.1 write as one more array; these hold numbers, not objects.
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
         data = stream.getvalue()
     temporary = path.with_name(f".{path.name}.part")
     try:

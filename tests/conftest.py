@@ -8,15 +8,36 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.exporters import ExportOptions
 from tests.support.bundles import BundleCache, FormatBundle, cache_folder, options_of
+
+
+def pytest_report_header() -> list[str]:
+    """What a run tries and what it leaves out, in its own words, for whoever reads its log."""
+    named = {Requirement(text).name for text in requires("diffdeploy") or ()} - {"diffdeploy"}
+    found = {name: _version(name) for name in sorted(named)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device, so only the CPU is tried"
+    return [
+        "versions: " + ", ".join(f"{name} {text}" for name, text in found.items() if text),
+        "not tried, not installed: " + ", ".join(name for name, text in found.items() if not text),
+        f"torch is built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}; {device}",
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -133,11 +133,13 @@ def open_sources(paths: Sequence[Path], reading: CheckpointOptions, sizes: Rando
         raise InputError(f"{checkpoints[0]} and {checkpoints[1]} are two checkpoints; give one, and bundles of it")
     if paths and sizes.given:
         raise InputError(f"sizes are those of a random block, and {paths[0]} has its own; leave out one of them")
+    # Such an option would change nothing, and its user would not know.
     if not checkpoints and reading.given():
         raise InputError(
             f"--{next(iter(reading.given())).replace('_', '-')} is for reading a checkpoint, and none is given"
         )
     names = tuple(
+        # Two bundles of the same name in different folders are told apart by their paths.
         bundle.path.name if [other.path.name for other in bundles].count(bundle.path.name) == 1 else str(bundle.path)
         for bundle in bundles
     )
@@ -163,7 +165,9 @@ def _require_same(checkpoint: Checkpoint, bundle: Bundle, name: str, source: str
     """Ratios between blocks of different sizes would say nothing, and the outputs are held against one exact result."""
     weights = _of_bundle(bundle).weights
     same = bundle.manifest.config == checkpoint.config and all(
-        bool((checkpoint.weights[key].to(tensor.dtype) == tensor).all()) for key, tensor in weights.items()
+        # In the dtype of the bundle, whose weights were cast when it was made.
+        bool((checkpoint.weights[key].to(tensor.dtype) == tensor).all())
+        for key, tensor in weights.items()
     )
     if not same:
         raise InputError(f"bundle {name} does not hold the block of {source}; measure them in separate runs")

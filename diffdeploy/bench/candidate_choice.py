@@ -17,6 +17,7 @@ from diffdeploy.runtime import require_runnable
 __all__ = ["choose_baseline", "choose_names", "eager_candidates", "given_candidates"]
 
 _NAIVE = Impl.NAIVE.value
+# `auto` behind what it chooses from.
 _EAGER = (*(impl.value for impl in Impl if impl != Impl.AUTO), Impl.AUTO.value, SOFTMAX)
 
 
@@ -113,6 +114,7 @@ def given_candidates(subject: BlockSource, sizes: Sequence[Size], device: str) -
 
 def _require_range(bundle: Bundle, name: str, size: Size) -> None:
     axes = bundle.manifest.graph.axes
+    # With a cache the range is of past and token together.
     length = "total_sequence_length" if "total_sequence_length" in axes else "sequence_length"
     for option, axis, given in (
         ("--batch", "batch_size", size.batch_size),
@@ -133,6 +135,7 @@ def choose_baseline(given: str | None, candidates: Sequence[Candidate]) -> str:
     if not names:
         raise InputError("there is nothing to measure; give --impl, --format or a bundle")
     for name in names:
+        # Samples, verdicts and rows are told apart by name alone.
         if names.count(name) > 1:
             raise InputError(f"two candidates are called {name}; rename the bundle, or leave it out of --format")
     if given is None:

@@ -39,6 +39,7 @@ def open_candidate(plan: Plan, candidate: Candidate, weights: Mapping[str, "Tens
     import torch
 
     if candidate.bundle is not None:
+        # The public runtime: its checks of inputs and its copies are part of what a user pays.
         runtime = load(candidate.bundle, device=plan.device, threads=plan.threads)
         return lambda inputs: runtime(**inputs)
     dtype = getattr(torch, plan.dtype)
@@ -63,6 +64,7 @@ def formula_of(
 
 def weight_bytes(candidate: Candidate, weights: Mapping[str, "Tensor"]) -> int:
     """What the weights of a candidate take by themselves."""
+    # The softmax block takes the projections and nothing else.
     counted = [tensor for name, tensor in weights.items() if candidate.impl != SOFTMAX or name.endswith("_proj.weight")]
     return sum(tensor.numel() * tensor.element_size() for tensor in counted)
 
@@ -90,6 +92,6 @@ def _spec(plan: Plan, config: AnyConfig) -> GraphSpec:
         plan.graph,
         config,
         dtype=plan.dtype,
-        max_batch_size=max(2, *(size.batch_size for size in plan.sizes)),
-        max_sequence_length=max(4, plan.max_positions),
+        max_batch_size=plan.max_batch_size,
+        max_sequence_length=plan.max_sequence_length,
     )

@@ -50,6 +50,7 @@ def require_comparable(old: BenchReport, plan: Plan, block: Block) -> None:
         ("graph", old.graph, plan.graph),
         ("dtype", old.dtype, plan.dtype),
         ("baseline", old.baseline, plan.baseline),
+        # Another machine is no obstacle, as ratios are taken within a run; other threads are another question.
         ("number of threads", old.environment.threads, plan.threads),
     ):
         if then != now:
@@ -68,6 +69,7 @@ def changes_since(old: BenchReport, new: BenchReport) -> list[Change]:
 
 def _change(old: Row, new: Row, *, is_baseline: bool) -> Change:
     ratio_change, latency_change = _relative(old.ratio, new.ratio), _relative(old.latency_ms, new.latency_ms)
+    # The baseline has a ratio of 1 in every run; only its latency can tell that it has changed.
     if is_baseline:
         change, intervals = latency_change, (_latency_interval(old), _latency_interval(new))
     else:
@@ -97,8 +99,10 @@ def _apart(old: _Interval, new: _Interval) -> bool:
     """Whether two intervals do not overlap; unknown ones may."""
     if old[0] is None or old[1] is None or new[0] is None or new[1] is None:
         return False
+    # Stricter than a test at 5 %: two intervals may overlap although the medians differ.
     return old[1] < new[0] or new[1] < old[0]
 
 
 def _relative(old: float | None, new: float | None) -> float | None:
+    # Nor of nothing: a peak may be 0 bytes.
     return None if not old or new is None else new / old - 1

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_ORACLE_SCORES", "Verdict", "expected_outputs", "judge_candidate"]
 
+# About half a minute of the oracle on two cores; twice the length is four times that.
 MAX_ORACLE_SCORES = 2**27
 
 
@@ -67,6 +68,7 @@ def expected_outputs(
     stored = None
     if num_scores(config, size) <= MAX_ORACLE_SCORES:
         impl = Impl.NAIVE
+        # From the weights as the candidates have them, in the run's dtype.
         exact_weights = {name: to_array(tensor.double()) for name, tensor in weights.items()}
         exact, stored = exact_and_stored(config, exact_weights, arrays, plan.dtype)
     else:
@@ -74,6 +76,7 @@ def expected_outputs(
         exact = _eager(plan, config, weights, impl, torch.float64)(arrays)
     yardsticks = eager_error(_eager(plan, config, weights, impl, getattr(torch, plan.dtype)), arrays, exact, plan.dtype)
     if stored is not None:
+        # The output alone is a difference of two stored streams; the caches are not.
         yardsticks["output"].add_stored(stored)
     return yardsticks
 

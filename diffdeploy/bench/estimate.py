@@ -22,6 +22,7 @@ _ACTIVATIONS = 12
 
 def candidate_bytes(plan: Plan, candidate: Candidate, size: Size) -> int:
     """Memory that one call of a candidate takes beside its weights."""
+    # A bundle keeps what the implementation that its graph was written with keeps.
     matrices = _SCORE_MATRICES[plan.device].get(candidate.impl or candidate.bundle_impl or "", 0.0)
     return _activation_bytes(plan, size) + int(matrices * 4 * num_scores(plan.config, size))
 
@@ -37,6 +38,7 @@ def require_memory(plan: Plan, free_bytes: int) -> None:
         UnavailableError: a candidate needs more than there is.
     """
     for size in plan.sizes:
+        # All candidates stay loaded while one of them runs, and the exact result is held meanwhile.
         shared = _weight_bytes(plan) + _reference_bytes(plan, size)
         for candidate in plan.candidates:
             needed = shared + candidate_bytes(plan, candidate, size)
@@ -67,6 +69,7 @@ def _weight_bytes(plan: Plan) -> int:
     """Of all candidates, which are loaded together; eager blocks share theirs, and a backend may keep a second copy."""
     elements = sum(math.prod(shape) for shape in plan.config.weight_shapes().values())
     num_bundles = sum(candidate.bundle is not None for candidate in plan.candidates)
+    # 8 bytes for the oracle's fp64 copy.
     return elements * (8 + (1 + 2 * num_bundles) * _item_bytes(plan))
 
 

@@ -80,6 +80,7 @@ class FormatResult:
         """The exit code of this export alone."""
         if isinstance(self.failure, RejectedError):
             return VerificationError.exit_code
+        # Of what was left out, too: nobody asked for it by name.
         return 0 if self.failure is None else self.failure.exit_code
 
 
@@ -136,6 +137,7 @@ def _options_of(target: Target, options: ExportOptions) -> ExportOptions:
     """What a target is asked for: options that it does not have stay with the format that they were given for."""
     if target.format.name == options.format:
         return options if target.name == options.format else replace(options, onnx_flavor=target.flavor)
+    # The first flavor is what a format writes without the option, and some formats have no such option.
     others = target.format.flavors[1:]
     flavor = target.flavor if target.flavor in others else None
     return replace(options, format=target.format.name, opset=None, onnx_flavor=flavor, reference=False)
@@ -156,6 +158,7 @@ def measure_formats(
     import torch
     from safetensors.torch import save_file
 
+    # What failed, or was not verified, has no latency worth comparing.
     made = [result for result in results if result.verdict == "passed"]
     if not made:
         return None

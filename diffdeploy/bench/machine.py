@@ -16,6 +16,7 @@ from diffdeploy.versions import installed_versions
 __all__ = ["Machine", "OtherLoad", "free_bytes", "matmul_gflop_per_second"]
 
 _MATMUL_SIZES = (512, 1024, 2048, 4096)
+# Keeps the whole at about a second, on slow machines too, since it is measured again after each size.
 _LONGEST_MATMUL_MS = 250.0
 
 
@@ -57,6 +58,7 @@ class Machine(Record):
         """Of this process; takes a second for the matrix products."""
         import torch
 
+        # Before the matrix products below, which raise it.
         load_average = os.getloadavg()[0]
         return cls(
             diffdeploy=__version__,
@@ -64,6 +66,7 @@ class Machine(Record):
             platform=f"{platform.system()} {platform.machine()}",
             python=platform.python_version(),
             cpu=f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
+            # Not os.cpu_count: a container or taskset may leave fewer.
             num_cpus=len(os.sched_getaffinity(0)),
             threads=threads,
             device=torch.cuda.get_device_name() if device == "cuda" else device,
@@ -87,11 +90,13 @@ class OtherLoad:
     def __call__(self) -> float:
         """The average until now."""
         wall, busy, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        # The kernel counts the work of all cores in ticks of 10 ms, so that it may lag behind this process's own.
         return round(max(0.0, busy - own) / wall, 2)
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
         """Seconds of time, of work on all cores, and of work of this process."""
+        # Waiting is no work; the columns after these count guests, which are in `user` already.
         user, nice, system, _idle, _wait, *other = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
         busy = (user + nice + system + sum(other)) / os.sysconf("SC_CLK_TCK")
         return time.monotonic(), busy, time.process_time()
@@ -113,6 +118,7 @@ def matmul_gflop_per_second(dtype: str, *, device: str, threads: int) -> float:
             break
         left, right = (torch.ones(size, size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
         longest_ms = latency_ms(partial(torch.matmul, left, right), device=device, threads=threads)
+        # An addition and a multiplication for each product; per ms and 10^6 it is 10^9 per second.
         best = max(best, 2 * size**3 / longest_ms / 1e6)
     return best
 
@@ -127,6 +133,7 @@ def free_bytes(device: str) -> int:
     free = int(fields["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")
     try:
+        # In a container the machine's free memory is not this process's to use.
         limit = int((group / "memory.max").read_text())
         return min(free, limit - int((group / "memory.current").read_text()))
     except (OSError, ValueError):  # no control group, or one without a limit

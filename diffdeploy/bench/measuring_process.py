@@ -46,8 +46,10 @@ class MeasuringProcess:
         for line in self._process.stdout:
             event = json.loads(line)
             if event["event"] == "error":
+                # So that an error ends the command with the exit code that it would have in one process.
                 kind: type[DiffDeployError] = getattr(errors, event["kind"], ExportError)
                 raise kind(event["message"])
             yield event
+        # A worker that was killed, by the system for its memory for example, sends no event.
         if self._process.wait():
             raise ExportError(f"the process that measures ({self._name}) {self._process.obituary()}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 __all__ = ["Estimate", "estimate", "paired_ratios"]
 
+# What 95 % confidence leaves.
 _MISS = 0.05
 
 
@@ -36,6 +37,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     """
     ordered = sorted(values)
     rank = _rank(len(ordered))
+    # Inclusive: the default method puts the quartiles of two values outside of them.
     quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else None
     return Estimate(
         median=statistics.median(ordered),
@@ -49,6 +51,7 @@ def _rank(count: int) -> int:
     """The largest ``k`` whose interval misses the median in at most 5 % of samples; 0 when there is none."""
     missed, rank = 0.0, 0
     while rank < count // 2:
+        # Twice, for both ends.
         missed += 2 * math.comb(count, rank) / 2**count
         if missed > _MISS:
             break

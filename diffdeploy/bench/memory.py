@@ -14,6 +14,7 @@ from diffdeploy.bench.candidate_run import Run
 
 __all__ = ["peak_bytes"]
 
+# Resets the peak resident size (man 5 proc_pid_clear_refs).
 _CLEAR_PEAK = "5"
 
 
@@ -38,6 +39,7 @@ def peak_bytes(
     run = open_run()
     warm_up(run)
     _release()
+    # What loading and a first call take for a moment is no part of a call: the peak starts behind them.
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:

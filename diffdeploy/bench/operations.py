@@ -39,6 +39,7 @@ def attention_flop(config: AnyConfig, size: Size, *, softmax: bool = False) -> i
     with ``e = d`` in place of each differential one: ``8 d``.
     """
     value_dim = config.head_dim if softmax else config.value_dim
+    # Two streams, each with the products for its scores and for its values.
     per_pair = 2 * (2 * config.head_dim + 2 * value_dim)
     return size.batch_size * config.num_heads * num_pairs(config, size) * per_pair
 

@@ -14,6 +14,8 @@ __all__ = ["SOFTMAX", "Candidate", "Plan", "Size"]
 
 # The plain softmax-attention block, by the name that stands among the implementations.
 SOFTMAX = "softmax"
+# The least that `graph_spec` accepts, whatever the variant: below it an axis would not be dynamic.
+_LEAST_BATCH, _LEAST_LENGTH = 2, 4
 
 
 class Size(Record):
@@ -96,6 +98,7 @@ class Plan(Record):
         seed: of inputs and order.
     """
 
+    # The fields of the second version are a part of those of the first, so only the version tells which it is.
     config: Annotated[AnyConfig, Field(discriminator="version")]
     weights: Path
     graph: Variant
@@ -112,3 +115,13 @@ class Plan(Record):
     def max_positions(self) -> int:
         """Positions that have to be embedded."""
         return max(size.total_sequence_length for size in self.sizes)
+
+    @property
+    def max_batch_size(self) -> int:
+        """Largest batch of a graph that holds all sizes."""
+        return max(_LEAST_BATCH, *(size.batch_size for size in self.sizes))
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Longest sequence of a graph that holds all sizes, past included."""
+        return max(_LEAST_LENGTH, self.max_positions)

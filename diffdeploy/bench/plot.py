@@ -50,7 +50,9 @@ def plot(report: BenchReport, path: Path) -> None:
     batch_sizes = list(dict.fromkeys(size.batch_size for size in report.sizes))
     if all(row.latency_ms is None for row in report.results):
         raise InputError(f"{path} was not written: no candidate has a latency")
+    # A fixed salt here and no date below: figures of unchanged results do not change in version control.
     with mpl.rc_context({"svg.hashsalt": "diffdeploy", "font.size": 9}):
+        # Not pyplot, which would keep the figure and look for a display.
         figure = Figure(figsize=(1.6 + 5.2 * len(batch_sizes), 5.2), layout="constrained")
         panels = figure.subplots(1, len(batch_sizes), sharey=True, squeeze=False)[0]
         for axes, batch_size in zip(panels, batch_sizes, strict=True):
@@ -68,6 +70,7 @@ def _draw(axes: "Axes", report: BenchReport, batch_size: int) -> None:
     cached = report.graph == "cached"
     rows = [row for row in report.results if row.batch_size == batch_size and row.latency_ms is not None]
     names = list(dict.fromkeys(row.name for row in report.results))
+    # By all names of the report, so that a candidate looks the same in every panel.
     styles = dict(zip(names, zip(cycle(_MARKERS), cycle(_LINES), cycle(_SHADES), strict=False), strict=False))
     longest = max((_length(row, cached) for row in rows), default=0)
     # The legend is in the order in which the lines end.

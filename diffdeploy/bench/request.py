@@ -65,6 +65,7 @@ class BenchRequest:
         """The command that measures the same again."""
         usual = {"impl": ["all"], "batch": [1], "device": "cpu"}
         words = ["diffdeploy", "bench", *map(str, self.sources)]
+        # Without the sources, which are arguments and stand first.
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             if value not in (None, usual.get(field.name)):
@@ -99,6 +100,7 @@ def prepare(request: BenchRequest, phase: Say, note: Say) -> Iterator[Bench]:
         )
         targets = _targets(request, source, dtype, note)
         plan = _plan(request, source, eager, targets, Path(folder))
+        # Before the exports, which take minutes.
         require_memory(plan, free_bytes(plan.device))
         _write_weights(source, plan)
         plan = _with_exports(plan, request, source, targets, phase, note)
@@ -189,6 +191,7 @@ def _sizes(graph: Variant, request: BenchRequest, longest: int | None) -> tuple[
     """In ascending order, so that what takes longest comes last; by default none that bundles are not made for."""
     cached = graph == "cached"
     usual = _PASTS if cached else _LENGTHS
+    # The token that is decoded takes one of the positions that a bundle is made for.
     most = usual[-1] if longest is None else longest - cached
     lengths = request.seq or [length for length in usual if length <= most] or [most]
     return tuple(
@@ -207,6 +210,7 @@ def _with_exports(
         if (
             candidate.bundle is not None
             and candidate.name in targets
+            # A bundle that was given may have the name of a format.
             and candidate.bundle.parent == plan.weights.parent
         ):
             phase(f"exporting {candidate.name}")
@@ -218,6 +222,7 @@ def _with_exports(
                 note(f"{candidate.name} is left out: {error}")
                 continue
         candidates.append(candidate)
+    # Again, since the baseline may be among what was left out.
     baseline = choose_baseline(request.baseline, candidates)
     return plan.model_copy(update={"candidates": tuple(candidates), "baseline": baseline})
 
@@ -236,7 +241,7 @@ def _export(source: BlockSource, output: Path, target: Target, plan: Plan) -> No
         device="cuda" if plan.device == "cuda" else "cpu",
         graph=plan.graph,
         dtype=plan.dtype,
-        max_batch_size=max(2, *(size.batch_size for size in plan.sizes)),
-        max_sequence_length=max(4, plan.max_positions),
+        max_batch_size=plan.max_batch_size,
+        max_sequence_length=plan.max_sequence_length,
     )
     export_bundle(source.checkpoint, output, options, verify=False)

@@ -135,6 +135,7 @@ class BenchReport(Record):
     def rows_of(self, size: Size) -> list[Row]:
         """Fastest first; those without a latency at the end."""
         rows = [row for row in self.results if row.size == size]
+        # Those keep their order, as sorting is stable.
         return sorted(rows, key=lambda row: float("inf") if row.latency_ms is None else row.latency_ms)
 
     def fields(self) -> dict[str, Any]:
@@ -147,6 +148,7 @@ class BenchReport(Record):
         packages = environment.pop("packages")
         shared = {"graph": self.graph, "dtype": self.dtype, "baseline": self.baseline, **environment, **packages}
         stream = io.StringIO()
+        # The csv module ends lines as DOS does, unless told otherwise.
         writer = csv.DictWriter(stream, [*Row.model_fields, *shared], lineterminator="\n")
         writer.writeheader()
         for row in self.results:
@@ -160,6 +162,7 @@ def read_report(path: Path) -> BenchReport:
     Raises:
         InputError: the file cannot be read, or is something else.
     """
+    # `Row.fields` leaves the one out that a row does not have.
     neither = {"impl": None, "format": None}
     try:
         stored = json.loads(path.read_bytes())

@@ -30,11 +30,13 @@ _SECONDS_PER_SIZE, _SECONDS_PER_MEMORY = 20.0, 3.0
 # How glibc allocates (man 3 mallopt). For times: freed memory is kept, as it settles in a process that serves equal
 # calls; left to itself it depends on what other candidates have freed, and ratios change by 30 % from run to run. For
 # memory: larger tensors go back to the system when they are freed, and resident is what lives.
+# Never map, keep up to 16 GiB, and grow by 64 MiB at a time.
 _STEADY_MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**26),
 }
+# Map from 64 KiB on.
 _EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
@@ -89,6 +91,7 @@ class Bench:
         match event["event"]:
             case "environment":
                 self._environment = Machine.model_validate(event["environment"])
+            # A worker sends the environment first; what comes without it has no run to belong to.
             case "machine" if self._environment is not None:
                 self._environment = self._environment.updated(event["other_load"], event["matmul_gflop_per_second"])
             case "verdict":
@@ -100,11 +103,13 @@ class Bench:
 
     def _measure_memory(self, plan_file: Path, progress: Progress) -> None:
         """Two processes at a time, if there is memory for two: they do not see each other's."""
+        # A wrong candidate may be small because it leaves something out.
         right = [candidate for candidate in self.plan.candidates if self._is_right(candidate)]
         at_once = 2 if fits_twice(self.plan, free_bytes(self.plan.device)) else 1
         with ExitStack() as stack:
             started: list[MeasuringProcess] = []
             for number, candidate in enumerate(right):
+                # The next one starts, and imports torch, while the current one measures.
                 for next_one in right[len(started) : number + at_once]:
                     process = MeasuringProcess(
                         ["memory", str(plan_file), next_one.name], threads=self.plan.threads, environment=_EXACT_MALLOC
@@ -129,6 +134,7 @@ class Bench:
         ]
         wrong = any(row.status == "wrong" for row in rows)
         return BenchReport(
+            # What was interrupted is not called wrong: the rest might have been right.
             status="interrupted" if not self._finished else "wrong" if wrong else "measured",
             command=self._command,
             block=self.block,
@@ -169,6 +175,7 @@ class Bench:
             "latency_low_ms": latency.low,
             "latency_high_ms": latency.high,
             "latency_iqr_ms": latency.interquartile_range,
+            # Per millisecond and 10^6 it is 10^9 per second.
             "gflop_per_second": flop / latency.median / 1e6,
             "matmul_share": flop / latency.median / 1e6 / environment.matmul_gflop_per_second,
         }

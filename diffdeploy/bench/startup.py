@@ -43,6 +43,7 @@ def measure_startup(bundle: Path, device: str | None = None) -> Startup:
         said = process.stdout.read().splitlines()
         if process.wait():
             raise ExportError(f"{bundle} does not start: the process {process.obituary()}")
+    # Backends may print before it.
     return Startup.model_validate_json(said[-1])
 
 
@@ -52,6 +53,7 @@ def _main(bundle: str, device: str | None = None) -> None:
 
     package = require_format(open_bundle(bundle).manifest.format).package
     moments = [time.perf_counter()]
+    # By itself, since it is the same for all bundles of a format.
     import_module(package)
     moments.append(time.perf_counter())
     runtime = diffdeploy.load(bundle, device=device)

@@ -28,14 +28,17 @@ def random_checkpoint(*, embed_dim: int, num_heads: int, num_kv_heads: int, head
         head_dim=head_dim,
         lambda_init=lambda_init_at(0),
         output_scale=1 - lambda_init_at(0),
+        # As in the code and the experiments of the paper.
         rope=RopeConfig(style="interleaved", theta=10000.0),
     )
+    # Behind the config, which refuses sizes before torch is loaded.
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in config.weight_shapes().items():
         values = torch.randn(shape, generator=generator)
+        # 0.1 is what the paper's code initialises the lambda vectors with.
         scale = 0.1 if name in LAMBDA_VECTORS or len(shape) == 1 else shape[-1] ** -0.5
         weights[name] = values * scale + (1.0 if name == "subln.weight" else 0.0)
     return Checkpoint(config=config, weights=weights, layout="random", layer=None, keys=[])

@@ -9,6 +9,8 @@ __all__ = ["HEADINGS", "describe_block", "describe_size", "figures", "legend", "
 HEADINGS = ("candidate", "ms", "±", "ratio", "95 %", "GFLOP/s", "of products", "peak MiB", "over weights")
 
 _MIB = 2**20
+# Decimals below a bound, so that three digits show: the intervals beside them are seldom narrower.
+_DECIMALS = ((1, 3), (10, 2), (100, 1))
 # Cores; above it the spread of repeated runs grows.
 _QUIET = 0.1
 
@@ -19,6 +21,7 @@ def figures(row: Row) -> list[str]:
         return [row.name, "wrong", *[""] * 7]
     if row.latency_ms is None:
         return [row.name, "not timed", *[""] * 7]
+    # Half the distance, so that it reads as a plus or minus around the median.
     spread = None if row.latency_iqr_ms is None else row.latency_iqr_ms / 2 / row.latency_ms
     known = row.ratio_low is not None and row.ratio_high is not None
     return [
@@ -35,7 +38,7 @@ def figures(row: Row) -> list[str]:
 
 
 def _three_digits(value: float) -> str:
-    return f"{value:.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
+    return f"{value:.{next((decimals for bound, decimals in _DECIMALS if value < bound), 0)}f}"
 
 
 def _or_dash(value: float | None, form: str) -> str:
@@ -45,6 +48,7 @@ def _or_dash(value: float | None, form: str) -> str:
 def describe_size(report: BenchReport, size: Size) -> str:
     """Heading of a size: what is run, and how many operations that is."""
     rows = report.rows_of(size)
+    # The heading is of the differential block; softmax does less.
     counted = next((row for row in rows if row.impl != SOFTMAX), rows[0])
     what = f"sequence length {size.sequence_length}"
     if size.past_sequence_length:

@@ -17,6 +17,7 @@ Call = Callable[[], object]
 # Long enough for the threads of the candidate before to fall asleep: they spin for a few milliseconds.
 _SECONDS_PER_SAMPLE = 0.05
 _SECONDS_PER_SIZE = 12.0
+# Six rounds give the first confidence interval; odd numbers make the median a round that was measured.
 _LEAST_ROUNDS, _MOST_ROUNDS = 9, 31
 
 
@@ -33,8 +34,10 @@ def _cpu_ms(call: Call, threads: int) -> float:
 def _cuda_ms(call: Call) -> float:
     import torch
 
+    # This call also is the one that does not count.
     count = max(3, int(_SECONDS_PER_SAMPLE / seconds_per_call(call, device="cuda")))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    # Around all calls: an event each would time the launches of short kernels and not the kernels.
     begin.record()
     for _ in range(count):
         call()
@@ -61,7 +64,8 @@ def num_rounds(seconds: Mapping[str, float]) -> tuple[int, float]:
     Args:
         seconds: per call of each candidate.
     """
-    # One call before the sample does not count, and a sample of a slow candidate is one call.
+    # One call before the sample does not count, and a sample of a slow candidate is one call. Of a fast one, a fifth
+    # more goes by until the timer has found out how many calls fill it.
     round_seconds = sum(max(2 * each, 1.2 * _SECONDS_PER_SAMPLE) for each in seconds.values())
     return min(_MOST_ROUNDS, max(_LEAST_ROUNDS, int(_SECONDS_PER_SIZE / round_seconds))), round_seconds
 
@@ -70,6 +74,7 @@ def rounds(
     calls: Mapping[str, Call], count: int, *, device: str, threads: int, seed: int
 ) -> Iterator[tuple[int, str, float]]:
     """Time all candidates in turns; gives round, name and milliseconds."""
+    # Seeded: the command in the report measures in the same order again.
     order, generator = list(calls), random.Random(seed)
     for number in range(count):
         generator.shuffle(order)

@@ -43,6 +43,7 @@ def _time(plan: Plan, send: Send) -> None:
     other_load = OtherLoad()
     for size in plan.sizes:
         _time_size(plan, size, runs, weights, send)
+        # Before the products, which are no part of the times.
         busy = other_load()
         rate = matmul_gflop_per_second(plan.dtype, device=plan.device, threads=plan.threads)
         send("machine", other_load=busy, matmul_gflop_per_second=rate)
@@ -70,6 +71,7 @@ def _right_ones(
     seconds: dict[str, float] = {}
     formulas: dict[bool, tuple[Inputs, Expected]] = {}
     for candidate in plan.candidates:
+        # Softmax has another exact result, and a cache of another shape; all others share one of each.
         formula = candidate.impl == SOFTMAX
         if formula not in formulas:
             send("phase", text=f"{size.id}: exact result")
@@ -80,6 +82,7 @@ def _right_ones(
         send("verdict", size=size.id, name=candidate.name, **vars(verdict))
         if verdict.passed:
             calls[candidate.name] = partial(runs[candidate.name], inputs)
+            # The second call, since a first one may compile or pack.
             seconds[candidate.name] = timing.seconds_per_call(calls[candidate.name], device=plan.device)
     return calls, seconds
 
@@ -103,10 +106,12 @@ def _measure_memory(plan: Plan, candidate: Candidate, send: Send) -> None:
     if plan.device == "cuda" and not _is_seen_by_torch(candidate):
         return
     few = inputs_on_device(smallest)
+    # Loads the libraries, whose memory is not the candidate's.
     open_candidate(plan, candidate, weights)(few)
     for size in plan.sizes:
         many = inputs_on_device(size)
         peak = peak_bytes(
+            # Read again: the weights count, and those above are resident already.
             lambda: open_candidate(plan, candidate, load_weights(plan)),
             lambda run, inputs=many: run(inputs),  # type: ignore[misc]  # a default is how a loop is left
             lambda run: run(few),
@@ -130,6 +135,7 @@ def _is_seen_by_torch(candidate: Candidate) -> bool:
 
 def _main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    # By lines, so that nothing is lost with a process that dies.
     stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     import torch
@@ -145,6 +151,7 @@ def _main(arguments: list[str]) -> int:
             if what == "time":
                 _time(plan, send)
             else:
+                # Exactly one: the plan has no two of the same name.
                 (candidate,) = (each for each in plan.candidates if each.name == names[0])
                 _measure_memory(plan, candidate, send)
     except DiffDeployError as error:

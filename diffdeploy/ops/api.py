@@ -13,6 +13,7 @@ __all__ = ["IMPLEMENTATION_MODULES", "diff_attention", "resolve_impl"]
 
 # Each enters its implementations into the registry when it is imported.
 IMPLEMENTATION_MODULES = (naive, sdpa, paired, flash2)
+_KNOWN = tuple(Impl)  # torch.compile of torch 2.11 cannot list an enum
 
 
 def resolve_impl(impl: Impl | str) -> Impl:
@@ -21,7 +22,7 @@ def resolve_impl(impl: Impl | str) -> Impl:
     Raises:
         InputError: ``impl`` is not an implementation.
     """
-    if impl not in list(Impl):
+    if impl not in _KNOWN:
         raise InputError(f"attention implementation {str(impl)!r} is not known; accepted: {', '.join(Impl)}")
     return Impl(impl)
 

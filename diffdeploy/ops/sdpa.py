@@ -22,12 +22,15 @@ __all__ = ["attend", "four_call", "padded", "stacked_split", "stacked_wide", "tw
 # Of one stream, in elements: as long as they stay in the processor's caches.
 _CACHED_SCORES_FP16 = 2**21
 
+# Before torch 2.13, torch.export does not know that min(6 s, 12 s) is 6 s, and makes a guard of it. Such minima are the
+# strides of two axes that were joined.
+_JOINED_AXES_BECOME_GUARDS = torch.__version__ < "2.13"  # TorchVersion compares versions
+
 
 def attend(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility, scale: float) -> Tensor:
     """One softmax attention."""
     grouped = q_BHSd.shape[1] != k_BHTd.shape[1]
-    if grouped and q_BHSd.dtype == torch.float32 and runs_on_cuda(q_BHSd):
-        # No fused kernel of CUDA takes groups in float32; torch would fall back to plain matrix products.
+    if grouped and _must_gather_groups(q_BHSd, v_BHTe):
         num_heads, grouped = q_BHSd.shape[1], False
         read = torch.arange(num_heads, device=q_BHSd.device) // (num_heads // k_BHTd.shape[1])
         k_BHTd, v_BHTe = (side.index_select(1, read) for side in (k_BHTd, v_BHTe))
@@ -41,6 +44,17 @@ def attend(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility, sca
         enable_gqa=grouped,
     )
     return seen.clear_dead(output)
+
+
+def _must_gather_groups(q_BHSd: Tensor, v_BHTe: Tensor) -> bool:
+    """Whether torch cannot be left to repeat the key and value heads of a group."""
+    # No fused kernel of CUDA takes groups in float32; torch would fall back to plain matrix products.
+    in_float32_on_cuda = q_BHSd.dtype == torch.float32 and runs_on_cuda(q_BHSd)
+    # Where no fused kernel takes the widths, torch repeats heads by joining axes; torch.onnx keeps the call as it is.
+    exported_by_joining_axes = (
+        q_BHSd.shape[-1] != v_BHTe.shape[-1] and torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export()
+    )
+    return in_float32_on_cuda or (_JOINED_AXES_BECOME_GUARDS and exported_by_joining_axes)
 
 
 def _two_streams(request: Request, v_BHTe: Tensor, pad: int = 0) -> Tensor:
@@ -184,8 +198,9 @@ def stacked_wide(request: Request) -> Tensor:
             natural = torch.arange(2 * num_heads, device=q_BHSd.device)
             order = natural.reshape(num_kv_heads, -1, 2).transpose(1, 2).flatten()
             output = attend(q_BHSd.index_select(1, order), k_BHTd, v_BHTe, seen.reorder(order), request.scale)
-            batch, _, length, value_width = output.shape
-            signal, noise = output.reshape(batch, num_kv_heads, 2, -1, length, value_width).unbind(2)
-            return signal.flatten(1, 2) - lam * noise.flatten(1, 2)
+            # Gathered, where a reshape would join axes: see _JOINED_AXES_BECOME_GUARDS.
+            by_stream = natural.reshape(num_kv_heads, 2, -1).transpose(0, 1).flatten()
+            signal, noise = output.index_select(1, by_stream).chunk(2, dim=1)
+            return signal - lam * noise
     output = attend(q_BHSd, k_BHTd, v_BHTe, seen, request.scale)
     return output[:, 0::2] - lam * output[:, 1::2]

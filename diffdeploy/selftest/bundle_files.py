@@ -59,6 +59,7 @@ def _leave_a_file(target: FaultTarget) -> None:
 
 
 def _link_weights(target: FaultTarget) -> None:
+    # The very same bytes: only that it is a link can give it away.
     elsewhere = target.path.parent / "weights-elsewhere"
     (target.path / WEIGHTS).rename(elsewhere)
     (target.path / WEIGHTS).symlink_to(elsewhere)
@@ -81,6 +82,7 @@ def _edit_arrays(target: FaultTarget, file: str, edit: Callable[[dict[str, Array
 
 def _one_bit_in_the_weights_file(target: FaultTarget) -> None:
     def edit(arrays: dict[str, Array]) -> None:
+        # Signed again, so that only a comparison with the artifact can see it.
         arrays["v_proj.weight"] = next_bit(arrays["v_proj.weight"])
 
     _edit_arrays(target, WEIGHTS, edit)
@@ -102,6 +104,7 @@ def _golden_output_off(target: FaultTarget) -> None:
 
 
 def _edit_manifest(target: FaultTarget, manifest: Manifest) -> None:
+    # Not by `write_manifest`, which comes after every fault that is signed.
     (target.path / MANIFEST).write_bytes(manifest.to_bytes())
 
 
@@ -121,6 +124,7 @@ def _other_theta(config: AnyConfig) -> AnyConfig:
 
 def _promise_longer_sequences(target: FaultTarget) -> None:
     spec = target.spec
+    # Lengths alone: the fault is that the rotary tables end before them.
     axes = {name: Range(min=r.min, max=r.max if name == "batch_size" else 2 * r.max) for name, r in spec.axes.items()}
     _edit_manifest(target, target.manifest.model_copy(update={"graph": spec.model_copy(update={"axes": axes})}))
 
@@ -147,6 +151,7 @@ BUNDLE_FILE_FAULTS = [
     _fault(
         "manifest_of_another_layer",
         "the manifest says another lambda_init",
+        # About what one layer makes at a depth of 4.
         _names_config(lambda config: replace(config, lambda_init=config.lambda_init + 0.05)),
         version_1,
         stage=Stage.LAMBDA,

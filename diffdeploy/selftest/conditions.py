@@ -3,6 +3,7 @@
 from diffdeploy.selftest.fault import FaultTarget
 
 __all__ = [
+    "LONG",
     "cached",
     "causal",
     "causal_without_window",
@@ -18,6 +19,11 @@ __all__ = [
     "window_above_64",
     "without_window",
 ]
+
+# Where a fault of long sequences begins: most lengths of the sweep are shorter, and the next one is just beyond.
+LONG = 64
+# Channels of a stream that has one pair to turn.
+_ONE_PAIR = 2
 
 
 def version_1(target: FaultTarget) -> bool:
@@ -37,6 +43,7 @@ def several_kv_heads(target: FaultTarget) -> bool:
 
 def grouped(target: FaultTarget) -> bool:
     """Several heads read one key/value head."""
+    # Without groups both key maps are the same.
     return target.config.num_heads > target.config.num_kv_heads
 
 
@@ -47,7 +54,8 @@ def has_rope(target: FaultTarget) -> bool:
 
 def several_pairs(target: FaultTarget) -> bool:
     """A stream has more than one pair of channels to turn."""
-    return target.config.head_dim > 2
+    # A single pair turns by position * theta^0, whatever theta is, and has no order.
+    return target.config.head_dim > _ONE_PAIR
 
 
 def causal(target: FaultTarget) -> bool:
@@ -68,12 +76,12 @@ def causal_without_window(target: FaultTarget) -> bool:
 def window_above_64(target: FaultTarget) -> bool:
     """A window of 64 would be another one."""
     window = target.config.sliding_window
-    return window is None or window > 64
+    return window is None or window > LONG
 
 
 def longer_than_64(target: FaultTarget) -> bool:
     """Sequences can be longer than 64."""
-    return target.spec.axes["sequence_length"].max > 64
+    return target.spec.axes["sequence_length"].max > LONG
 
 
 def masked(target: FaultTarget) -> bool:

@@ -31,9 +31,11 @@ def constant_fault(
     """
 
     def is_held(target: FaultTarget) -> bool:
+        # Where the artifact folds a constant away, there is nothing to change.
         return change(target).keys() <= target.constants.keys()
 
     def inject(target: FaultTarget) -> None:
+        # Formats find a constant by its right value, not by a name.
         expected = expected_constants(target.manifest, target.weights)
         target.format.write_constants(target.path, expected, change(target))
 
@@ -44,6 +46,7 @@ def constant_fault(
 
 def rows(target: FaultTarget, side: str, change: Callable[[Array], Array]) -> dict[str, Array]:
     """The rows of the projection ``side`` and of its bias, changed."""
+    # Both: a layout has weight and bias in one order, and a fault in one of them alone would be another fault.
     names = (f"{side}_proj.weight", f"{side}_proj.bias")
     return {name: change(target.weights[name]) for name in names if name in target.weights}
 
@@ -55,6 +58,7 @@ def columns(target: FaultTarget, change: Callable[[Array], Array]) -> dict[str, 
 
 def scalar(name: str, value: float) -> dict[str, Array]:
     """One number."""
+    # In fp64, as all numbers of `expected_constants`; the format rounds it as it did the right one.
     return {name: np.asarray(value, np.float64)}
 
 
@@ -81,6 +85,7 @@ def reordered(*shape: int) -> Callable[[Array], Array]:
 
 def times(factor: float) -> Callable[[Array], Array]:
     """Every element multiplied."""
+    # Rounded once: in half precision the factor itself would be rounded before.
     return lambda array: (array.astype(np.float64) * factor).astype(array.dtype)
 
 
@@ -88,5 +93,6 @@ def next_bit(array: Array) -> Array:
     """The largest element moved to the next number of its dtype, towards zero."""
     changed = array.copy()
     bits: np.ndarray[Any, Any] = changed.view(f"uint{8 * array.dtype.itemsize}").reshape(-1)
+    # The largest is not 0, whose bits would wrap around; and towards zero no number becomes infinite.
     bits[int(np.argmax(np.abs(array.astype(np.float64))))] -= 1
     return changed

@@ -62,6 +62,7 @@ def _always(_: FaultTarget) -> bool:
 
 def all_of(*conditions: When) -> When:
     """All conditions hold; later ones are asked only where earlier ones do."""
+    # A condition may read what only targets of an earlier one have, such as the rotary base.
     return lambda target: all(condition(target) for condition in conditions)
 
 
@@ -87,4 +88,5 @@ class Fault:
     inject: Callable[[FaultTarget], None] = field(default=lambda _: None)
     applies: When = _always
     wrap: Wrap | None = None
+    # Without a new signature the digests alone would catch every fault, and nothing else would be tried.
     signed: bool = True

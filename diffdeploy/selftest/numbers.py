@@ -17,6 +17,11 @@ from diffdeploy.selftest.fault import Fault, FaultTarget
 
 __all__ = ["NUMBER_FAULTS"]
 
+# Relative to what is right: a smaller fault could pass for rounding in half precision.
+_VISIBLE = 1e-3
+# Lambda may happen to be a short number; rounding it is a fault only where it moves it by far more than float32 does.
+_MORE_THAN_FLOAT32 = 1e-5
+
 _LAMBDA, _ROPE, _NORM, _SIGNAL = Stage.LAMBDA, Stage.ROPE, Stage.NORM, Stage.SIGNAL
 
 
@@ -43,7 +48,7 @@ def _lambda_fault(name: str, breaks: str, value: Callable[[FaultTarget], float])
     """Applies where it makes a difference of at least a thousandth, so that no rounding hides it."""
 
     def differs(target: FaultTarget) -> bool:
-        return abs(value(target) - _lambda(target)) > 1e-3 * abs(_lambda(target))
+        return abs(value(target) - _lambda(target)) > _VISIBLE * abs(_lambda(target))
 
     return constant_fault(name, _LAMBDA, breaks, lambda s: scalar("lambda", value(s)), version_1, differs)
 
@@ -71,6 +76,7 @@ _LAMBDAS = [
     _lambda_fault(
         "lambda_without_exponentials",
         "the scalar products themselves",
+        # The logarithms give the products back.
         lambda s: math.log(_exponentials(s)[0]) - math.log(_exponentials(s)[1]) + _lambda_init(s),
     ),
     constant_fault(
@@ -79,7 +85,9 @@ _LAMBDAS = [
         "lambda has the 8 bits of bfloat16",
         lambda s: scalar("lambda", float(ml_dtypes.bfloat16(_lambda(s)))),
         version_1,
-        lambda s: s.spec.dtype == "float32" and abs(float(ml_dtypes.bfloat16(_lambda(s))) - _lambda(s)) > 1e-5,
+        lambda s: (
+            s.spec.dtype == "float32" and abs(float(ml_dtypes.bfloat16(_lambda(s))) - _lambda(s)) > _MORE_THAN_FLOAT32
+        ),
     ),
     constant_fault(
         "lambda_rounded_to_two_digits",
@@ -87,16 +95,18 @@ _LAMBDAS = [
         "lambda as a report would print it",
         lambda s: scalar("lambda", round(_lambda(s), 2)),
         version_1,
-        lambda s: s.spec.dtype == "float32" and abs(round(_lambda(s), 2) - _lambda(s)) > 1e-5,
+        lambda s: s.spec.dtype == "float32" and abs(round(_lambda(s), 2) - _lambda(s)) > _MORE_THAN_FLOAT32,
     ),
 ]
 
 
 def _lambda_init_after(value: float, layers: int) -> float:
     """``lambda_init`` of the layer that many after the one that has ``value``; of an unknown depth, a tenth more."""
+    # The inverse of `lambda_init_at`; a lambda_init of 0.8 in all layers, as DiffCLIP's, is that of no depth.
     share = (0.8 - value) / 0.6
     if not 0.0 < share <= 1.0:
         return value + 0.1 * layers
+    # Before the first layer there is none; the condition of the fault then finds no difference.
     return lambda_init_at(max(0, round(-math.log(share) / 0.3) + layers))
 
 
@@ -104,6 +114,7 @@ def _tables(target: FaultTarget, change: Callable[[RopeConfig], RopeConfig]) -> 
     """The tables of another rotary embedding."""
     rope = target.config.rope
     assert rope is not None
+    # As long as the right tables, whose place they take.
     length = target.spec.axes["sequence_length"].max
     tables = rope_tables(change(rope), target.config.head_dim, length)
     return {f"rope.{name}": table for name, table in zip(("cos", "sin"), tables, strict=True)}
@@ -114,10 +125,12 @@ def _edited(target: FaultTarget, name: str, edit: Callable[[Array], Array]) -> M
 
 
 def _shifted(table: Array) -> Array:
+    # The last row comes twice, so that the table keeps its length.
     return np.concatenate((table[1:], table[-1:]))
 
 
 def _wrong_last_row(table: Array) -> Array:
+    # Only the longest sequence reads that row.
     return np.concatenate((table[:-1], -table[-1:]))
 
 
@@ -134,6 +147,7 @@ _ROPES = [
         "rope_theta_of_another_model",
         _ROPE,
         "a base that is 50 times as large",
+        # 50 times the usual 10,000 are the 500,000 of Llama 3.
         lambda s: _tables(s, lambda rope: replace(rope, theta=50 * rope.theta)),
         has_rope,
         several_pairs,
@@ -142,6 +156,7 @@ _ROPES = [
         "rope_exponent_over_the_whole_head",
         _ROPE,
         "frequencies theta^(-2j / 2d) where they are theta^(-2j / d)",
+        # theta^(-2j / 2d) is the root's power of -2j / d.
         lambda s: _tables(s, lambda rope: replace(rope, theta=rope.theta**0.5)),
         has_rope,
         several_pairs,
@@ -193,6 +208,7 @@ _SCALES = [
         "softmax_scale_of_the_value_width",
         _SIGNAL,
         "scores divided by the root of 2d",
+        # What an attention operator takes by itself when queries are padded to the width of the values.
         lambda s: scalar("softmax_scale", (2 * s.config.head_dim) ** -0.5),
     ),
     constant_fault("softmax_scale_missing", _SIGNAL, "scores not divided", lambda _: scalar("softmax_scale", 1.0)),
@@ -222,7 +238,7 @@ _SCALES = [
         "no factor behind the norm",
         lambda _: scalar("output_scale", 1.0),
         version_1,
-        lambda s: abs(s.config.output_scale - 1.0) > 1e-3,
+        lambda s: abs(s.config.output_scale - 1.0) > _VISIBLE,
     ),
     constant_fault(
         "output_factor_is_lambda_init",
@@ -230,7 +246,8 @@ _SCALES = [
         "lambda_init where 1 - lambda_init is due",
         lambda s: scalar("output_scale", 1.0 - s.config.output_scale),
         version_1,
-        lambda s: abs(s.config.output_scale - 0.5) > 1e-3,
+        # At 0.5 lambda_init and 1 - lambda_init are the same.
+        lambda s: abs(s.config.output_scale - 0.5) > _VISIBLE,
     ),
     constant_fault(
         "output_factor_of_the_next_layer",

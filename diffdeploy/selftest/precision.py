@@ -18,6 +18,7 @@ _Q, _K, _V, _OUT = Stage.Q_PROJECTION, Stage.K_PROJECTION, Stage.V_PROJECTION, S
 
 
 def _through(dtype: str, array: Array) -> Array:
+    # numpy has no bfloat16 of its own.
     return array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).astype(array.dtype)
 
 
@@ -41,11 +42,13 @@ def _last_bit(target: FaultTarget, name: str) -> Mapping[str, Array]:
 def _one_off_by_a_thousandth(array: Array) -> Array:
     changed = array.copy()
     flat = changed.reshape(-1)
+    # The largest one, since a thousandth of a weight near 0 would change nothing.
     flat[int(np.argmax(np.abs(array.astype(np.float64))))] *= array.dtype.type(1.001)
     return changed
 
 
 def _ones(target: FaultTarget, name: str) -> Mapping[str, Array]:
+    # A norm that is built without its weight, as DiffLlama's is.
     return {name: np.ones_like(target.weights[name])}
 
 
@@ -90,6 +93,7 @@ _PRECISION: list[Fault] = [
             f"{side}_weights_rounded_to_{dtype}",
             stage,
             f"the weights of {side}_proj went through {dtype}",
+            # As defaults: a closure would see the last values of the loop.
             lambda s, side=side, dtype=dtype: rows(s, side, partial(_through, dtype)),  # type: ignore[misc]
             float32,
         )

@@ -17,6 +17,7 @@ __all__ = ["all_faults", "faults_of"]
 @cache
 def all_faults() -> tuple[Fault, ...]:
     """Every fault, in the order of trials: cheap ones first, and those that have to be exported last."""
+    # A format describes faults in its own files, and knows nothing of a self-test: it stands far below.
     of_files = [_of_format(each, fault) for each in formats().values() for fault in each.file_faults()]
     return (
         *WEIGHT_FAULTS,

@@ -40,6 +40,7 @@ class FaultResult(Record):
     def of(cls, fault: Fault, report: Report) -> Self:
         """From the report of a verification that ran to its end."""
         failed = [f"check {check.name}" for check in report.contract if not check.passed]
+        # Cases end at the first failure, so there is at most one.
         case = next((case for case in report.cases if not case.passed), None)
         guilty = report.guilty
         return cls._made(
@@ -69,6 +70,7 @@ class FaultResult(Record):
             reason=reason,
             stage=stage,
             expected_stage=fault.stage,
+            # Faults of the whole, such as a missing file, have no stage to be right or wrong about.
             located=None if fault.stage is None else stage == fault.stage,
             found_by=found_by,
         )
@@ -115,4 +117,5 @@ class SelfTest(Record):
     @property
     def passed(self) -> bool:
         """Whether there was a fault, and every one was caught."""
+        # Of no fault at all nothing is proved.
         return 0 < self.injected == self.caught

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.selftest.conditions import cached, float32, longer_than_64, masked
+from diffdeploy.selftest.conditions import LONG, cached, float32, longer_than_64, masked
 from diffdeploy.selftest.fault import Fault, FaultTarget, When, all_of
 
 __all__ = ["RUNTIME_FAULTS"]
@@ -15,8 +15,10 @@ Run = Callable[[Arrays], Arrays]
 # Of inputs and outputs; what it gives is given in place of the outputs.
 Change = Callable[[Arrays, Arrays], Arrays]
 
-# Longer than this is what a fault that is in long sequences alone waits for.
-_SHORT = 64
+# Inputs of the kind `tiny` have a standard deviation of 1e-3, those of `large` of 8, all others of 1.
+_TINY, _LARGE = 0.01, 16
+# All cases but those of the largest batch have one or two rows.
+_ROWS_KEPT = 2
 
 
 def _fault(name: str, breaks: str, change: Change, *conditions: When) -> Fault:
@@ -37,6 +39,7 @@ def _wrapping(name: str, breaks: str, wrap: Callable[[Run], Run], *conditions: W
 
 
 def _with_output(outputs: Arrays, output: Array) -> Arrays:
+    # Some faults compute in fp64; only one of them is meant to be seen by its dtype.
     return {**outputs, "output": output.astype(outputs["output"].dtype)}
 
 
@@ -47,14 +50,14 @@ def _nan_at_length_one(inputs: Arrays, outputs: Arrays) -> Arrays:
 
 def _last_token_lost_when_long(inputs: Arrays, outputs: Arrays) -> Arrays:
     output = outputs["output"].copy()
-    if output.shape[1] > _SHORT:
+    if output.shape[1] > LONG:
         output[:, -1] = 0
     return _with_output(outputs, output)
 
 
 def _batches_above_two(inputs: Arrays, outputs: Arrays) -> Arrays:
     output = outputs["output"].copy()
-    output[2:] = 0
+    output[_ROWS_KEPT:] = 0
     return _with_output(outputs, output)
 
 
@@ -76,6 +79,7 @@ def _future_leaks(inputs: Arrays, outputs: Arrays) -> Arrays:
 
 def _random_noise(inputs: Arrays, outputs: Arrays) -> Arrays:
     output = outputs["output"].astype(np.float64)
+    # Not seeded: it must be another in each call, or determinism would hold.
     noise = np.random.default_rng().standard_normal(output.shape)
     return _with_output(outputs, output + 0.05 * np.abs(output).max(initial=0.0) * noise)
 
@@ -83,6 +87,7 @@ def _random_noise(inputs: Arrays, outputs: Arrays) -> Arrays:
 def _random_last_bits(inputs: Arrays, outputs: Arrays) -> Arrays:
     """No larger than rounding, and another in every call."""
     output = outputs["output"].copy()
+    # The last bit flips in about half of the elements, which no error budget could tell from rounding.
     bits = output.view(f"uint{8 * output.dtype.itemsize}")
     bits ^= np.random.default_rng().integers(0, 2, bits.shape, dtype=bits.dtype)
     return _with_output(outputs, output)
@@ -103,22 +108,24 @@ def _lost_batch_axis(inputs: Arrays, outputs: Arrays) -> Arrays:
 
 def _tiny_is_zero(inputs: Arrays, outputs: Arrays) -> Arrays:
     output = outputs["output"]
-    return _with_output(outputs, output * 0 if np.abs(inputs["hidden_states"]).max() < 0.01 else output)
+    return _with_output(outputs, output * 0 if np.abs(inputs["hidden_states"]).max() < _TINY else output)
 
 
 def _large_is_infinite(inputs: Arrays, outputs: Arrays) -> Arrays:
     output = outputs["output"]
-    return _with_output(outputs, output + np.inf if np.abs(inputs["hidden_states"]).max() > 16 else output)
+    return _with_output(outputs, output + np.inf if np.abs(inputs["hidden_states"]).max() > _LARGE else output)
 
 
 def _padding_leaks(inputs: Arrays, outputs: Arrays) -> Arrays:
     hidden = inputs["attention_mask"] == 0
     output = outputs["output"].astype(np.float64)
+    # Rows with padding alone, so that only cases with a mask can see it.
     leak = 0.05 * np.abs(output).max(initial=0.0) * hidden.any(axis=1)[:, None, None]
     return _with_output(outputs, output + leak)
 
 
 def _cache_shifted(inputs: Arrays, outputs: Arrays) -> Arrays:
+    # The output is right: only what a next step would read is wrong.
     return {**outputs, "present.key": np.roll(outputs["present.key"], 1, axis=2)}
 
 
@@ -145,7 +152,7 @@ def _fails_at_length_one(run: Run) -> Run:
 
 
 def _several_rows(target: FaultTarget) -> bool:
-    return target.spec.axes["batch_size"].max > 2
+    return target.spec.axes["batch_size"].max > _ROWS_KEPT
 
 
 RUNTIME_FAULTS = [

@@ -35,6 +35,7 @@ class _Remembered(Yardsticks):
         self._known: dict[str, dict[str, Yardstick]] = {}
 
     def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> dict[str, Yardstick]:
+        # A name stands for its inputs, since every case has the seed of the bundle.
         if case.id not in self._known:
             self._known[case.id] = super().of(case, inputs)
         return self._known[case.id]
@@ -69,6 +70,7 @@ class Trials:
         report = verify_bundle(
             path, run_options=self._options, open_artifact=LocalArtifact, yardsticks=self._yardsticks
         )
+        # This run also filled the yardsticks that all faults are held against.
         if not report.passed:
             raise VerificationError(
                 f"{path} fails verification without any fault put in, so a self-test proves nothing: "
@@ -88,6 +90,7 @@ class Trials:
         """
         with tempfile.TemporaryDirectory(prefix="diffdeploy-fault-") as folder:
             copy = Path(folder) / "bundle"
+            # A copy for each: a fault that is caught late must not be there when the next one is tried.
             shutil.copytree(self._target.path, copy)
             self._inject(fault, replace(self._target, path=copy))
             return self._verify(fault, copy)
@@ -100,6 +103,7 @@ class Trials:
         if fault.signed:
             manifest = Manifest.from_bytes((target.path / MANIFEST).read_bytes())
             write_manifest(target.path, manifest)
+        # A fault that changes nothing would count as not caught, against a verification that is right.
         if fault.wrap is None and _digests(target.path) == self._digests:
             raise ExportError(f"the fault {fault.name} does not change the artifact")
 
@@ -113,6 +117,7 @@ class Trials:
                 run_options=self._options,
                 open_artifact=partial(LocalArtifact, wrap=fault.wrap),
                 yardsticks=self._yardsticks if same else None,
+                # Caught is caught; the rest of the sweep would take most of the time.
                 first_failure_only=True,
             )
         except DiffDeployError as error:
@@ -123,6 +128,7 @@ class Trials:
         manifest = Manifest.from_bytes((copy / MANIFEST).read_bytes())
         promised = (manifest.config, manifest.graph) == (self._target.config, self._target.spec)
         weights = copy / WEIGHTS
+        # The fault may have taken the file away.
         return promised and weights.exists() and file_sha256(weights) == self._digests[WEIGHTS]
 
 
@@ -157,6 +163,7 @@ def self_test(
 def _why_not_export(target: FaultTarget) -> str | None:
     """Why faults in the computation are not put into bundles of a format; ``None`` when they are."""
     found = target.format
+    # The same program before it is compiled is a format of its own, and takes seconds.
     if found.compiles:
         return f"each takes a compilation; export --format pt2 for the program that {found.name} compiles"
     return found.why_not_export(found.device_of(ExportOptions(device=target.manifest.options.device)))
@@ -166,5 +173,6 @@ def _digests(directory: Path) -> dict[str, str]:
     return {
         str(file.relative_to(directory)): file_sha256(file)
         for file in sorted(directory.rglob("*"))
+        # What a link leads to is no file of the bundle.
         if file.is_file() and not file.is_symlink()
     }

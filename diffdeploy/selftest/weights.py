@@ -78,6 +78,7 @@ WEIGHT_FAULTS: list[Fault] = [
         "query_halves_for_pairs",
         _Q,
         "query rows as [2, h, d] where they are [h, 2, d]",
+        # DiffLlama's order, read as if it were Microsoft's.
         lambda s: rows(s, "q", reordered(s.config.num_heads, 2)),
         several_heads,
     ),
@@ -90,6 +91,7 @@ WEIGHT_FAULTS: list[Fault] = [
         several_pairs,
     ),
     constant_fault(
+        # Both alike leave every product of a query and a key as it is, until the rotary embedding turns other pairs.
         "query_and_key_rows_of_the_other_rope_style",
         _Q,
         "query and key rows in the channel order of the other rotary style",
@@ -115,6 +117,7 @@ WEIGHT_FAULTS: list[Fault] = [
         version_1,
     ),
     constant_fault(
+        # Each stream is right in itself, and they are subtracted the wrong way round.
         "query_and_key_streams_swapped",
         _Q,
         "the attention that is subtracted is the signal",
@@ -178,6 +181,7 @@ WEIGHT_FAULTS: list[Fault] = [
         "value_halves_for_pairs",
         _V,
         "value rows as [2, h_kv, e / 2] where they are [h_kv, 2, e / 2]",
+        # DiffLlama stores values so, too.
         lambda s: rows(s, "v", reordered(s.config.num_kv_heads, 2)),
         several_kv_heads,
     ),

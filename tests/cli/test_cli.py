@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_inspect_says_what_is_not_recorded(tmp_path: Path, capsys: pytest.Captur
 def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["packages"]["torch"] == torch.__version__
+    assert found["packages"]["torch"] == version("torch")
     assert found["formats"]["onnx"] == {"export": True, "run": True, "verify": True, "why_not": None}
     assert main(["env"]) == 0
     assert "export, run, verify" in capsys.readouterr().out

@@ -39,8 +39,7 @@ def test_calls(
 ) -> None:
     (heads, kv_heads), (queries, keys, window) = head_counts, sizes
     q, k, v = random_inputs(heads, kv_heads, queries, keys)
-    if pair:
-        k = side_by_side(k)
+    k = side_by_side(k) if pair else k
     request = Request.of(q, k, v, LAMBDA, causal=True, sliding_window=window, gqa_layout=layout)
     actual = flash2(request, pad=pad)
     bias = bias_of(None, heads, causal=True, window=window, queries=queries, keys=keys)

@@ -33,8 +33,7 @@ def check(actual: Tensor, expected: Any) -> None:
 def test_both_key_maps(impl: str, layout: GqaLayout, head_counts: tuple[int, int], pair: bool) -> None:
     heads, kv_heads = head_counts
     q, k, v = random_inputs(heads, kv_heads, 5, 5)
-    if pair:
-        k = side_by_side(k)
+    k = side_by_side(k) if pair else k
     lam = torch.tensor(0.4, dtype=torch.float64)
     actual = diff_attention(q, k, v, lam, causal=True, gqa_layout=layout, impl=impl)
     bias = bias_of(None, heads, causal=True, window=None, queries=5, keys=5)
@@ -54,8 +53,7 @@ def test_both_key_maps(impl: str, layout: GqaLayout, head_counts: tuple[int, int
 def test_masks(impl: str, name: str, causal: bool, lengths: tuple[int, int], pair: bool) -> None:
     queries, keys = lengths
     q, k, v = random_inputs(4, 2, queries, keys)
-    if pair:
-        k = side_by_side(k)
+    k = side_by_side(k) if pair else k
     mask = masks(queries, keys, 4)[name]
     lam = torch.tensor(0.4, dtype=torch.float64)
     actual = diff_attention(q, k, v, lam, causal=causal, attn_mask=mask, impl=impl)
@@ -73,8 +71,7 @@ def test_masks(impl: str, name: str, causal: bool, lengths: tuple[int, int], pai
 def test_sliding_window(impl: str, window: int, name: str | None, lengths: tuple[int, int], pair: bool) -> None:
     queries, keys = lengths
     q, k, v = random_inputs(3, 1, queries, keys)
-    if pair:
-        k = side_by_side(k)
+    k = side_by_side(k) if pair else k
     mask = None if name is None else masks(queries, keys, 3)[name]
     lam = torch.tensor(0.4, dtype=torch.float64)
     actual = diff_attention(q, k, v, lam, causal=True, attn_mask=mask, sliding_window=window, impl=impl)

@@ -1,17 +1,28 @@
 """Running a program of ``torch.export``."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffdeploy.exclusive import without_warnings
 from diffdeploy.formats.options import RunOptions
 from diffdeploy.formats.torch_backend import TorchBackend
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.export import ExportedProgram
 
-__all__ = ["MODEL", "Pt2Backend"]
+__all__ = ["MODEL", "Pt2Backend", "load_program"]
 
 MODEL = "model.pt2"
+
+
+def load_program(directory: Path) -> "ExportedProgram":
+    """The program of a bundle."""
+    import torch
+
+    with without_warnings():  # torch before 2.13 warns that it must not write to the bytes which it reads weights from
+        return torch.export.load(directory / MODEL)
 
 
 class Pt2Backend(TorchBackend):
@@ -26,9 +37,7 @@ class Pt2Backend(TorchBackend):
 
     def load(self, options: RunOptions) -> Callable[..., "Sequence[Tensor]"]:
         """See `TorchBackend.load`."""
-        import torch
-
-        program = torch.export.load(self.bundle.path / MODEL)
+        program = load_program(self.bundle.path)
         if self.device != "cpu":
             from torch.export.passes import move_to_device_pass
 

@@ -8,17 +8,12 @@ import numpy as np
 import torch
 
 from diffdeploy.arrays import Array, to_tensor
-from diffdeploy.formats.pt2.backend import MODEL
+from diffdeploy.formats.pt2.backend import MODEL, load_program
 
-__all__ = ["load", "read", "save", "write"]
+__all__ = ["read", "save", "write"]
 
 _BUFFERS = {"lambda": "block._frozen_lambda", "rope.cos": "block.rotary.cos", "rope.sin": "block.rotary.sin"}
 _ARGUMENTS = {"norm_eps": "rms_norm", "output_scale": "mul", "softmax_scale": "scaled_dot_product_attention"}
-
-
-def load(directory: Path) -> torch.export.ExportedProgram:
-    """The program of a bundle."""
-    return torch.export.load(directory / MODEL)
 
 
 def save(program: torch.export.ExportedProgram, directory: Path) -> None:
@@ -28,14 +23,14 @@ def save(program: torch.export.ExportedProgram, directory: Path) -> None:
 
 def read(directory: Path, expected: Mapping[str, Array]) -> set[str]:
     """Names of the constants that are in the program."""
-    program = load(directory)
+    program = load_program(directory)
     arguments = {name for name in _ARGUMENTS if name in expected and list(_nodes(program, name, expected[name]))}
     return {name for name in expected if _tensor(program, name) is not None} | arguments
 
 
 def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
     """Replace constants, and save the program."""
-    program = load(directory)
+    program = load_program(directory)
     for name, array in changes.items():
         if name in _ARGUMENTS:
             for node in _nodes(program, name, expected[name]):

@@ -9,7 +9,7 @@ from diffdeploy.arrays import Array, to_array
 from diffdeploy.bundle import Bundle
 from diffdeploy.formats.artifact import ArtifactFacts, Check
 from diffdeploy.formats.checks import declared_facts, lambda_constant, make_check, rope_constants, weights_bit_for_bit
-from diffdeploy.formats.pt2.backend import MODEL
+from diffdeploy.formats.pt2.backend import MODEL, load_program
 from diffdeploy.graphs import GraphSpec
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ def facts(bundle: Bundle) -> ArtifactFacts:
 
 def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     """See `Format.contract`."""
-    import torch
-
-    program = torch.export.load(bundle.path / MODEL)
+    program = load_program(bundle.path)
     tensors = {**program.state_dict, **program.constants}
     constants = {name: to_array(tensor) for name, tensor in tensors.items() if hasattr(tensor, "detach")}
     found = _counts(bundle)

@@ -15,9 +15,10 @@ __all__ = ["PT2_FAULTS"]
 
 def _fault(name: str, breaks: str, edit: "Callable[[ExportedProgram], None]") -> FileFault:
     def edit_file(directory: Path) -> None:
-        from diffdeploy.formats.pt2.constants import load, save
+        from diffdeploy.formats.pt2.backend import load_program
+        from diffdeploy.formats.pt2.constants import save
 
-        program = load(directory)
+        program = load_program(directory)
         edit(program)
         program.graph_module.recompile()
         save(program, directory)

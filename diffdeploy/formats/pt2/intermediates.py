@@ -11,7 +11,7 @@ from torch import Tensor
 from diffdeploy.arrays import Array, to_tensor
 from diffdeploy.errors import ExportError
 from diffdeploy.formats.artifact import Intermediates
-from diffdeploy.formats.pt2.backend import MODEL
+from diffdeploy.formats.pt2.backend import load_program
 
 __all__ = ["intermediates"]
 
@@ -29,7 +29,7 @@ def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str,
         inputs: by the names of the graph, in its order.
     """
     try:
-        module = torch.export.load(directory / MODEL).module()
+        module = load_program(directory).module()
     except Exception as error:
         raise ExportError(str(error)) from error
     assert isinstance(module, torch.fx.GraphModule)
