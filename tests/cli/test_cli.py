@@ -25,15 +25,11 @@ from diffdeploy.verify.oracle import oracle
 from tests.support.blocks import make_config, random_weights
 from tests.support.commands import open_bundle_without_digests, refused
 
+pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
+
 COMMAND = [sys.executable, "-c", "from diffdeploy.cli.main import run; run()"]
 GIVEN = ["--depth", "1", "--rope", "interleaved", "--rope-theta", "100", "--gqa-layout", "canonical"]
 SMALL = ["--max-sequence-length", "16", "--max-batch-size", "2"]
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
 
 
 def weights_file(path: Path, **changes: Any) -> Path:
@@ -268,6 +264,7 @@ def test_a_full_disk_leaves_nothing() -> None:
     assert list(Path.cwd().iterdir()) == []
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
 def test_an_interrupt_leaves_nothing(number: signal.Signals) -> None:
     process = subprocess.Popen([*COMMAND, "export", "-o", "deep/out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -13,13 +13,9 @@ from diffdeploy.files import read_arrays, write_arrays
 from tests.support.bundles import CPU_FORMATS, FormatBundle
 from tests.support.commands import refused
 
+pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
+
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
 
 
 def states(**changes: Any) -> dict[str, np.ndarray[Any, Any]]:
