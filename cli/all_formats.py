@@ -20,6 +20,7 @@ def export_formats(job: Job, output: Path | None, *, as_json: bool) -> int:
     Returns:
         The exit code of the worst.
     """
+    # Here, as in all commands: torch comes with it, and --help answers without it.
     from diffdeploy.bench.every_format import export_every_format, measure_formats
     from diffdeploy.bundle import default_output
 
@@ -43,6 +44,7 @@ def export_formats(job: Job, output: Path | None, *, as_json: bool) -> int:
     else:
         _print(results, measured)
     for result in results:
+        # Below the table, where one looks first in a terminal.
         if result.verdict in ("failed", "left out"):
             say = console.fail if result.verdict == "failed" else console.note
             say(f"{result.name}: {result.why}")
@@ -79,11 +81,13 @@ def _fields(results: "list[FormatResult]", measured: "BenchReport | None", paren
             "size_bytes": None if result.bundle is None else _size_bytes(result.bundle),
             "verification": _verification(result),
             "startup": None if result.startup is None else result.startup.model_dump(),
+            # As `measure_formats` names them: flash2 is a format and an implementation.
             "latencies": _latencies(f"{result.name} bundle", measured),
         }
         for result in results
     ]
     verdicts = {result.verdict for result in results}
+    # What was left out cannot be made here, and is no failure.
     status = "failed" if "failed" in verdicts else "unverified" if "unverified" in verdicts else "passed"
     eager = {"name": f"eager {EAGER}", "latencies": _latencies(EAGER, measured)}
     return {"status": status, "output": str(parent), "formats": formats, "eager": eager}
@@ -118,7 +122,9 @@ def _row(result: "FormatResult", measured: "BenchReport | None") -> list[str]:
     used = "-" if worst is None or worst.budget_used is None else f"{worst.budget_used:.0%}"
     size = "-" if result.bundle is None else f"{_size_bytes(result.bundle) / 2**20:.1f}"
     start = result.startup
+    # Without the import, which is the same for all formats of a package.
     load = "-" if start is None else f"{start.load_seconds + start.first_call_seconds:.2f}"
+    # Only bundles that passed were measured.
     cells = [] if measured is None else _cells(f"{result.name} bundle", measured) or ["-"] * len(measured.sizes)
     return [result.name, result.verdict, used, size, load, *cells]
 

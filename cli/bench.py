@@ -134,6 +134,7 @@ def bench(
         rope_theta=rope_theta,
         gqa_layout=gqa_layout,
     )
+    # Before the bundles are exported, which takes minutes, as the measuring does.
     old = outputs.check()
     with console.activity("loading torch") as activity, prepare(request, activity.phase, console.note) as run:
         if old is not None:
@@ -143,6 +144,7 @@ def bench(
         failure = _measure(run, activity)
         report = run.report()
     if report is None:
+        # Nothing was measured, so there is nothing to show first.
         raise failure or KeyboardInterrupt
     outputs.write(report, old)
     if isinstance(failure, KeyboardInterrupt):
@@ -151,6 +153,7 @@ def bench(
     if failure is not None:
         console.fail(str(failure))
         raise console.Ended(failure.exit_code)
+    # The run itself went well, so this is no exception: what was right has been shown.
     wrong = [row for row in report.results if row.status == "wrong"]
     if wrong:
         first = wrong[0]
@@ -165,6 +168,7 @@ def _numbers(option: str, text: str) -> list[int]:
         InputError: anything else.
     """
     parts = _names(text)
+    # Not isdigit, which accepts superscripts that int() refuses.
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"{option} is {text!r}; accepted are positive integers with commas between them")
     return [int(part) for part in parts]
@@ -189,6 +193,7 @@ def _measure(run: "Bench", activity: console.Activity) -> KeyboardInterrupt | Di
 
 
 def _duration(seconds: float) -> str:
+    # While something is left to do it is never 0 s.
     minutes, rest = divmod(max(1, round(seconds)), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
@@ -231,9 +236,11 @@ class Outputs:
         from diffdeploy.bench import changes_since
 
         if self.save is not None:
+            # Files first: a pipe that was closed ends the command at the first line that is printed.
             self.save.write_text(json.dumps(report.fields(), indent=2, allow_nan=False) + "\n")
         if self.csv is not None:
             self.csv.write_text(report.to_csv())
+        # Where all candidates are wrong there is no point to draw.
         if self.plot is not None and any(row.latency_ms is not None for row in report.results):
             from diffdeploy.bench.plot import plot
 

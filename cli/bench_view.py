@@ -20,6 +20,7 @@ def json_fields(report: "BenchReport", changes: "Sequence[Change] | None") -> di
         {
             "name": change.new.name,
             **change.new.size.model_dump(),
+            # The new row stands among the results, the old one in the file that was compared with.
             **{name: value for name, value in asdict(change).items() if name not in ("old", "new")},
         }
         for change in changes

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 
+# 128 and the number of SIGINT, as shells report it.
 INTERRUPTED = 130
 
 
@@ -54,6 +55,7 @@ class Ended(Exception):  # noqa: N818 - how a command ends is no error by itself
 def _stderr() -> "Console":
     from rich.console import Console
 
+    # Rich would colour every number in a sentence.
     console = Console(stderr=True, highlight=False)
     # In a log file or a pipe there is no edge to fit into.
     return console if console.is_terminal else Console(stderr=True, highlight=False, width=_LOG_WIDTH)
@@ -61,6 +63,7 @@ def _stderr() -> "Console":
 
 def print_json(fields: Any) -> None:
     """One JSON object on standard output."""
+    # Not through rich, which would break lines and read brackets as markup. NaN is no JSON, and must not get out.
     sys.stdout.write(json.dumps(fields, indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()
 
@@ -78,6 +81,7 @@ def note(text: str) -> None:
 
 def fail(message: str) -> None:
     """The one sentence that says what went wrong."""
+    # Messages of other libraries have several lines; a log is searched line by line.
     note("error: " + " ".join(message.split()))
 
 
@@ -87,6 +91,7 @@ def warn(message: str) -> None:
 
 
 _LOG_WIDTH = 110
+# Rich has no width without end; no table of ours is as wide as this.
 _UNLIMITED = 10_000
 
 
@@ -107,6 +112,7 @@ class Activity:
 
     def trial(self, done: int, total: int, name: str) -> None:
         """A fault is put in; they take about equally long."""
+        # With the first fault: before it the bundle is verified as it is, which takes another time.
         self._began = self._began or time.monotonic()
         left = (time.monotonic() - self._began) / done * (total - done) if done else 0.0
         self._show(f"fault {done + 1}/{total} {name}" + (f", about {left:.0f} s left" if done else ""))
@@ -147,6 +153,7 @@ def print_figures(title: str, headings: Sequence[str], rows: Sequence[Sequence[s
 
     print_text(title)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    # Folded, not cut: a name must be whole to be used.
     table.add_column(headings[0], overflow="fold")
     for heading in headings[1:]:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -159,6 +166,7 @@ def _print_whole(table: "Table") -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
+    # Rich takes 80 columns where it finds no terminal. It measures a table within the width that it has, hence twice.
     if not console.is_terminal:
         console.width = _UNLIMITED
         console.width = console.measure(table).maximum
@@ -212,6 +220,7 @@ def _contract_table(report: "Report") -> "Table":
 
     table = _table(("check", "", "what was found"), ())
     for check in report.contract:
+        # Shapes stand in brackets, which are rich's markup.
         table.add_row(check.name, _mark(check.passed, wrong="FAILED"), escape(check.detail))
     return table
 
@@ -222,6 +231,7 @@ def _case_table(report: "Report") -> "Table":
     for case in report.cases:
         groups.setdefault(case.group, []).append(case)
     for group, cases in groups.items():
+        # By severity, as some cases have no number to compare.
         worst = max(cases, key=lambda case: case.severity)
         table.add_row(
             group,
@@ -271,6 +281,7 @@ def _table(words: Sequence[str], numbers: Sequence[str]) -> "Table":
     for heading in words:
         table.add_column(heading, overflow="fold")
     for heading in numbers:
+        # Seven characters hold figures such as 1.2e-05, whatever the words beside them take.
         table.add_column(heading, justify="right", no_wrap=True, min_width=min(7, len(heading)))
     return table
 

@@ -50,6 +50,7 @@ def _rows(changes: "Sequence[Difference]") -> list[tuple[str, str]]:
     rows += [(f"budget used, {c.name}", f"{_share(c.before)} -> {_share(c.after)}") for c in moved]
     for words, count in (
         (f"changed by less than {_SHOWN:.0%} of the budget", len(both) - len(moved)),
+        # Cases of other sweeps; each by itself would hide what changed.
         ("only in A", sum(change.after is None for change in figures)),
         ("only in B", sum(change.before is None for change in figures)),
     ):
@@ -63,6 +64,7 @@ def _is_figure(change: "Difference") -> bool:
 
 def _moved(change: "Difference") -> bool:
     before, after = change.before["budget_used"], change.after["budget_used"]
+    # Where an output had NaN, or the wrong shape, there is no share to compare.
     return before is None or after is None or abs(before - after) >= _SHOWN
 
 

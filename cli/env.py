@@ -23,6 +23,7 @@ def _versions() -> dict[str, str | None]:
     from diffdeploy.formats import distributions
     from diffdeploy.versions import installed_versions
 
+    # No format needs it by itself, but every bundle and most checkpoints are read with it.
     names = (*distributions(), "safetensors")
     installed = installed_versions(names)
     return {name: installed.get(name) for name in names}
@@ -83,12 +84,14 @@ def _matrix_rows(matrix: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     for row in matrix:
         able = [verb for verb in ("export", "run", "verify") if row[verb]]
         key = (row["format"], row["device"], ", ".join(able) or "nothing", row["why_not"] or "")
+        # Format, device and dtype make dozens of lines, of which most say the same.
         grouped.setdefault(key, []).append(row["dtype"])
     return [(name, device, ", ".join(dtypes), able, why) for (name, device, able, why), dtypes in grouped.items()]
 
 
 def _torch() -> tuple[int | None, str | None]:
     """Threads that torch uses, and its CUDA device; ``None`` where there is no torch, or no device."""
+    # A runtime for ONNX alone needs no torch.
     if find_spec("torch") is None:
         return None, None
     import torch
@@ -102,6 +105,7 @@ def env(as_json: AsJson = False) -> int:
         threads, device = _torch()
         matrix = _matrix()
     versions = _versions()
+    # As inductor looks for it.
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if as_json:
         console.print_json(

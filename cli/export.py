@@ -30,6 +30,7 @@ def export(
         Path | None,
         typer.Argument(help=".safetensors or .pt file, or a directory with one.", show_default="the bundled sample"),
     ] = None,
+    # Text and a callback, since formats come from the registry and not from a Literal.
     format_name: Annotated[
         str,
         typer.Option(
@@ -108,6 +109,7 @@ def export(
         from diffdeploy.formats import ExportOptions
 
     if checkpoint is None:
+        # It has four layers, so that one has to be chosen; the first command that one tries must not ask.
         checkpoint, layer = SAMPLE, layer or "0"
     reading = CheckpointOptions(
         layout=layout,
@@ -131,6 +133,7 @@ def export(
         seed=seed,
     )
     job = Job(checkpoint, reading, options, force=force, verify=not no_verify)
+    # The table of all formats is of one layer.
     if layer == "all" and format_name == "all":
         raise InputError("--layer is all and --format is all; give one of them a name, or run one after the other")
     if layer == "all":
@@ -143,6 +146,7 @@ def export(
 
 def _layer_number(text: str | None) -> int:
     try:
+        # As text, since `all` is accepted too.
         return int(text or "")
     except ValueError as error:
         raise InputError(f"--layer is {text!r}; accepted is a number or all") from error

@@ -78,6 +78,7 @@ class Job:
     @property
     def name(self) -> str:
         """Of the checkpoint, for the default output."""
+        # Resolved, so that `.` has a name.
         return self.checkpoint.resolve().name.removesuffix(self.checkpoint.suffix)
 
     def read(self) -> "Checkpoint":
@@ -110,6 +111,7 @@ class Job:
                 phase=activity.phase,
                 progress=activity.progress,
             )
+        # Its report has to be printed, unlike that of other errors, which have none.
         except RejectedError as error:
             return Outcome(target, self.options.format, None, error)
         return Outcome(target, self.options.format, done, None)
@@ -133,16 +135,19 @@ def export_all(job: Job, output: Path | None, *, as_json: bool) -> int:
         try:
             done = replace(job, reading=replace(job.reading, layer=layer)).run(parent / f"layer{layer}")
         except DiffDeployError as error:
+            # The next layers may be fine: a Phi-4 checkpoint has some that cannot be exported alone.
             failures.append({"layer": layer, "error": str(error), "exit_code": error.exit_code})
             continue
         results.append({"layer": layer, **done.fields})
         if done.rejected is not None:
             failures.append({"layer": layer, "error": str(done.rejected), "exit_code": VerificationError.exit_code})
+        # Standard output is one JSON object then.
         elif not as_json:
             done.print_verdict()
     if as_json:
         status = "failed" if failures else "passed" if job.verify else "unverified"
         console.print_json({"status": status, "bundles": results, "failures": failures})
     for failure in failures:
+        # At the end, where the verdicts of the others do not push them out of sight.
         console.fail(f"layer {failure['layer']}: {failure['error']}")
     return max((int(failure["exit_code"]) for failure in failures), default=0)

@@ -26,6 +26,7 @@ def inspect(
     """Say what a bundle or a checkpoint holds, without running it."""
     from diffdeploy.bundle import MANIFEST, open_bundle
 
+    # Both may be folders; only a bundle has a manifest.
     if (path / MANIFEST).is_file():
         bundle = open_bundle(path)
         if as_json:
@@ -34,6 +35,7 @@ def inspect(
             console.print_rows(_bundle_rows(bundle))
         return 0
     with console.activity("reading the checkpoint"):
+        # Checkpoints need torch; bundles are described without it.
         from diffdeploy.checkpoints import summarise
 
         found = summarise(path, layout)
@@ -46,7 +48,7 @@ def inspect(
     console.print_text(f"layout {found.layout} (version {found.version}), recognised by {found.why}{also}")
     for block in found.blocks:
         console.print_text("")
-        console.print_rows(_block_rows(block, found.version))
+        console.print_rows(_block_rows(block, constant_lambda=found.constant_lambda))
     return 0
 
 
@@ -90,7 +92,7 @@ def _version_rows(config: "AnyConfig") -> list[tuple[str, str]]:
     ]
 
 
-def _block_rows(block: "BlockSummary", version: int) -> list[tuple[str, str]]:
+def _block_rows(block: "BlockSummary", *, constant_lambda: bool) -> list[tuple[str, str]]:
     if block.refused is not None:
         return [("block", block.prefix.rstrip(".")), ("refused", block.refused)]
 
@@ -111,7 +113,7 @@ def _block_rows(block: "BlockSummary", version: int) -> list[tuple[str, str]]:
         ("rope", known(block.rope, "--rope") + theta),
         ("window", "none" if block.sliding_window is None else f"{block.sliding_window} keys"),
         ("gqa layout", known(block.gqa_layout, "--gqa-layout")),
-        *([] if version == 2 else lambdas),
+        *(lambdas if constant_lambda else []),
         ("weights", f"{block.num_parameters:,} in {block.dtype}, {block.num_bytes:,} bytes"),
         *([("unread", ", ".join(block.unread) + ", which keep it from being exported")] if block.unread else []),
     ]

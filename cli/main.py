@@ -31,6 +31,7 @@ app = typer.Typer(
     help="Package trained differential attention for deployment, and prove that the package is right.",
     no_args_is_help=True,
     add_completion=True,
+    # `main` says errors in one sentence, and --debug shows Python's own traceback.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 passed, 1 verification failed, 2 bad input, 3 this machine lacks something, "
@@ -68,9 +69,11 @@ def _ended_by_interrupts(command: Callable[..., int]) -> Callable[..., int]:
 
 
 for command in (export, verify, diff, run_bundle, inspect, bench, env):
+    # A command without arguments runs: export takes the sample, bench a random block.
     app.command(command.__name__, no_args_is_help=False)(_ended_by_interrupts(command))
 
 
+# What cleans up after Ctrl-C, such as temporary folders and processes, then does so too when the system ends us.
 def _terminated(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -97,42 +100,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], *, debug: bool) -> int:
-    as_json = "--json" in arguments
     try:
+        # Not standalone: typer would print errors in boxes and exit with codes of its own.
         code = app(arguments, standalone_mode=False, prog_name="diffdeploy")
-    except console.Ended as end:
-        return end.code if end.message is None else _report(end.message, end.code, as_json)
-    except (KeyboardInterrupt, typer.Abort):
-        return _report("interrupted; nothing was kept", console.INTERRUPTED, as_json)
     except BrokenPipeError:
+        # Python writes what is left at its exit, and would fail once more on the closed pipe (docs of `signal`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return console.INTERRUPTED
-    except TyperException as error:
-        if not error.format_message():  # the help was asked for by giving nothing
-            return error.exit_code
-        message = error.format_message().rstrip(".").replace("Value error, ", "")
-        return _report(f"{message}; see diffdeploy --help", InputError.exit_code, as_json)
-    except MemoryError:
-        return _report("not enough memory; use a smaller --max-sequence-length", UnavailableError.exit_code, as_json)
-    except DiffDeployError as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        end = _wanted_end(error) or (None if debug else _failure(error))
+        if end is None:
             raise
-        return _report(str(error), error.exit_code, as_json)
-    except ModuleNotFoundError as error:
-        if debug or error.name not in _EXTRAS:
-            raise
-        message = f"{error.name} is not installed; pip install 'diffdeploy[{_EXTRAS[error.name]}]'"
-        return _report(message, UnavailableError.exit_code, as_json)
-    except Exception as error:
-        if debug:
-            raise
-        kind = type(error).__name__
-        return _report(f"unexpected {kind}: {error}; --debug shows where", DiffDeployError.exit_code, as_json)
+        return _finish(end, as_json="--json" in arguments)
+    # Help and --version give no code.
     return code if isinstance(code, int) else 0
 
 
-def _report(message: str, code: int, as_json: bool) -> int:
-    if as_json:
-        console.print_json({"status": "failed", "error": message, "exit_code": code})
-    console.fail(message)
-    return code
+def _wanted_end(error: BaseException) -> console.Ended | None:
+    """How a command ends where a traceback would tell nothing, with --debug neither; ``None`` for all others."""
+    if isinstance(error, console.Ended):
+        return error
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return console.Ended(console.INTERRUPTED, "interrupted; nothing was kept")
+    if isinstance(error, TyperException):
+        if not error.format_message():  # the help was asked for by giving nothing
+            return console.Ended(error.exit_code)
+        # typer checks options with pydantic, which puts these words before what a callback says.
+        message = error.format_message().rstrip(".").replace("Value error, ", "")
+        return console.Ended(InputError.exit_code, f"{message}; see diffdeploy --help")
+    if isinstance(error, MemoryError):
+        return console.Ended(UnavailableError.exit_code, "not enough memory; use a smaller --max-sequence-length")
+    return None
+
+
+def _failure(error: BaseException) -> console.Ended | None:
+    """What stands in place of a traceback; ``None`` where nothing can."""
+    if isinstance(error, DiffDeployError):
+        return console.Ended(error.exit_code, str(error))
+    if isinstance(error, ModuleNotFoundError):
+        # Any other module is one of diffdeploy's own or of its dependencies: a broken installation.
+        if error.name not in _EXTRAS:
+            return None
+        message = f"{error.name} is not installed; pip install 'diffdeploy[{_EXTRAS[error.name]}]'"
+        return console.Ended(UnavailableError.exit_code, message)
+    kind = type(error).__name__
+    return console.Ended(DiffDeployError.exit_code, f"unexpected {kind}: {error}; --debug shows where")
+
+
+def _finish(end: console.Ended, *, as_json: bool) -> int:
+    if end.message is not None:
+        if as_json:
+            console.print_json({"status": "failed", "error": end.message, "exit_code": end.code})
+        console.fail(end.message)
+    return end.code

@@ -29,6 +29,7 @@ def finish(report: "Report", subject: Path, *, as_json: bool, error: str | None 
     if failed:
         error = error or f"{subject} failed verification: {report.first_failure()}; {_next_step(report, subject)}"
         (console.warn if warn_only else console.fail)(error)
+    # On standard error, with --json too: only the verdict is the result.
     console.print_report(report)
     if as_json:
         console.print_json({**report_fields(report, subject), **({"error": error} if failed else {})})
@@ -57,12 +58,14 @@ def report_fields(report: "Report", subject: Path) -> dict[str, Any]:
     return {
         "status": "passed" if report.passed else "failed",
         "format": report.format,
+        # With --from-report there may be no bundle on this machine.
         "bundle" if subject.is_dir() else "report": str(subject),
         "graph": report.graph.model_dump(),
         "verification": {
             "passed": report.passed,
             "num_cases": len(report.cases),
             "worst": None if worst is None else {"case": worst.id, "budget_used": worst.budget_used},
+            # Those three stand above, or say how a report is stored.
             **report.model_dump(mode="json", exclude={"format", "graph", "schema_version"}),
         },
     }

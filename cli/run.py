@@ -30,6 +30,7 @@ def run(
     """Run a bundle once on inputs from a file, and write its outputs to a file."""
     from diffdeploy.files import check_target, read_arrays, write_arrays
 
+    # Before anything is loaded, which may take longer than the run.
     check_target(outputs, force=force)
     with console.activity("opening the bundle") as activity:
         from diffdeploy.runtime import load
@@ -40,6 +41,7 @@ def run(
         ) as loaded:
             activity.phase("running")
             results = loaded(**arrays)
+            # Within the block, behind which the runtime is closed.
             backend = loaded.description
         write_arrays(outputs, results)
     _print(results, bundle, outputs, backend, as_json=as_json)

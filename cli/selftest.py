@@ -26,6 +26,7 @@ def run_self_test(bundle: Path, run_options: "RunOptions", *, as_json: bool) -> 
     with console.activity("verifying the bundle as it is") as activity:
         result = self_test(bundle, run_options=run_options, progress=activity.trial)
     console.print_faults(result.faults)
+    # Dozens of faults share one reason: together, in the order in which they came.
     for reason in dict.fromkeys(skipped.reason for skipped in result.skipped):
         names = [skipped.name for skipped in result.skipped if skipped.reason == reason]
         console.note(f"{len(names)} faults were not put in, since {reason}: {', '.join(names)}")

@@ -70,10 +70,12 @@ def verify(
 
     With --self-test, the verification itself is tried: wrong copies of the bundle, each of which must be refused.
     """
+    # Before the verification, which takes minutes.
     if save_report is not None and not save_report.parent.is_dir():
         raise InputError(f"{save_report} cannot be written: there is no folder {save_report.parent}")
     sweep = {"--cases": cases, "--seed": seed, "--load-inputs": load_inputs, "--save-inputs": save_inputs}
     sweep |= {"--checkpoint": checkpoint}
+    # `or None`, since what is at its default was not given.
     run = {"--device": device, "--runtime": runtime == "reference" or None, "--recompile": recompile or None}
     if from_report is not None:
         alone = {"--golden": golden or None, "--self-test": self_test or None}
@@ -146,6 +148,7 @@ def _selection(cases: str | None) -> "Selection | None":
         return "quick"
     if cases == "full":
         return "full"
+    # Not int() in a try, which accepts -3, +3 and 1_000.
     if cases.isdecimal() and int(cases) > 0:
         return int(cases)
     raise InputError(f"--cases is {cases!r}; accepted is quick, full or a number above 0")
@@ -157,5 +160,6 @@ def _judged_again(path: Path, bundle: Path | None, k: float | None) -> "Report":
 
     report = read_report(path)
     if bundle is not None:
+        # Figures of another bundle say nothing about this one.
         report.require_of(open_bundle(bundle), path)
     return rejudge(report, report.budget if k is None else report.budget.model_copy(update={"k": k}))

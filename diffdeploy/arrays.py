@@ -41,9 +41,11 @@ def to_tensor(array: Array) -> "Tensor":
     """The array as a tensor on the CPU that shares its memory; a copy where the array may not be written to."""
     import torch
 
+    # torch warns of memory that it may not write to, and refuses negative strides.
     if not array.flags.writeable or not array.flags.c_contiguous:
         array = array.copy()
     if array.dtype.name == "bfloat16":
+        # Neither library knows the other's bfloat16, so its bits cross as int16.
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 

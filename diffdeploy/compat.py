@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 RelativePositions = tuple[Tensor, Tensor]
+# The rotary kernel of all the originals turns neighbouring channels.
 _STYLE: RopeStyle = "interleaved"
 
 
@@ -98,11 +99,12 @@ class _Multihead(DiffAttention):
 class _MultiheadSdpaDiff(_Multihead):
     """Takes the head counts of the softmax model of equal size, and halves them."""
 
+    # All four repeat the key heads before they split the streams.
     _gqa_layout: GqaLayout = "legacy"
 
     def __init__(self, embed_dim: int, depth: int, num_heads: int, num_kv_heads: int | None = None) -> None:
         for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            if count is not None and (count < 2 or count % 2):
+            if count is not None and (count < 1 or count % 2):
                 raise InputError(f"{name} is {count}; accepted is an even number, since pairs of heads are subtracted")
         super().__init__(embed_dim, depth, num_heads // 2, None if num_kv_heads is None else num_kv_heads // 2)
 
@@ -135,6 +137,7 @@ class MultiheadDiffAttn(_Multihead):
     """Microsoft's naive module."""
 
     _impl = Impl.NAIVE
+    # It repeats key heads first, and so reads other keys than Microsoft's flash modules from the same weights.
     _gqa_layout: GqaLayout = "legacy"
 
 

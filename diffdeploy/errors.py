@@ -28,6 +28,7 @@ class VerificationError(DiffDeployError):
 class InputError(DiffDeployError, ValueError):
     """An argument, a checkpoint or an input tensor is not acceptable."""
 
+    # What the command-line library exits with for a wrong option, too.
     exit_code = 2
 
 

@@ -52,8 +52,10 @@ def read_arrays(path: Path) -> dict[str, Array]:
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
+        # A pickle inside an .npz could run code.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return dict(arrays)
+    # What numpy and zipfile raise at truncated and at foreign files.
     except (IntegrityError, ValueError, OSError, EOFError, KeyError, TypeError, BadZipFile) as error:
         raise InputError(f"{path} cannot be read as {path.suffix}; it may be truncated") from error
 
@@ -68,6 +70,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
     import safetensors.numpy
 
     if path.suffix == ".safetensors":
+        # The library's own file writer hides the reason when a disk is full.
         data = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     else:
         if any(array.dtype.name == "bfloat16" for array in arrays.values()):
@@ -76,6 +79,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
         # Not with allow_pickle=False, which numpy 2.0 and 2.1 write as one more array; these hold numbers, not objects.
         np.savez(stream, **arrays)  # type: ignore[arg-type]
         data = stream.getvalue()
+    # Beside the target, since a rename is atomic within one file system alone.
     temporary = path.with_name(f".{path.name}.part")
     try:
         temporary.write_bytes(data)

@@ -32,6 +32,7 @@ class WorkerProcess:
         environment: Mapping[str, str] | None = None,
         takes_input: bool = False,
     ) -> None:
+        # A file, not a pipe: one that nobody reads would stop the process when it is full.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         # The same diffdeploy must run there, also where it is imported from a source tree.
         package_root = str(Path(diffdeploy.__file__).parents[1])

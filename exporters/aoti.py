@@ -21,7 +21,8 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, device: str) 
     """
     # The package holds the weights inside, out of reach; the verification compares this with weights.safetensors.
     metadata = {"weights_sha256": file_sha256(directory / WEIGHTS), "torch": torch.__version__}
-    torch._inductor.aoti_compile_and_package(
+    # torch has no public name for it.
+    torch._inductor.aoti_compile_and_package(  # noqa: SLF001
         trace(block, spec, device),
         package_path=str(directory / MODEL),
         inductor_configs={"aot_inductor.metadata": metadata},

@@ -23,6 +23,7 @@ def page(target: Path, files: list[Path]) -> str:
         files: JSON of the runs; the figure of each stands beside it, with the suffix ``.svg``.
     """
     reports = {file: read_report(file) for file in files}
+    # Relative, so that the page is the same whoever writes it.
     named = " ".join(os.path.relpath(file) for file in files)
     lines = [
         "# Benchmarks",
@@ -56,6 +57,7 @@ def _section(report: BenchReport, figure: str) -> list[str]:
     for size in report.sizes:
         heading = describe_size(report, size)
         lines += ["", heading[0].upper() + heading[1:] + ".", ""]
+        # Names to the left, figures to the right.
         lines += ["| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
         lines += ["| " + " | ".join(figures(row)) + " |" for row in report.rows_of(size)]
     return lines
@@ -75,6 +77,7 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+", help="JSON that diffdeploy bench --save wrote.")
     options = parser.parse_args()
     try:
+        # The page before the figures: a file that cannot be read must leave nothing half-written.
         text = page(options.target, options.files)
     except InputError as error:
         parser.error(str(error))

@@ -18,6 +18,7 @@ def constraints(pyproject: str) -> list[str]:
     parsed = tomllib.loads(pyproject)
     project = parsed["project"]
     lists = [parsed["build-system"]["requires"], project["dependencies"], *project["optional-dependencies"].values()]
+    # A requirement without a bound takes whatever pip finds: there is no lowest version to try.
     return sorted({text.replace(">=", "==") for requirements in lists for text in requirements if ">=" in text})
 
 

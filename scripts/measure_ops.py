@@ -31,7 +31,10 @@ from diffdeploy.ops import Impl, diff_attention
 from diffdeploy.ops.flash2 import flash2
 from diffdeploy.ops.request import Request
 
+# The stream widths of published models, at one model width of 1024.
 SHAPES = ((8, 64), (4, 128))
+# Odd, so that the median is a round that was measured; beyond this length one round takes tens of seconds.
+_ROUNDS, _ROUNDS_WHEN_LONG, _LAST_QUICK_LENGTH = 15, 2, 2048
 IMPLEMENTATIONS = [impl.value for impl in Impl if impl != Impl.AUTO]
 
 
@@ -47,6 +50,7 @@ def timed(run: Callable[[], Tensor], device: str) -> float:
         run()
         return (time.perf_counter() - started) * 1e3
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    # Many launches between two events: one kernel of a short sequence takes less time than to launch it.
     repeats = 10
     begin.record()
     for _ in range(repeats):
@@ -68,6 +72,7 @@ def candidates(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> dict[str, Callab
     for name, run in runs.items():
         try:
             run()
+        # A missing package, a missing kernel, too little memory: the others are still to be measured.
         except (DiffDeployError, ImportError, RuntimeError, torch.OutOfMemoryError) as error:
             print(f"{name} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
         else:
@@ -77,7 +82,7 @@ def candidates(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> dict[str, Callab
 
 def latencies_ms(heads: int, width: int, length: int, dtype: torch.dtype, device: str) -> dict[str, float]:
     runs = candidates(*inputs(heads, width, length, dtype, device))
-    rounds = 15 if length <= 2048 else 2
+    rounds = _ROUNDS if length <= _LAST_QUICK_LENGTH else _ROUNDS_WHEN_LONG
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     for _ in range(rounds):
@@ -93,6 +98,7 @@ def products(dtype: str, device: str) -> float:
 
 def counted_gflop(heads: int, width: int, length: int) -> float:
     sizes = {"embed_dim": 2 * heads * width, "num_heads": heads, "num_kv_heads": heads, "head_dim": width}
+    # For its config alone; operations are counted of a block.
     config = random_checkpoint(**sizes).config
     return attention_flop(config, Size(batch_size=1, sequence_length=length)) / 1e9
 
@@ -100,9 +106,11 @@ def counted_gflop(heads: int, width: int, length: int) -> float:
 def peak_extra_bytes(impl: str, heads: int, width: int, length: int, dtype: torch.dtype) -> int:
     """In this process: growth of the peak resident size by one call."""
     with torch.inference_mode():
+        # A first call, so that libraries and threads are not counted.
         small = inputs(heads, width, 16, dtype, "cpu")
         diff_attention(*small, causal=True, impl=impl)
         q, k, v, lam = inputs(heads, width, length, dtype, "cpu")
+        # Resets the peak resident size (man 5 proc_pid_clear_refs).
         Path("/proc/self/clear_refs").write_text("5")
         before = resident_bytes()
         diff_attention(q, k, v, lam, causal=True, impl=impl)
@@ -120,6 +128,7 @@ def peak_resident_bytes() -> int:
 
 def memory_in_own_process(impl: str, heads: int, width: int, length: int, dtype: str) -> float:
     arguments = ["--memory-of", impl, str(heads), str(width), str(length), dtype]
+    # What other candidates have freed would be used again, and not counted.
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
     return int(done.stdout) / 2**20
 
@@ -153,6 +162,7 @@ def main() -> None:
                 with torch.inference_mode():
                     rate = products(dtype, options.device)
                     found = latencies_ms(heads, width, length, getattr(torch, dtype), options.device)
+                    # Other work on the machine can only have made one of the two too low.
                     rate = max(rate, products(dtype, options.device))
                 gflop = counted_gflop(heads, width, length)
                 for impl, latency in found.items():

@@ -19,6 +19,7 @@ from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.config import DiffAttentionConfig, RopeConfig, lambda_init_at
 from diffdeploy.exporters import ExportOptions, export_bundle
 
+# The code that is imported here, also where no command is installed.
 COMMAND = [sys.executable, "-c", "from diffdeploy.cli.main import run; run()", "verify"]
 
 
@@ -66,10 +67,12 @@ def measure(bundle: Path, cases: str) -> tuple[float, float, float]:
     )
     while process.poll() is None:
         own = max(own, peak_mib(process.pid))
+        # The artifact's process lives for a while only, so its peak has to be asked for again and again.
         artifact = max([artifact, *map(peak_mib, children(process.pid))])
         time.sleep(0.02)
     seconds = time.perf_counter() - started
     if process.returncode != 0:
+        # A failed verification ends early, and its time would be too good.
         raise SystemExit(process.communicate()[1].decode())
     return seconds, own, artifact
 
@@ -86,6 +89,7 @@ def main() -> None:
     for name, graph, dtype in product(arguments.formats, arguments.graphs, arguments.dtypes):
         with tempfile.TemporaryDirectory() as folder:
             bundle = Path(folder) / "bundle"
+            # Not verified: that is what is measured, in a process of its own.
             export_bundle(block(), bundle, ExportOptions(format=name, graph=graph, dtype=dtype), verify=False)
             for cases in arguments.cases:
                 seconds, own, artifact = measure(bundle, cases)

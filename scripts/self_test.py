@@ -41,9 +41,11 @@ def run(format_name: str, folder: Path) -> tuple[SelfTest, float]:
         format=target.format.name,
         onnx_flavor=target.flavor,
         graph="cached" if is_usual else "masked",
+        # Small, since the largest cases take most of the time; but beyond 64, where faults of long sequences begin.
         max_batch_size=4,
         max_sequence_length=70,
     )
+    # Not layer 0, which has none before it to be confused with.
     export_bundle(read_checkpoint(SAMPLE, CheckpointOptions(layer=1)), path, options)
     start = time.monotonic()
     result = self_test(
@@ -58,6 +60,7 @@ def cell(result: FaultResult | None) -> str:
     if result is None:
         return ""
     by = ", ".join(entry.removeprefix("check ").removeprefix("case ") for entry in result.by)
+    # Named only where it is wrong: the right one has a column of its own.
     named = f" ({result.stage or 'none'})" if result.located is False else ""
     return (by if result.caught else "**not seen**") + named
 
@@ -78,6 +81,7 @@ def page(tests: dict[str, tuple[SelfTest, float]]) -> str:
     lines.append("|---" * (4 + len(tests)) + "|")
     for fault in all_faults():
         cells = [cell(found[name].get(fault.name)) for name in tests]
+        # The rest is listed below the table, in a line.
         if any(cells):
             lines.append(
                 f"| `{fault.name}` | {fault.place} | {fault.breaks} | {fault.stage or ''} | {' | '.join(cells)} |"

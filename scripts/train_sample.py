@@ -23,16 +23,20 @@ from torch import Tensor
 from diffdeploy.config import DecoderConfig, RopeConfig
 from diffdeploy.modules.decoder import DiffTransformer
 
+# Small enough to train on a CPU and to travel in the package; grouped heads and several layers all the same.
 CONTEXT = 256
 BATCH_SIZE = 16
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
+STEPS_PER_LINE = 100
 CONFIG = DecoderConfig(
+    # One for each byte.
     vocab_size=256,
     embed_dim=128,
     num_layers=4,
     num_heads=4,
     num_kv_heads=2,
+    # 8/3 of the model width, as the paper has it, rounded to a multiple of 8.
     ffn_dim=344,
     rope=RopeConfig(style="interleaved", theta=10000.0),
 )
@@ -43,6 +47,7 @@ def read_text() -> tuple[bytes, bytes]:
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
     files = [p.read_bytes() for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts)]
+    # By content, so that the split is the same wherever the library lies.
     files.sort(key=lambda text: hashlib.sha256(text).digest())
     return b"".join(f for i, f in enumerate(files) if i % 20), b"".join(files[::20])
 
@@ -70,6 +75,7 @@ def learning_rate(step: int, steps: int) -> float:
     if step < WARMUP_STEPS:
         return PEAK_LEARNING_RATE * (step + 1) / WARMUP_STEPS
     progress = (step - WARMUP_STEPS) / (steps - WARMUP_STEPS)
+    # From 1 at the end of the warm-up to 0.1.
     return PEAK_LEARNING_RATE * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
@@ -81,6 +87,7 @@ def train(model: DiffTransformer, tokens: Tensor, steps: int) -> float:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
+        # One more token than the context, since each is predicted from those before it.
         starts = torch.randint(len(tokens) - CONTEXT - 1, (BATCH_SIZE, 1))
         loss = bits_per_byte(model, tokens[starts + torch.arange(CONTEXT + 1)])
         optimizer.zero_grad()
@@ -88,8 +95,8 @@ def train(model: DiffTransformer, tokens: Tensor, steps: int) -> float:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-        if step % 100 == 99:
-            recent = sum(losses[-100:]) / 100
+        if (step + 1) % STEPS_PER_LINE == 0:
+            recent = sum(losses[-STEPS_PER_LINE:]) / STEPS_PER_LINE
             print(
                 f"step {step + 1}/{steps}  {recent:.3f} bits per byte  {time.monotonic() - started:.0f} s", flush=True
             )
@@ -100,6 +107,7 @@ def train(model: DiffTransformer, tokens: Tensor, steps: int) -> float:
 @torch.inference_mode()
 def evaluate(model: DiffTransformer, tokens: Tensor) -> float:
     """Bits per byte over all whole windows of ``tokens``."""
+    # Without overlap, so that each byte counts once.
     windows = tokens[: len(tokens) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
     losses = [bits_per_byte(model, chunk).item() * len(chunk) for chunk in torch.split(windows, 64)]
     return sum(losses) / len(windows)
@@ -113,6 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     training_text, held_out_text = read_text()
+    # Of the initial weights and of the batches.
     torch.manual_seed(arguments.seed)
     model = DiffTransformer(CONFIG, max_positions=CONTEXT)
     train_loss = train(model, as_tokens(training_text), arguments.steps)

@@ -1,6 +1,7 @@
 """The architecture, checked from the source: import direction and the list of packages."""
 
 import ast
+import tokenize
 import tomllib
 from pathlib import Path
 
@@ -35,6 +36,8 @@ FLOORS = [
     "cli",
 ]
 ROOMS = FLOORS
+# Of a line; where a reader would ask why.
+LEAST_COMMENTS = 0.02
 
 
 def sources() -> list[tuple[str, Path]]:
@@ -106,3 +109,41 @@ def test_packages_list_names_every_folder() -> None:
             inside = path.parent.relative_to(ROOT / base).parts
             found.append(".".join(("diffdeploy", *(() if base == "diffdeploy" else (base,)), *inside)))
     assert sorted(listed) == sorted(found)
+
+
+def package_files() -> list[Path]:
+    return [path for _, path in sources()] + [ROOT / "diffdeploy" / "__init__.py"]
+
+
+def test_files_are_short() -> None:
+    long = {str(path.relative_to(ROOT)): count for path in package_files() if (count := _lines(path)) > 350}
+    assert not long
+
+
+def test_functions_are_short() -> None:
+    """Without signatures and docstrings, which say to users of commands and of the library what each argument does."""
+    long = {}
+    for path in package_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+                length = (node.end_lineno or 0) - body[0].lineno + 1
+                if length > 60:
+                    long[f"{path.relative_to(ROOT)}:{node.name}"] = length
+    assert not long
+
+
+def test_comments_say_why() -> None:
+    comments = lines = 0
+    for path in package_files():
+        lines += _lines(path)
+        with path.open("rb") as file:
+            comments += sum(
+                token.type == tokenize.COMMENT and not token.string.startswith(("# noqa", "# type: ignore"))
+                for token in tokenize.tokenize(file.readline)
+            )
+    assert comments / lines >= LEAST_COMMENTS
+
+
+def _lines(path: Path) -> int:
+    return path.read_text().count("\n")

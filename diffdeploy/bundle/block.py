@@ -28,6 +28,7 @@ def eager_block(bundle: Bundle, *, impl: str, device: str = "cpu") -> "Attention
         manifest.config,
         load_file(bundle.path / WEIGHTS),
         impl=impl,
+        # As many rows as the tables in the artifact have.
         max_positions=manifest.graph.axes["sequence_length"].max,
         dtype=getattr(torch, manifest.graph.dtype),
     )

@@ -91,6 +91,7 @@ class ExportRecord(Record):
     @model_serializer(mode="wrap")
     def _what_applies(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """The fields that this artifact has."""
+        # Absent, not null: a bundle says nothing of options that its format does not have.
         return {name: value for name, value in serialise(self).items() if value is not None}
 
 
@@ -135,10 +136,12 @@ class Manifest(Record):
         """
         try:
             fields = json.loads(data)
+            # A digest of the rest, since none can be of itself.
             digest = fields.pop("manifest_sha256", None)
             # Over the content as it was written, since a manifest of an earlier schema renders otherwise today.
             intact = _render({**fields, "manifest_sha256": digest}) == data
             manifest = cls.model_validate(migrated(fields)) if intact and digest == _digest(fields) else None
+        # JSON may nest without end, and need not be an object.
         except (ValueError, AttributeError, TypeError, RecursionError, ValidationError) as error:
             raise IntegrityError("manifest.json is damaged: it is not a manifest of diffdeploy") from error
         if manifest is None:
@@ -151,4 +154,5 @@ def _digest(fields: dict[str, Any]) -> str:
 
 
 def _render(fields: dict[str, Any]) -> bytes:
+    # NaN is not JSON: other readers would refuse the file.
     return (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode()

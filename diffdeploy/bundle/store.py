@@ -74,6 +74,7 @@ def open_bundle(path: str | Path) -> Bundle:
             f"{directory} is not a bundle: it has no {MANIFEST}; give a directory that diffdeploy exported"
         )
     manifest = Manifest.from_bytes((directory / MANIFEST).read_bytes())
+    # Names before anything else: no file is looked at that a name leads to from outside.
     for name in manifest.files:
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts:
@@ -87,6 +88,7 @@ def open_bundle(path: str | Path) -> Bundle:
         file = directory / name
         if file.is_symlink():
             raise IntegrityError(f"{name} in {directory} is a link, and links may leave the bundle")
+        # The size first, since a digest reads the whole file.
         if file.stat().st_size != digest.size or file_sha256(file) != digest.sha256:
             raise IntegrityError(f"{name} in {directory} is not the file that was exported: its sha256 differs")
     return Bundle(directory, manifest)
@@ -109,6 +111,7 @@ def _check_output(output: Path, force: bool) -> None:
 
 def _replace(staging: Path, output: Path) -> None:
     """Move ``staging`` to ``output`` in one rename; an old bundle is kept aside until the new one is in place."""
+    # A rename may replace an empty folder, and no other.
     if not output.exists() or not any(output.iterdir()):
         staging.replace(output)
         return
@@ -116,12 +119,13 @@ def _replace(staging: Path, output: Path) -> None:
     output.replace(aside)
     try:
         staging.replace(output)
-    except BaseException:
+    except BaseException:  # an interrupt between the two renames must not lose the old bundle either
         aside.replace(output)
         raise
     shutil.rmtree(aside)
 
 
+# The disk is full, a quota is, or files may not grow any more.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -132,6 +136,7 @@ def _no_space(output: Path) -> UnavailableError:
 def _staging_beside(output: Path) -> Path:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        # A sibling, since a folder is renamed within one file system alone.
         return Path(tempfile.mkdtemp(prefix=f".{output.name}.new-", dir=output.parent))
     except OSError as error:
         if error.errno in _NO_SPACE:
@@ -149,11 +154,13 @@ def staged_bundle(output: Path, *, force: bool = False) -> Iterator[Path]:
     """
     _check_output(output, force)
     staging: Path | None = None
+    # Parents that do not exist yet go again with an export that fails.
     made = [p for p in (output.parent, *output.parent.parents) if not p.exists()]
     finished = False
     try:
         staging = _staging_beside(output)
         yield staging
+        # A temporary folder is for its owner alone; a bundle is as open as other files of the user.
         staging.chmod(0o777 & ~_umask())
         _replace(staging, output)
         finished = True
@@ -162,8 +169,10 @@ def staged_bundle(output: Path, *, force: bool = False) -> Iterator[Path]:
             raise _no_space(output) from error
         raise
     finally:
+        # Not in an except clause: an interrupt cleans up as well.
         if not finished:
             if staging is not None:
+                # What went wrong first is what the user must hear of.
                 shutil.rmtree(staging, ignore_errors=True)
             for directory in made:
                 if directory.is_dir() and not any(directory.iterdir()):
@@ -171,6 +180,7 @@ def staged_bundle(output: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def _umask() -> int:
+    # It can be read only by setting another.
     mask = os.umask(0)
     os.umask(mask)
     return mask

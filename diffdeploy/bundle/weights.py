@@ -31,6 +31,7 @@ def cast_weights(weights: "Mapping[str, Tensor]", dtype: DType) -> "dict[str, Te
     for name, tensor in weights.items():
         target = torch.float32 if name in LAMBDA_VECTORS else getattr(torch, dtype)
         cast[name] = tensor.to(target).contiguous()
+        # A cast makes infinity of what is too large (65,504 is the last in float16), and says nothing.
         if not bool(torch.isfinite(cast[name]).all()):
             raise InputError(
                 f"{name} holds values up to {tensor.abs().max().item():.3g}, too large for {target}; "

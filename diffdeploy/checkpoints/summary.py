@@ -57,6 +57,11 @@ class CheckpointSummary:
     version: int
     blocks: tuple[BlockSummary, ...]
 
+    @property
+    def constant_lambda(self) -> bool:
+        """Whether lambda of a block is one number, which can be told from its weights."""
+        return self.version == 1
+
 
 def summarise(path: str | Path, layout: str | None = None) -> CheckpointSummary:
     """Every block of a checkpoint, in the order of its layers.

@@ -6,12 +6,10 @@ from diffdeploy.config.block import (
     DiffAttentionConfig,
     DiffAttentionV2Config,
     GqaLayout,
-    RopeConfig,
-    RopeScaling,
-    RopeStyle,
     lambda_init_at,
 )
 from diffdeploy.config.model import DecoderConfig
+from diffdeploy.config.rope import RopeConfig, RopeScaling, RopeStyle
 
 __all__ = [
     "LAMBDA_VECTORS",

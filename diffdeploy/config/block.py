@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from diffdeploy.errors import InputError
+from diffdeploy.config.requirement import require
+from diffdeploy.config.rope import RopeConfig
 
 __all__ = [
     "LAMBDA_VECTORS",
@@ -12,14 +13,11 @@ __all__ = [
     "DiffAttentionConfig",
     "DiffAttentionV2Config",
     "GqaLayout",
-    "RopeConfig",
-    "RopeScaling",
-    "RopeStyle",
     "lambda_init_at",
 ]
 
-RopeStyle = Literal["interleaved", "half"]
-# Vectors of the paper's lambda; they stay in fp32, whatever the dtype of a block.
+# Vectors of the paper's lambda; they stay in fp32, whatever the dtype of a block, since rounding them to bfloat16
+# costs more accuracy than the rest of the path of lambda.
 LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 GqaLayout = Literal["canonical", "legacy"]
@@ -33,77 +31,23 @@ def lambda_init_at(depth: int) -> float:
     return 0.8 - 0.6 * math.exp(-0.3 * depth)
 
 
-def _require(condition: bool, field: str, given: object, accepted: str) -> None:
-    if not condition:
-        raise InputError(f"{field} is {given!r}, but it must be {accepted}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are changed for longer sequences, by the names of transformers' configs.
-
-    Attributes:
-        kind: ``linear`` divides all by ``factor``; ``llama3`` divides those whose wavelength is above
-            ``original_max_position_embeddings / low_freq_factor``, keeps those below
-            ``original_max_position_embeddings / high_freq_factor``, and goes from one to the other in between.
-        factor: at least 1.
-        low_freq_factor: of ``llama3``.
-        high_freq_factor: of ``llama3``.
-        original_max_position_embeddings: of ``llama3``.
-    """
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        _require(self.kind in ("linear", "llama3"), "rope scaling", self.kind, "linear or llama3")
-        _require(math.isfinite(self.factor) and self.factor >= 1, "rope scaling factor", self.factor, "1 or more")
-        _require(
-            self.high_freq_factor > self.low_freq_factor > 0,
-            "high_freq_factor",
-            self.high_freq_factor,
-            f"above low_freq_factor ({self.low_freq_factor})",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding of the query and key heads.
-
-    Attributes:
-        style: ``interleaved`` rotates the pairs ``(x[2j], x[2j+1])``, ``half`` the pairs ``(x[j], x[j + d/2])``.
-        theta: base of the geometric frequency series ``theta ** (-2j / d)``.
-        scaling: change of that series, or ``None``.
-    """
-
-    style: RopeStyle
-    theta: float
-    scaling: RopeScaling | None = None
-
-    def __post_init__(self) -> None:
-        _require(self.style in get_args(RopeStyle), "rope.style", self.style, "interleaved or half")
-        _require(math.isfinite(self.theta) and self.theta > 0, "rope.theta", self.theta, "a positive number")
-
-
 def _check_sizes(config: "AnyConfig") -> None:
     for field in ("embed_dim", "num_heads", "num_kv_heads", "head_dim"):
-        _require(getattr(config, field) >= 1, field, getattr(config, field), "a positive integer")
-    _require(
+        require(getattr(config, field) >= 1, field, getattr(config, field), "a positive integer")
+    require(
         config.num_heads % config.num_kv_heads == 0,
         "num_kv_heads",
         config.num_kv_heads,
         f"a divisor of num_heads ({config.num_heads})",
     )
-    _require(
+    require(
         config.rope is None or config.head_dim % 2 == 0,
         "head_dim",
         config.head_dim,
         "even when rotary embedding is used, since it turns pairs of channels",
     )
-    _require(
+    require(
+        # A window bounds how old a key may be; without causality it would leave all later keys in sight.
         config.sliding_window is None or (config.sliding_window >= 1 and config.causal),
         "sliding_window",
         config.sliding_window,
@@ -144,25 +88,30 @@ class DiffAttentionConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    # A number, not a depth: sources count layers from -1, 0 or 1, and some store it.
     lambda_init: float
+    # Not derived from lambda_init, since not every source has the factor.
     output_scale: float
     causal: bool = True
     rope: RopeConfig | None = None
+    # That of the originals, which their state dicts do not hold.
     norm_eps: float = 1e-5
     norm_affine: bool = True
     qk_norm_eps: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
+    # Names and shapes of weights are the same in both layouts, so it cannot be told from a checkpoint.
     gqa_layout: GqaLayout = "canonical"
     sliding_window: int | None = None
+    # Tells the two configs apart when they are read from JSON.
     version: Literal[1] = 1
 
     def __post_init__(self) -> None:
         _check_sizes(self)
-        _require(math.isfinite(self.lambda_init), "lambda_init", self.lambda_init, "a finite number")
-        _require(math.isfinite(self.output_scale), "output_scale", self.output_scale, "a finite number")
-        _require(math.isfinite(self.norm_eps) and self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
-        _require(self.gqa_layout in get_args(GqaLayout), "gqa_layout", self.gqa_layout, "canonical or legacy")
+        require(math.isfinite(self.lambda_init), "lambda_init", self.lambda_init, "a finite number")
+        require(math.isfinite(self.output_scale), "output_scale", self.output_scale, "a finite number")
+        require(math.isfinite(self.norm_eps) and self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
+        require(self.gqa_layout in get_args(GqaLayout), "gqa_layout", self.gqa_layout, "canonical or legacy")
 
     @property
     def value_dim(self) -> int:
@@ -217,6 +166,7 @@ class DiffAttentionConfig:
             shapes |= {"q_proj.bias": (q_rows,), "k_proj.bias": (kv_rows,), "v_proj.bias": (kv_rows,)}
         if self.out_bias:
             shapes["out_proj.bias"] = (self.embed_dim,)
+        # One vector for all heads: the paper's lambda is one number per layer.
         shapes |= dict.fromkeys(LAMBDA_VECTORS, (self.head_dim,))
         if self.qk_norm_eps is not None:
             shapes |= {"q_norm.weight": (self.head_dim,), "k_norm.weight": (self.head_dim,)}
@@ -278,6 +228,7 @@ class DiffAttentionV2Config:
         """Output heads per key/value head, ``g = h / h_kv``."""
         return self.num_heads // self.num_kv_heads
 
+    # From here on, what code asks of both kinds of block, and what has one answer in this one.
     @property
     def gqa_layout(self) -> GqaLayout:
         """The canonical key map: with one key head for both streams there is no other."""
@@ -332,6 +283,7 @@ class DiffAttentionV2Config:
         """Names and shapes of the weights of this block, as `DiffAttentionV2.state_dict` has them."""
         kv_rows = self.num_kv_heads * self.head_dim
         return {
+            # Two query streams per output head, in neighbouring rows; keys and values have one for both.
             "q_proj.weight": (2 * self.num_heads * self.head_dim, self.embed_dim),
             "k_proj.weight": (kv_rows, self.embed_dim),
             "v_proj.weight": (kv_rows, self.embed_dim),

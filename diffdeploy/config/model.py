@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from diffdeploy.config.block import DiffAttentionConfig, RopeConfig, lambda_init_at
+from diffdeploy.config.block import DiffAttentionConfig, lambda_init_at
+from diffdeploy.config.rope import RopeConfig
 
 __all__ = ["DecoderConfig"]
 
@@ -38,6 +39,7 @@ class DecoderConfig:
             embed_dim=self.embed_dim,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
+            # A differential head is as wide as two heads of the softmax model of equal size.
             head_dim=self.embed_dim // self.num_heads // 2,
             lambda_init=lambda_init_at(layer),
             output_scale=1 - lambda_init_at(layer),

@@ -45,6 +45,7 @@ class Format(ABC):
 
     name: ClassVar[str]
     flavors: ClassVar[tuple[str, ...]] = ()
+    # The two that write down two fused attentions, which contracts count.
     impls: ClassVar[tuple[str, ...]] = ("two_call", "padded")
     package: ClassVar[str] = "torch"
     distributions: ClassVar[tuple[str, ...]] = ()
@@ -63,8 +64,10 @@ class Format(ABC):
         """Why the format cannot be exported here for a kind of device; ``None`` when it can."""
         if reason := self.why_not_made_for(device, dtype):
             return reason
+        # Looked up, not imported, which takes torch a second and more.
         if missing := [name for name in ("torch", *self.export_packages) if find_spec(name) is None]:
             return f"format {self.name} needs {' and '.join(missing)}, which is not installed"
+        # As inductor chooses it, see torch._inductor.config.cpp.cxx.
         compiler = os.environ.get("CXX", "g++")
         if self.compiles and shutil.which(compiler) is None:
             return f"format {self.name} compiles C++, and {compiler} is not found; install it or set CXX"
@@ -97,6 +100,7 @@ class Format(ABC):
         if kind != "cpu" and (reason := _why_no_cuda(device)):
             return reason
         if find_spec(self.package) is None:
+            # The extra of pyproject.toml that brings the package for such a device.
             extra = "gpu" if kind != "cpu" else "export" if self.package == "torch" else "cpu"
             return (
                 f"{self.package} is not installed, and {self.name} bundles run on it; pip install 'diffdeploy[{extra}]'"

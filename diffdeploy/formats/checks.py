@@ -21,6 +21,12 @@ __all__ = [
 ]
 
 
+_BYTES_OF_HALF = 2
+
+# Of fp32, in exp(.) - exp(.) + lambda_init: right blocks are off by up to 5 of them, with vectors of any size.
+_ROUNDINGS_OF_LAMBDA = 8
+
+
 def make_check(name: str, problems: list[str], fine: str) -> Check:
     """A check that passes when there is no problem."""
     return Check(name=name, passed=not problems, detail="; ".join(problems) if problems else fine)
@@ -67,6 +73,7 @@ def weights_bit_for_bit(
         weights: canonical weights in the artifact's dtype.
         stream_width: ``d``, where the graph may hold the rows ``[heads, 2, d]`` of queries and keys stream by stream.
     """
+    # What one weight is found in is gone for the next: two equal weights need two constants.
     left = dict(constants)
     problems = []
     for name, weight in weights.items():
@@ -92,10 +99,11 @@ def _take(constants: dict[str, Array], weight: Array) -> bool:
 
 def _same_bits(constant: Array, weight: Array) -> bool:
     """Whether a constant is the weight; a norm that runs in fp32 holds half-precision weights widened, without loss."""
-    if constant.dtype == np.float32 and weight.dtype.itemsize == 2:
+    if constant.dtype == np.float32 and weight.dtype.itemsize == _BYTES_OF_HALF:
         weight = weight.astype(np.float32)
     if constant.dtype != weight.dtype:
         return False
+    # Products in ONNX take a matrix from the right, and its exporter folds the transposition into the weight.
     forms = (weight, weight.T) if weight.ndim == 2 else (weight,)
     return any(constant.shape == form.shape and constant.tobytes() == form.tobytes() for form in forms)
 
@@ -111,7 +119,7 @@ def lambda_constant(constants: Mapping[str, Array], manifest: Manifest, weights:
         name
         for name, constant in scalars.items()
         if abs(float(constant.reshape(())) - expected)
-        <= epsilon(constant.dtype) * abs(expected) + 8 * epsilon("float32") * (1 + abs(expected))
+        <= epsilon(constant.dtype) * abs(expected) + _ROUNDINGS_OF_LAMBDA * epsilon("float32") * (1 + abs(expected))
     ]
     problems = [] if near else [f"no constant of the graph is lambda, {expected:.7g}"]
     return make_check("lambda", problems, f"folded to one constant, {expected:.7g}")
@@ -130,6 +138,7 @@ def rope_constants(constants: Mapping[str, Array], manifest: Manifest) -> Check:
     dtype = np.dtype(spec.inputs["hidden_states"].dtype)
     problems = []
     for name, table in zip(("cosine", "sine"), rope_tables(rope, manifest.config.head_dim, length), strict=True):
+        # Both sides come from fp64, and rounding numbers up to 1 costs half of this at most.
         tolerance = epsilon(dtype)
         if not any(
             c.dtype == dtype and c.shape == table.shape and np.abs(c - table).max() <= tolerance

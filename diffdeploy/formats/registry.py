@@ -39,6 +39,7 @@ def formats() -> dict[str, Format]:
     """
     found: dict[str, Format] = {}
     for row in rows():
+        # An entry point of another package may name anything.
         kind = row.load()
         is_format = isinstance(kind, type) and issubclass(kind, Format) and kind.name == row.name
         if not is_format or row.name in found:
@@ -76,4 +77,5 @@ def export_targets() -> dict[str, Target]:
 def distributions() -> tuple[str, ...]:
     """Packages that what diffdeploy makes and measures depends on, by the names that they are installed by."""
     of_formats = (name for each in formats().values() for name in each.distributions)
+    # In a fixed order and once each, so that equal environments are equal records.
     return tuple(dict.fromkeys(("torch", *of_formats, "numpy")))

@@ -10,6 +10,7 @@ __all__ = ["GROUP", "format_names", "rows"]
 
 GROUP = "diffdeploy.formats"
 
+# As entry points, so that our own formats are loaded in the way that others are.
 _BUILT_IN = (
     EntryPoint("onnx", "diffdeploy.formats.onnx:OnnxFormat", GROUP),
     EntryPoint("pt2", "diffdeploy.formats.pt2:Pt2Format", GROUP),
@@ -22,6 +23,7 @@ _BUILT_IN = (
 @cache
 def rows() -> tuple[EntryPoint, ...]:
     """One row for each format, in the order of tables: our own, then those of other packages."""
+    # Our own first: a name that comes again is the one to complain of.
     return (*_BUILT_IN, *entry_points(group=GROUP))
 
 

@@ -32,6 +32,7 @@ class TorchBackend(Backend):
         import torch
 
         if options.threads is not None:
+            # Torch has one pool for the process, and no setting for a single program.
             torch.set_num_threads(options.threads)
         try:
             with without_warnings():  # torch warns of its own workings
@@ -53,6 +54,7 @@ class TorchBackend(Backend):
             with torch.no_grad():
                 outputs = self._call(*tensors)
         else:
+            # Outputs go back to where the inputs are, which may be the CPU.
             home = tensors[0].device
             with torch.no_grad():
                 outputs = [output.to(home) for output in self._call(*(tensor.to(self.device) for tensor in tensors))]

@@ -24,6 +24,7 @@ def run_block(block: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     past = None
     if "past_key_values.key" in inputs:
         past = (inputs["past_key_values.key"], inputs["past_key_values.value"])
+    # A graph has no mask where it is plain, and no positions where nothing is turned.
     result = block(inputs["hidden_states"], inputs.get("attention_mask"), inputs.get("position_ids"), past)
     if past is None:
         return {"output": result}

@@ -11,8 +11,10 @@ __all__ = ["DType", "GraphSpec", "Range", "TensorSpec", "Variant", "graph_spec"]
 DType = Literal["float32", "float16", "bfloat16"]
 Variant = Literal["plain", "masked", "cached"]
 
-# Tracing needs two sizes above 1 that add up to the total.
-_SMALLEST_CACHED = 4
+# torch.export takes a traced size of 0 or 1 for a constant.
+_SMALLEST_DYNAMIC = 2
+# Past and sequence are traced with such a size each, and add up to the total.
+_SMALLEST_CACHED = 2 * _SMALLEST_DYNAMIC
 
 
 class Range(Record):
@@ -78,9 +80,9 @@ def graph_spec(
     Raises:
         InputError: a maximum is so low that its axis would not be dynamic.
     """
-    smallest = _SMALLEST_CACHED if variant == "cached" else 2
+    smallest = _SMALLEST_CACHED if variant == "cached" else _SMALLEST_DYNAMIC
     for name, size, least in (
-        ("max batch size", max_batch_size, 2),
+        ("max batch size", max_batch_size, _SMALLEST_DYNAMIC),
         ("max sequence length", max_sequence_length, smallest),
     ):
         if size < least:
@@ -91,17 +93,20 @@ def graph_spec(
     }
     total = "sequence_length"
     if variant == "cached":
+        # A name of its own, since formats cannot write a sum where an axis is named.
         total = "total_sequence_length"
         axes["past_sequence_length"] = Range(min=0, max=max_sequence_length - 1)
         axes[total] = Range(min=1, max=max_sequence_length)
     hidden = TensorSpec(dtype=dtype, shape=("batch_size", "sequence_length", config.embed_dim))
     inputs, outputs = {"hidden_states": hidden}, {"output": hidden}
     if variant != "plain":
+        # The names and the dtype that runtimes of language models feed.
         inputs["attention_mask"] = TensorSpec(dtype="int64", shape=("batch_size", total), values=Range(min=0, max=1))
         if config.rope is not None:
             inputs["position_ids"] = TensorSpec(
                 dtype="int64",
                 shape=("batch_size", "sequence_length"),
+                # The rotary tables in the artifact end there.
                 values=Range(min=0, max=max_sequence_length - 1),
             )
     if variant == "cached":

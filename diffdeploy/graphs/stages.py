@@ -12,6 +12,7 @@ class Stage(StrEnum):
     K_PROJECTION = "k projection"
     V_PROJECTION = "v projection"
     ROPE = "rope"
+    # Holds what is already turned, so it comes after the rotary embedding.
     CACHE = "cache"
     SIGNAL = "signal attention"
     NOISE = "noise attention"
@@ -23,6 +24,7 @@ class Stage(StrEnum):
 
 _OF_WEIGHT = {
     "q_proj": Stage.Q_PROJECTION,
+    # The norm of queries and keys is no stage of its own.
     "q_norm": Stage.Q_PROJECTION,
     "k_proj": Stage.K_PROJECTION,
     "k_norm": Stage.K_PROJECTION,
@@ -35,4 +37,5 @@ _OF_WEIGHT = {
 
 def stage_of_weight(name: str) -> Stage:
     """The stage that a canonical weight belongs to."""
+    # The lambda vectors are all that the table leaves out.
     return _OF_WEIGHT.get(name.partition(".")[0], Stage.LAMBDA)

@@ -31,6 +31,7 @@ def locate(
     Returns:
         ``None`` when there is nothing to go by: no constant is named, and no case failed.
     """
+    # A named constant is certain; values only come near one another.
     if (finding := _by_constants(checks)) is not None or not inputs:
         return finding
     try:
@@ -41,6 +42,7 @@ def locate(
         from diffdeploy.locate.probes import by_probes
 
         return by_probes(bundle, artifact)
+    # The first case tells stages apart; a fault that it does not show needs the one that failed.
     for one in inputs:
         finding = by_values(bundle, artifact, one, shown)
         if finding.stage is not None:
@@ -51,6 +53,7 @@ def locate(
 def _by_constants(checks: Sequence[Check]) -> Finding | None:
     """The first stage with a constant that a check has found to be another one."""
     found = {stage: check.detail for check in checks if not check.passed for stage in _stages_named(check)}
+    # In the order of the formula, since later stages take in what earlier ones get wrong.
     first = next((stage for stage in Stage if stage in found), None)
     return None if first is None else Finding(stage=first, found_by="constants", detail=found[first])
 

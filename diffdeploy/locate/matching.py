@@ -21,11 +21,19 @@ _OUTPUTS = {Stage.CACHE: ("present.key", "present.value"), Stage.OUTPUT_PROJECTI
 # What an artifact may compute for each stream by itself.
 _OF_STREAMS = (Stage.Q_PROJECTION, Stage.K_PROJECTION, Stage.ROPE)
 
-# Of a budget, which is meant for whole blocks over several runs of eager; a stage has one run to compare with.
+# Of a budget, which is meant for whole blocks over several runs of eager; a stage has one run to compare with. Stages
+# of 48 right exports, in every format that shows them, used up to a third of one budget.
 _SLACK = 2.0
 
-# Of the dtype, that a value may be off by and still be the one that is looked for.
+# Of the dtype, that a value may be off by and still be the one that is looked for. Eager stages are off by up to 12 of
+# them; the nearest that right exports come to exchanged streams is 91, in bfloat16 and with lambda near 1.
 _ROUNDINGS = 64
+
+# Of the dtype's epsilon: what rounding every number once costs, as a root mean square. Eager can be exact by chance.
+_ONE_ROUNDING = 1 / 4
+
+# ``[B, S, D]``: what has fewer axes is a mask, a table or a size, and no stage.
+_FEWEST_AXES = 3
 
 
 @dataclass
@@ -48,6 +56,7 @@ class _Wanted:
         candidates += [(True, form) for form in _joined_forms(value, self.exact.shape)]
         for joined, form in candidates:
             rmse = float((form.to(torch.float64) - self.exact).square().mean().sqrt())
+            # NaN compares with nothing, and would stay the nearest for good.
             found = (joined, rmse if rmse == rmse else float("inf"), node)
             if self.nearest is None or found[:2] < self.nearest[:2]:
                 self.nearest = found
@@ -98,6 +107,7 @@ class Matcher:
 
         def wanted(stage: Stage, value: Tensor, rounded: Tensor, *, apart: bool) -> _Wanted:
             error = float((rounded.to(torch.float64) - value).square().mean().sqrt())
+            # An odd number of heads has no pairs of streams: both share their keys.
             numbers = (0, 1) if apart and value.shape[1] % 2 == 0 else ()
             streams = tuple(wanted(stage, value[:, s::2], rounded[:, s::2], apart=False) for s in numbers)
             return _Wanted(stage, value, error, eps * float(value.square().mean().sqrt()), streams)
@@ -111,12 +121,13 @@ class Matcher:
         # Where the streams have changed places both attentions are there, and only the difference tells.
         signal, noise, weighted = (exact[s][0] for s in (Stage.SIGNAL, Stage.NOISE, Stage.LAMBDA))
         lam = (weighted * noise).sum(-1, keepdim=True) / noise.square().sum(-1, keepdim=True)
+        # A query that sees nothing has no noise, and 0 / 0 for its lambda.
         exchanged = noise - lam.nan_to_num() * signal
         self._exchanged = _Wanted(Stage.SIGNAL, exchanged, 0.0, eps * float(exchanged.square().mean().sqrt()))
 
     def offer(self, node: str, value: Tensor) -> None:
         """Compare an intermediate value of the artifact with all stages inside."""
-        if value.is_floating_point() and value.ndim >= 3:
+        if value.is_floating_point() and value.ndim >= _FEWEST_AXES:
             for wanted in (*self._wanted, self._exchanged):
                 if wanted.stage not in _OUTPUTS:
                     wanted.offer(node, value)
@@ -125,6 +136,7 @@ class Matcher:
         """Compare the artifact's outputs with the stages that they are: nothing inside may stand in for them."""
         for stage, names in _OUTPUTS.items():
             wanted = [value for value in self._wanted if value.stage == stage]
+            # Not strict: a block without a cache has none of its outputs.
             for value, name in zip(wanted, names, strict=False):
                 value.offer(name, outputs[name])
 
@@ -137,6 +149,7 @@ class Matcher:
             detail = "every stage that the artifact shows is right by itself"
             return Finding(stage=None, found_by="intermediate values", detail=detail, stages=stages)
         stage, node = guilty.stage, guilty.node
+        # Lambda times the noise is the first value that exchanged streams lack, though lambda is right.
         if stage == Stage.LAMBDA and self._within(self._exchanged):
             stage, node = Stage.SIGNAL, None
         detail = f"it is {_times(guilty)} as far off as eager"
@@ -156,7 +169,7 @@ class Matcher:
         assert wanted.nearest is not None
         _, rmse, node = wanted.nearest
         allowed = self._budget.k * wanted.eager_rmse + self._budget.rmse_floor * wanted.rounding_rmse
-        least = max(wanted.eager_rmse, wanted.rounding_rmse / 4)
+        least = max(wanted.eager_rmse, _ONE_ROUNDING * wanted.rounding_rmse)
         finite = rmse < float("inf")
         return StageError(
             stage=wanted.stage,

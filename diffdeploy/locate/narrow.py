@@ -9,16 +9,28 @@ import numpy as np
 
 from diffdeploy.arrays import Array
 from diffdeploy.graphs import Stage
-from diffdeploy.locate.probing import Answer, Prober
+from diffdeploy.locate.probing import EQUATIONS, MOST, TINY, Answer, Prober
 
 __all__ = ["narrow_verdict"]
 
 _Verdict = tuple[Stage | None, str]
 
 _LENGTH = 3
+
+# Steps of 0.05. Right lambdas lie between 0 and 1 or little beyond; a negated one, and one that is exchanged for the
+# inverse of a third, are in the range too.
 _LARGEST_LAMBDA, _GRID = 3.0, 121
-_REFINEMENTS = 60
+
+# All steps together reach 3 steps of the grid far; the last is 1e-12 wide, below all rounding.
+_REFINEMENTS, _SHRINK = 60, 1.5
+
+# Heads of tokens of that size have squares near 4,000, where even an epsilon that is added outside of the root makes
+# less than rounding.
 _LARGE = 64.0
+
+# Right explanations used up to half of that many tolerances; of wrong steps that no explanation fits, the nearest was
+# at 1.1 (a noise of 1e-4 on the outputs).
+_EXPLAINED = 4.0
 
 
 def narrow_verdict(prober: Prober) -> _Verdict:
@@ -26,13 +38,14 @@ def narrow_verdict(prober: Prober) -> _Verdict:
     if found := _lambda(prober):
         return found
     alone = prober.tokens(1)
-    if prober.ask(alone).right and prober.ask(1e-3 * alone).right:
+    if prober.ask(alone).right and prober.ask(TINY * alone).right:
         return None, "outputs are narrower than the heads, and tell no more than that values and norm are right"
     if prober.ask(_LARGE * alone).right:
         return Stage.NORM, "single positions are right where the norm's epsilon does not count"
     answers = [prober.ask(prober.tokens(_LENGTH)) for _ in range(_num_answers(prober))]
     outputs = np.concatenate([answer.given["output"].reshape(-1, prober.config.embed_dim) for answer in answers])
     joined = np.concatenate([_joined(prober, answer) for answer in answers])
+    # The norm first: it has fewer unknowns, so another matrix would explain its faults as well.
     if _is_explained(prober, _by_channel(prober, joined), outputs.reshape(-1)):
         return Stage.NORM, "another weight of the norm explains every output"
     if all(_is_explained(prober, joined, column) for column in outputs.T):
@@ -41,7 +54,7 @@ def narrow_verdict(prober: Prober) -> _Verdict:
 
 
 def _num_answers(prober: Prober) -> int:
-    return -(-3 * prober.config.num_heads * prober.config.value_dim // (prober.batch_size * _LENGTH))
+    return -(-EQUATIONS * prober.config.num_heads * prober.config.value_dim // (prober.batch_size * _LENGTH))
 
 
 def _joined(prober: Prober, answer: Answer) -> Array:
@@ -63,7 +76,7 @@ def _by_channel(prober: Prober, joined: Array) -> Array:
 def _is_explained(prober: Prober, features: Array, outputs: Array) -> bool:
     with_bias = np.concatenate((features, np.ones((len(features), 1))), axis=1)
     explained = with_bias @ np.linalg.lstsq(with_bias, outputs, rcond=None)[0]
-    return prober.same(explained, outputs, slack=4.0, share=0.99)
+    return prober.same(explained, outputs, slack=_EXPLAINED, share=MOST)
 
 
 def _lambda(prober: Prober) -> _Verdict | None:
@@ -88,7 +101,7 @@ def _lambda(prober: Prober) -> _Verdict | None:
     grid = np.linspace(-_LARGEST_LAMBDA, _LARGEST_LAMBDA, _GRID)
     middle, step = float(min(grid, key=error)), float(grid[1] - grid[0])
     for _ in range(_REFINEMENTS):
-        middle, step = min((middle - step, middle, middle + step), key=error), step / 1.5
+        middle, step = min((middle - step, middle, middle + step), key=error), step / _SHRINK
     weighted, noise = answer.stage(Stage.LAMBDA), answer.stage(Stage.NOISE)
     expected = float(np.median((weighted * noise).sum(-1) / np.square(noise).sum(-1)))
     if prober.same(outputs(middle), given) and abs(middle - expected) > prober.tolerance:

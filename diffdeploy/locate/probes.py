@@ -23,15 +23,29 @@ from diffdeploy.errors import ExportError
 from diffdeploy.graphs import Stage
 from diffdeploy.locate.finding import Finding
 from diffdeploy.locate.narrow import narrow_verdict
-from diffdeploy.locate.probing import Answer, Prober, Runs, null_spaces
+from diffdeploy.locate.probing import EQUATIONS, INVERTED, MOST, TINY, Answer, Prober, Runs, null_spaces
 
 __all__ = ["by_probes"]
 
 _Verdict = tuple[Stage | None, str]
 
+# The first position attends to itself alone and tells nothing of queries and keys; the others mix two and three keys.
 _LENGTH, _PAST = 3, 2
-# Going back through the output projection multiplies rounding.
-_INVERTED = 64.0
+
+# Tolerances that a fitted lambda may be off by; in right blocks it was off by less than a hundredth of one.
+_LAMBDA_ROUNDINGS = 2.0
+
+# One lambda explains heads whose own ratios are nearly all this near to their median. With one lambda, right or not, 99
+# of 100 were within 0.0004 of it; where each attention is normalised by itself, half were off by a tenth.
+_SPREAD, _SPREAD_SHARE = 0.05, 0.9
+# Lambda may be near 0, where a share of it is no measure.
+_SMALLEST_LAMBDA = 0.01
+
+# Exchanged streams gave 1 / lambda within 1e-6; other wrong lambdas, times the right one, were off 1 by 0.27 and more.
+_RECIPROCAL = 0.05
+
+# Of the elements, which factors must explain that are medians: right ones met all of them, wrong ones 57 % at most.
+_MOST_FACTORS = 0.95
 
 
 def by_probes(bundle: Bundle, artifact: Runs) -> Finding:
@@ -45,6 +59,7 @@ def by_probes(bundle: Bundle, artifact: Runs) -> Finding:
 
 
 def _verdict(prober: Prober) -> _Verdict:
+    # The cache first: it shows keys and values without going back through anything.
     if prober.has_cache and (found := _cache(prober)):
         return found
     if not prober.shows_heads:
@@ -53,7 +68,7 @@ def _verdict(prober: Prober) -> _Verdict:
         return found
     if not prober.ask(prober.tokens(1)).right:
         return _behind_attention(prober)
-    if not prober.ask(1e-3 * prober.tokens(1)).right:
+    if not prober.ask(TINY * prober.tokens(1)).right:
         return Stage.NORM, "single positions are right, but not where the norm's epsilon counts"
     return _attention(prober)
 
@@ -105,16 +120,17 @@ def _lambda(prober: Prober) -> _Verdict | None:
     factors = np.stack(
         [np.linalg.lstsq(np.stack((s, n), 1), g, rcond=None)[0] for s, n, g in zip(signal, noise, given, strict=True)]
     )
-    if not prober.same(factors[:, :1] * signal + factors[:, 1:] * noise, given, slack=_INVERTED):
+    if not prober.same(factors[:, :1] * signal + factors[:, 1:] * noise, given, slack=INVERTED):
         return None
+    # Of what was weighted, so that it is the lambda which the formula used, as rounded.
     expected = float(np.median((weighted * noise).sum(-1) / np.square(noise).sum(-1)))
     ratios = -factors[:, 1] / factors[:, 0]
     found = float(np.median(ratios))
-    if abs(found - expected) <= 2 * prober.tolerance * (1 + abs(expected)):
+    if abs(found - expected) <= _LAMBDA_ROUNDINGS * prober.tolerance * (1 + abs(expected)):
         return None
-    if np.mean(np.abs(ratios - found) < 0.05 * (abs(found) + 0.01)) < 0.9:
+    if np.mean(np.abs(ratios - found) < _SPREAD * (abs(found) + _SMALLEST_LAMBDA)) < _SPREAD_SHARE:
         return Stage.DIFFERENCE, "heads lie between signal and noise, but not by one lambda"
-    if abs(found * expected - 1) < 0.05 and float(np.median(factors[:, 0])) < 0.0:
+    if abs(found * expected - 1) < _RECIPROCAL and float(np.median(factors[:, 0])) < 0.0:
         return Stage.SIGNAL, "the streams are exchanged: what should be the signal is subtracted"
     return Stage.LAMBDA, f"heads are signal - {found:.5g} noise; lambda is {expected:.5g}"
 
@@ -122,15 +138,18 @@ def _lambda(prober: Prober) -> _Verdict | None:
 def _behind_attention(prober: Prober) -> _Verdict:
     """Single positions are wrong: values, norm or output projection."""
     width = prober.config.num_heads * prober.config.value_dim
-    answers = [prober.ask(prober.tokens(_LENGTH)) for _ in range(-(-3 * width // (prober.batch_size * _LENGTH)))]
+    answers = [
+        prober.ask(prober.tokens(_LENGTH)) for _ in range(-(-EQUATIONS * width // (prober.batch_size * _LENGTH)))
+    ]
     has_norm = prober.config.has_norm
     if has_norm and _is_norm(prober, answers):
         return Stage.NORM, "heads are right but for factors of channels or halves"
     last = Stage.NORM if has_norm else Stage.DIFFERENCE
     heads = np.concatenate([a.stage(last).transpose(0, 2, 1, 3).reshape(-1, width) for a in answers])
+    # Another output projection may have another bias.
     heads = np.concatenate((heads, np.ones((len(heads), 1))), axis=1)
     outputs = np.concatenate([a.given["output"].reshape(-1, prober.config.embed_dim) for a in answers])
-    if prober.same(heads @ np.linalg.lstsq(heads, outputs, rcond=None)[0], outputs, share=0.99):
+    if prober.same(heads @ np.linalg.lstsq(heads, outputs, rcond=None)[0], outputs, share=MOST):
         return Stage.OUTPUT_PROJECTION, "another matrix explains every output"
     return Stage.V_PROJECTION, "single positions are wrong, and neither norm nor output projection explains it"
 
@@ -145,8 +164,9 @@ def _is_norm(prober: Prober, answers: list[Answer]) -> bool:
         return False
     halves = np.median(ratios, axis=-1, keepdims=True)
     channels = np.median(ratios / halves, axis=0, keepdims=True)
+    # Again, without the channel factors that the first medians still held.
     halves = np.median(ratios / channels, axis=-1, keepdims=True)
-    return prober.same(halves * channels * exact, given, slack=_INVERTED, share=0.95)
+    return prober.same(halves * channels * exact, given, slack=INVERTED, share=_MOST_FACTORS)
 
 
 def _attention(prober: Prober) -> _Verdict:
@@ -198,8 +218,9 @@ def _seen_from_null_space(prober: Prober, side: str) -> bool:
             x = prober.tokens(2)
             x[:, 0] = prober.tokens_in(basis)
             heads = slice(number * group, (number + 1) * group)
+            # Twice as large a token doubles any key that its weights see, and so moves the mixture.
             given, wanted = (_mixture(prober, x * np.array([factor, 1.0])[:, None], heads) for factor in (1.0, 2.0))
-        if not prober.same(given, wanted, slack=_INVERTED):
+        if not prober.same(given, wanted, slack=INVERTED):
             return True
     return False
 

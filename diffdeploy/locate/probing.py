@@ -14,13 +14,35 @@ from diffdeploy.bundle import WEIGHTS, Bundle
 from diffdeploy.graphs import Stage
 from diffdeploy.locate.values import stage_values
 
-__all__ = ["Answer", "Prober", "Runs", "null_spaces", "same"]
+__all__ = ["EQUATIONS", "INVERTED", "MOST", "TINY", "Answer", "Prober", "Runs", "null_spaces", "same"]
 
-# Of the dtype's spacing, relative to the size of what is compared: less is rounding, through several stages.
+# Of the dtype's spacing, relative to the size of what is compared: less is rounding, through several stages. Right
+# blocks of random sizes used half of it in float32 and a sixth in half precision; one, with lambda at 0.98, used 1.9
+# times as much. Wrong steps and weights in float32 are 2,000 times as far off in the median.
 _ROUNDINGS = 256
 
-# Of the output projection: what is had back through it loses that many times its precision.
+# Of the output projection: what is had back through it loses that many times its precision. 1e4 roundings are a
+# third of what `INVERTED` allows; right blocks with conditions up to 2,300 used a quarter of it.
 _WORST_CONDITION = 1e4
+
+# Going back through the output projection multiplies rounding: what is compared there gets so many times the tolerance.
+INVERTED = 64.0
+
+# Of the elements, which a fit must explain. Right explanations met all of them, wrong ones less than one in a hundred;
+# the difference to 1 is room for outliers.
+MOST = 0.99
+
+# Heads of tokens of that size have squares near 1e-6, below the usual epsilon of a norm.
+TINY = 1e-3
+
+# Equations for each unknown of a fit, so that a wrong model cannot meet them all.
+EQUATIONS = 3
+
+# More rows in a call are fewer calls, and a fit needs hundreds of tokens.
+_MOST_ROWS = 32
+
+# Smaller than the size of any token, so that dividing by it changes none, and a point at 0 stays there.
+_SMALLEST_SIZE = 1e-30
 
 
 class Runs(Protocol):
@@ -76,13 +98,15 @@ class Prober:
         stored = read_safetensors(bundle.path / WEIGHTS)
         self.weights = {name: array.astype(np.float64) for name, array in stored.items()}
         self.tolerance = _ROUNDINGS * epsilon(self._spec.dtype)
-        self.batch_size = min(32, self._spec.axes["batch_size"].max)
+        self.batch_size = min(_MOST_ROWS, self._spec.axes["batch_size"].max)
         self.takes_positions = "position_ids" in self._spec.inputs
         self.has_cache = self._spec.variant == "cached"
         self._artifact = artifact
+        # The same probes each time, so that the same artifact gets the same verdict.
         self._generator = np.random.default_rng(0)
         projection = self.weights["out_proj.weight"]
         self._inverse = np.linalg.pinv(projection)
+        # More heads than outputs leave a space of heads that no output shows.
         self.shows_heads = projection.shape[0] >= projection.shape[1] and np.linalg.cond(projection) < _WORST_CONDITION
 
     def ask(self, x_BSD: Array, *, position: int | None = None, past_length: int = 0) -> Answer:
@@ -106,7 +130,7 @@ class Prober:
         """Random hidden states ``[B, D]`` of a space with that basis ``[n, D]``, as large as others."""
         points = self._generator.standard_normal((self.batch_size, len(basis))) @ basis
         sizes = np.sqrt(np.mean(np.square(points), axis=-1, keepdims=True))
-        unit: Array = points / np.maximum(sizes, 1e-30)
+        unit: Array = points / np.maximum(sizes, _SMALLEST_SIZE)
         return unit
 
     def heads(self, output: Array) -> Array:
@@ -142,6 +166,7 @@ class Prober:
 
 def same(given: Array, wanted: Array, tolerance: float, share: float = 1.0) -> bool:
     """Whether that share of the elements differs by no more than that part of the usual size; NaN never does."""
+    # Relative to all elements together: single ones may be near 0.
     size = float(np.sqrt(np.mean(np.square(wanted)))) or 1.0
     return bool(np.mean(np.abs(given - wanted) <= tolerance * size) >= share)
 
@@ -149,6 +174,8 @@ def same(given: Array, wanted: Array, tolerance: float, share: float = 1.0) -> b
 def null_spaces(rows: Array) -> Array | None:
     """Bases ``[n, rest, D]`` of what ``rows [n, r, D]`` do not see; ``None`` where they may see everything."""
     rank = rows.shape[1]
+    # Rows that depend on each other would leave more dimensions; those that are taken are unseen in any case.
     if rank >= rows.shape[2]:
         return None
+    # The right singular vectors behind the rank are those that the rows map to 0.
     return np.stack([np.linalg.svd(matrix)[2][rank:] for matrix in rows])

@@ -35,6 +35,7 @@ def check_inputs(spec: GraphSpec, inputs: Mapping[str, Any]) -> None:
 
 
 def _check_tensor(graph: GraphSpec, name: str, spec: TensorSpec, value: Any, sizes: dict[str, int]) -> None:
+    # By what it has, not by its type: a runtime without torch cannot name torch's.
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         raise InputError(f"{name} is a {type(value).__name__}; accepted is a torch tensor or a numpy array")
     dtype = _name(value.dtype)
@@ -43,15 +44,11 @@ def _check_tensor(graph: GraphSpec, name: str, spec: TensorSpec, value: Any, siz
     if len(value.shape) != len(spec.shape):
         raise InputError(f"{name} has shape {list(value.shape)}; accepted is {list(spec.shape)}")
     for given, axis in zip(value.shape, spec.shape, strict=True):
-        if isinstance(axis, int):
-            if given != axis:
-                raise InputError(f"{name} has shape {list(value.shape)}; accepted is {list(spec.shape)}")
-            continue
-        bounds = graph.axes[axis]
-        if not bounds.min <= given <= bounds.max:
-            raise InputError(f"{axis} of {name} is {given}; accepted is {bounds.min} to {bounds.max}")
-        if sizes.setdefault(axis, given) != given:
-            raise InputError(f"{axis} is {given} in {name}, but {sizes[axis]} in another input")
+        if isinstance(axis, str):
+            _check_size(graph, name, axis, given, sizes)
+        elif given != axis:
+            raise InputError(f"{name} has shape {list(value.shape)}; accepted is {list(spec.shape)}")
+    # On CUDA the values are not looked at, since that would wait for the device in every call.
     if spec.values is not None and not getattr(value, "is_cuda", False):
         smallest, largest = _extremes(value)
         if smallest < spec.values.min or largest > spec.values.max:
@@ -59,6 +56,15 @@ def _check_tensor(graph: GraphSpec, name: str, spec: TensorSpec, value: Any, siz
                 f"{name} holds numbers from {smallest} to {largest}; "
                 f"accepted are {spec.values.min} to {spec.values.max}"
             )
+
+
+def _check_size(graph: GraphSpec, name: str, axis: str, given: int, sizes: dict[str, int]) -> None:
+    """Check the size of a named axis; ``sizes`` holds what other inputs gave for it, and takes this one."""
+    bounds = graph.axes[axis]
+    if not bounds.min <= given <= bounds.max:
+        raise InputError(f"{axis} of {name} is {given}; accepted is {bounds.min} to {bounds.max}")
+    if sizes.setdefault(axis, given) != given:
+        raise InputError(f"{axis} is {given} in {name}, but {sizes[axis]} in another input")
 
 
 @cache

@@ -38,12 +38,14 @@ def require_runnable(manifest: Manifest, options: RunOptions) -> None:
             compiled for another machine.
     """
     found = _format_of(manifest)
+    # What is wrong on every machine comes before what this one lacks.
     found.check_run_options(manifest, options)
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads is {options.threads}; accepted is 1 or more")
     device = device_of(manifest, options)
     if reason := found.why_not_run(device, manifest.graph.dtype, reference=options.reference):
         raise UnavailableError(reason)
+    # What is compiled here fits this machine, whatever it was compiled for before.
     if not manifest.made_for or options.recompile:
         return
     if differing := differences(manifest.made_for, this_machine(device)):

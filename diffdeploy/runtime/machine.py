@@ -15,11 +15,13 @@ def this_machine(device: str) -> dict[str, str]:
 
     facts = {
         "torch": str(torch.__version__),
+        # Extension modules load in every patch release of the Python that they were built for.
         "python": ".".join(platform.python_version_tuple()[:2]),
         "platform": f"{platform.system()} {platform.machine()}",
     }
     if device == "cpu":
         abilities = torch.cpu.get_capabilities()
+        # Among the abilities are cache sizes and names, which machine code does not depend on.
         facts["isa"] = " ".join(sorted(name for name, able in abilities.items() if able is True))
     else:
         major, minor = torch.cuda.get_device_capability(device)

@@ -63,10 +63,13 @@ class Runtime:
             InputError: a name, dtype, shape or value is not what `spec` accepts, or the runtime is closed. Values of
                 tensors on CUDA are not looked at, since that would wait for the device.
         """
+        # Read once: another thread may close the runtime while this one calls it.
         if (backend := self._backend) is None:
             raise InputError(f"the runtime of {self.bundle.path} is closed; load the bundle again")
         check_inputs(self.spec, inputs)
+        # Asked of numpy, since torch may not be installed.
         as_torch = not isinstance(inputs["hidden_states"], np.ndarray)
+        # Backends take positions, and callers may name inputs in any order.
         outputs = backend.run([inputs[name] for name in self.spec.inputs], as_torch=as_torch)
         return dict(zip(self.spec.outputs, outputs, strict=True))
 
@@ -83,6 +86,7 @@ class Runtime:
 
     def close(self) -> None:
         """Release the backend; later calls are refused."""
+        # Taken away first, so that no call begins on a backend that is being closed.
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()

@@ -20,7 +20,7 @@ def artifact_facts(bundle: Bundle) -> ArtifactFacts:
     found = require_format(bundle.manifest.format)
     try:
         return found.facts(bundle)
-    except (DiffDeployError, MemoryError):
+    except (DiffDeployError, MemoryError):  # our own errors say more, and a lack of memory is no damage
         raise
     except Exception:  # noqa: BLE001 - whatever a library raises at a damaged file; `artifact_checks` says what
         return declared_facts(bundle, attention_ops=0)
@@ -42,5 +42,6 @@ def artifact_checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]
     except (DiffDeployError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - whatever a library raises at a damaged artifact is the finding
+        # The first line: what libraries add below it is for their own developers.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return [Check(name="readable", passed=False, detail=f"the artifact cannot be read: {reason}")]

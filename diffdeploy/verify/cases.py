@@ -75,17 +75,21 @@ class Case:
         """The inputs of a single call, by name, as ``spec`` wants them."""
         kinds, masks = get_args(Kind), get_args(Mask)
         numbers = (self.batch_size, self.sequence_length, self.past_length)
+        # Only where there is one: a 0 would give the other cases, and stored golden vectors, other inputs.
         more = (self.number,) if self.number else ()
+        # All that names a case, so that no two share their inputs, and the name alone gives them again.
         generator = np.random.default_rng([self.seed, *numbers, kinds.index(self.kind), masks.index(self.mask), *more])
         hidden = spec.inputs["hidden_states"]
         rows = 1 if self.kind == "constant" else self.sequence_length
         values = generator.standard_normal((self.batch_size, rows, int(hidden.shape[-1])), dtype=np.float32)
+        # Drawn in float32 and then rounded, so that every dtype is tried on the same numbers.
         values *= _SCALES[self.kind]
         inputs = {"hidden_states": np.repeat(values, self.sequence_length // rows, axis=1).astype(hidden.dtype)}
         if "attention_mask" in spec.inputs:
             tokens = self._tokens()
             inputs["attention_mask"] = tokens
             if "position_ids" in spec.inputs:
+                # As generation counts them: padding takes no position.
                 positions = np.maximum(tokens.cumsum(axis=1) - 1, 0)
                 inputs["position_ids"] = np.ascontiguousarray(positions[:, self.past_length :])
         for name in ("past_key_values.key", "past_key_values.value"):
@@ -98,12 +102,14 @@ class Case:
     def _tokens(self) -> Array:
         total = self.past_length + self.sequence_length
         tokens = np.ones((self.batch_size, total), dtype=np.int64)
+        # In the last row alone: the others show a mask that is applied to the wrong row.
         half = max(1, total // 2)
         if self.mask == "left":
             tokens[-1, :half] = 0
         elif self.mask == "right":
             tokens[-1, total - half :] = 0
         elif self.mask == "ragged":
+            # The first token too, so that under causality the first query sees nothing.
             tokens[-1, ::3] = 0
         elif self.mask == "hidden":
             tokens[-1] = 0

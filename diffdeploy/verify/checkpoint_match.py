@@ -21,6 +21,7 @@ def matches_checkpoint(bundle: str | Path, checkpoint: str | Path) -> Check:
     manifest = open_bundle(bundle).manifest
     options = CheckpointOptions.from_given(manifest.provenance.options)
     found = read_checkpoint(checkpoint, options)
+    # Cast as for the export, since a bundle holds weights in the artifact's dtype.
     read, stored = cast_weights(found.weights, manifest.graph.dtype), load_file(Path(bundle) / WEIGHTS)
     problems = [] if found.config == manifest.config else ["its config is another"]
     if read.keys() != stored.keys():

@@ -68,6 +68,7 @@ def differences(one: Described, other: Described) -> list[Difference]:
             for name in dict.fromkeys([*before, *after])
             if before.get(name) != after.get(name)
         ]
+    # The sections that both have come from sets, which have no order.
     order = list(befores)
     return sorted(changes, key=lambda change: order.index(change.section))
 
@@ -85,6 +86,7 @@ def _sections(subject: Described) -> dict[str, Mapping[str, Any]]:
             "versions": _flat(fields["environment"]),
         }
     if report is not None:
+        # A bundle knows its own files better than the report that lies in it.
         sections.setdefault("files", report.files)
         sections.setdefault("versions", _flat(report.environment.model_dump(mode="json")))
         judged = report.model_dump(include={"format", "dtype", "backend", "seed", "selection", "budget"})
@@ -99,6 +101,7 @@ def _sections(subject: Described) -> dict[str, Mapping[str, Any]]:
 
 def _figures(report: Report) -> dict[str, Any]:
     """All of each output of each case, as one value."""
+    # As one value: an output that differs is one line, not one for each of its figures.
     return {
         f"{case.id} {output.output}": output.model_dump(mode="json", exclude={"output"})
         for case in report.cases

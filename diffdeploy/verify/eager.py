@@ -20,7 +20,9 @@ RunArrays = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 # Many positions average over enough numbers by themselves, and one neighbour is enough.
 _MANY_POSITIONS, _NEIGHBOURS, _NEIGHBOURS_OF_FEW = 300, 1, 7
+# Numbers in the inputs of one call: 16 MiB in fp32.
 _MAX_STACKED = 2**22
+_UP_OR_DOWN = 0.5
 
 
 def run_arrays(block: "AttentionBlock", *, device: str = "cpu", dtype: "torch.dtype | None" = None) -> RunArrays:
@@ -73,6 +75,7 @@ def _stacks(inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
     """The input, then its neighbours, several in one batch where that is small, since calls cost more than numbers."""
     yield dict(inputs)
     x_BSD = inputs["hidden_states"]
+    # The same neighbours each time, so that a verification that is repeated gives the same figures.
     generator = np.random.default_rng(0)
     left = _NEIGHBOURS if x_BSD.shape[0] * x_BSD.shape[1] > _MANY_POSITIONS else _NEIGHBOURS_OF_FEW
     at_once = max(1, _MAX_STACKED // sum(array.size for array in inputs.values()))
@@ -88,6 +91,6 @@ def _nudge(x_BSD: Array, generator: np.random.Generator) -> Array:
     # Equal positions stay equal: what makes them hard is that their roundings do not average out.
     constant = bool((x_BSD == x_BSD[:, :1]).all())
     shape = (len(x_BSD), 1, x_BSD.shape[2]) if constant else x_BSD.shape
-    directions = np.where(generator.random(shape) < 0.5, -np.inf, np.inf).astype(x_BSD.dtype)
+    directions = np.where(generator.random(shape) < _UP_OR_DOWN, -np.inf, np.inf).astype(x_BSD.dtype)
     nudged: Array = np.where(np.isfinite(x_BSD), np.nextafter(x_BSD, directions), x_BSD)
     return nudged

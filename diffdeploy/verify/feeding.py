@@ -31,6 +31,7 @@ def _in_chunks(chunks: tuple[int, ...], artifact: Artifact, inputs: Mapping[str,
         part = {
             name: inputs[name][:, done : done + chunk] for name in ("hidden_states", "position_ids") if name in inputs
         }
+        # Grows with the cache: it speaks of all tokens so far.
         part["attention_mask"] = inputs["attention_mask"][:, : done + chunk]
         result = artifact.run({**part, "past_key_values.key": key, "past_key_values.value": value})
         key, value = result["present.key"], result["present.value"]

@@ -28,7 +28,7 @@ class Yardstick:
 
     def __init__(self, expected: Array, dtype: DType) -> None:
         self.expected, self.dtype = expected, dtype
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # what is too large for the dtype is infinity there, too
             self.rounded = expected.astype(dtype)
         self.counts = np.isfinite(self.rounded)
         self._squares: list[float] = []
@@ -38,6 +38,7 @@ class Yardstick:
     def add(self, eager: Array) -> None:
         """Take in one run, of the shape of ``expected`` and in the artifact's dtype."""
         errors = self.errors(eager)
+        # Per run, not per element: runs have equally many, so the mean over runs is the mean over all.
         self._squares.append(float(np.mean(np.square(errors))) if errors.size else 0.0)
         self.max_error = max(self.max_error, float(errors.max(initial=0.0)))
 
@@ -49,6 +50,7 @@ class Yardstick:
 
     def recall(self, figures: OutputReport) -> None:
         """Take in errors as an earlier report recorded them, in place of runs."""
+        # An output without figures has no yardstick either, and `finite` says so of NaN.
         missing = float("nan")
         self._squares.append(missing if figures.eager_rmse is None else figures.eager_rmse**2)
         self.max_error = missing if figures.eager_max_error is None else figures.eager_max_error
@@ -57,6 +59,7 @@ class Yardstick:
     def errors(self, values: Array) -> Array:
         """Absolute errors, float64, of the elements that count, in one row."""
         errors: Array = values.astype(np.float64)
+        # A selection copies, which outputs of hundreds of megabytes are spared where everything counts.
         if not self.counts.all():
             errors = np.abs(errors[self.counts] - self.expected[self.counts])
         else:
@@ -90,6 +93,7 @@ def measure(output: str, actual: Array, yardstick: Yardstick) -> OutputReport:
         )
     if reason := _non_finite_differs(actual, yardstick.rounded):
         return OutputReport.failed(output, reason)
+    # Nothing but NaN and infinity, and those agree.
     if not yardstick.counts.any():
         return OutputReport(output=output, passed=True, budget_used=0.0)
     if not yardstick.finite:
@@ -97,7 +101,9 @@ def measure(output: str, actual: Array, yardstick: Yardstick) -> OutputReport:
     errors, exact = yardstick.errors(actual), expected[yardstick.counts]
     worst = int(np.argmax(errors))
     if not yardstick.counts.all():
+        # From a place among the elements that count to one among all.
         worst = int(np.flatnonzero(yardstick.counts)[worst])
+    # Judged from what the report keeps, rounded, so that judging it again gives the same verdict.
     figures = OutputReport(
         output=output,
         passed=False,
@@ -141,6 +147,7 @@ def judge(figures: OutputReport, budget: Budget, dtype: DType) -> OutputReport:
     cost_rmse = max(figures.eager_rmse, figures.storage_rmse)
     cost_max = max(figures.eager_max_error, figures.storage_max_error)
     allowed_rmse, allowed_max = budget.k * cost_rmse + floor_rmse, budget.k * cost_max + floor_max
+    # Never a division by 0: the spacing in the floors does not shrink below normal numbers.
     used = max(figures.rmse / allowed_rmse, figures.max_error / allowed_max)
     smallest = max(
         _smallest_k(figures.rmse - floor_rmse, cost_rmse), _smallest_k(figures.max_error - floor_max, cost_max)
@@ -153,6 +160,7 @@ def judge(figures: OutputReport, budget: Budget, dtype: DType) -> OutputReport:
         "allowed_max_error": allowed_max,
         "reason": None if used <= 1.0 else "the error is above the budget",
     }
+    # Made anew, since a copy would not round its figures.
     return OutputReport(**{**{name: getattr(figures, name) for name in OutputReport.model_fields}, **verdict})
 
 

@@ -46,8 +46,10 @@ def _hidden(config: AnyConfig, ends_S: Array, tokens_T: Array) -> Array:
 
 def _softmax_times(q_Sd: Array, k_Td: Array, v_Te: Array, hidden_ST: Array) -> Array:
     scores = q_Sd @ k_Td.T
+    # In place from here on, since a block of scores is the largest array of the formula.
     scores /= np.sqrt(q_Sd.shape[1])
     scores[hidden_ST] = -np.inf
+    # A row that sees nothing has no largest score: -inf minus -inf would be NaN. It sums to 0, and gives 0.
     largest = scores.max(axis=1, keepdims=True)
     scores -= np.where(np.isneginf(largest), 0.0, largest)
     np.exp(scores, out=scores)
@@ -103,6 +105,7 @@ def _formula(
     config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], stores: Sequence[Store]
 ) -> list[dict[str, Array]]:
     """Outputs for each way of storing the streams."""
+    # The artifact's own weights, so that what casting them cost is no error of the artifact.
     w = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
     with np.errstate(over="ignore", invalid="ignore"):  # inputs may hold infinity, and the criterion looks at results
         rows = [
@@ -156,6 +159,7 @@ def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Ar
                 _softmax_times(q[2 * i + s, rows], k[key_head(config, i, s), :num_keys], value, hidden) for s in (0, 1)
             )
             columns = slice(i * config.value_dim, (i + 1) * config.value_dim)
+            # The streams once for all ways of storing them, since they are nearly all of the work.
             for number, store in enumerate(stores):
                 joined[number, rows, columns] = _head(config, w, i, store(signal), store(noise), x_SD[rows], store)
     outputs = [heads @ w["out_proj.weight"].T + w.get("out_proj.bias", 0.0) for heads in joined]

@@ -20,6 +20,7 @@ from diffdeploy.verify.worker import Artifact
 
 __all__ = ["property_checks"]
 
+# One token as in decoding, and lengths that leave a rest in the blocks of every kernel.
 _LENGTHS = (1, 7, 65)
 _PADDINGS: tuple[Mask, ...] = ("left", "right", "ragged")
 _REPETITIONS = 3
@@ -76,6 +77,7 @@ def _check(name: str, artifact: Artifact, pairs: Iterator[_Pair], fine: str) -> 
     for pair in pairs:
         num_pairs += 1
         try:
+            # Pairs of one case share their first input, which is run once.
             if base is not pair.inputs:
                 base, one = pair.inputs, artifact.run(pair.inputs)
             other = artifact.run(pair.changed)
@@ -91,6 +93,7 @@ def _difference(one: Array, other: Array, kept: Array) -> str | None:
     """Where two outputs differ that must not, with ``kept`` as in `_Pair`."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return f"from {one.dtype} {list(one.shape)} to {other.dtype} {list(other.shape)}"
+    # Bits, since NaN equals nothing, and 0 equals -0.
     bits = f"u{one.dtype.itemsize}"
     wide = kept[:, :, None] if one.ndim == 3 else kept[:, None, :, None]
     differs = (np.ascontiguousarray(one).view(bits) != np.ascontiguousarray(other).view(bits)) & wide
@@ -113,6 +116,7 @@ def _bases(spec: GraphSpec, seed: int, mask: Mask = "none") -> Iterator[tuple[Ca
     for length in _LENGTHS:
         if length <= spec.axes["sequence_length"].max:
             case = _base(spec, seed, length, mask)
+            # Large, so that a trace of them is not lost in rounding.
             yield case, case.inputs(spec), replace(case, kind="large", number=1).inputs(spec)
 
 
@@ -142,6 +146,7 @@ def _other_rows(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
 def _later_tokens(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
     for case, inputs, others in _bases(spec, seed):
         length = case.sequence_length
+        # A change right behind the first token, in the middle, and of the last token alone.
         for first in sorted({1, length // 2, length - 1} - {0, length}):
             changed = dict(inputs)
             changed["hidden_states"] = inputs["hidden_states"].copy()
@@ -161,6 +166,7 @@ def _padding(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
                 if name in inputs:
                     changed[name] = _where(tokens[:, None, :past, None], inputs, others, name)
             if "position_ids" in inputs:
+                # What position a padding token is said to have must not count either.
                 changed["position_ids"] = np.where(tokens[:, past:], inputs["position_ids"], 0)
             yield _Pair(case.id, inputs, changed, _everywhere(spec, tokens, past))
 

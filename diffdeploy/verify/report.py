@@ -98,6 +98,7 @@ class CaseReport(OutputReport):
     @classmethod
     def of(cls, case_id: str, group: str, outputs: Sequence[OutputReport]) -> Self:
         """A case with these outputs, at least one."""
+        # The one that is nearest to failing stands for the case in tables.
         worst = max(outputs, key=lambda report: report.severity)
         return cls(id=case_id, group=group, outputs=list(outputs), **{name: getattr(worst, name) for name in _FIGURES})
 
@@ -107,6 +108,7 @@ class CaseReport(OutputReport):
         return cls.of(case_id, group, [OutputReport.failed("output", f"the artifact did not run: {reason}")])
 
 
+# Taken from outputs, since a case has the fields of one and more.
 _FIGURES = tuple(OutputReport.model_fields)
 
 
@@ -173,6 +175,7 @@ class Report(Record):
             InputError: it is of another.
         """
         files = files_judged(bundle.manifest)
+        # Symmetric, so that a file that only one of them has is found as well.
         if differing := sorted(name for name, _ in self.files.items() ^ files.items()):
             raise InputError(
                 f"{source} is the report of another bundle than {bundle.path}: {', '.join(dict.fromkeys(differing))} "

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,43 +75,62 @@ def verify_bundle(
     chosen, selection = _choose(bundle, seed, cases, load_inputs)
     if save_inputs is not None:
         write_inputs(save_inputs, chosen, spec)
+    # Opened first: its process loads the artifact while this one reads the contract.
     with open_artifact(bundle.path, run_options) as artifact, half_the_threads():
-        weights = read_weights(bundle)
-        checks = artifact_checks(bundle, weights)
-        exact_weights = {name: array.astype(np.float64) for name, array in weights.items()}
-        checks.append(golden_check(bundle, exact_weights))
-        yardsticks = yardsticks or Yardsticks(bundle, exact_weights)
-        reports: list[CaseReport] = []
-        guilty = None
-        try:
-            backend = artifact.backend
-        except ExportError as error:
-            backend = "none"
-            checks.append(Check(name="loads", passed=False, detail=str(error)))
-        else:
-            for done, case in enumerate(chosen):
-                if progress is not None:
-                    progress(done, len(chosen), case.id)
-                reports.append(run_case(case, bundle, artifact, yardsticks))
-                if first_failure_only and not reports[-1].passed:
-                    break
-            else:
-                checks += property_checks(artifact, manifest.config, spec, seed)
-            guilty = _guilty_stage(bundle, artifact, checks, chosen, reports)
+        found = _examine(bundle, artifact, chosen, yardsticks, seed, progress, first_failure_only=first_failure_only)
     return Report(
         format=manifest.format,
         dtype=spec.dtype,
-        backend=backend,
         seed=seed,
         selection=selection,
         budget=BUDGETS[spec.dtype],
         files=files_judged(manifest),
         environment=Environment.current(distributions()),
         graph=artifact_facts(bundle),
-        contract=checks,
-        cases=reports,
-        guilty=guilty,
+        **found._asdict(),
     )
+
+
+class _Findings(NamedTuple):
+    """What a report says of the artifact itself; see `Report`."""
+
+    backend: str
+    contract: list[Check]
+    cases: list[CaseReport]
+    guilty: Finding | None
+
+
+def _examine(
+    bundle: Bundle,
+    artifact: Artifact,
+    chosen: Sequence[AnyCase],
+    yardsticks: Yardsticks | None,
+    seed: int,
+    progress: Progress | None,
+    *,
+    first_failure_only: bool,
+) -> _Findings:
+    """Contract, cases, properties and, where something failed, the guilty stage."""
+    weights = read_weights(bundle)
+    checks = artifact_checks(bundle, weights)
+    exact_weights = {name: array.astype(np.float64) for name, array in weights.items()}
+    checks.append(golden_check(bundle, exact_weights))
+    yardsticks = yardsticks or Yardsticks(bundle, exact_weights)
+    reports: list[CaseReport] = []
+    try:
+        backend = artifact.backend
+    except ExportError as error:
+        checks.append(Check(name="loads", passed=False, detail=str(error)))
+        return _Findings("none", checks, reports, None)
+    for done, case in enumerate(chosen):
+        if progress is not None:
+            progress(done, len(chosen), case.id)
+        reports.append(run_case(case, bundle, artifact, yardsticks))
+        if first_failure_only and not reports[-1].passed:
+            break
+    else:  # a run that stopped has failed already, and needs no properties
+        checks += property_checks(artifact, bundle.manifest.config, bundle.manifest.graph, seed)
+    return _Findings(backend, checks, reports, _guilty_stage(bundle, artifact, checks, chosen, reports))
 
 
 def _require_paired_cache(bundle: Bundle) -> None:
@@ -150,7 +170,9 @@ def _guilty_stage(
     if not failed and all(check.passed for check in checks):
         return None
     spec = bundle.manifest.graph
+    # Of one call: what several calls give together has no stages of its own.
     single = [case.inputs(spec) for case in cases if case.id in failed and not case.chunks and not case.row_by_row]
+    # The smallest, since locating holds every stage of it in fp64.
     single.sort(key=lambda inputs: inputs["hidden_states"].size)
     telling = telling_case(spec, bundle.manifest.options.seed)
     inputs = [telling.inputs(spec), *single[:1]] if failed else []
@@ -163,6 +185,7 @@ def _choose(
     """The cases, and what to call their selection."""
     manifest = bundle.manifest
     users = [] if load_inputs is None else read_inputs(load_inputs, manifest.graph)
+    # Whoever brings inputs asks about those; a sweep beside them has to be asked for.
     if users and selection is None:
         return [*users], "user"
     selection = "full" if selection is None else selection
@@ -182,6 +205,7 @@ def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, yardsticks: Yard
     spec = bundle.manifest.graph
     inputs = case.inputs(spec)
     if not case.chunks and not case.row_by_row:
+        # The artifact computes while this process works out what it should give.
         artifact.start(inputs)
     expected = yardsticks.of(case, inputs)
     try:

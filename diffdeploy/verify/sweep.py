@@ -16,15 +16,18 @@ __all__ = ["Selection", "golden_cases", "random_cases", "select_cases", "telling
 
 Selection = Literal["quick", "full"] | int
 
+# Primes, and powers of two with their neighbours, where the blocks of kernels begin and end.
 _LENGTHS = (1, 2, 3, 7, 13, 31, 63, 64, 65, 127, 128, 129)
 _SPECIAL_LENGTHS = (1, 7, 65)
 _MASKED_LENGTHS = (2, 7, 65)
 _PADDINGS: tuple[Mask, ...] = ("left", "right", "ragged", "hidden")
 # Past and present: empty, one step, steps across powers of two, chunks.
 _PASTS = ((0, 1), (0, 7), (1, 1), (5, 1), (64, 1), (63, 2), (31, 33), (128, 1))
+# Token by token; a token between longer steps; a step that is shorter than the one before.
 _CHUNKS = ((1, 1, 1, 1, 1), (4, 1, 4), (7, 2))
 # Scores of all heads of one case: 128 MiB in fp32, and the eager block holds a few such tensors.
 _MAX_SCORES = 2**25
+# Of the hidden states of one case: 128 MiB in fp32, too.
 _MAX_ELEMENTS = 2**25
 _MAX_RANDOM_LENGTH = 300
 
@@ -44,6 +47,7 @@ def select_cases(selection: Selection, config: AnyConfig, spec: GraphSpec, seed:
         InputError: the number is not positive.
     """
     quick = [*golden_cases(spec, seed), *_quick(config, spec, seed)]
+    # Short ranges make several cases the same one, which is run once.
     if selection == "quick":
         return list(dict.fromkeys(quick))
     ordered = list(dict.fromkeys([*quick, *_full(config, spec, seed)]))
@@ -56,6 +60,7 @@ def select_cases(selection: Selection, config: AnyConfig, spec: GraphSpec, seed:
 
 def golden_cases(spec: GraphSpec, seed: int) -> list[Case]:
     """The few cases whose inputs and exact outputs travel with the bundle."""
+    # Small, since inputs and outputs in fp64 are shipped with every bundle.
     length = min(7, spec.axes["sequence_length"].max)
     cases = [Case(batch_size=1, sequence_length=1, seed=seed), Case(batch_size=2, sequence_length=length, seed=seed)]
     if spec.variant != "plain":
@@ -98,6 +103,7 @@ def _full(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
 def _plain(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
     max_batch, max_length = spec.axes["batch_size"].max, spec.axes["sequence_length"].max
     lengths = [length for length in _LENGTHS if length <= max_length]
+    # Two streams of every head, each with a square of scores.
     longest = min(max_length, int((_MAX_SCORES / (2 * config.num_heads)) ** 0.5), _MAX_ELEMENTS // config.embed_dim)
     short = min(3, max_length)
     widest = max(1, min(max_batch, _MAX_ELEMENTS // (short * config.embed_dim)))
@@ -117,11 +123,13 @@ def _masked(spec: GraphSpec, seed: int) -> list[Case]:
     cases = [
         Case(batch_size=2, sequence_length=length, seed=seed, mask=mask) for mask in _PADDINGS for length in lengths
     ]
+    # The last is the longest with a hidden row: alone, a batch of nothing but padding.
     return [*cases, replace(cases[-1], batch_size=1), replace(cases[-1], mask="left", kind="constant")]
 
 
 def _cached(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
     max_total = spec.axes["total_sequence_length"].max
+    # Two rows of two streams of every head.
     longest_step = min(max_total, max(1, _MAX_SCORES // (2 * 2 * config.num_heads * max_total)))
     pasts = [*_PASTS, (max_total - 1, 1), (max_total - longest_step, longest_step)]
     cases = [

@@ -26,6 +26,7 @@ def read_inputs(path: Path, spec: GraphSpec) -> list[UserCase]:
     arrays = read_arrays(path)
     cases: dict[str, dict[str, Array]] = {}
     for key, array in arrays.items():
+        # From the end, since names of inputs have dots in them and names of cases may.
         name = next((name for name in spec.inputs if key == name or key.endswith(f".{name}")), None)
         if name is None:
             raise InputError(
@@ -61,5 +62,6 @@ def write_inputs(path: Path, cases: Sequence[AnyCase], spec: GraphSpec) -> None:
         InputError: the file cannot be written there, or cannot hold the dtype.
         UnavailableError: the file cannot be written.
     """
+    # Before inputs of all cases are made, which takes a while.
     check_target(path, force=True)
     write_arrays(path, {f"{case.id}.{name}": array for case in cases for name, array in case.inputs(spec).items()})

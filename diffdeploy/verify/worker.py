@@ -40,6 +40,7 @@ def _receive(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]] | Non
     arrays: dict[str, Array] = {}
     for name, (dtype, shape) in header["arrays"].items():
         size = np.dtype(dtype).itemsize * math.prod(shape)
+        # Writable, as inputs and outputs are elsewhere; bytes are not.
         arrays[name] = np.frombuffer(bytearray(stream.read(size)), dtype).reshape(shape)
     return header, arrays
 
@@ -144,8 +145,10 @@ class ArtifactProcess:
 
 
 def _main(bundle: str, options: str) -> int:
+    # Frames keep a copy of standard output; what C code prints to descriptor 1 must not land between them.
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    # Imported once printing is out of the way.
     from diffdeploy.runtime import load
 
     try:
@@ -159,7 +162,7 @@ def _main(bundle: str, options: str) -> int:
             outputs = runtime(**frame[1])
         except Exception as error:  # noqa: BLE001 - whatever a backend raises is the finding
             _send(stdout, {"error": f"{type(error).__name__}: {error}"}, {})
-            continue
+            continue  # one input that fails says nothing of the next
         _send(stdout, {}, outputs)
     return 0
 

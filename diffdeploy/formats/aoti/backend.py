@@ -29,7 +29,10 @@ class AotiBackend(TorchBackend):
         import torch
 
         device = torch.device(self.device)
-        package: Callable[..., Sequence[Tensor]] = torch._inductor.aoti_load_package(
-            str(self.bundle.path / MODEL), device_index=-1 if device.index is None else device.index
+        # torch has no public name for it.
+        package: Callable[..., Sequence[Tensor]] = torch._inductor.aoti_load_package(  # noqa: SLF001
+            # -1 stands for cuda without a number.
+            str(self.bundle.path / MODEL),
+            device_index=-1 if device.index is None else device.index,
         )
         return package

@@ -21,9 +21,10 @@ from diffdeploy.formats.checks import attentions, declared_facts, make_check
 
 __all__ = ["checks", "facts"]
 
-# A tensor of so few elements is written into the code as numbers.
+# A tensor of so few elements is written into the code as numbers (GraphLowering.can_inline_constant of inductor).
 _MOST_INLINE = 8
 _NUMBER = re.compile(rb"static_cast<\w+>\(([-+.\de]+)\)")
+# The name of the kernel depends on the device and on the mask.
 _ATTENTION = re.compile(rb"\baoti_torch_\w*scaled_dot_product_\w+\(")
 
 
@@ -63,6 +64,7 @@ def _missing_weights(bundle: Bundle, weights: Mapping[str, Array]) -> list[str]:
     held = {name: array for name, array in weights.items() if name not in LAMBDA_VECTORS}
     missing = {name: array for name, array in held.items() if array.tobytes() not in library}
     if any(array.size <= _MOST_INLINE for array in missing.values()):
+        # Printed so that reading them back gives the same float.
         numbers = {float(number) for number in _NUMBER.findall(_member(bundle, ".kernel.cpp"))}
         missing = {
             name: array

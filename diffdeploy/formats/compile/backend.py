@@ -52,6 +52,7 @@ class CompiledBackend(TorchBackend):
             results = run_block(block, dict(zip(inputs, tensors, strict=True)))
             return [results[name] for name in outputs]
 
+        # One graph for all sizes, or an error: no compilation for each size, and no part that runs eagerly unseen.
         return torch.compile(forward, fullgraph=True, dynamic=True)
 
     def _warm_start(self, block: "AttentionBlock") -> Callable[..., Sequence["Tensor"]]:
@@ -59,6 +60,7 @@ class CompiledBackend(TorchBackend):
         from torch._inductor.standalone_compile import CompiledArtifact
 
         folder = self.bundle.path
+        # Loading unpacks the artifact into inductor's cache: into one of its own, since the user's would keep it.
         with (
             tempfile.TemporaryDirectory(prefix="diffdeploy-") as cache,
             temporary_cache_dir(cache),

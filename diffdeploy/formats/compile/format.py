@@ -23,11 +23,13 @@ class CompileFormat(Format):
     name = "compile"
     impls = ("two_call", "padded", "paired", "rows")
     compiles = True
+    # Python too, since its kernels are extension modules.
     machine = ("torch", "python", "platform", "isa", "gpu")
 
     def fastest_impl(self, variant: Variant) -> str:
         """See `Format.fastest_impl`."""
-        return "rows" if variant == "cached" else "padded"  # which reads the cache once, in one attention
+        # As in the format aoti, whose compiler it shares.
+        return "rows" if variant == "cached" else "padded"
 
     def lower(
         self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
@@ -40,6 +42,7 @@ class CompileFormat(Format):
 
     def check_run_options(self, manifest: Manifest, options: RunOptions) -> None:
         """See `Format.check_run_options`; these bundles can be compiled afresh."""
+        # Without recompile, which the base class refuses.
         super().check_run_options(manifest, RunOptions(reference=options.reference))
 
     def open(self, bundle: Bundle, options: RunOptions, device: str) -> Backend:

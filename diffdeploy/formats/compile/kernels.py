@@ -18,6 +18,7 @@ __all__ = ["recorded", "shipped"]
 
 
 def _name(source: str) -> str:
+    # 128 bits tell all sources apart, and keep names short.
     return hashlib.sha256(source.encode()).hexdigest()[:32] + ".so"
 
 
@@ -28,6 +29,7 @@ def recorded(folder: Path) -> Iterator[None]:
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     built: dict[str, list[str]] = {}
+    # Inductor has no hook for this: the method that builds a kernel is the one place that sees its source.
     build = AsyncCompile.cpp_pybinding
 
     def record(self: Any, argtypes: list[str], source: str) -> Any:
@@ -39,8 +41,10 @@ def recorded(folder: Path) -> Iterator[None]:
     folder.mkdir()
     strip = shutil.which("strip")
     for source, argtypes in built.items():
+        # From inductor's cache by now, since the graph was compiled with it.
         kernel = CppPythonBindingsCodeCache.load_pybinding(argtypes, source)
         target = folder / _name(source)
+        # The entry point is a function of its extension module, which knows its own file.
         shutil.copyfile(kernel.__self__.__file__, target)
         if strip is not None:  # debug information holds paths of this machine
             subprocess.run([strip, "--strip-debug", str(target)], check=True)
@@ -58,7 +62,8 @@ def shipped(folder: Path) -> Iterator[None]:
         file = folder / _name(source)
         if not file.is_file():
             return build(self, argtypes, source)
-        return CppPythonBindingsCodeCache._load_library(str(file.absolute()), file.stem).kernel
+        # torch has no public way to load a kernel without its source.
+        return CppPythonBindingsCodeCache._load_library(str(file.absolute()), file.stem).kernel  # noqa: SLF001
 
     with replaced(AsyncCompile, "cpp_pybinding", find):
         yield

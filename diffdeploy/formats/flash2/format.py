@@ -26,6 +26,7 @@ class Flash2Format(Format):
     package = "flash_attn"
     distributions = ("flash-attn",)
     devices = ("cuda",)
+    # FlashAttention-2 has kernels for these two, and on CUDA alone.
     dtypes = ("float16", "bfloat16")
     runs: ClassVar[Mapping[str, tuple[DType, ...]]] = {"cuda": ("float16", "bfloat16")}
 

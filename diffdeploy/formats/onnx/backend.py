@@ -119,6 +119,7 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
         """Load the model; raises ExportError where that fails."""
         with tempfile.TemporaryDirectory() as folder:
             settings = self._settings()
+            # The profile alone says on which provider a node of the optimised graph runs.
             settings.enable_profiling = True
             settings.profile_file_prefix = str(Path(folder) / "profile")
             self._session = self._start(settings)
@@ -128,6 +129,7 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
         self.placement = dict(Counter(node["provider"] for node in nodes.values()))
         slow = [name for name, node in nodes.items() if node["provider"] == _CPU and not _gives_sizes(node)]
         if slow:
+            # So the profile names the events of a node.
             names = ", ".join(name.removesuffix("_kernel_time") for name in slow)
             raise ExportError(f"onnxruntime has no CUDA kernels for {names} and would fall back to the CPU")
 
@@ -152,7 +154,9 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
         import torch
 
         given = [to_tensor(value) if isinstance(value, np.ndarray) else value for value in inputs]
+        # Contiguous, since a binding takes a bare address.
         tensors = dict(zip(self.spec.inputs, (t.detach().to(self.device).contiguous() for t in given), strict=True))
+        # Made by torch, so that they stay on the device: a plain run gives arrays on the CPU.
         outputs = {
             name: torch.empty(shape, dtype=tensors["hidden_states"].dtype, device=self.device)
             for name, shape in self._output_shapes(tensors).items()

@@ -28,6 +28,7 @@ def facts(bundle: Bundle) -> ArtifactFacts:
     """See `Format.facts`."""
     import onnx
 
+    # Facts are read from nodes; weights may be gigabytes.
     model = onnx.load(bundle.path / MODEL, load_external_data=False)
     return ArtifactFacts(
         variant=bundle.manifest.graph.variant,
@@ -74,6 +75,7 @@ def _is_valid(path: Path) -> Check:
     import onnx
 
     try:
+        # By its path, since a model above 2 GB is no single message; in full, or types and shapes are not inferred.
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return Check(name="valid", passed=False, detail=str(error).strip().splitlines()[0])
@@ -87,6 +89,7 @@ def _standard_operators(model: "onnx.ModelProto", manifest: Manifest) -> Check:
     problems = [f"operators of domain {domain!r}" for domain in sorted(domains - {"", "ai.onnx"} - own)]
     contributed = {name for domain, name in operators if domain == ORT_DOMAIN}
     problems += [f"operator {name} of onnxruntime" for name in sorted(contributed - {ORT_ATTENTION}) if own]
+    # Operators in them would escape the counts.
     if model.functions:
         problems.append(f"{len(model.functions)} local functions")
     if _opset(model) != manifest.options.opset:
@@ -97,6 +100,7 @@ def _standard_operators(model: "onnx.ModelProto", manifest: Manifest) -> Check:
 
 def _attention_operators(model: "onnx.ModelProto", manifest: Manifest) -> Check:
     if manifest.options.flavor == ORT:
+        # One for each stream.
         expected = (0, 2, 0)
     else:
         expected = (2, 0, 0) if (_opset(model) or 0) >= FIRST_OPSET_WITH_ATTENTION else (0, 0, 2)
@@ -124,6 +128,7 @@ def _interface(model: "onnx.ModelProto", manifest: Manifest) -> Check:
         for value, spec in zip(values, specs.values(), strict=True):
             tensor = value.type.tensor_type
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+            # A dynamic axis has a name and no value.
             shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
             if (dtype, shape) != (spec.dtype, list(spec.shape)):
                 problems.append(f"{value.name} is {dtype} {shape}, declared is {spec.dtype} {list(spec.shape)}")
@@ -163,6 +168,7 @@ def _no_traces(model: "onnx.ModelProto") -> Check:
     problems = [f"metadata or a doc string on {part.name or 'the graph'}" for part in parts[1:] if _annotated(part)]
     if _annotated(model):
         problems.append("metadata or a doc string on the model")
+    # The names that torch gives to nodes have no slashes, so that one is part of a path.
     problems += [f"{text!r} looks like a path" for text in _strings(model) if "/" in text or "\\" in text]
     return make_check("traces", problems, "no path, metadata or doc string")
 

@@ -55,6 +55,7 @@ def _freeze_the_batch_inside(model: "onnx.ModelProto") -> None:
     for node in model.graph.node:
         span = {attribute.name: attribute.i for attribute in node.attribute}
         if node.op_type == "Shape" and (span.get("start", 0), span.get("end")) == (0, 1):
+            # Where the size was read from the input, a constant is passed on.
             node.op_type = "Identity"
             del node.attribute[:]
             node.input[0] = "frozen_batch"
@@ -110,10 +111,12 @@ def _rename_the_output(model: "onnx.ModelProto") -> None:
 
 
 def _break_the_types(model: "onnx.ModelProto") -> None:
+    # As many inputs, and booleans alone.
     next(node for node in model.graph.node if node.op_type == "Sub").op_type = "And"
 
 
 def _exchange_operands(model: "onnx.ModelProto") -> None:
+    # The last one is the difference of the streams; those before belong to the rotary embedding.
     node = [node for node in model.graph.node if node.op_type == "Sub"][-1]
     node.input[0], node.input[1] = node.input[1], node.input[0]
 

@@ -26,6 +26,7 @@ def intermediates(directory: Path) -> Intermediates:
     except Exception as error:
         raise ExportError(str(error)) from error
     own = [node for node in graph.node if node.op_type == ORT_ATTENTION]
+    # What the operator turns inside of it is no value of the graph.
     turns = any(attribute.name == "do_rotary" and attribute.i for node in own for attribute in node.attribute)
     return Intermediates(
         partial(_values, directory), by_stream=bool(own), hidden=frozenset({Stage.ROPE} if turns else ())
@@ -56,6 +57,7 @@ def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str,
         shown = [value.name for value in session.get_outputs() if value.type in _FLOATING]
     except Exception as error:
         raise ExportError(str(error)) from error
+    # The graph runs again for each value: all of them at once would have to be held in memory together.
     for name in shown:
         try:
             (array,) = session.run([name], dict(inputs))

@@ -12,6 +12,7 @@ from diffdeploy.formats.pt2.backend import MODEL, load_program
 
 __all__ = ["read", "save", "write"]
 
+# What the exporter calls them, after the modules of the block.
 _BUFFERS = {"lambda": "block._frozen_lambda", "rope.cos": "block.rotary.cos", "rope.sin": "block.rotary.sin"}
 _ARGUMENTS = {"norm_eps": "rms_norm", "output_scale": "mul", "softmax_scale": "scaled_dot_product_attention"}
 
@@ -62,6 +63,7 @@ def _nodes(program: torch.export.ExportedProgram, name: str, value: Array) -> It
 
 
 def _is(argument: Any, value: float) -> bool:
+    # Exactly: a program holds its numbers as Python floats, in full.
     return isinstance(argument, float) and argument == value
 
 

@@ -56,6 +56,7 @@ def _ranges(program: "ExportedProgram", spec: GraphSpec) -> Check:
     values = [placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
     for (name, tensor), value in zip(spec.inputs.items(), values, strict=True):
         for axis, size in zip(tensor.shape, value.shape, strict=True):
+            # A declared range that was traced as a number is a size that is frozen.
             if isinstance(axis, int) or isinstance(size, int):
                 if axis != size:
                     problems.append(f"an axis of {name} is {size}, declared is {axis}")

@@ -20,6 +20,7 @@ def _fault(name: str, breaks: str, edit: "Callable[[ExportedProgram], None]") ->
 
         program = load_program(directory)
         edit(program)
+        # The code of a graph module is not made anew when its graph is edited.
         program.graph_module.recompile()
         save(program, directory)
 
@@ -47,6 +48,7 @@ def _after_output(program: "ExportedProgram", target: Any, *arguments: Any) -> N
         new = program.graph.call_function(target, (old, *arguments))
     new.meta.update(old.meta)
     end.replace_input_with(old, new)
+    # The signature finds outputs by the names of nodes.
     specification = program.graph_signature.output_specs[0]
     specification.arg.name = new.name
 
@@ -67,6 +69,7 @@ def _scale_the_output(program: "ExportedProgram") -> None:
 def _exchange_operands(program: "ExportedProgram") -> None:
     import torch
 
+    # The difference of the streams; those before it belong to the rotary embedding.
     last = [node for node in program.graph.nodes if node.target == torch.ops.aten.sub.Tensor][-1]
     last.args = (last.args[1], last.args[0])
 

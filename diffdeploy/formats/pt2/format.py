@@ -25,6 +25,7 @@ class Pt2Format(Format):
 
     def fastest_impl(self, variant: Variant) -> str:
         """See `Format.fastest_impl`."""
+        # As in the format aoti; two attentions for a cache too, as this format promises them.
         return "padded"
 
     def lower(

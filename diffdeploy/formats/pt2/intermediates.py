@@ -35,6 +35,7 @@ def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str,
     assert isinstance(module, torch.fx.GraphModule)
     tensors = [to_tensor(array) for array in inputs.values()]
     interpreter = torch.fx.Interpreter(module)
+    # What `run` would set, which gives nothing but the outputs.
     interpreter.args_iter = iter(tensors)
     last_use = _last_uses(module)
     with torch.no_grad():
@@ -45,6 +46,7 @@ def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str,
                 raise ExportError(str(error)) from error
             interpreter.env[node] = value
             for done in last_use.get(node, ()):
+                # Held no longer than the program needs it, as when it runs by itself.
                 del interpreter.env[done]
             if node.op == "call_function" and isinstance(value, Tensor):
                 yield f"{node.target} {node.name}", value
