@@ -40,7 +40,14 @@ def _version(package: str) -> str | None:
         return None
 
 
+# Made in seconds for the tests of one module, which therefore go to one worker.
+GROUPED_BY = {"pristine", "program", "saved", "wheel"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in GROUPED_BY.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(name))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -20,14 +20,10 @@ from diffdeploy.cli import console
 from diffdeploy.cli.main import main
 from tests.support.commands import open_bundle_without_digests, refused
 
+pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
+
 TINY = ["--embed-dim", "32", "--num-heads", "2", "--seq", "16,8", "--threads", "1", "--rounds", "7"]
 FEW = ["--impl", "naive,padded,softmax", "--format", "onnx"]
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +131,7 @@ def test_a_wrong_bundle_is_shown_as_wrong_and_not_timed(bundle_copy: Path, capsy
     assert said.err.strip().splitlines()[-1] == "error: bundle is wrong at B1-S8: the error is above the budget"
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 def test_an_interrupt_prints_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +155,7 @@ def test_an_interrupt_prints_what_was_measured(
     assert json.loads(said.out) == json.loads(Path("part.json").read_text())
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 def test_an_interrupt_before_anything_was_measured_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,13 +13,9 @@ from diffdeploy.files import read_arrays, write_arrays
 from tests.support.bundles import CPU_FORMATS, FormatBundle
 from tests.support.commands import refused
 
+pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
+
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
 
 
 def states(**changes: Any) -> dict[str, np.ndarray[Any, Any]]:
@@ -28,8 +24,9 @@ def states(**changes: Any) -> dict[str, np.ndarray[Any, Any]]:
 
 
 @without_gpu
+@pytest.mark.xdist_group("program")
 def test_all_formats_of_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
-    """The sizes are those of the shared bundles, so that inductor finds its kernels in its cache."""
+    """The sizes are those of the shared bundles, so that inductor finds in its cache what the same worker compiled."""
     sizes = ["--layer", "1", "--max-sequence-length", "70", "--max-batch-size", "4"]
     assert main(["export", "--format", "all", *sizes, "-o", "out", "--json"]) == 0
     said = capsys.readouterr()

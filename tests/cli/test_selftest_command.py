@@ -7,17 +7,16 @@ import pytest
 
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.cli.main import main
-from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.exporters import ExportOptions
 from diffdeploy.selftest import Fault, all_faults, trials
+from tests.support.bundles import BundleCache, FormatBundle
 
 CHOSEN = ("lambda_negated", "run_nan_at_length_one", "byte_changed")
 
 
 @pytest.fixture(scope="module")
-def bundle(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("selftest") / "bundle"
-    export_bundle(sample, path, ExportOptions(max_batch_size=3, max_sequence_length=16), verify=False)
-    return path
+def bundle(sample: Checkpoint, bundles: BundleCache) -> Path:
+    return bundles.bundle(sample, ExportOptions(max_batch_size=3, max_sequence_length=16), verify=False)
 
 
 @pytest.fixture(autouse=True)
@@ -75,14 +74,12 @@ def test_no_bundle_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_fault_that_the_format_cannot_hold_is_listed_with_the_reason(
-    sample: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    format_bundle: FormatBundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GroupQueryAttention is causal, so a block that forgets to be cannot be exported with it."""
-    options = ExportOptions(onnx_flavor="ort", max_batch_size=3, max_sequence_length=16)
-    export_bundle(sample, tmp_path / "bundle", options, verify=False)
     chosen = [fault for fault in all_faults() if fault.name in ("not_causal", "byte_changed")]
     monkeypatch.setattr(trials, "faults_of", lambda target: chosen)
-    assert main(["verify", str(tmp_path / "bundle"), "--self-test", "--json"]) == 0
+    assert main(["verify", str(format_bundle("onnx-ort")), "--self-test", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)["self_test"]
     assert [fault["name"] for fault in result["faults"]] == ["byte_changed"]
     assert [skipped["name"] for skipped in result["skipped"]] == ["not_causal"]

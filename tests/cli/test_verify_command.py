@@ -12,8 +12,9 @@ import pytest
 from diffdeploy.bundle import open_bundle, write_manifest
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.cli.main import main
-from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.exporters import ExportOptions
 from diffdeploy.verify import verify_bundle
+from tests.support.bundles import BundleCache
 
 
 def said_by(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> tuple[str, str]:
@@ -114,17 +115,18 @@ def test_golden_fails_on_a_wrong_artifact(wrong_bundle: Path, capsys: pytest.Cap
 
 
 def test_golden_of_a_bundle_that_was_never_verified(
-    sample: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sample: Checkpoint, bundles: BundleCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = export_bundle(sample, tmp_path / "out", ExportOptions(max_sequence_length=16), verify=False).path
+    # The bundle of the self-test's command, which is not verified either.
+    options = ExportOptions(max_batch_size=3, max_sequence_length=16)
+    bundle = bundles.bundle(sample, options, verify=False)
     _, err = said_by(["verify", str(bundle), "--golden"], capsys, code=2)
     assert "was exported without verification" in err
     assert len(err.splitlines()) == 1
 
 
-def test_golden_of_every_variant(sample: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ExportOptions(graph="cached", max_batch_size=2, max_sequence_length=5)
-    bundle = export_bundle(sample, tmp_path / "out", options).path
+def test_golden_of_every_variant(sample: Checkpoint, bundles: BundleCache, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = bundles.bundle(sample, ExportOptions(graph="cached", max_batch_size=2, max_sequence_length=5))
     golden = json_of(["verify", str(bundle), "--golden"], capsys)["verification"]
     assert [case["id"] for case in golden["cases"]][2:] == ["B2-S5-left-normal", "B2-P4-S1-left-normal"]
     assert [output["output"] for output in golden["cases"][0]["outputs"]] == ["output", "present.key", "present.value"]
@@ -200,10 +202,9 @@ def test_a_file_is_missing(name: str, golden: list[str], bundle_copy: Path, caps
 
 
 def test_diff_of_two_bundles(
-    sample: Checkpoint, sample_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sample: Checkpoint, sample_bundle: Path, bundles: BundleCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ExportOptions(max_sequence_length=200, opset=18, graph="masked")
-    other = export_bundle(sample, tmp_path / "other", options).path
+    other = bundles.bundle(sample, ExportOptions(max_sequence_length=200, opset=18, graph="masked"))
     changes = json_of(["diff", str(sample_bundle), str(other)], capsys)["changes"]
     found = {(change["section"], change["name"]): (change["before"], change["after"]) for change in changes}
     assert found["options", "opset"] == (23, 18)

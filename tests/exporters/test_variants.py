@@ -15,6 +15,7 @@ from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.modules import block_class
 from tests.support.blocks import EXPORT_CONFIGS, checkpoint_of
+from tests.support.bundles import BundleCache
 
 
 def options(graph: Variant, opset: int = 23, dtype: DType = "float32") -> ExportOptions:
@@ -46,8 +47,8 @@ def test_exports_that_pass(name: str, graph: Variant, opset: int, dtype: DType, 
 
 
 @pytest.fixture(scope="module")
-def cached_bundle(sample: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_bundle(sample, tmp_path_factory.mktemp("cached") / "out", options("cached")).path
+def cached_bundle(sample: Checkpoint, bundles: BundleCache) -> Path:
+    return bundles.bundle(sample, options("cached"))
 
 
 def test_generating_token_by_token_with_a_padded_prompt(sample: Checkpoint, cached_bundle: Path) -> None:

@@ -21,6 +21,7 @@ from diffdeploy.selftest.constant_fault import next_bit
 from diffdeploy.verify import RejectedError, artifact_checks, verify_bundle
 from tests.support.blocks import make_config, random_weights
 from tests.support.bundles import FormatBundle
+from tests.support.pairwise import each_value
 
 ALONE = """
 import sys, torch
@@ -37,8 +38,7 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("graph", ["masked", "cached"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@each_value(graph=["masked", "cached"], dtype=["float16", "float32"])
 def test_pt2_of_every_variant(graph: Variant, dtype: DType, sample: Checkpoint, tmp_path: Path) -> None:
     options = ExportOptions(format="pt2", graph=graph, dtype=dtype, max_batch_size=4, max_sequence_length=70)
     done = export_bundle(sample, tmp_path / "out", options)

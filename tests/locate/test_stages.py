@@ -1,7 +1,6 @@
 """The guilty stage: exact values of stages, values found in artifacts, and what outputs alone tell."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,9 @@ import torch
 from safetensors.numpy import load_file
 
 from diffdeploy.bundle import WEIGHTS, Bundle, open_bundle
+from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.config import AnyConfig, DiffAttentionV2Config, RopeConfig
-from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.exporters import ExportOptions
 from diffdeploy.formats import Check, require_format
 from diffdeploy.graphs import GraphSpec, Stage, Variant, graph_spec, run_block
 from diffdeploy.locate.locate import by_values, locate
@@ -22,7 +22,8 @@ from diffdeploy.modules import AttentionBlock, block_class
 from diffdeploy.selftest.blocks import attention, heads
 from diffdeploy.verify.oracle import oracle
 from diffdeploy.verify.sweep import telling_case
-from tests.support.blocks import make_config, random_weights
+from tests.support.blocks import checkpoint_of, make_config, random_weights
+from tests.support.bundles import BundleCache
 
 Array = np.ndarray[Any, Any]
 
@@ -92,15 +93,10 @@ def test_nan_is_a_deviation() -> None:
 
 
 @pytest.mark.parametrize("format_name", ["onnx", "pt2"])
-def test_a_right_artifact_has_no_guilty_stage(format_name: str, tmp_path: Path) -> None:
-    from diffdeploy.checkpoints import Checkpoint
-
+def test_a_right_artifact_has_no_guilty_stage(format_name: str, bundles: BundleCache) -> None:
     config = CONFIGS["interleaved"]
-    weights = {name: tensor.float() for name, tensor in random_weights(config).items()}
     options = ExportOptions(format=format_name, graph="masked", max_batch_size=8, max_sequence_length=40)
-    found = Checkpoint(config=config, weights=weights, layout="none", layer=None, keys=list(weights))
-    export_bundle(found, tmp_path / "out", options, verify=False)
-    bundle = open_bundle(tmp_path / "out")
+    bundle = open_bundle(bundles.bundle(checkpoint_of(config), options, verify=False))
     inputs = telling_case(bundle.manifest.graph, seed=2).inputs(bundle.manifest.graph)
     shown = require_format(format_name).intermediates(bundle)
     assert shown is not None
@@ -125,15 +121,10 @@ class Eager:
 
 
 @pytest.fixture(scope="module", params=["plain", "masked", "cached"])
-def pt2_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def pt2_bundle(request: pytest.FixtureRequest, sample: Checkpoint, bundles: BundleCache) -> Bundle:
     """A bundle of a trained block, of whose artifact only the outputs are looked at."""
-    from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint
-    from diffdeploy.checkpoints.files import SAMPLE
-
-    path = tmp_path_factory.mktemp("probes") / "out"
     options = ExportOptions(format="pt2", graph=request.param, max_batch_size=16, max_sequence_length=40)
-    export_bundle(read_checkpoint(SAMPLE, CheckpointOptions(layer=1)), path, options, verify=False)
-    return open_bundle(path)
+    return open_bundle(bundles.bundle(sample, options, verify=False))
 
 
 # What outputs alone can tell, by the faulty block.
@@ -224,14 +215,7 @@ def test_what_outputs_narrower_than_the_heads_tell(name: str, stage: Stage | Non
 
 
 @pytest.fixture(scope="module")
-def narrow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def narrow_bundle(bundles: BundleCache) -> Bundle:
     """A block of width 24, whose joined heads are 48 wide."""
-    from diffdeploy.checkpoints import Checkpoint
-
-    config = CONFIGS["interleaved"]
-    weights = {name: tensor.float() for name, tensor in random_weights(config).items()}
-    path = tmp_path_factory.mktemp("narrow") / "out"
-    found = Checkpoint(config=config, weights=weights, layout="none", layer=None, keys=list(weights))
     options = ExportOptions(format="pt2", max_batch_size=16, max_sequence_length=40)
-    export_bundle(found, path, options, verify=False)
-    return open_bundle(path)
+    return open_bundle(bundles.bundle(checkpoint_of(CONFIGS["interleaved"]), options, verify=False))

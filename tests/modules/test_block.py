@@ -10,7 +10,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.modules import block_class
 from tests.support.blocks import BLOCK_CONFIGS, empty_cache, make_block, random_states
 from tests.support.operator_inputs import IMPLEMENTATIONS
-from tests.support.pairwise import pairwise
+from tests.support.pairwise import each_value, pairwise
 
 
 @pairwise(impl=IMPLEMENTATIONS, name=list(BLOCK_CONFIGS), chunks=[(9,), (1,) * 9, (4, 1, 4), (8, 1)])
@@ -100,8 +100,7 @@ def test_what_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -
         block(random_states(2, 6), **arguments)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", BLOCK_CONFIGS)
+@each_value(impl=IMPLEMENTATIONS, name=list(BLOCK_CONFIGS))
 def test_export_with_dynamic_batch_sequence_and_past(name: str, impl: str) -> None:
     block = make_block(name, impl)
     batch, length, past = (torch.export.Dim(n, min=low, max=32) for n, low in (("b", 1), ("s", 1), ("p", 0)))
@@ -137,11 +136,13 @@ def _fresh_compiler() -> Any:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["v1", "v2"])
-def test_compiles_whole_and_not_again_after_the_third_shape(name: str, impl: str) -> None:
+@each_value(
+    impl=IMPLEMENTATIONS, compiled_as=[("v1", "eager"), ("v2", "aot_eager"), ("v1", "aot_eager"), ("v2", "eager")]
+)
+def test_compiles_whole_and_not_again_after_the_third_shape(compiled_as: tuple[str, str], impl: str) -> None:
+    name, backend = compiled_as
     block = make_block(name, impl)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
     for number, (batch, length, past) in enumerate([(2, 3, 4), (3, 5, 6), (4, 7, 9), (5, 6, 11), (2, 9, 3), (6, 2, 2)]):
         x, mask = random_states(batch, past + length), torch.ones(batch, past + length, dtype=torch.int64)
         _, cache = block(x[:, :past], mask[:, :past], None, empty_cache(block, batch))

@@ -14,7 +14,7 @@ from diffdeploy.ops.flash2 import flash2, unsupported_mask
 from diffdeploy.ops.request import Request
 from tests import oracles
 from tests.support import flash_attn_stand_in
-from tests.support.operator_inputs import HEADS, bias_of, masks, random_inputs, side_by_side
+from tests.support.operator_inputs import HEADS, PAIR, bias_of, masks, random_inputs, side_by_side
 from tests.support.pairwise import pairwise
 
 LAMBDA = torch.tensor(0.4, dtype=torch.float64)
@@ -32,15 +32,14 @@ def _stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     layout=["canonical", "legacy"],
     head_counts=HEADS,
     sizes=[(5, 5, None), (3, 7, None), (1, 4, None), (6, 6, 2)],
-    pair={"streams": False, "paired": True},
+    pair=PAIR,
 )
 def test_calls(
     pad: bool, layout: GqaLayout, head_counts: tuple[int, int], sizes: tuple[int, int, int | None], pair: bool
 ) -> None:
     (heads, kv_heads), (queries, keys, window) = head_counts, sizes
     q, k, v = random_inputs(heads, kv_heads, queries, keys)
-    if pair:
-        k = side_by_side(k)
+    k = side_by_side(k) if pair else k
     request = Request.of(q, k, v, LAMBDA, causal=True, sliding_window=window, gqa_layout=layout)
     actual = flash2(request, pad=pad)
     bias = bias_of(None, heads, causal=True, window=window, queries=queries, keys=keys)

@@ -10,12 +10,19 @@ from torch import Tensor
 from diffdeploy.config import GqaLayout
 from diffdeploy.ops import diff_attention
 from tests import oracles
-from tests.support.operator_inputs import CAUSAL, HEADS, IMPLEMENTATIONS, bias_of, masks, random_inputs, side_by_side
+from tests.support.operator_inputs import (
+    CAUSAL,
+    HEADS,
+    IMPLEMENTATIONS,
+    PAIR,
+    bias_of,
+    masks,
+    random_inputs,
+    side_by_side,
+)
 from tests.support.pairwise import pairwise
 
 pytestmark = pytest.mark.usefixtures("_small_chunks")
-
-PAIR = {"streams": False, "paired": True}
 
 
 def check(actual: Tensor, expected: Any) -> None:

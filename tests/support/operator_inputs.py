@@ -22,6 +22,7 @@ IMPLEMENTATIONS = [
 ]
 HEADS = [(4, 4), (4, 2), (4, 1), (6, 2), (6, 3), (3, 1)]
 CAUSAL = {"causal": True, "full": False}
+PAIR = {"streams": False, "paired": True}
 INFINITY = float("inf")
 
 

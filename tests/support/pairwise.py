@@ -1,12 +1,12 @@
 """Fewer combinations of test parameters: every two values meet in `make test`, and all values in `make slow`."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations, product
 
 import pytest
 
-__all__ = ["covering_rows", "pairwise"]
+__all__ = ["covering_rows", "each_value", "pairwise"]
 
 
 def covering_rows(sizes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -48,11 +48,22 @@ def pairwise(**values: Sequence[object] | Mapping[str, object]) -> pytest.MarkDe
     Args:
         values: of each argument of the test; a mapping has them by their names in the ids of the tests.
     """
+    return _combinations(values, covering_rows([len(each) for each in values.values()]))
+
+
+def each_value(**values: Sequence[object] | Mapping[str, object]) -> pytest.MarkDecorator:
+    """As `pairwise`, for tests that take seconds: values only have to occur, one row for each of the longest list."""
+    sizes = [len(each) for each in values.values()]
+    return _combinations(values, [tuple(row % size for size in sizes) for row in range(max(sizes))])
+
+
+def _combinations(
+    values: Mapping[str, Sequence[object] | Mapping[str, object]], quick: Collection[tuple[int, ...]]
+) -> pytest.MarkDecorator:
     named = [
         list(each.items()) if isinstance(each, Mapping) else [(str(value), value) for value in each]
         for each in values.values()
     ]
-    quick = set(covering_rows([len(each) for each in named]))
     rows = [
         pytest.param(
             *(named[parameter][number][1] for parameter, number in enumerate(numbers)),

@@ -1,6 +1,5 @@
 """The criterion: what is measured, what is allowed, and that saved figures give the verdict again."""
 
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -8,11 +7,12 @@ import pytest
 
 from diffdeploy.arrays import Array, epsilon
 from diffdeploy.checkpoints import Checkpoint
-from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.exporters import ExportOptions
 from diffdeploy.graphs import DType
 from diffdeploy.verify import BUDGETS, Budget, OutputReport, verify_bundle
 from diffdeploy.verify.metrics import Yardstick, judge, measure
 from tests.support.blocks import make_config, random_weights
+from tests.support.bundles import BundleCache
 
 DTYPES = get_args(DType)
 
@@ -111,14 +111,13 @@ def test_another_shape_or_dtype_fails(actual: Array) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_streams_that_nearly_cancel_are_no_false_alarm(dtype: DType, tmp_path: Path) -> None:
+def test_streams_that_nearly_cancel_are_no_false_alarm(dtype: DType, bundles: BundleCache) -> None:
     """With lambda near 1 and one token, eager subtracts equal probabilities exactly, which no artifact can."""
     config = make_config(lambda_init=0.995, rope=None)
     weights = {name: w.float() * (not name.startswith("lambda")) for name, w in random_weights(config).items()}
     checkpoint = Checkpoint(config=config, weights=weights, layout="none", layer=None, keys=list(weights))
     options = ExportOptions(format="pt2", dtype=dtype, impl="two_call", max_sequence_length=16)
-    bundle = export_bundle(checkpoint, tmp_path / "out", options, verify=False).path
-    report = verify_bundle(bundle, cases="quick")
+    report = verify_bundle(bundles.bundle(checkpoint, options, verify=False), cases="quick")
     assert report.passed, report.first_failure()
     storage_alone = [output for case in report.cases for output in case.outputs if output.storage_rmse > 0]
     without = [judge(output.model_copy(update=FREE), report.budget, dtype) for output in storage_alone]
