@@ -20,7 +20,8 @@ def test_what_is_measured_is_chosen_by_name(block: Checkpoint) -> None:
         choose_names("format", ["a", "c"], ("a", "b"))
     found = eager_candidates(["all"], block.config, device="cpu", dtype="float32")
     assert [candidate.name for candidate in found] == [
-        *("naive", "chunked", "two_call", "padded", "four_call", "stacked_split", "stacked_wide", "auto", "softmax")
+        *("naive", "chunked", "two_call", "padded", "four_call", "stacked_split", "stacked_wide"),
+        *("paired", "rows", "auto", "softmax"),
     ]
     with pytest.raises(UnavailableError, match="flash2 runs on CUDA only"):
         eager_candidates(["flash2"], block.config, device="cpu", dtype="float16")
