@@ -10,7 +10,8 @@ demo: $(INSTALLED) ## Export the bundled sample to ONNX and verify it.
 
 # Each worker computes in one thread, see tests/conftest.py, so there should be as many as cores.
 WORKERS ?= 2
-PYTEST = $(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadgroup
+IN_PARALLEL = --numprocesses=$(WORKERS) --dist=loadgroup
+PYTEST = $(BIN)/pytest $(IN_PARALLEL)
 
 test: $(INSTALLED) ## All checks and tests of a change.
 	$(BIN)/ruff check .
@@ -53,7 +54,7 @@ EVERYTHING := .[export,cpu,plot,test]
 .PHONY: test-oldest test-newest
 
 test-oldest: $(OLDEST)/.installed ## The tests on the lowest versions that pyproject.toml allows.
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest $(IN_PARALLEL)
 
 test-newest: ## The tests on the newest versions that pip takes today, after asking for newer ones.
 	test -d $(NEWEST) || $(PYTHON) -m venv $(NEWEST)
@@ -61,7 +62,7 @@ test-newest: ## The tests on the newest versions that pip takes today, after ask
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --no-build-isolation -e '$(EVERYTHING)'
 	@echo 'Not tried, since another package or the settings of pip hold it back:'
 	@$(NEWEST)/bin/pip list --outdated 2>/dev/null || echo 'not known: the registry did not answer'
-	$(NEWEST)/bin/python -m pytest
+	$(NEWEST)/bin/python -m pytest $(IN_PARALLEL)
 
 $(OLDEST)/.installed: pyproject.toml scripts/lowest_versions.py
 	$(PYTHON) -m venv --clear $(OLDEST)

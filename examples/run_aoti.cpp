@@ -1,10 +1,11 @@
 // Runs the AOTInductor package of a bundle from C++: no Python, no diffdeploy.
 //
 //   g++ -std=c++20 -O1 run_aoti.cpp -o run_aoti -I TORCH/include -I TORCH/include/torch/csrc/api/include
-//       -L TORCH/lib -Wl,-rpath,TORCH/lib -ltorch -ltorch_cpu -lc10
+//       -L TORCH/lib -Wl,-rpath,TORCH/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10
 //   run_aoti BUNDLE/model.pt2 BATCH LENGTH WIDTH < hidden_states.f32 > output.f32
 //
 // TORCH is what `python -c "import torch; print(torch.__path__[0])"` prints. The numbers are raw float32, row-major.
+// The program must hold on to libtorch, though it calls nothing of it: packages built with CUDA's torch ask for it.
 
 #include <cstdlib>
 #include <iostream>

@@ -19,6 +19,10 @@ from diffdeploy.ops.request import Keys, Request
 
 __all__ = ["as_rows", "attend_rows", "from_rows", "padded_queries"]
 
+# Heads and rows are merged with the positions outside of them, so that their strides are numbers. The strides of heads
+# whose positions lie inside hold the length, and torch.export before 2.13, which does not know that min(6 s, 12 s) is
+# 6 s, makes a guard of what it merges them to.
+
 
 def padded_queries(request: Request) -> Tensor:
     """Queries of all ``2h`` half heads in natural order, for keys side by side: ``[B, 2h, S, 2d]``.
@@ -27,13 +31,13 @@ def padded_queries(request: Request) -> Tensor:
     ``e // g``, which is half ``(e // g) % 2`` of pair ``e // (2g)``: of the ``2g`` half heads of a group, the first
     ``g`` stand in the first half. Shared keys have no halves, and their queries stay as they are.
     """
-    q_BHSd, width = request.q, request.width
+    width = request.width
     if request.keys == Keys.SHARED:
-        return q_BHSd
+        return request.q
     inner = request.group_size if request.permutes_key_streams else 1
-    halves = torch.unflatten(q_BHSd, 1, (-1, 2, inner))
-    signal, noise = F.pad(halves[:, :, 0], (0, width)), F.pad(halves[:, :, 1], (width, 0))
-    return torch.stack((signal, noise), dim=2).flatten(1, 3)
+    halves = torch.unflatten(request.q.transpose(1, 2), 2, (-1, 2, inner))
+    signal, noise = F.pad(halves[:, :, :, 0], (0, width)), F.pad(halves[:, :, :, 1], (width, 0))
+    return torch.stack((signal, noise), dim=3).flatten(2, 4).transpose(1, 2)
 
 
 def attend_rows(q_BHSe: Tensor, k_BHTe: Tensor, v_BHTe: Tensor, seen: Visibility, scale: float) -> Tensor:

@@ -26,7 +26,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert compiler is not None
     include, lib = torch_folder / "include", torch_folder / "lib"
     headers = ["-I", str(include), "-I", str(include / "torch/csrc/api/include")]
-    libraries = ["-L", str(lib), f"-Wl,-rpath,{lib}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    libraries = ["-L", str(lib), f"-Wl,-rpath,{lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     command = [compiler, "-std=c++20", "-O1", str(SOURCE), "-o", str(target), *headers, *libraries]
     subprocess.run(command, check=True)
     return target
