@@ -45,7 +45,7 @@ def diff_attention(
     A query that sees no key gives 0.
 
     Keys that are held in pairs must be finite in those implementations that read the pairs as they are (``padded``,
-    ``paired``, ``rows``): there an infinite ``k1`` makes the stream of ``k2`` NaN as well, see `diffdeploy.ops.rows`.
+    ``paired``, ``rows``): there an infinite ``k1`` makes what reads ``k2`` NaN as well, see `diffdeploy.ops.rows`.
 
     Args:
         q_BHSd: queries ``[B, 2h, S, d]``, head ``i`` stream ``s`` at ``2i + s``.
