@@ -1,6 +1,6 @@
-"""Which key and value heads a stream reads, and keys side by side or apart.
+"""Which key and value heads a stream reads, keys side by side or apart, and heads as rows.
 
-Shape suffixes: B batch, H heads, T key length, d stream width, e value width.
+Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffdeploy.config import GqaLayout
 
-__all__ = ["pair_streams", "separate_streams", "stream_heads"]
+__all__ = ["as_rows", "from_rows", "pair_streams", "separate_streams", "stream_heads"]
 
 
 def pair_streams(k_BHTd: Tensor) -> Tensor:
@@ -52,3 +52,19 @@ def stream_heads(
         return k_BHTd, v_BHTe.repeat_interleave(2, dim=1)
     read = torch.arange(stream, 2 * num_heads, 2, device=k_BHTd.device) // group_size
     return k_BHTd.index_select(1, read), v_BHTe.repeat_interleave(group_size, dim=1)
+
+
+# Rows of one position are neighbours, so that only axes of known sizes are merged, after a copy without conditions: in
+# a trace, anything else would make a guard of whether heads and positions merge as they lie.
+
+
+def as_rows(q_BHSe: Tensor, num_kv_heads: int) -> Tensor:
+    """Heads ``[B, H, S, e]`` that read one key/value head as its rows, ``[B, h_kv, S H / h_kv, e]``."""
+    grouped = torch.unflatten(q_BHSe, 1, (num_kv_heads, -1)).transpose(2, 3)
+    return grouped.clone(memory_format=torch.contiguous_format).flatten(2, 3)
+
+
+def from_rows(output: Tensor, num_rows: int) -> Tensor:
+    """Inverse of `as_rows`, for ``num_rows`` heads that read one key/value head."""
+    by_position = torch.unflatten(output, 2, (-1, num_rows)).transpose(1, 2)
+    return by_position.clone(memory_format=torch.contiguous_format).flatten(2, 3).transpose(1, 2)

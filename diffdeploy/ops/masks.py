@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffdeploy.errors import InputError
+from diffdeploy.ops.heads import as_rows
 
 __all__ = ["Visibility", "visibility"]
 
@@ -74,13 +75,12 @@ class Visibility:
             newest = torch.arange(q_BHSd.shape[2], device=q_BHSd.device)
             seen = Visibility(newest <= newest[:, None])
 
-        def as_rows(side: Tensor) -> Tensor:
+        def rows_of(side: Tensor) -> Tensor:
             if side.ndim == 4 and side.shape[1] > 1:
-                grouped = torch.unflatten(side, 1, (num_kv_heads, num_rows)).transpose(2, 3)
-                return grouped.clone(memory_format=torch.contiguous_format).flatten(2, 3)
+                return as_rows(side, num_kv_heads)
             return side.reshape(*(1,) * (4 - side.ndim), *side.shape).repeat_interleave(num_rows, dim=2)
 
-        mask, dead = (None if side is None else as_rows(side) for side in (seen.mask, seen.dead))
+        mask, dead = (None if side is None else rows_of(side) for side in (seen.mask, seen.dead))
         return Visibility(mask, dead=dead)
 
     def keys_of(self, queries: slice, key_length: int) -> slice:

@@ -9,11 +9,12 @@ Shape suffixes: B batch, H heads, S query length, T key length, d stream width, 
 import torch
 from torch import Tensor
 
-from diffdeploy.ops.heads import pair_streams
+from diffdeploy.ops.heads import as_rows, pair_streams
 from diffdeploy.ops.impl import Impl
+from diffdeploy.ops.masks import Visibility
 from diffdeploy.ops.registry import register
 from diffdeploy.ops.request import Keys, Phase, Request
-from diffdeploy.ops.rows import as_rows, attend_rows, padded_queries
+from diffdeploy.ops.rows import attend_rows, padded_queries
 from diffdeploy.ops.sdpa import attend
 
 __all__ = ["paired", "rows"]
@@ -55,18 +56,18 @@ def rows(request: Request) -> Tensor:
     q_BHSe, keys, v_BHTe = padded_queries(request), _paired_keys(request), request.v
     seen = request.visibility().of_half_heads(request.num_heads)
     if request.phase == Phase.DECODE and request.device == "cpu" and request.dtype in (torch.float32, torch.float64):
-        return _two_products(request, q_BHSe, keys)
+        return _two_products(request, q_BHSe, keys, seen)
     output = attend_rows(q_BHSe, keys, v_BHTe, seen, request.scale)
     return output[:, 0::2] - request.lam * output[:, 1::2]
 
 
-def _two_products(request: Request, q_BHSe: Tensor, keys: Tensor) -> Tensor:
+def _two_products(request: Request, q_BHSe: Tensor, keys: Tensor, seen: Visibility) -> Tensor:
     """`rows` of one token as products: one with the keys, one with the values for ``P1 - lam P2`` (8 d, not 12 d).
 
     The keys are the left factor: with the queries on the left, MKL reads them at a third of the speed.
     """
     batch, num_kv_heads, group_size = keys.shape[0], request.num_kv_heads, request.group_size
-    seen = request.visibility().of_half_heads(request.num_heads).of_rows(q_BHSe, num_kv_heads)
+    seen = seen.of_rows(q_BHSe, num_kv_heads)
     queries = as_rows(q_BHSe * request.scale, num_kv_heads)
     scores = (keys @ queries.transpose(2, 3)).transpose(2, 3).contiguous()
     if seen.mask is not None:

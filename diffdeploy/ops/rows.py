@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffdeploy.ops.heads import as_rows, from_rows
 from diffdeploy.ops.masks import Visibility
 from diffdeploy.ops.request import Keys, Request
 
-__all__ = ["as_rows", "attend_rows", "from_rows", "padded_queries"]
+__all__ = ["attend_rows", "padded_queries"]
 
 # Heads and rows are merged with the positions outside of them, so that their strides are numbers. The strides of heads
 # whose positions lie inside hold the length, and torch.export before 2.13, which does not know that min(6 s, 12 s) is
@@ -54,19 +55,3 @@ def attend_rows(q_BHSe: Tensor, k_BHTe: Tensor, v_BHTe: Tensor, seen: Visibility
         scale=scale,
     )
     return from_rows(seen.clear_dead(output), num_rows)
-
-
-# Rows of one position are neighbours, so that only axes of known sizes are merged, after a copy without conditions: in
-# a trace, anything else would make a guard of whether heads and positions merge as they lie.
-
-
-def as_rows(q_BHSe: Tensor, num_kv_heads: int) -> Tensor:
-    """Heads ``[B, H, S, e]`` that read one key/value head as its rows, ``[B, h_kv, S H / h_kv, e]``."""
-    grouped = torch.unflatten(q_BHSe, 1, (num_kv_heads, -1)).transpose(2, 3)
-    return grouped.clone(memory_format=torch.contiguous_format).flatten(2, 3)
-
-
-def from_rows(output: Tensor, num_rows: int) -> Tensor:
-    """Inverse of `as_rows`, for ``num_rows`` heads that read one key/value head."""
-    by_position = torch.unflatten(output, 2, (-1, num_rows)).transpose(1, 2)
-    return by_position.clone(memory_format=torch.contiguous_format).flatten(2, 3).transpose(1, 2)
