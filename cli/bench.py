@@ -9,7 +9,21 @@ import typer
 
 from diffdeploy.cli import console
 from diffdeploy.cli.bench_view import json_fields, print_bench, print_changes
-from diffdeploy.cli.shared_options import AsJson
+from diffdeploy.cli.shared_options import (
+    AsJson,
+    Causal,
+    Depth,
+    KeyMap,
+    LambdaInit,
+    LayoutName,
+    NormEps,
+    OutputScale,
+    Prefix,
+    QkNormEps,
+    Rope,
+    RopeTheta,
+    SlidingWindow,
+)
 from diffdeploy.errors import DiffDeployError, InputError, VerificationError
 
 if TYPE_CHECKING:
@@ -75,24 +89,19 @@ def bench(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Per size.", show_default="what fits 12 s, from 9 to 31")
     ] = None,
-    layout: Annotated[
-        str | None, typer.Option(help="Layout of the checkpoint.", show_default="recognised by its keys")
-    ] = None,
+    layout: LayoutName = None,
     layer: Annotated[int | None, typer.Option(help="0-based layer of it.", show_default="the only one")] = None,
-    depth: Annotated[
-        int | None, typer.Option(help="0-based layer index that sets lambda_init.", show_default="as the keys say")
-    ] = None,
-    rope: Annotated[
-        Literal["interleaved", "half", "none"] | None,
-        typer.Option(help="Rotary embedding.", show_default="as config.json says"),
-    ] = None,
-    rope_theta: Annotated[
-        float | None, typer.Option(help="Base of the rotary frequencies.", show_default="as config.json says")
-    ] = None,
-    gqa_layout: Annotated[
-        Literal["canonical", "legacy"] | None,
-        typer.Option(help="Which key stream a query stream reads.", show_default="as config.json says"),
-    ] = None,
+    prefix: Prefix = None,
+    depth: Depth = None,
+    lambda_init: LambdaInit = None,
+    output_scale: OutputScale = None,
+    causal: Causal = None,
+    sliding_window: SlidingWindow = None,
+    norm_eps: NormEps = None,
+    qk_norm_eps: QkNormEps = None,
+    rope: Rope = None,
+    rope_theta: RopeTheta = None,
+    gqa_layout: KeyMap = None,
     as_json: AsJson = False,
     csv: Annotated[Path | None, typer.Option(help="Also write a table to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw latency over length: .svg or .png.")] = None,
@@ -110,7 +119,23 @@ def bench(
     outputs = Outputs(as_json=as_json, csv=csv, plot=plot, save=save, compare=compare)
     with console.activity("loading torch"):
         from diffdeploy.bench.request import BenchRequest, prepare
+        from diffdeploy.checkpoints import CheckpointOptions
 
+    reading = CheckpointOptions(
+        layout=layout,
+        layer=layer,
+        prefix=prefix,
+        depth=depth,
+        lambda_init=lambda_init,
+        output_scale=output_scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        norm_eps=norm_eps,
+        qk_norm_eps=qk_norm_eps,
+        rope=rope,
+        rope_theta=rope_theta,
+        gqa_layout=gqa_layout,
+    )
     request = BenchRequest(
         sources=tuple(sources or ()),
         impl=_names(impl),
@@ -127,12 +152,7 @@ def bench(
         graph=graph,
         baseline=baseline,
         rounds=rounds,
-        layout=layout,
-        layer=layer,
-        depth=depth,
-        rope=rope,
-        rope_theta=rope_theta,
-        gqa_layout=gqa_layout,
+        reading=reading,
     )
     # Before the bundles are exported, which takes minutes, as the measuring does.
     old = outputs.check()

@@ -8,6 +8,21 @@ import typer
 from diffdeploy.cli import console
 from diffdeploy.cli.all_formats import export_formats
 from diffdeploy.cli.export_job import Job, export_all
+from diffdeploy.cli.shared_options import (
+    AsJson,
+    Causal,
+    Depth,
+    KeyMap,
+    LambdaInit,
+    LayoutName,
+    NormEps,
+    OutputScale,
+    Prefix,
+    QkNormEps,
+    Rope,
+    RopeTheta,
+    SlidingWindow,
+)
 from diffdeploy.errors import InputError
 from diffdeploy.formats import format_names
 
@@ -44,27 +59,22 @@ def export(
         Path | None,
         typer.Option("--output", "-o", help="Directory of the bundle.", show_default="artifacts/NAME-layerN-FORMAT"),
     ] = None,
-    layout: Annotated[
-        str | None, typer.Option(help="Layout of the checkpoint.", show_default="recognised by its keys")
-    ] = None,
+    layout: LayoutName = None,
     layer: Annotated[
         str | None,
         typer.Option(help="0-based layer to export, or all.", show_default="the only one; 0 of the sample"),
     ] = None,
-    depth: Annotated[
-        int | None, typer.Option(help="0-based layer index that sets lambda_init.", show_default="as the keys say")
-    ] = None,
-    rope: Annotated[
-        Literal["interleaved", "half", "none"] | None,
-        typer.Option(help="Rotary embedding.", show_default="as config.json says"),
-    ] = None,
-    rope_theta: Annotated[
-        float | None, typer.Option(help="Base of the rotary frequencies.", show_default="as config.json says")
-    ] = None,
-    gqa_layout: Annotated[
-        Literal["canonical", "legacy"] | None,
-        typer.Option(help="Which key stream a query stream reads.", show_default="as config.json says"),
-    ] = None,
+    prefix: Prefix = None,
+    depth: Depth = None,
+    lambda_init: LambdaInit = None,
+    output_scale: OutputScale = None,
+    causal: Causal = None,
+    sliding_window: SlidingWindow = None,
+    norm_eps: NormEps = None,
+    qk_norm_eps: QkNormEps = None,
+    rope: Rope = None,
+    rope_theta: RopeTheta = None,
+    gqa_layout: KeyMap = None,
     graph: Annotated[
         Literal["plain", "masked", "cached"],
         typer.Option(help="Inputs: hidden states; with a padding mask; with a key/value cache."),
@@ -95,7 +105,7 @@ def export(
     seed: Annotated[int, typer.Option(help="Of the inputs used to verify.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle at --output.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the verification, and say so.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Package a differential-attention block as a bundle that has proved itself.
 
@@ -114,7 +124,14 @@ def export(
     reading = CheckpointOptions(
         layout=layout,
         layer=None if layer in (None, "all") else _layer_number(layer),
+        prefix=prefix,
         depth=depth,
+        lambda_init=lambda_init,
+        output_scale=output_scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        norm_eps=norm_eps,
+        qk_norm_eps=qk_norm_eps,
         rope=rope,
         rope_theta=rope_theta,
         gqa_layout=gqa_layout,

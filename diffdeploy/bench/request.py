@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 from diffdeploy.bench.block_source import BlockSource, RandomSizes, open_sources
 from diffdeploy.bench.candidate_choice import (
@@ -53,26 +52,21 @@ class BenchRequest:
     graph: Variant | None
     baseline: str | None
     rounds: int | None
-    layout: str | None
-    layer: int | None
-    depth: int | None
-    rope: Literal["interleaved", "half", "none"] | None
-    rope_theta: float | None
-    gqa_layout: Literal["canonical", "legacy"] | None
+    reading: CheckpointOptions
 
     @property
     def command(self) -> str:
         """The command that measures the same again."""
         usual = {"impl": ["all"], "batch": [1], "device": "cpu"}
         words = ["diffdeploy", "bench", *map(str, self.sources)]
-        # Without the sources, which are arguments and stand first.
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            if value not in (None, usual.get(field.name)):
-                words += [
-                    f"--{field.name.replace('_', '-')}",
-                    ",".join(map(str, value)) if isinstance(value, list) else str(value),
-                ]
+        # Without the sources, which are arguments and stand first, and the checkpoint's own options.
+        given = {field.name: getattr(self, field.name) for field in fields(self)[1:] if field.name != "reading"}
+        for name, value in {**given, **self.reading.given()}.items():
+            option = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                words.append(option if value else option.replace("--", "--no-", 1))
+            elif value not in (None, usual.get(name)):
+                words += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
         return " ".join(words)
 
 
@@ -118,21 +112,13 @@ def _set_up_torch(request: BenchRequest) -> None:
 
 
 def _source(request: BenchRequest) -> BlockSource:
-    reading = CheckpointOptions(
-        layout=request.layout,
-        layer=request.layer,
-        depth=request.depth,
-        rope=request.rope,
-        rope_theta=request.rope_theta,
-        gqa_layout=request.gqa_layout,
-    )
     sizes = RandomSizes(
         embed_dim=request.embed_dim,
         num_heads=request.num_heads,
         num_kv_heads=request.num_kv_heads,
         head_dim=request.head_dim,
     )
-    return open_sources(request.sources, reading, sizes)
+    return open_sources(request.sources, request.reading, sizes)
 
 
 def _targets(request: BenchRequest, source: BlockSource, dtype: DType, note: Say) -> dict[str, Target]:
