@@ -115,3 +115,44 @@ def block(
     joined = np.moveaxis(out * (1 - lambda_init), 0, 1).reshape(len(x), -1)
     result: Array = joined @ weights["out_proj.weight"].T + weights.get("out_proj.bias", 0.0)
     return result
+
+
+def cached_block(
+    x: Array,
+    weights: dict[str, Array],
+    key: Array,
+    value: Array,
+    *,
+    lambda_init: float,
+    rope: tuple[str, float],
+    legacy: bool = False,
+    eps: float = 1e-5,
+) -> tuple[Array, Array, Array]:
+    """The whole causal block for one sequence ``[S, D]`` behind a past, ``key`` and ``value`` ``[h_kv, P, 2d]``.
+
+    A cached key is stream 1 of its head, then stream 2. Gives the output, and the keys and values of past and present.
+    """
+    kv_heads, past, width = key.shape[0], key.shape[1], key.shape[2] // 2
+
+    def streams(name: str) -> list[Array]:
+        rows = x @ weights[f"{name}_proj.weight"].T
+        return [rows[:, start : start + width] for start in range(0, rows.shape[1], width)]
+
+    def turned(head: Array) -> Array:  # at positions P, P + 1, ...
+        return rotate(np.concatenate((np.zeros((past, width)), head)), *rope)[past:]
+
+    q, k, v = [turned(head) for head in streams("q")], [turned(head) for head in streams("k")], streams("v")
+    keys, values = (
+        np.stack(
+            [np.concatenate((old[j], np.concatenate((new[2 * j], new[2 * j + 1]), axis=1))) for j in range(kv_heads)]
+        )
+        for old, new in ((key, k), (value, v))
+    )
+    lam = lambda_init
+    lam += float(np.exp(weights["lambda_q1"] @ weights["lambda_k1"]))
+    lam -= float(np.exp(weights["lambda_q2"] @ weights["lambda_k2"]))
+    bias = np.where(visible(len(x), past + len(x), causal=True, window=None) > 0, 0.0, -np.inf)
+    out = masked_diff_attention(np.stack(q)[None], keys[None], values[None], np.array(lam), bias, legacy=legacy)[0]
+    out = out / np.sqrt((out**2).mean(-1, keepdims=True) + eps) * weights["subln.weight"] * (1 - lambda_init)
+    output: Array = np.moveaxis(out, 0, 1).reshape(len(x), -1) @ weights["out_proj.weight"].T
+    return output, keys, values
