@@ -167,6 +167,11 @@ def bench(
         # Nothing was measured, so there is nothing to show first.
         raise failure or KeyboardInterrupt
     outputs.write(report, old)
+    return _exit_code(report, failure)
+
+
+def _exit_code(report: "BenchReport", failure: KeyboardInterrupt | DiffDeployError | None) -> int:
+    """Say what went wrong, below what was measured."""
     if isinstance(failure, KeyboardInterrupt):
         console.fail("interrupted; what had been measured until then is above")
         raise console.Ended(console.INTERRUPTED)
