@@ -1,6 +1,9 @@
 """``torch.compile``: inductor's artifact and its kernels, for a warm start with the same torch on the same hardware."""
 
+import hashlib
 from pathlib import Path
+
+import torch
 
 from diffdeploy.errors import ExportError
 from diffdeploy.exporters.tracing import trace
@@ -20,7 +23,7 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, device: str) 
     Raises:
         ExportError: the traced graph has other arguments than the block has weights.
     """
-    from torch._inductor import standalone_compile
+    from torch._inductor import config, standalone_compile
 
     program = trace(block, spec, device)
     signature = program.graph_signature
@@ -32,6 +35,13 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, device: str) 
     for node in program.graph.output_node().args[0]:  # where inductor looks for the symbols of the sizes
         node.meta["example_value"] = node.meta["val"]
     arguments = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
-    with recorded(directory / KERNELS):
+    # What inductor would not cache it would not save either; told apart from others by what is in its branches.
+    branches = {"torch.ops.higher_order.cond": _digest_of_branches(program.graph_module)}
+    with recorded(directory / KERNELS), config.patch(unsafe_marked_cacheable_functions=branches):
         artifact = standalone_compile(program.graph_module, arguments, dynamic_shapes="from_graph")
     artifact.save(path=str(directory / ARTIFACT), format="binary")
+
+
+def _digest_of_branches(module: torch.fx.GraphModule) -> str:
+    branches = [part.code for part in module.children() if isinstance(part, torch.fx.GraphModule)]
+    return hashlib.sha256("".join(branches).encode()).hexdigest()

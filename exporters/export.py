@@ -196,6 +196,10 @@ def _lower(
 def _reason(error: Exception) -> str:
     """What a long message of torch says: what is violated and the first detail of it, else its last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # Dynamo says what was wrong in a paragraph of this name, before advice to developers.
+    for line in lines:
+        if line.startswith("Explanation: "):
+            return line.removeprefix("Explanation: ")
     # torch.export lists each violated constraint on a line that begins with a dash, under a sentence that says so.
     details = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
     return f"{lines[0]} {details[0]}" if details else lines[-1]

@@ -6,17 +6,20 @@ are paired first, which copies them.
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffdeploy.ops.heads import as_rows, pair_streams
+from diffdeploy.ops.heads import as_rows, from_rows, pair_streams
 from diffdeploy.ops.impl import Impl
 from diffdeploy.ops.masks import Visibility
 from diffdeploy.ops.registry import register
 from diffdeploy.ops.request import Keys, Phase, Request
 from diffdeploy.ops.rows import attend_rows, padded_queries
 from diffdeploy.ops.sdpa import attend
+from diffdeploy.ops.target import runs_on_cuda
 
 __all__ = ["paired", "rows"]
 
@@ -53,33 +56,57 @@ def _rows_cost(request: Request) -> float:
 def rows(request: Request) -> Tensor:
     """`paired` with both streams of all heads of a group as rows, so that each key and value is read once.
 
-    Made for one token; right for more, whose mask is repeated for each of the ``2g`` heads. See `diff_attention` for
-    shapes.
+    Made for one token; right for more, whose mask is repeated for each of the ``2g`` heads. A graph that is exported
+    for a CPU holds both ways, and takes one by the number of queries. See `diff_attention` for shapes.
     """
-    q_BHSe, keys, v_BHTe = padded_queries(request), _paired_keys(request), request.v
+    scale, past_length = request.scale, request.key_length - request.length
     seen = request.visibility().of_half_heads(request.num_heads)
-    if request.phase == Phase.DECODE and request.device == "cpu" and request.dtype in (torch.float32, torch.float64):
-        return _two_products(request, q_BHSe, keys, seen)
-    output = attend_rows(q_BHSe, keys, v_BHTe, seen, request.scale)
-    return output[:, 0::2] - request.lam * output[:, 1::2]
+    operands = (padded_queries(request), _paired_keys(request), request.v, request.lam, seen.mask, seen.dead)
+
+    # Operands of a condition are tensors, and its results must lie alike in memory.
+    def one_attention(
+        q_BHSe: Tensor, keys: Tensor, v_BHTe: Tensor, lam: Tensor, mask: Tensor | None, dead: Tensor | None
+    ) -> Tensor:
+        output = attend_rows(q_BHSe, keys, v_BHTe, replace(seen, mask=mask, dead=dead), scale)
+        difference: Tensor = output[:, 0::2] - lam * output[:, 1::2]
+        return difference.contiguous()
+
+    def two_products(
+        q_BHSe: Tensor, keys: Tensor, v_BHTe: Tensor, lam: Tensor, mask: Tensor | None, dead: Tensor | None
+    ) -> Tensor:
+        its_seen = replace(seen, mask=mask, dead=dead)
+        return _two_products(q_BHSe * scale, keys, v_BHTe, lam, its_seen, past_length).contiguous()
+
+    if runs_on_cuda(request.q) or request.dtype not in (torch.float32, torch.float64):
+        return one_attention(*operands)
+    if torch.compiler.is_exporting():
+        chosen: Tensor = torch.cond(request.length == 1, two_products, one_attention, operands)
+        return chosen
+    # torch.compile makes a graph of its own for sizes of 1, so that this comparison adds no guard there.
+    return (two_products if request.length == 1 else one_attention)(*operands)
 
 
-def _two_products(request: Request, q_BHSe: Tensor, keys: Tensor, seen: Visibility) -> Tensor:
-    """`rows` of one token as products: one with the keys, one with the values for ``P1 - lam P2`` (8 d, not 12 d).
+def _two_products(
+    q_BHSe: Tensor, keys: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, past_length: int
+) -> Tensor:
+    """`rows` as products: one with the keys, one with the values for ``P1 - lam P2`` (8 d, not 12 d).
 
     The keys are the left factor: with the queries on the left, MKL reads them at a third of the speed. It reads the
     values for two or three rows at a third of the speed of four, too, and for one at two thirds.
     """
-    batch, num_kv_heads, group_size = keys.shape[0], request.num_kv_heads, request.group_size
+    batch, half_heads, length, _ = q_BHSe.shape
+    num_kv_heads = keys.shape[1]
+    group_size = half_heads // 2 // num_kv_heads
+    # Asked for by its parts, each of which inductor's wrapper in Python must know by itself.
+    key_length = past_length + length
     seen = seen.of_rows(q_BHSe, num_kv_heads)
-    queries = as_rows(q_BHSe * request.scale, num_kv_heads)
-    scores = (keys @ queries.transpose(2, 3)).transpose(2, 3).contiguous()
+    scores = (keys @ as_rows(q_BHSe, num_kv_heads).transpose(2, 3)).transpose(2, 3).contiguous()
     if seen.mask is not None:
         boolean = seen.mask.dtype == torch.bool
         scores = scores.masked_fill(~seen.mask, float("-inf")) if boolean else scores + seen.mask
     probabilities = seen.clear_dead(scores.softmax(dim=-1))
-    streams = probabilities.reshape(batch, num_kv_heads, group_size, 2, -1)
-    lam = request.lam.reshape(-1, num_kv_heads, group_size, 1) if request.lam.ndim == 4 else request.lam
-    difference = torch.addcmul(streams[:, :, :, 0], lam, streams[:, :, :, 1], value=-1)
-    filled = F.pad(difference, (0, 0, 0, max(0, _FAST_ROWS - group_size)))
-    return (filled @ request.v)[:, :, :group_size].reshape(batch, request.num_heads, 1, -1)
+    signal, noise = probabilities.reshape(batch, num_kv_heads, length * group_size, 2, key_length).unbind(3)
+    factor = as_rows(lam, num_kv_heads) if lam.ndim == 4 else lam
+    difference = torch.addcmul(signal, factor, noise, value=-1)
+    output = F.pad(difference, (0, 0, 0, _FAST_ROWS - 1)) @ v_BHTe
+    return from_rows(output[:, :, : 1 - _FAST_ROWS], group_size)

@@ -3,9 +3,11 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from diffdeploy.config import GqaLayout, RopeConfig
+from diffdeploy.exporters.tracing import trace
 from diffdeploy.graphs import Stage, graph_spec, run_block
 from diffdeploy.locate.values import stage_values
 from diffdeploy.modules import DiffAttention
@@ -54,6 +56,21 @@ def test_blocks(impl: str, layout: GqaLayout, heads: tuple[int, int], style: str
     outputs = run_block(block, {name: _exact(torch.from_numpy(array)) for name, array in formula.inputs.items()})
     for name, expected in formula.expected.items():
         np.testing.assert_allclose(outputs[name].numpy(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["canonical", "legacy"])
+def test_a_graph_goes_by_the_number_of_tokens(layout: GqaLayout) -> None:
+    """One exported graph computes one token as products of matrices, and more as an attention."""
+    formula = Formula((4, 2), layout, "half", 1, 0)
+    block = DiffAttention.from_weights(formula.config, formula.weights, impl="rows", max_positions=30)
+    program = trace(block, formula.spec)
+    targets = [node.target for node in program.graph.nodes]
+    assert targets.count(torch.ops.higher_order.cond) == 1
+    for lengths in [*LENGTHS, (2, 9)]:
+        formula = Formula((4, 2), layout, "half", *lengths)
+        tensors = [torch.from_numpy(array) for array in formula.inputs.values()]
+        for name, actual in zip(formula.expected, program.module()(*tensors), strict=True):
+            np.testing.assert_allclose(actual.numpy(), formula.expected[name], rtol=0, atol=1e-5)
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:

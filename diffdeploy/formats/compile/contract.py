@@ -13,7 +13,7 @@ __all__ = ["checks", "facts"]
 
 # Inductor's wrapper is Python source inside the artifact; which operator it calls depends on the device. Its lines name
 # buffers, unlike those of the graphs that are stored beside it; equal lines are copies of one call.
-_ATTENTION = re.compile(rb"\bbuf\d+ = torch\.ops\.aten\._scaled_dot_product_\w+\.default\([^\n\\]*")
+_ATTENTION = re.compile(rb"\b\w*buf\d+ = torch\.ops\.aten\._scaled_dot_product_\w+\.default\([^\n\\]*")
 
 
 def _attentions(bundle: Bundle) -> int:
