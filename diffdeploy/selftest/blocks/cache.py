@@ -9,7 +9,7 @@ from torch import Tensor
 from diffdeploy.graphs import Stage
 from diffdeploy.modules import KeyValueCache
 from diffdeploy.selftest.blocks.entry import faulty
-from diffdeploy.selftest.blocks.steps import Steps
+from diffdeploy.selftest.blocks.steps import Steps, to_half_precision
 from diffdeploy.selftest.conditions import cached, float32, has_rope, several_kv_heads, version_1
 
 
@@ -95,4 +95,4 @@ class CachedInHalfPrecision(Steps):
     """The values that are given back went through float16."""
 
     def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
-        return cache[0], cache[1].half().to(cache[1].dtype)
+        return cache[0], to_half_precision(cache[1])
