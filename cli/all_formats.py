@@ -26,6 +26,7 @@ def export_formats(job: Job, output: Path | None, *, as_json: bool) -> int:
 
     with console.activity("reading the checkpoint") as activity:
         found = job.read()
+        job = job.settled(found)
         parent = output or default_output(job.name, found.layer, "all")
         results = export_every_format(
             found,

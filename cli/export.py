@@ -85,7 +85,10 @@ def export(
         typer.Option(help="What it is compiled for, and verified on.", show_default="cpu; cuda for flash2"),
     ] = None,
     max_batch_size: Annotated[int, typer.Option(help="Largest batch.")] = 32,
-    max_sequence_length: Annotated[int, typer.Option(help="Longest sequence, past included.")] = 2048,
+    max_sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Longest sequence, past included.", show_default="max_position_embeddings, or 2048"),
+    ] = None,
     opset: Annotated[
         int | None,
         typer.Option(help="ONNX operator set, 18 to 24; Attention nodes from 23 on.", show_default="23 for onnx"),

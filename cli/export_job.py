@@ -87,6 +87,15 @@ class Job:
 
         return read_checkpoint(self.checkpoint, self.reading)
 
+    def settled(self, found: "Checkpoint") -> "Job":
+        """With what the checkpoint says in place of options that were left open."""
+        from diffdeploy.exporters import settled_length
+
+        length, reason = settled_length(self.options, found)
+        if reason is not None:
+            console.note(reason)
+        return replace(self, options=replace(self.options, max_sequence_length=length))
+
     def run(self, output: Path | None) -> Outcome:
         """Read, export and verify, showing what goes on."""
         from diffdeploy.bundle import default_output
@@ -94,7 +103,7 @@ class Job:
         with console.activity("reading the checkpoint") as activity:
             found = self.read()
             target = output or default_output(self.name, found.layer, self.options.format)
-            return self.export(found, target, activity)
+            return self.settled(found).export(found, target, activity)
 
     def export(self, found: "Checkpoint", target: Path, activity: console.Activity) -> Outcome:
         """Export and verify a block that has been read."""

@@ -71,7 +71,7 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
         ("outputs", tensors(manifest.graph.outputs)),
         ("ranges", axes),
         ("width", f"{config.embed_dim}"),
-        ("heads", f"{config.num_heads} of width {config.value_dim}, {config.num_kv_heads} key/value heads"),
+        ("heads", _heads(config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim)),
         ("rope", rope),
         ("causal", "yes" if config.causal else "no"),
         ("window", "none" if config.sliding_window is None else f"{config.sliding_window} keys"),
@@ -80,6 +80,12 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
         ("made with", ", ".join(f"{name} {found}" for name, found in manifest.environment.packages.items())),
         ("files", ", ".join(f"{name} ({file.size:,} bytes)" for name, file in manifest.files.items())),
     ]
+
+
+def _heads(num_heads: int | None, num_kv_heads: int | None, head_dim: int | None, value_dim: int | None) -> str:
+    """Sizes of heads, in the same words for a bundle and for the checkpoint that it came from."""
+    values = f"{num_kv_heads} key/value heads with values of width {value_dim}"
+    return f"{num_heads} of two streams of width {head_dim}, {values}"
 
 
 def _version_rows(config: "AnyConfig") -> list[tuple[str, str]]:
@@ -108,7 +114,8 @@ def _block_rows(block: "BlockSummary", *, constant_lambda: bool) -> list[tuple[s
         ("block", block.prefix.rstrip(".") or "at the top level"),
         ("layer", "no index in the keys" if block.layer is None else str(block.layer)),
         ("width", str(block.embed_dim)),
-        ("heads", f"{block.num_heads} with streams of width {block.head_dim}, {block.num_kv_heads} key/value heads"),
+        ("heads", _heads(block.num_heads, block.num_kv_heads, block.head_dim, block.value_dim)),
+        *(("in the config", said) for said in block.head_fields),
         ("norm", str(block.norm)),
         ("rope", known(block.rope, "--rope") + theta),
         ("window", "none" if block.sliding_window is None else f"{block.sliding_window} keys"),

@@ -7,20 +7,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffdeploy.checkpoints import read_checkpoint
+    from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint, write_checkpoint
     from diffdeploy.config import DiffAttentionConfig
     from diffdeploy.modules import DiffAttention
     from diffdeploy.runtime import load
 
-__all__ = ["DiffAttention", "DiffAttentionConfig", "__version__", "load", "read_checkpoint"]
+__all__ = [
+    "CheckpointOptions",
+    "DiffAttention",
+    "DiffAttentionConfig",
+    "__version__",
+    "load",
+    "read_checkpoint",
+    "write_checkpoint",
+]
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CheckpointOptions": "diffdeploy.checkpoints",
     "DiffAttention": "diffdeploy.modules",
     "DiffAttentionConfig": "diffdeploy.config",
     "load": "diffdeploy.runtime",
     "read_checkpoint": "diffdeploy.checkpoints",
+    "write_checkpoint": "diffdeploy.checkpoints",
 }
 
 

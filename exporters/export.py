@@ -26,7 +26,15 @@ from diffdeploy.exclusive import without_warnings
 from diffdeploy.formats import ArtifactFacts, ExportOptions, Format, RunOptions, distributions, require_format
 from diffdeploy.graphs import GraphSpec, graph_spec
 from diffdeploy.runtime.machine import this_machine
-from diffdeploy.verify import Progress, RejectedError, Report, artifact_facts, golden_arrays, verify_bundle
+from diffdeploy.verify import (
+    Progress,
+    RejectedError,
+    Report,
+    artifact_facts,
+    golden_arrays,
+    longest_case,
+    verify_bundle,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +42,10 @@ if TYPE_CHECKING:
     from diffdeploy.checkpoints import Checkpoint
     from diffdeploy.modules import AttentionBlock
 
-__all__ = ["Export", "export_bundle", "lower_block"]
+__all__ = ["Export", "export_bundle", "lower_block", "settled_length"]
+
+# Where neither the user nor the checkpoint says how long sequences get.
+_MAX_SEQUENCE_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,25 @@ def _checked_format(options: ExportOptions) -> Format:
         raise InputError(f"seed is {options.seed}; accepted is 0 or more")
     found.check_options(options)
     return found
+
+
+def settled_length(options: ExportOptions, checkpoint: "Checkpoint") -> tuple[int, str | None]:
+    """The longest sequence, and a sentence where it is neither what was asked for nor what the checkpoint says.
+
+    Left open, it is ``max_position_embeddings`` of ``config.json`` as far as a verification reaches, or 2048.
+    """
+    if options.max_sequence_length is not None:
+        return options.max_sequence_length, None
+    said = checkpoint.max_positions
+    reached = max(_MAX_SEQUENCE_LENGTH, longest_case(checkpoint.config, decoding=options.graph == "cached"))
+    taken = _MAX_SEQUENCE_LENGTH if said is None else min(said, reached)
+    reason = None
+    if said is not None and taken < said:
+        reason = (
+            f"max_position_embeddings is {said}, more than a verification reaches in memory; the longest sequence is "
+            f"{taken}, or what --max-sequence-length says"
+        )
+    return taken, reason
 
 
 def _impl(found: Format, options: ExportOptions) -> str:
@@ -111,6 +141,7 @@ def export_bundle(
         RejectedError: the artifact does not compute what its weights and config say.
     """
     options = options or ExportOptions()
+    max_sequence_length, _ = settled_length(options, checkpoint)
     found = _checked_format(options)
     device = found.device_of(options)
     # Before the lowering, which takes minutes where it compiles.
@@ -121,7 +152,7 @@ def export_bundle(
         checkpoint.config,
         dtype=options.dtype,
         max_batch_size=options.max_batch_size,
-        max_sequence_length=options.max_sequence_length,
+        max_sequence_length=max_sequence_length,
     )
     weights = cast_weights(checkpoint.weights, options.dtype)
     report = None
@@ -129,7 +160,7 @@ def export_bundle(
         phase("lowering")
         # Before the lowering: aoti writes the digest of this file into its package.
         _write_weights(checkpoint.config, weights, spec, options.seed, staging)
-        block = _block(checkpoint.config, weights, options, _impl(found, options))
+        block = _block(checkpoint.config, weights, spec, _impl(found, options))
         recorded = _lower(found, block, spec, staging, options)
         # Signed as not verified, so that the verification opens the directory as any user would.
         manifest = write_manifest(staging, _manifest(checkpoint, spec, options, found, recorded))
@@ -205,7 +236,7 @@ def _reason(error: Exception) -> str:
     return f"{lines[0]} {details[0]}" if details else lines[-1]
 
 
-def _block(config: AnyConfig, weights: "Mapping[str, Tensor]", options: ExportOptions, impl: str) -> "AttentionBlock":
+def _block(config: AnyConfig, weights: "Mapping[str, Tensor]", spec: GraphSpec, impl: str) -> "AttentionBlock":
     import torch
 
     from diffdeploy.modules import block_class
@@ -214,8 +245,8 @@ def _block(config: AnyConfig, weights: "Mapping[str, Tensor]", options: ExportOp
         config,
         weights,
         impl=impl,
-        max_positions=options.max_sequence_length,
-        dtype=getattr(torch, options.dtype),
+        max_positions=spec.axes["sequence_length"].max,
+        dtype=getattr(torch, spec.dtype),
     )
 
 

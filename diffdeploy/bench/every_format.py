@@ -13,7 +13,7 @@ from diffdeploy.bench.startup import Startup, measure_startup
 from diffdeploy.bundle import cast_weights
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.errors import DiffDeployError, InputError, VerificationError
-from diffdeploy.exporters import Export, ExportOptions, export_bundle
+from diffdeploy.exporters import Export, ExportOptions, export_bundle, settled_length
 from diffdeploy.formats import Target, export_targets
 from diffdeploy.ops import Impl
 from diffdeploy.verify import Progress, RejectedError, Report
@@ -163,7 +163,8 @@ def measure_formats(
     if not made:
         return None
     # A cached graph needs one position for the token that is decoded.
-    longest = options.max_sequence_length - (options.graph == "cached")
+    length, _ = settled_length(options, checkpoint)
+    longest = length - (options.graph == "cached")
     lengths = sorted({min(length, longest) for length in _LENGTHS})
     with tempfile.TemporaryDirectory(prefix="diffdeploy-") as folder:
         weights = Path(folder) / "weights.safetensors"

@@ -1,6 +1,6 @@
 """From a checkpoint and the user's options to a canonical config and its weights."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -44,6 +44,7 @@ class Checkpoint:
         keys: the keys that were read.
         files: the files that were read.
         options: what was asked for.
+        max_positions: ``max_position_embeddings`` of the config.json, if it is there.
         defaults: fields that the file leaves to the source's own config class, see `BlockSettings.defaults`.
     """
 
@@ -55,6 +56,7 @@ class Checkpoint:
     files: tuple[SourceFile, ...] = ()
     options: CheckpointOptions = field(default_factory=CheckpointOptions)
     defaults: dict[str, str] = field(default_factory=dict)
+    max_positions: int | None = None
 
 
 class BlockReader:
@@ -161,19 +163,26 @@ def list_layers(path: str | Path, layout: str | None = None) -> list[int]:
     return layers
 
 
-def read_checkpoint(path: str | Path, options: CheckpointOptions | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, options: CheckpointOptions | None = None, *, layer: int | None = None
+) -> Checkpoint:
     """Read one differential-attention block; of a large checkpoint only its tensors are read.
 
     Args:
         path: ``.safetensors`` or ``torch.save`` file, index of shards, or a directory with one; the block may stand in
             a larger state dict.
         options: what the file cannot say; a ``config.json`` beside the weights may say it too.
+        layer: `CheckpointOptions.layer`, for the most common of them.
 
     Raises:
         InputError: the file cannot be read, the block is not whole, a shape or value is wrong, or something that cannot
             be inferred was not given.
     """
     options = options or CheckpointOptions()
+    if layer is not None:
+        if options.layer not in (None, layer):
+            raise InputError(f"layer is {layer}, and {options.layer} in the options; give one of them")
+        options = replace(options, layer=layer)
     file = open_tensors(Path(path))
     fields = read_config_fields(file.path)
     found = find_blocks(file.keys(), fields, options.layout, file.path)
@@ -192,4 +201,5 @@ def read_checkpoint(path: str | Path, options: CheckpointOptions | None = None) 
         keys=reader.tensors.keys,
         options=options,
         defaults=reader.settings.defaults(),
+        max_positions=reader.settings.max_positions(),
     )

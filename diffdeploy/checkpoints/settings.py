@@ -86,6 +86,13 @@ class BlockSettings:
         """Whether positions see none after them."""
         return self.layout.causal if self.options.causal is None else self.options.causal
 
+    def max_positions(self) -> int | None:
+        """Positions that the model was made for."""
+        length = typed_field(self.fields, "max_position_embeddings", int)
+        if length is not None and length < 1:
+            raise InputError(f"max_position_embeddings in config.json is {length}; accepted is 1 or more")
+        return length
+
     def rope_style(self) -> str | None:
         """``interleaved``, ``half`` or ``none``."""
         if self.options.rope is not None:

@@ -1,6 +1,7 @@
 """What can be said of a checkpoint's blocks without any option."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class BlockSummary:
     """One block; ``None`` where neither the keys nor ``config.json`` say it.
 
     Attributes:
+        head_fields: what fields of ``config.json`` that count streams say, and what they mean.
         unread: keys of the block that its layout does not know; such a block is not exported.
         refused: why it cannot be deployed; then nothing but ``prefix`` and ``layer`` is known.
     """
@@ -33,6 +35,8 @@ class BlockSummary:
     num_heads: int | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
+    value_dim: int | None = None
+    head_fields: tuple[str, ...] = ()
     norm: str | None = None
     rope: str | None = None
     rope_theta: float | None = None
@@ -101,6 +105,8 @@ def _block(reader: BlockReader) -> BlockSummary:
         prefix=reader.tensors.prefix,
         layer=reader.layer,
         **reader.sizes._asdict(),
+        value_dim=reader.sizes.head_dim * (1 if layout.streams_share_keys else 2),
+        head_fields=tuple(_counted_streams(reader)),
         norm=f"eps {settings.norm_eps():g}, {affine}" if layout.has_norm else "none",
         rope=settings.rope_style(),
         rope_theta=settings.rope_theta(),
@@ -113,6 +119,15 @@ def _block(reader: BlockReader) -> BlockSummary:
         num_bytes=sum(tensor.nbytes for tensor in tensors),
         unread=tuple(reader.tensors.unread),
     )
+
+
+def _counted_streams(reader: BlockReader) -> Iterator[str]:
+    """Each field that counts several streams of a head as so many heads, in words."""
+    fields, sizes = reader.settings.fields, reader.sizes._asdict()
+    for name, (size, factor) in reader.layout.head_fields.items():
+        if factor > 1 and name in fields:
+            kind = "key/value" if size == "num_kv_heads" else "differential"
+            yield f"{name} {fields[name]} is {sizes[size]} {kind} heads of {factor} streams"
 
 
 def _learned_lambda(tensors: BlockTensors) -> float:

@@ -19,7 +19,8 @@ class ExportOptions:
         graph: variant of the graph, see `GraphSpec`.
         dtype: dtype of the graph and its weights.
         max_batch_size: largest batch the artifact is declared for.
-        max_sequence_length: longest sequence the artifact is declared for.
+        max_sequence_length: longest sequence the artifact is declared for; by default see
+            `diffdeploy.exporters.settled_length`.
         device: ``cpu`` or ``cuda``: what the formats with machine code are compiled for, and where the artifact is
             verified; by default the first that the format is made for.
         opset: ONNX operator set, 18 to 24; by default 23.
@@ -33,7 +34,7 @@ class ExportOptions:
     graph: Variant = "plain"
     dtype: DType = "float32"
     max_batch_size: int = 32
-    max_sequence_length: int = 2048
+    max_sequence_length: int | None = None
     device: Device | None = None
     opset: int | None = None
     onnx_flavor: str | None = None

@@ -12,7 +12,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.verify.cases import Case, Kind, Mask
 
-__all__ = ["Selection", "golden_cases", "random_cases", "select_cases", "telling_case"]
+__all__ = ["Selection", "golden_cases", "longest_case", "random_cases", "select_cases", "telling_case"]
 
 Selection = Literal["quick", "full"] | int
 
@@ -56,6 +56,19 @@ def select_cases(selection: Selection, config: AnyConfig, spec: GraphSpec, seed:
     if selection < 1:
         raise InputError(f"the number of cases is {selection}; accepted is 1 or more, quick or full")
     return [*ordered[:selection], *islice(random_cases(spec, seed), max(0, selection - len(ordered)))]
+
+
+def longest_case(config: AnyConfig, *, decoding: bool = False) -> int:
+    """Positions of the longest case whose tensors stay within the sweep's memory.
+
+    Args:
+        config: of the block.
+        decoding: one token behind a cache, in place of a whole sequence.
+    """
+    # Two streams of every head, each with a square of scores.
+    square = int((_MAX_SCORES / (2 * config.num_heads)) ** 0.5)
+    fits = _MAX_ELEMENTS // config.embed_dim
+    return max(1, fits if decoding else min(fits, square))
 
 
 def golden_cases(spec: GraphSpec, seed: int) -> list[Case]:
@@ -103,8 +116,7 @@ def _full(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
 def _plain(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
     max_batch, max_length = spec.axes["batch_size"].max, spec.axes["sequence_length"].max
     lengths = [length for length in _LENGTHS if length <= max_length]
-    # Two streams of every head, each with a square of scores.
-    longest = min(max_length, int((_MAX_SCORES / (2 * config.num_heads)) ** 0.5), _MAX_ELEMENTS // config.embed_dim)
+    longest = min(max_length, longest_case(config))
     short = min(3, max_length)
     widest = max(1, min(max_batch, _MAX_ELEMENTS // (short * config.embed_dim)))
     sizes = [(batch, length) for length in lengths for batch in (1, 2)] + [(widest, short), (1, max(1, longest))]
