@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow campaign benchmarks clean
+.PHONY: demo test slow campaign fuzz benchmarks clean
 
 demo: $(INSTALLED) ## Export the bundled sample to ONNX and verify it.
 	$(BIN)/diffdeploy export --format onnx --output artifacts/demo --force
@@ -27,6 +27,12 @@ slow: $(INSTALLED) ## The long tests.
 
 campaign: $(INSTALLED) ## 1,000 right exports and runs must pass; goes on where it was stopped.
 	$(BIN)/python -m tests.campaign
+
+# Files for each of the four tests.
+FILES ?= 2000
+
+fuzz: $(INSTALLED) ## New checkpoints and configs that nobody wrote on purpose; each is read or refused.
+	DIFFDEPLOY_FUZZ=$(FILES) $(PYTEST) tests/checkpoints/test_fuzz.py
 
 RESULTS := docs/benchmarks
 BENCH = $(BIN)/diffdeploy bench

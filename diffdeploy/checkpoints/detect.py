@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdeploy.checkpoints.fields import Fields
+from diffdeploy.checkpoints.fields import Fields, listed, shortened
 from diffdeploy.checkpoints.layouts import LAYOUTS, UNSUPPORTED, Layout
 from diffdeploy.checkpoints.places import layer_numbers
 from diffdeploy.errors import InputError
@@ -89,7 +89,8 @@ def find_blocks(keys: list[str], fields: Fields, layout_name: str | None, path: 
     fitting = {layout: blocks for layout in LAYOUTS.values() if (blocks := _prefixes(layout, present))}
     named = [layout for layout in fitting if layout.model_types and model_type.startswith(layout.model_types)]
     if named:
-        return Found(named[0], f"its keys, and model_type {model_type!r} in config.json", (), fitting[named[0]])
+        why = f"its keys, and model_type {shortened(model_type)} in config.json"
+        return Found(named[0], why, (), fitting[named[0]])
     # Layouts with a model_type arrange rows of equal shapes in different orders: without it they are not even tried.
     unnamed = [layout for layout in fitting if not layout.model_types]
     # Where one layout drops a tensor that another reads, the keys do tell.
@@ -99,8 +100,8 @@ def find_blocks(keys: list[str], fields: Fields, layout_name: str | None, path: 
     if fitting:
         raise InputError(
             f"{path} has the keys of layout {next(iter(fitting)).name}, but no config.json beside it says so "
-            f"(model_type is {model_type!r}), and keys and shapes do not tell how its heads are arranged; give "
-            "--layout if you know"
+            f"(model_type is {shortened(model_type)}), and keys and shapes do not tell how its heads are arranged; "
+            "give --layout if you know"
         )
     raise _not_whole(path, present, None)
 
@@ -113,13 +114,13 @@ def _not_whole(path: Path, keys: set[str], layout: Layout | None) -> InputError:
             absent = [prefix + name for name in candidate.required_keys() if prefix + name not in keys]
             near = has_vectors or len(absent) <= _MOST_ABSENT
             if absent and near and any(key.startswith(f"{prefix}lambda_") for key in keys):
-                return InputError(f"{path} lacks the keys {', '.join(absent)}, so no block is whole")
+                return InputError(f"{path} lacks the keys {listed(absent)}, so no block is whole")
     if not any("lambda_" in key for key in keys):
         return InputError(
             f"{path} has a layout that is not known: no key has a lambda, so it holds no differential attention "
-            f"(its keys begin with {', '.join(sorted(keys)[:3])})"
+            f"(its keys begin with {listed(sorted(keys)[:3])})"
         )
-    begin = f"its keys begin with {', '.join(sorted(keys)[:3])}"
+    begin = f"its keys begin with {listed(sorted(keys)[:3])}"
     if layout is not None:
         return InputError(f"{path} does not have the keys of layout {layout.name}; {begin}")
     return InputError(f"{path} has a layout that is not known; accepted are {', '.join(LAYOUTS)}, and {begin}")

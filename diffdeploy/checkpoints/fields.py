@@ -2,18 +2,19 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from diffdeploy.errors import InputError
 
-__all__ = ["Fields", "read_config_fields", "read_json_object", "shortened", "typed_field"]
+__all__ = ["Fields", "listed", "read_config_fields", "read_json_object", "shortened", "typed_field"]
 
 Fields = Mapping[str, Any]
 
 # Enough to recognise any value that a config really has.
 _LONGEST_SHOWN = 80
+_LONGEST_NAME = 100
 
 _Value = TypeVar("_Value", bound=int | float | str)
 
@@ -73,6 +74,15 @@ def _as_float(value: float) -> float:
         return float(value)
     except OverflowError:  # JSON has integers of any size
         return math.inf
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Names for an error message: the first ones, each as far as anybody would read it."""
+    # A name may hold anything, line ends and what terminals obey included.
+    every = [name if name.isprintable() else repr(name)[1:-1] for name in names]
+    shown = [name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..." for name in every[:most]]
+    more = len(every) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 def shortened(value: object) -> str:

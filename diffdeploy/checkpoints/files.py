@@ -8,7 +8,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from diffdeploy.checkpoints.fields import read_json_object
+from diffdeploy.checkpoints.fields import listed, read_json_object
 from diffdeploy.errors import InputError
 from diffdeploy.exclusive import without_warnings
 
@@ -219,6 +219,6 @@ def _in_directory(directory: Path) -> Path:
     found = [p for suffix in ("*.safetensors", "*.pt", "*.pth", "*.bin") for p in sorted(directory.glob(suffix))]
     # Not the newest or the largest of them: beside a model may lie its optimizer, or another epoch.
     if len(found) != 1:
-        names = ", ".join(p.name for p in found) or "none"
+        names = listed(p.name for p in found) or "none"
         raise InputError(f"{directory} must hold one .safetensors or .pt file, but there are: {names}; give the file")
     return found[0]

@@ -4,12 +4,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from diffdeploy.checkpoints.fields import listed
 from diffdeploy.errors import InputError
 
 __all__ = ["choose_block", "layer_numbers"]
 
 # A name may end in a digit (`lambda_q1`, `norm2.weight`); only a number between dots counts something.
 _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
+
+# As many as the deepest models have.
+_MOST_LAYERS = 128
 
 
 def layer_numbers(prefixes: Iterable[str], keys: Iterable[str]) -> dict[str, int | None]:
@@ -67,7 +71,7 @@ def choose_block(
     exact = [each for each in blocks if prefix is not None and each in (prefix, beginning)]
     chosen = exact or [each for each in blocks if each.startswith(beginning)]
     if not chosen:
-        raise InputError(f"no block of {path} has the prefix {prefix}; there are {_listed(blocks)}")
+        raise InputError(f"no block of {path} has the prefix {prefix}; there are {_named(blocks)}")
     if layer is not None:
         of_layer = [each for each in chosen if blocks[each] == layer]
         if not of_layer:
@@ -77,20 +81,16 @@ def choose_block(
         return chosen[0]
     layers = [blocks[each] for each in chosen]
     if None not in layers and len(set(layers)) == len(layers):
-        raise InputError(f"{path} holds several layers; choose one with --layer: {', '.join(map(str, layers))}")
-    raise InputError(f"{path} holds several such blocks; choose one with --prefix: {_listed(chosen)}")
+        raise InputError(
+            f"{path} holds several layers; choose one with --layer: {listed(map(str, layers), most=_MOST_LAYERS)}"
+        )
+    raise InputError(f"{path} holds several such blocks; choose one with --prefix: {_named(chosen)}")
 
 
 def _layers_said(layers: Sequence[int | None]) -> str:
     known = sorted({layer for layer in layers if layer is not None})
-    return f"its layers are: {', '.join(map(str, known)) or 'none (the keys have no layer index)'}"
+    return f"its layers are: {listed(map(str, known), most=_MOST_LAYERS) or 'none (the keys have no layer index)'}"
 
 
-_MOST_LISTED = 12
-
-
-def _listed(blocks: Iterable[str]) -> str:
-    """Prefixes for a message; of a deep model the first ones."""
-    names = [each.rstrip(".") or "one at the top level" for each in blocks]
-    more = len(names) - _MOST_LISTED
-    return ", ".join(names[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+def _named(prefixes: Iterable[str]) -> str:
+    return listed(each.rstrip(".") or "one at the top level" for each in prefixes)

@@ -137,8 +137,10 @@ def _learned_lambda(tensors: BlockTensors) -> float:
         # In fp64, as the oracle that the verification reports lambda from.
         q = tensors.file.get(tensors.key(f"lambda_q{pair}")).double()
         if tensors.sources[f"lambda_q{pair}"].scalar:
-            return float(q)
-        return float(q @ tensors.file.get(tensors.key(f"lambda_k{pair}")).double())
+            return float(q) if q.numel() == 1 else math.nan
+        k = tensors.file.get(tensors.key(f"lambda_k{pair}")).double()
+        # Other shapes are refused when the block is read.
+        return float(q @ k) if q.ndim == k.ndim == 1 and q.shape == k.shape else math.nan
 
     return float(torch.tensor(exponent(1)).double().exp() - torch.tensor(exponent(2)).double().exp())
 

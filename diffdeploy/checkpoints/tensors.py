@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from diffdeploy.checkpoints.fields import listed
 from diffdeploy.checkpoints.files import TensorFile
 from diffdeploy.checkpoints.layouts import Layout, Source
 from diffdeploy.errors import InputError
@@ -15,8 +16,6 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Optional tensors that a block has together or not at all: half of them would be a block that no code base builds.
 _TOGETHER = (("q_proj.bias", "k_proj.bias", "v_proj.bias"), ("q_norm.weight", "k_norm.weight"))
-
-_MOST_SHOWN = 8
 
 
 class BlockTensors:
@@ -51,8 +50,8 @@ class BlockTensors:
             known = [name for name in group if name in layout.optional]
             absent = [layout.optional[name].key for name in known if name not in self.sources]
             if absent and len(absent) < len(known):
-                found = ", ".join(self.key(name) for name in known if name in self.sources)
-                missing = ", ".join(self.prefix + key for key in dict.fromkeys(absent))
+                found = listed(self.key(name) for name in known if name in self.sources)
+                missing = listed(self.prefix + key for key in dict.fromkeys(absent))
                 raise InputError(f"{self.file.path} has {found}, but lacks {missing}; such tensors come together")
 
     @property
@@ -68,12 +67,9 @@ class BlockTensors:
             InputError: the layout has no place for one.
         """
         if unread := self.unread:
-            shown = ", ".join(unread[:_MOST_SHOWN])
-            more = len(unread) - _MOST_SHOWN
             raise InputError(
-                f"layout {layout.name} does not know {shown}{f' and {more} more' if more > 0 else ''}, and a block "
-                "without what these tensors do would be another one; give another --layout, or remove them if nothing "
-                "computes with them"
+                f"layout {layout.name} does not know {listed(unread)}, and a block without what these tensors do would "
+                "be another one; give another --layout, or remove them if nothing computes with them"
             )
 
     @property

@@ -79,7 +79,8 @@ def rows(request: Request) -> Tensor:
 
     if runs_on_cuda(request.q) or request.dtype not in (torch.float32, torch.float64):
         return one_attention(*operands)
-    if torch.compiler.is_exporting():
+    # Before 2.13, is_exporting says so of torch.compile as well.
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         chosen: Tensor = torch.cond(request.length == 1, two_products, one_attention, operands)
         return chosen
     # torch.compile makes a graph of its own for sizes of 1, so that this comparison adds no guard there.
