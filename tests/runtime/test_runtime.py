@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 from diffdeploy import load
 from diffdeploy.bundle import open_bundle, write_manifest
@@ -183,7 +186,12 @@ def test_bfloat16_onnx_by_the_reference_runtime(sample: Checkpoint, tmp_path: Pa
     options = ExportOptions(dtype="bfloat16", max_batch_size=2, max_sequence_length=16)
     with pytest.raises(UnavailableError, match="onnxruntime has no bfloat16 attention on cpu"):
         export_bundle(sample, tmp_path / "out", options)
-    done = export_bundle(sample, tmp_path / "out", ExportOptions(**{**vars(options), "reference": True}))
+    by_reference = replace(options, reference=True)
+    if Version(version("onnx")) < Version("1.23"):
+        with pytest.raises(UnavailableError, match="cannot multiply matrices in bfloat16"):
+            export_bundle(sample, tmp_path / "out", by_reference)
+        return
+    done = export_bundle(sample, tmp_path / "out", by_reference)
     assert done.report is not None
     assert done.report.passed
     assert done.report.backend.startswith("onnx.reference")

@@ -12,6 +12,7 @@ from diffdeploy.formats.base import EVERY_DTYPE, Format
 from diffdeploy.formats.onnx.names import FIRST_OPSET_WITH_ATTENTION, ORT, STANDARD
 from diffdeploy.formats.options import ExportOptions, RunOptions
 from diffdeploy.graphs import DType, GraphSpec, Variant
+from diffdeploy.versions import installed_versions
 
 if TYPE_CHECKING:
     from diffdeploy.modules import AttentionBlock
@@ -22,6 +23,9 @@ __all__ = ["DEFAULT_OPSET", "OPSETS", "OnnxFormat"]
 OPSETS = range(18, 25)
 # The first with Attention, below which attentions are written out as products and a softmax.
 DEFAULT_OPSET = FIRST_OPSET_WITH_ATTENTION
+
+# Before, its reference for MatMul refused its own results.
+_REFERENCE_MULTIPLIES_BFLOAT16 = (1, 23)
 
 
 class OnnxFormat(Format):
@@ -41,7 +45,7 @@ class OnnxFormat(Format):
     def why_not_run(self, device: str = "cpu", dtype: DType = "float32", *, reference: bool = False) -> str | None:
         """See `Format.why_not_run`."""
         if reference:
-            return _why_no_reference(device)
+            return _why_no_reference(device, dtype)
         if (reason := super().why_not_run(device, dtype)) is not None:
             wrong_dtype = dtype not in self.runs.get(device.partition(":")[0], EVERY_DTYPE)
             return reason + ("; --runtime reference verifies such graphs, slowly" if wrong_dtype else "")
@@ -135,13 +139,16 @@ class OnnxFormat(Format):
         return manifest.options.flavor != ORT
 
 
-def _why_no_reference(device: str) -> str | None:
+def _why_no_reference(device: str, dtype: DType) -> str | None:
     from importlib.util import find_spec
 
     if device != "cpu":
         return f"the reference runtime runs on cpu, not on {device.partition(':')[0]}"
     if find_spec("onnx") is None:
         return "onnx is not installed, and the reference runtime is a part of it; pip install 'diffdeploy[export]'"
+    found = installed_versions(["onnx"])["onnx"]
+    if dtype == "bfloat16" and tuple(map(int, found.split(".")[:2])) < _REFERENCE_MULTIPLIES_BFLOAT16:
+        return f"onnx {found} cannot multiply matrices in bfloat16; pip install 'onnx>=1.23'"
     return None
 
 
