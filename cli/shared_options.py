@@ -13,6 +13,7 @@ __all__ = [
     "LambdaInit",
     "LayoutName",
     "NormEps",
+    "NormName",
     "OutputScale",
     "Prefix",
     "QkNormEps",
@@ -61,6 +62,10 @@ Causal = Annotated[
 SlidingWindow = Annotated[
     int | None,
     typer.Option(min=0, help="Keys that a position sees; 0 for all.", show_default="as config.json says"),
+]
+NormName = Annotated[
+    Literal["rms", "layer"] | None,
+    typer.Option("--norm", help="Norm of the heads; layer subtracts their mean.", show_default="rms"),
 ]
 NormEps = Annotated[
     float | None, typer.Option(help="Epsilon of the norm of the heads.", show_default="as config.json says, or 1e-5")

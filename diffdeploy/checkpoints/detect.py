@@ -57,7 +57,7 @@ def _prefixes(layout: Layout, keys: set[str]) -> dict[str, int | None]:
 
 def _reads_all(layout: Layout, blocks: Iterable[str], keys: set[str]) -> bool:
     """Whether a layout has a place for every tensor of its blocks."""
-    known = {source.key for source in (*layout.sources.values(), *layout.optional.values())} | {*layout.irrelevant}
+    known = {*layout.required_keys(), *(source.key for source in layout.optional.values()), *layout.irrelevant}
     return all(key.removeprefix(prefix) in known for prefix in blocks for key in keys if key.startswith(prefix))
 
 

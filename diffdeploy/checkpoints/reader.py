@@ -12,7 +12,7 @@ from diffdeploy.checkpoints.files import TensorFile, open_tensors
 from diffdeploy.checkpoints.layouts import Layout
 from diffdeploy.checkpoints.options import CheckpointOptions
 from diffdeploy.checkpoints.places import choose_block
-from diffdeploy.checkpoints.rows import to_canonical
+from diffdeploy.checkpoints.rows import centred_values, to_canonical
 from diffdeploy.checkpoints.settings import BlockSettings, require
 from diffdeploy.checkpoints.sizes import read_sizes
 from diffdeploy.checkpoints.tensors import BlockTensors
@@ -77,7 +77,7 @@ class BlockReader:
         self.layout: Layout = found.layout
         self.layer = found.blocks[prefix]
         self.tensors = BlockTensors(file, prefix, self.layout)
-        self.settings = BlockSettings(fields, found, self.layer, options)
+        self.settings = BlockSettings(fields, found, prefix, options, self.tensors.lambda_init)
         # Before the sizes: a cross-attention layer has no keys, and its shapes would be called wrong.
         reason = self.layout.refuse(self.tensors.names, fields, self.layer)
         if reason is not None:
@@ -110,7 +110,7 @@ class BlockReader:
         if lambda_init is None or gqa_layout is None or causal is None:
             return None
         return DiffAttentionConfig(
-            **self.sizes._asdict(),
+            **self.sizes.of_config(),
             lambda_init=lambda_init,
             output_scale=settings.output_scale(lambda_init),
             causal=causal,
@@ -127,12 +127,14 @@ class BlockReader:
     def _version_2(self, missing: list[str]) -> DiffAttentionV2Config | None:
         """The config of a block of the second version; ``None`` where an option is missing."""
         settings = self.settings
+        if settings.options.norm is not None:
+            raise InputError(f"--norm is {settings.options.norm}, and blocks of layout {self.layout.name} have no norm")
         causal, rope = settings.causal(), settings.rope(missing)
         if causal is None:
             missing.append("--causal or --no-causal")
             return None
         return DiffAttentionV2Config(
-            **self.sizes._asdict(), causal=causal, rope=rope, sliding_window=settings.sliding_window()
+            **self.sizes.of_config(), causal=causal, rope=rope, sliding_window=settings.sliding_window()
         )
 
     def weights(self, config: AnyConfig) -> dict[str, Tensor]:
@@ -143,8 +145,10 @@ class BlockReader:
         """
         shapes = config.weight_shapes()
         # From the header alone, before gigabytes are read.
-        self.tensors.require_shapes(shapes)
+        self.tensors.require_shapes(shapes, self.sizes.noise_repeat)
         canonical = to_canonical(self.tensors.sources, self.tensors.get, self.sizes)
+        if self.settings.options.norm == "layer":
+            canonical = centred_values(canonical, self.sizes)
         # In the order of the config, which is that of the state dict and of the bundle's file.
         return {name: canonical[name] for name in shapes}
 

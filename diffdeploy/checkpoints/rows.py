@@ -10,7 +10,7 @@ from diffdeploy.checkpoints.sizes import Sizes
 from diffdeploy.config import LAMBDA_VECTORS
 from diffdeploy.errors import InputError
 
-__all__ = ["from_canonical", "to_canonical"]
+__all__ = ["centred_values", "from_canonical", "to_canonical"]
 
 
 def _heads(name: str, sizes: Sizes) -> int:
@@ -33,6 +33,28 @@ def _halves_from_pairs(tensor: Tensor, heads: int) -> Tensor:
     return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
 
 
+def _repeat_noise(tensor: Tensor, sizes: Sizes) -> Tensor:
+    """Rows ``[n, repeat + 1, d]``, the noise last, to ``[n, repeat, 2, d]``: each signal beside the noise it shares."""
+    repeat = sizes.noise_repeat
+    groups = tensor.reshape(-1, repeat + 1, sizes.head_dim, *tensor.shape[1:])
+    signal, noise = groups[:, :repeat], groups[:, repeat:]
+    return torch.stack((signal, noise.expand_as(signal)), dim=2).reshape(-1, *tensor.shape[1:])
+
+
+def _share_noise(name: str, tensor: Tensor, sizes: Sizes) -> Tensor:
+    """Inverse of `_repeat_noise`.
+
+    Raises:
+        InputError: heads that are to share a noise query have different ones.
+    """
+    repeat = sizes.noise_repeat
+    pairs = tensor.reshape(-1, repeat, 2, sizes.head_dim, *tensor.shape[1:])
+    signal, noise = pairs[:, :, 0], pairs[:, :, 1]
+    if not torch.equal(noise, noise[:, :1].expand_as(noise)):
+        raise InputError(f"{name} has other noise rows in each head; {repeat} heads cannot share one noise query")
+    return torch.cat((signal, noise[:, :1]), dim=1).reshape(-1, *tensor.shape[1:])
+
+
 def to_canonical(sources: Mapping[str, Source], get: Callable[[str], Tensor], sizes: Sizes) -> dict[str, Tensor]:
     """Canonical weights from those of a layout.
 
@@ -53,6 +75,8 @@ def to_canonical(sources: Mapping[str, Source], get: Callable[[str], Tensor], si
             tensor = torch.split(tensor, list(rows.values()))["qkv".index(source.part)]
         if source.halves:
             tensor = _pairs_from_halves(tensor, _heads(name, sizes))
+        if sizes.noise_repeat > 1 and name.startswith("q_proj"):
+            tensor = _repeat_noise(tensor, sizes)
         if source.scalar:
             # The inner product of (x, 0, ...) and (1, 0, ...) is x.
             weights[name] = torch.zeros(sizes.head_dim, dtype=tensor.dtype)
@@ -62,6 +86,22 @@ def to_canonical(sources: Mapping[str, Source], get: Callable[[str], Tensor], si
         # A view of a packed projection would keep the whole of it alive, and safetensors refuses to write one.
         weights[name] = tensor.contiguous()
     return weights
+
+
+def centred_values(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+    """Weights with which an RMS norm of the heads computes what a LayerNorm does with these.
+
+    A head is linear in its values, so its mean is that of the values: without the mean of each value head's rows, heads
+    have none. Exact, and not reversible. Half precision becomes float32, which holds the differences.
+    """
+    changed = dict(weights)
+    for name in ("v_proj.weight", "v_proj.bias"):
+        if name in weights:
+            tensor = weights[name]
+            heads = tensor.double().reshape(sizes.num_kv_heads, -1, *tensor.shape[1:])
+            centred = (heads - heads.mean(dim=1, keepdim=True)).reshape(tensor.shape)
+            changed[name] = centred.to(torch.promote_types(tensor.dtype, torch.float32))
+    return changed
 
 
 def from_canonical(layout: Layout, weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
@@ -86,6 +126,8 @@ def from_canonical(layout: Layout, weights: Mapping[str, Tensor], sizes: Sizes) 
         tensor = weights[name]
         if source.halves:
             tensor = _halves_from_pairs(tensor, _heads(name, sizes))
+        if sizes.noise_repeat > 1 and name.startswith("q_proj"):
+            tensor = _share_noise(name, tensor, sizes)
         if source.scalar:
             result[source.key] = _as_scalar(tensor, weights[name.replace("_q", "_k")], layout)
         elif source.part is None:

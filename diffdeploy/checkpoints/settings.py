@@ -1,6 +1,6 @@
 """What the tensors of a block cannot say: from the user's options, else from ``config.json``, else from the layout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from diffdeploy.checkpoints.detect import Found
@@ -53,12 +53,21 @@ class BlockSettings:
     Args:
         fields: of the config.json.
         found: layout of the block, and others with the same keys.
-        layer: index in the key, if there is one.
+        prefix: of the block, one of ``found.blocks``.
         options: what the user says; it goes before everything else.
+        lambda_init: reads it from the tensors, where the layout stores it.
     """
 
-    def __init__(self, fields: Fields, found: Found, layer: int | None, options: CheckpointOptions) -> None:
-        self.fields, self.layout, self.layer, self.options = fields, found.layout, layer, options
+    def __init__(
+        self,
+        fields: Fields,
+        found: Found,
+        prefix: str,
+        options: CheckpointOptions,
+        lambda_init: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        self.fields, self.layout, self.prefix, self.options = fields, found.layout, prefix, options
+        self.layer, self._stored_lambda_init = found.blocks[prefix], lambda_init
         self._others_fit = bool(found.also)
 
     def depth(self) -> int | None:
@@ -73,18 +82,25 @@ class BlockSettings:
 
     def lambda_init(self) -> float | None:
         """Constant part of lambda: as given, as the layout has it in every layer, else by the depth."""
-        if self.options.lambda_init is not None:
-            return self.options.lambda_init
+        given = self.options.lambda_init
+        if given is None and self.options.depth is None:
+            given = self.layout.lambda_init if self.layout.lambda_init_key is None else self._stored_lambda_init()
+        if given is not None:
+            return given
         depth = self.depth()
         return None if depth is None else lambda_init_at(depth)
 
     def output_scale(self, lambda_init: float) -> float:
         """Factor behind the norm."""
-        return 1 - lambda_init if self.options.output_scale is None else self.options.output_scale
+        given = self.layout.output_scale if self.options.output_scale is None else self.options.output_scale
+        return 1 - lambda_init if given is None else given
 
     def causal(self) -> bool | None:
         """Whether positions see none after them."""
-        return self.layout.causal if self.options.causal is None else self.options.causal
+        if self.options.causal is not None:
+            return self.options.causal
+        by_prefix = self.layout.causal_by_prefix.items()
+        return next((causal for name, causal in by_prefix if self.prefix.startswith(name)), self.layout.causal)
 
     def max_positions(self) -> int | None:
         """Positions that the model was made for."""
@@ -170,7 +186,7 @@ class BlockSettings:
         if self.options.norm_eps is not None:
             return self.options.norm_eps
         eps = typed_field(self.fields, self.layout.norm_eps_field, float)
-        return _NORM_EPS if eps is None else float(eps)
+        return float(self.layout.class_defaults.get(self.layout.norm_eps_field, _NORM_EPS) if eps is None else eps)
 
     def qk_norm_eps(self) -> float | None:
         """Epsilon of the norms of queries and keys; ``None`` for a layout without such norms."""

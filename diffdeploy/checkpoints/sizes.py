@@ -1,6 +1,6 @@
 """Sizes of a block, from the shapes of its tensors, held against the fields of ``config.json`` that name them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from diffdeploy.checkpoints.fields import Fields, typed_field
 from diffdeploy.checkpoints.layouts import Layout
@@ -13,12 +13,21 @@ _VECTOR, _MATRIX = 1, 2
 
 
 class Sizes(NamedTuple):
-    """Sizes of a block, found from shapes."""
+    """Sizes of a block, found from shapes.
+
+    Attributes:
+        noise_repeat: heads that share one noise query in the file, see `Layout.noise_repeat`.
+    """
 
     embed_dim: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    noise_repeat: int = 1
+
+    def of_config(self) -> dict[str, Any]:
+        """Those that a config has, by its names."""
+        return {name: getattr(self, name) for name in ("embed_dim", "num_heads", "num_kv_heads", "head_dim")}
 
 
 def read_sizes(tensors: BlockTensors, layout: Layout, fields: Fields) -> Sizes:
@@ -35,14 +44,18 @@ def read_sizes(tensors: BlockTensors, layout: Layout, fields: Fields) -> Sizes:
         columns = tensors.shape("out_proj.weight", _MATRIX)[1]
         q_rows, k_rows = columns, (k_rows - columns) // 2
     head_dim = _head_dim(tensors, layout, q_rows)
+    repeat = 1 if layout.noise_repeat is None else layout.noise_repeat(fields)
     sizes = Sizes(
         embed_dim,
-        num_heads=_count(tensors, "q_proj.weight", q_rows, 2 * head_dim),
+        num_heads=repeat * _count(tensors, "q_proj.weight", q_rows, (repeat + 1) * head_dim),
         num_kv_heads=_count(tensors, "k_proj.weight", k_rows, head_dim if layout.streams_share_keys else 2 * head_dim),
         head_dim=head_dim,
+        noise_repeat=repeat,
     )
     for field, (name, factor) in layout.head_fields.items():
         stated, found = typed_field(fields, field, int), factor * getattr(sizes, name)
+        if name == "num_heads" and repeat > 1:
+            found = sizes.num_heads // repeat * (repeat + 1)
         if stated is not None and stated != found:
             raise InputError(f"{field} in config.json is {stated}, but the weights have {found}; one is wrong")
     return sizes

@@ -13,7 +13,6 @@ from diffdeploy.checkpoints.files import open_tensors
 from diffdeploy.checkpoints.options import CheckpointOptions
 from diffdeploy.checkpoints.reader import BlockReader
 from diffdeploy.checkpoints.tensors import BlockTensors
-from diffdeploy.config import lambda_init_at
 from diffdeploy.errors import InputError
 
 __all__ = ["BlockSummary", "CheckpointSummary", "summarise"]
@@ -98,13 +97,12 @@ def _block(reader: BlockReader) -> BlockSummary:
     # Past the checks of `BlockTensors.get`: a block in fp8 or with NaN can be described, though not deployed.
     tensors = [reader.tensors.file.get(key) for key in reader.tensors.keys]
     layout, settings = reader.layout, reader.settings
-    depth = settings.depth()
-    lambda_init = None if depth is None or not layout.constant_lambda else lambda_init_at(depth)
+    lambda_init = settings.lambda_init() if layout.constant_lambda else None
     affine = "with gamma" if "subln.weight" in reader.tensors.sources else "without gamma"
     return BlockSummary(
         prefix=reader.tensors.prefix,
         layer=reader.layer,
-        **reader.sizes._asdict(),
+        **reader.sizes.of_config(),
         value_dim=reader.sizes.head_dim * (1 if layout.streams_share_keys else 2),
         head_fields=tuple(_counted_streams(reader)),
         norm=f"eps {settings.norm_eps():g}, {affine}" if layout.has_norm else "none",
@@ -123,9 +121,9 @@ def _block(reader: BlockReader) -> BlockSummary:
 
 def _counted_streams(reader: BlockReader) -> Iterator[str]:
     """Each field that counts several streams of a head as so many heads, in words."""
-    fields, sizes = reader.settings.fields, reader.sizes._asdict()
+    fields, sizes = reader.settings.fields, reader.sizes.of_config()
     for name, (size, factor) in reader.layout.head_fields.items():
-        if factor > 1 and name in fields:
+        if factor > 1 and name in fields and reader.sizes.noise_repeat == 1:
             kind = "key/value" if size == "num_kv_heads" else "differential"
             yield f"{name} {fields[name]} is {sizes[size]} {kind} heads of {factor} streams"
 

@@ -44,6 +44,7 @@ class BlockTensors:
         }
         self._require_whole_groups(layout)
         self._irrelevant = layout.irrelevant
+        self._lambda_init_key = layout.lambda_init_key
 
     def _require_whole_groups(self, layout: Layout) -> None:
         for group in _TOGETHER:
@@ -57,7 +58,7 @@ class BlockTensors:
     @property
     def unread(self) -> list[str]:
         """Keys under the prefix that neither the layout reads nor anybody needs."""
-        read = {source.key for source in self.sources.values()}
+        read = {source.key for source in self.sources.values()} | {self._lambda_init_key}
         return sorted(self.prefix + name for name in self.names - read if name not in self._irrelevant)
 
     def require_all_read(self, layout: Layout) -> None:
@@ -76,7 +77,21 @@ class BlockTensors:
     def keys(self) -> list[str]:
         """The keys that hold the block."""
         # A packed projection is the source of three weights, and is one key.
-        return list(dict.fromkeys(self.prefix + source.key for source in self.sources.values()))
+        stored = [] if self._lambda_init_key is None else [self.prefix + self._lambda_init_key]
+        return list(dict.fromkeys([*(self.prefix + source.key for source in self.sources.values()), *stored]))
+
+    def lambda_init(self) -> float | None:
+        """The constant part of lambda, where the layout stores it.
+
+        Raises:
+            InputError: it is no single number.
+        """
+        if self._lambda_init_key is None:
+            return None
+        tensor = self.get(self._lambda_init_key)
+        if tensor.numel() != 1:
+            raise InputError(f"{self.prefix}{self._lambda_init_key} has shape {list(tensor.shape)}; accepted is []")
+        return float(tensor)
 
     def key(self, name: str) -> str:
         """The key that holds a canonical weight."""
@@ -108,8 +123,12 @@ class BlockTensors:
             raise InputError(f"{key} holds NaN or infinity; such a block cannot be deployed")
         return tensor
 
-    def require_shapes(self, canonical: dict[str, tuple[int, ...]]) -> None:
+    def require_shapes(self, canonical: dict[str, tuple[int, ...]], noise_repeat: int = 1) -> None:
         """Hold each tensor against the shapes of the canonical weights that it holds.
+
+        Args:
+            canonical: shapes by names.
+            noise_repeat: heads that share one noise query in the file.
 
         Raises:
             InputError: a shape that does not fit the others.
@@ -117,6 +136,8 @@ class BlockTensors:
         expected: dict[str, list[int]] = {}
         for name, source in self.sources.items():
             shape = [] if source.scalar else list(canonical[name])
+            if name.startswith("q_proj"):
+                shape[0] = shape[0] // (2 * noise_repeat) * (noise_repeat + 1)
             # q, k and v of a packed projection add up to the rows of one tensor.
             if source.part is not None and source.key in expected:
                 expected[source.key][0] += shape[0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from diffdeploy.checkpoints.layouts import LAYOUTS
@@ -14,7 +15,7 @@ __all__ = ["write_checkpoint"]
 
 
 def write_checkpoint(
-    config: AnyConfig, weights: Mapping[str, Tensor], layout: str, *, prefix: str = ""
+    config: AnyConfig, weights: Mapping[str, Tensor], layout: str, *, prefix: str = "", noise_repeat: int = 1
 ) -> dict[str, Tensor]:
     """The state dict of a block in a layout.
 
@@ -23,6 +24,7 @@ def write_checkpoint(
         weights: canonical weights, such as ``block.state_dict()``.
         layout: name of a layout.
         prefix: put before each key.
+        noise_repeat: heads that share one noise query, in a layout that has such groups.
 
     Raises:
         InputError: the layout is not known or cannot hold the block.
@@ -35,5 +37,21 @@ def write_checkpoint(
     # No key says it: the file would be read back as the layout is, and compute something else.
     if chosen.causal is not None and chosen.causal != config.causal:
         raise InputError(f"layout {layout} is {'causal' if chosen.causal else 'not causal'}, unlike the block")
-    sizes = Sizes(config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim)
-    return {prefix + key: tensor for key, tensor in from_canonical(chosen, weights, sizes).items()}
+    for name in ("lambda_init", "output_scale"):
+        wanted = getattr(chosen, name)
+        if wanted is not None and wanted != getattr(config, name):
+            raise InputError(f"layout {layout} has {name} {wanted:g}, and the block {getattr(config, name)}")
+    if noise_repeat > 1 and not chosen.shares_noise:
+        raise InputError(f"layout {layout} has no heads that share a noise query")
+    sizes = Sizes(config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, noise_repeat)
+    state = from_canonical(chosen, weights, sizes)
+    if chosen.lambda_init_key is not None:
+        state[chosen.lambda_init_key] = _stored_lambda_init(config, layout)
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+def _stored_lambda_init(config: AnyConfig, layout: str) -> Tensor:
+    stored = torch.tensor(config.lambda_init, dtype=torch.float32)
+    if float(stored) != config.lambda_init:
+        raise InputError(f"layout {layout} stores lambda_init in float32, which does not hold {config.lambda_init}")
+    return stored

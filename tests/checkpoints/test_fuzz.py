@@ -57,6 +57,8 @@ STATES: dict[str, dict[str, tuple[int, ...]]] = {
     "diffllama": {**ROWS, **VECTORS, "o_proj.weight": (32, 32)},
     "timm": {**VECTORS, "qkv.weight": (96, 32), "proj.weight": (32, 32), "sub_norm.weight": (8,)},
     "timm-dual": {"lambda_a": (), "lambda_b": (), "qkv.weight": (96, 32), "proj.weight": (32, 32)},
+    "diffclip": {**VECTORS, "diff_norm.weight": (8,), **{f"{n}_proj.weight": (32, 32) for n in ("q", "k", "v", "out")}},
+    "axolotl": {**ROWS, **VECTORS, "o_proj.weight": (32, 32), "subln.weight": (8,), "lambda_init": ()},
     "phi4flash": {**VECTORS, "Wqkv.weight": (64, 32), "Wqkv.bias": (64,), "out_proj.weight": (32, 32)},
 }
 FIELDS = [
@@ -64,7 +66,16 @@ FIELDS = [
     *("num_hidden_layers", "rope_theta", "rope_scaling", "rope_parameters", "rope", "partial_rotary_factor", "causal"),
     *("is_causal", "sliding_window", "use_sliding_window", "window_size", "lambda_init", "rms_norm_eps", "norm_eps"),
     *("attn_rms_norm_eps", "layer_norm_eps", "attention_bias", "use_bias", "qkv_bias", "gqa_layout", "layer_types"),
-    *("num_noise_heads", "max_position_embeddings", "quantization_config", "mb_per_layer", "version", "dtype"),
+    *(
+        "num_noise_heads",
+        "k_ratio",
+        "split_heads",
+        "max_position_embeddings",
+        "quantization_config",
+        "mb_per_layer",
+        "version",
+        "dtype",
+    ),
 ]
 ROPE_FIELDS = ["rope_type", "type", "factor", "rope_theta", "style", "theta", "low_freq_factor", "high_freq_factor",
                "original_max_position_embeddings", "partial_rotary_factor", "attention_factor"]  # fmt: skip

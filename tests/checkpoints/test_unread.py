@@ -34,7 +34,7 @@ UNREAD = {
     "microsoft": [
         *("q_proj.bias", "k_proj.bias", "v_proj.bias", "out_proj.bias", "q_norm.weight", "k_norm.weight", "subln.bias"),
         *("g_proj.weight", "lambda_q3", "sinks", "relative_position_bias_table", "subnorm.weight", "sub_norm.weight"),
-        *("norm.weight", "group_norm.weight", "diff_norm.weight", "rotary.inv_freq"),
+        *("norm.weight", "group_norm.weight", "rotary.inv_freq"),
     ],
     "motif": ["q_norm.weight", "k_norm.weight", "subln.bias", "gate.weight"],
     "timm": ["gate.weight", "rel_pos.table", "sub_norm.bias", "q_norm.bias"],

@@ -24,7 +24,7 @@ from tests.support.code_bases import SOURCES, store
         ("diffllama", {"model_type": "diffllama", "num_attention_heads": 9}, "num_attention_heads in config.json is 9"),
         ("diffllama", {"model_type": "diffllama", "rope_scaling": {"type": "yarn"}}, "rope_type is 'yarn'"),
         ("diffllama", {"model_type": "diffllama", "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ("motif", {"model_type": "motif", "num_noise_heads": 8}, "num_noise_heads is set"),
+        ("motif", {"model_type": "motif", "num_noise_heads": 8}, "without num_attention_heads"),
         ("phi4flash", {"num_hidden_layers": 4}, None),
         ("phi4flash", {"num_hidden_layers": 2}, "layer 3 is a cross-attention layer"),
     ],

@@ -5,7 +5,8 @@ from collections.abc import Set as AbstractSet
 
 from diffdeploy.checkpoints.fields import Fields
 from diffdeploy.checkpoints.layouts.base import Layout, Source
-from diffdeploy.checkpoints.layouts.huggingface import DIFFLLAMA, MOTIF
+from diffdeploy.checkpoints.layouts.diffclip import DIFFCLIP
+from diffdeploy.checkpoints.layouts.huggingface import AXOLOTL, DIFFLLAMA, MOTIF
 from diffdeploy.checkpoints.layouts.microsoft import DIFFDEPLOY, MICROSOFT, MICROSOFT_V2, SDPADIFF
 from diffdeploy.checkpoints.layouts.phi4flash import PHI4FLASH
 from diffdeploy.checkpoints.layouts.timm import TIMM, TIMM_DUAL
@@ -15,7 +16,10 @@ __all__ = ["LAYOUTS", "UNSUPPORTED", "Layout", "Source"]
 # In the order in which they are tried; the first of those with the same keys gives its name where they mean the same.
 LAYOUTS = {
     layout.name: layout
-    for layout in (DIFFDEPLOY, MICROSOFT, SDPADIFF, MICROSOFT_V2, DIFFLLAMA, MOTIF, PHI4FLASH, TIMM, TIMM_DUAL)
+    for layout in (
+        *(DIFFDEPLOY, MICROSOFT, SDPADIFF, MICROSOFT_V2, DIFFLLAMA, MOTIF, AXOLOTL, PHI4FLASH, TIMM, TIMM_DUAL),
+        DIFFCLIP,
+    )
 }
 
 # Differential attention that is recognised and refused: the key that shows it, and why.
@@ -23,10 +27,6 @@ UNSUPPORTED: tuple[tuple[Callable[[AbstractSet[str], Fields], bool], str], ...] 
     (
         lambda keys, fields: any(key.endswith("wq_b_gate.weight") for key in keys),
         "it is Motif-3 (wq_b_gate): latent attention with grouped noise heads, which has no canonical form",
-    ),
-    (
-        lambda keys, fields: any(key.endswith(".lambda_init") for key in keys),
-        "it is axolotl's diff-transformer (lambda_init is a parameter), whose block has no output factor",
     ),
     (
         lambda keys, fields: any(key.endswith("da.lambda_q1") for key in keys),

@@ -51,6 +51,12 @@ class Layout:
         depth_offset: added to the layer index to give the depth of ``lambda_init``.
         gqa_layout: key map; ``None`` where the same keys are used for both.
         causal: whether the block is; ``None`` where the same keys are used for both.
+        causal_by_prefix: whether blocks whose prefix begins with a name are, before `causal`.
+        lambda_init: of every layer, where it does not follow from the depth.
+        lambda_init_key: the tensor that holds it, behind the prefix.
+        output_scale: factor behind the norm of the heads; ``None`` for ``1 - lambda_init``.
+        noise_repeat: heads that share one noise query, by the fields; their query rows are ``[groups, repeat + 1, d]``,
+            the noise last. ``None`` where each head has its own.
         rope: rotary embedding by the fields of config.json and the base that the user gave; ``None`` where the fields
             do not say.
         of_others: fields of config.json that are named like a fact about attention and mean another part of the model.
@@ -75,6 +81,11 @@ class Layout:
     depth_offset: int = 0
     gqa_layout: GqaLayout | None = "canonical"
     causal: bool | None = True
+    causal_by_prefix: Mapping[str, bool] = field(default_factory=dict)
+    lambda_init: float | None = None
+    lambda_init_key: str | None = None
+    output_scale: float | None = None
+    noise_repeat: Callable[[Fields], int] | None = None
     rope: Callable[[Fields, float | None], RopeConfig | None] | None = None
     of_others: tuple[str, ...] = ()
     reads_window: bool = False
@@ -85,6 +96,11 @@ class Layout:
     head_fields: Mapping[str, tuple[Literal["num_heads", "num_kv_heads"], int]] = field(default_factory=dict)
     sliding_window: Callable[[Fields, int | None], int | None] = lambda fields, layer: None
     refuse: Callable[[AbstractSet[str], Fields, int | None], str | None] = lambda keys, fields, layer: None
+
+    @property
+    def shares_noise(self) -> bool:
+        """Whether several heads may share a noise query."""
+        return self.noise_repeat is not None
 
     @property
     def has_norm(self) -> bool:
@@ -109,7 +125,8 @@ class Layout:
 
     def required_keys(self) -> list[str]:
         """Keys that every block has."""
-        return list(dict.fromkeys(source.key for source in self.sources.values()))
+        stored = [] if self.lambda_init_key is None else [self.lambda_init_key]
+        return list(dict.fromkeys([*(source.key for source in self.sources.values()), *stored]))
 
 
 # Older transformers stored what follows from the config.

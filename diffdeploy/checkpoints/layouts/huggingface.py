@@ -7,15 +7,17 @@ stream 1 first, then those of stream 2, in q, k and v alike; Motif stores pairs 
 from collections.abc import Set as AbstractSet
 from functools import partial
 
-from diffdeploy.checkpoints.fields import Fields
+from diffdeploy.checkpoints.fields import Fields, typed_field
 from diffdeploy.checkpoints.layouts.base import ROTARY_BUFFERS, Layout, Source, huggingface_rope, lambda_sources
+from diffdeploy.errors import InputError
 
-__all__ = ["DIFFLLAMA", "MOTIF"]
+__all__ = ["AXOLOTL", "DIFFLLAMA", "MOTIF"]
 
 _OUTPUT = {"out_proj.weight": Source("o_proj.weight")}
 
 # What the config class takes for a field that a file does not have; save_pretrained leaves none out.
 _DIFFLLAMA_DEFAULTS = {"rope_theta": 10_000.0, "rms_norm_eps": 1e-5}
+_LLAMA_DEFAULTS = {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
 
 DIFFLLAMA = Layout(
     name="diffllama",
@@ -42,15 +44,32 @@ DIFFLLAMA = Layout(
 )
 
 
-def _refuse_grouped(keys: AbstractSet[str], fields: Fields, layer: int | None) -> str | None:
-    if fields.get("num_noise_heads"):
-        return "num_noise_heads is set: grouped differential attention shares noise heads, which has no canonical form"
-    return None
+def _noise_repeat(fields: Fields) -> int:
+    """Signal heads for each noise head; 1 where nothing speaks of groups.
+
+    Raises:
+        InputError: numbers of heads that do not make whole groups.
+    """
+    noise = typed_field(fields, "num_noise_heads", int)
+    if noise is None:
+        return 1
+    ratio = typed_field(fields, "k_ratio", int)
+    if ratio not in (None, 1):
+        raise InputError(f"k_ratio in config.json is {ratio}; accepted is 1: one signal key for each noise key")
+    heads = typed_field(fields, "num_attention_heads", int)
+    if heads is None:
+        raise InputError("num_noise_heads is in config.json without num_attention_heads, which counts them as well")
+    if noise < 1 or heads <= noise or heads % noise:
+        raise InputError(
+            f"num_noise_heads in config.json is {noise}; accepted is a divisor of num_attention_heads, {heads}, that "
+            "leaves signal heads"
+        )
+    return heads // noise - 1
 
 
 MOTIF = Layout(
     name="motif",
-    what="Motif-2.6B",
+    what="Motif-2.6B, and Motif-2-12.7B with groups of heads that share one noise query",
     sources={
         **{f"{name}_proj.weight": Source(f"{name}_proj.weight") for name in "qkv"},
         **_OUTPUT,
@@ -70,5 +89,36 @@ MOTIF = Layout(
     norm_eps_field="attn_rms_norm_eps",
     of_others=("rms_norm_eps",),
     head_fields={"num_attention_heads": ("num_heads", 2), "num_key_value_heads": ("num_kv_heads", 2)},
-    refuse=_refuse_grouped,
+    noise_repeat=_noise_repeat,
+)
+
+
+def _refuse_doubled(keys: AbstractSet[str], fields: Fields, layer: int | None) -> str | None:
+    if fields.get("split_heads") is False:
+        return "split_heads is false: values are as wide as one stream, which has no canonical form yet"
+    if "subln.weight" not in keys:
+        return "it has no subln.weight: heads without a norm have no canonical form yet"
+    return None
+
+
+AXOLOTL = Layout(
+    name="axolotl",
+    what="axolotl-ai-cloud/diff-transformer with split heads and a norm",
+    sources={
+        **{f"{name}_proj.weight": Source(f"{name}_proj.weight", halves=True) for name in "qkv"},
+        **_OUTPUT,
+        **lambda_sources(),
+    },
+    # Required by `_refuse_doubled`, which says why.
+    optional={"subln.weight": Source("subln.weight")},
+    irrelevant=ROTARY_BUFFERS,
+    # A parameter here, and no factor behind the norm.
+    lambda_init_key="lambda_init",
+    output_scale=1.0,
+    rope=partial(huggingface_rope, default_theta=_LLAMA_DEFAULTS["rope_theta"]),
+    class_defaults=_LLAMA_DEFAULTS,
+    config_class="LlamaConfig of transformers 5.23, which axolotl's is derived from",
+    norm_eps_field="rms_norm_eps",
+    head_fields={"num_attention_heads": ("num_heads", 2), "num_key_value_heads": ("num_kv_heads", 2)},
+    refuse=_refuse_doubled,
 )
