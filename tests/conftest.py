@@ -44,6 +44,7 @@ def _version(package: str) -> str | None:
 GROUPED_BY = {"pristine", "program", "saved", "wheel"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for name in GROUPED_BY.intersection(getattr(item, "fixturenames", ())):
