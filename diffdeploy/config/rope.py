@@ -18,22 +18,33 @@ class RopeScaling:
     Attributes:
         kind: ``linear`` divides all by ``factor``; ``llama3`` divides those whose wavelength is above
             ``original_max_position_embeddings / low_freq_factor``, keeps those below
-            ``original_max_position_embeddings / high_freq_factor``, and goes from one to the other in between.
+            ``original_max_position_embeddings / high_freq_factor``, and goes from one to the other in between;
+            ``yarn`` (arXiv 2309.00071) does so by channel, between those that turn ``beta_slow`` and ``beta_fast``
+            times in ``original_max_position_embeddings``, and multiplies cosines and sines by `attention_scaling`.
         factor: at least 1.
         low_freq_factor: of ``llama3``.
         high_freq_factor: of ``llama3``.
-        original_max_position_embeddings: of ``llama3``.
+        original_max_position_embeddings: length that the model was trained for, of ``llama3`` and ``yarn``.
+        beta_fast: turns of the last channel that is kept, of ``yarn``.
+        beta_slow: turns of the first channel that is divided, of ``yarn``.
+        attention_factor: factor of cosines and sines, of ``yarn``; by default ``0.1 ln(factor) + 1``.
+        truncate: whether the borders between channels are whole numbers, of ``yarn``.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     # Llama 3.1's, for configs that leave them out.
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    # The paper's.
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
 
     def __post_init__(self) -> None:
-        require(self.kind in ("linear", "llama3"), "rope scaling", self.kind, "linear or llama3")
+        require(self.kind in ("linear", "llama3", "yarn"), "rope scaling", self.kind, "linear, llama3 or yarn")
         require(math.isfinite(self.factor) and self.factor >= 1, "rope scaling factor", self.factor, "1 or more")
         require(
             # Their difference is what the frequencies in between are interpolated over.
@@ -42,6 +53,21 @@ class RopeScaling:
             self.high_freq_factor,
             f"above low_freq_factor ({self.low_freq_factor})",
         )
+        fast, factor = self.beta_fast, self.attention_factor
+        require(
+            fast >= self.beta_slow > 0, "beta_fast", fast, f"at least beta_slow ({self.beta_slow}), which is above 0"
+        )
+        length = self.original_max_position_embeddings
+        require(length >= 1, "original_max_position_embeddings", length, "1 or more")
+        positive = factor is None or (math.isfinite(factor) and factor > 0)
+        require(positive, "attention_factor", factor, "a positive number")
+
+    @property
+    def attention_scaling(self) -> float:
+        """Factor of cosines and sines, so that scores grow by its square (arXiv 2309.00071, equation 22)."""
+        if self.kind != "yarn":
+            return 1.0
+        return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +87,6 @@ class RopeConfig:
     def __post_init__(self) -> None:
         require(self.style in get_args(RopeStyle), "rope.style", self.style, "interleaved or half")
         require(math.isfinite(self.theta) and self.theta > 0, "rope.theta", self.theta, "a positive number")
+        # Its borders between channels are logarithms to this base.
+        is_base = self.scaling is None or self.scaling.kind != "yarn" or self.theta > 1
+        require(is_base, "rope.theta", self.theta, "above 1, with yarn")

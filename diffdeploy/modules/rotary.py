@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from diffdeploy.config import RopeConfig, RopeStyle
+from diffdeploy.config import RopeConfig, RopeScaling, RopeStyle
 from diffdeploy.errors import InputError
 
 __all__ = ["RotaryEmbedding", "rotate"]
@@ -47,7 +47,8 @@ class RotaryEmbedding(nn.Module):
     def _fill_tables(self) -> None:
         positions = torch.arange(self.max_positions, dtype=torch.float64, device="cpu")
         angles = torch.outer(positions, _frequencies(self.config, self.head_dim))
-        self.cos, self.sin = angles.cos().to(self.cos), angles.sin().to(self.sin)
+        factor = 1.0 if self.config.scaling is None else self.config.scaling.attention_scaling
+        self.cos, self.sin = (angles.cos() * factor).to(self.cos), (angles.sin() * factor).to(self.sin)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
@@ -92,10 +93,29 @@ def _frequencies(config: RopeConfig, head_dim: int) -> Tensor:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    if scaling.kind == "yarn":
+        kept = 1 - _divided(config, scaling, head_dim)
+    else:
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def _divided(config: RopeConfig, scaling: RopeScaling, head_dim: int) -> Tensor:
+    """By pair of channels, how far it is on its way from kept to divided (arXiv 2309.00071, section 3.2)."""
+    length = scaling.original_max_position_embeddings
+    # The pair that turns so many times in the original context; between two pairs, unless the borders are rounded.
+    first, last = (
+        head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    )
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    length_of_ramp = last - first if last != first else 0.001  # as transformers has it, which would divide by zero
+    pairs = torch.arange(head_dim // 2, dtype=torch.float64, device="cpu")
+    return ((pairs - first) / length_of_ramp).clamp(0, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, style: RopeStyle) -> Tensor:

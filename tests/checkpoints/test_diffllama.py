@@ -30,8 +30,19 @@ from diffdeploy.modules.rotary import RotaryEmbedding
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.4,
+            "truncate": False,
+        },
     ],
-    ids=["default", "linear", "llama3"],
+    ids=["default", "linear", "llama3", "yarn", "yarn-mscale"],
 )
 @pytest.mark.parametrize("kv_heads", [8, 4, 2])
 def test_diffllama_against_transformers(kv_heads: int, scaling: dict[str, Any] | None, tmp_path: Path) -> None:
@@ -77,7 +88,7 @@ def test_diffllama_against_transformers(kv_heads: int, scaling: dict[str, Any] |
         torch.testing.assert_close(block(given), expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["linear", "llama3"])
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
 def test_rope_scaling_is_computed_twice_alike(kind: Any) -> None:
     rope = RopeConfig(
         style="half",

@@ -22,7 +22,7 @@ from tests.support.code_bases import SOURCES, store
     [
         ("diffllama", {}, "has the keys of layout diffllama, but no config.json beside it says so"),
         ("diffllama", {"model_type": "diffllama", "num_attention_heads": 9}, "num_attention_heads in config.json is 9"),
-        ("diffllama", {"model_type": "diffllama", "rope_scaling": {"type": "yarn"}}, "rope_type is 'yarn'"),
+        ("diffllama", {"model_type": "diffllama", "rope_scaling": {"type": "longrope"}}, "rope_type is 'longrope'"),
         ("diffllama", {"model_type": "diffllama", "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("motif", {"model_type": "motif", "num_noise_heads": 8}, "without num_attention_heads"),
         ("phi4flash", {"num_hidden_layers": 4}, None),

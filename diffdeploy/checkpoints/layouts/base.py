@@ -1,9 +1,10 @@
 """What a layout is: a table from canonical weights to the keys and rows of a code base, and a few facts beside it."""
 
+import math
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from diffdeploy.checkpoints.fields import Fields, shortened, typed_field
 from diffdeploy.config import LAMBDA_VECTORS, GqaLayout, RopeConfig, RopeScaling
@@ -171,17 +172,40 @@ def huggingface_rope(fields: Fields, theta: float | None, default_theta: float |
     if kind in (None, "default"):
         return RopeConfig(style="half", theta=float(theta))
     # The others change with the length at run time or scale the scores, which no table of angles can say.
-    if kind not in ("linear", "llama3"):
-        raise InputError(f"rope_type is {shortened(kind)}; accepted are default, linear and llama3")
+    if kind not in ("linear", "llama3", "yarn"):
+        raise InputError(f"rope_type is {shortened(kind)}; accepted are default, linear, llama3 and yarn")
     if typed_field(parameters, "factor", float) is None:
         raise InputError(f"rope_type is {kind}, which needs a factor beside it in config.json")
     # transformers keeps fields of other kinds in the same object; the rest of the defaults are those of `RopeScaling`.
-    known = ("factor", "low_freq_factor", "high_freq_factor")
-    numbers = {name: value for name in known if (value := typed_field(parameters, name, float)) is not None}
+    known = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
+    numbers: dict[str, Any] = {
+        name: value for name in known if (value := typed_field(parameters, name, float)) is not None
+    }
     context = typed_field(parameters, "original_max_position_embeddings", int)
-    lengths = {} if context is None else {"original_max_position_embeddings": context}
-    scaling = RopeScaling(kind=kind, **numbers, **lengths)  # type: ignore[arg-type]  # by the names of its fields
+    numbers |= {} if context is None else {"original_max_position_embeddings": context}
+    if kind == "yarn":
+        if context is None:
+            raise InputError("rope_type is yarn, which needs original_max_position_embeddings beside it in config.json")
+        numbers |= _yarn_attention_factor(parameters, numbers)
+        numbers["truncate"] = _truncates(parameters)
+    scaling = RopeScaling(kind=kind, **numbers)
     return RopeConfig(style="half", theta=float(theta), scaling=scaling)
+
+
+def _yarn_attention_factor(parameters: Fields, numbers: Mapping[str, float]) -> dict[str, float]:
+    """What a file says by ``mscale`` and ``mscale_all_dim``; both or none count, as in transformers."""
+    parts = [typed_field(parameters, name, float) for name in ("mscale", "mscale_all_dim")]
+    if "attention_factor" in numbers or not all(parts):
+        return {}
+    above, below = (0.1 * part * math.log(max(numbers["factor"], 1.0)) + 1.0 for part in parts if part is not None)
+    return {"attention_factor": above / below}
+
+
+def _truncates(parameters: Fields) -> bool:
+    value = parameters.get("truncate")
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"truncate in config.json is {shortened(value)}; accepted is true or false")
+    return value is not False
 
 
 def _object(fields: Fields, name: str) -> Fields:
