@@ -3,28 +3,14 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from diffdeploy.cli import console
 from diffdeploy.cli.bench_view import json_fields, print_bench, print_changes
-from diffdeploy.cli.shared_options import (
-    AsJson,
-    Causal,
-    Depth,
-    KeyMap,
-    LambdaInit,
-    LayoutName,
-    NormEps,
-    NormName,
-    OutputScale,
-    Prefix,
-    QkNormEps,
-    Rope,
-    RopeTheta,
-    SlidingWindow,
-)
+from diffdeploy.cli.checkpoint_options import takes_checkpoint_options
+from diffdeploy.cli.shared_options import AsJson
 from diffdeploy.errors import DiffDeployError, InputError, VerificationError
 
 if TYPE_CHECKING:
@@ -33,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 
+@takes_checkpoint_options
 def bench(
     sources: Annotated[
         list[Path] | None,
@@ -90,20 +77,9 @@ def bench(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Per size.", show_default="what fits 12 s, from 9 to 31")
     ] = None,
-    layout: LayoutName = None,
     layer: Annotated[int | None, typer.Option(help="0-based layer of it.", show_default="the only one")] = None,
-    prefix: Prefix = None,
-    depth: Depth = None,
-    lambda_init: LambdaInit = None,
-    output_scale: OutputScale = None,
-    causal: Causal = None,
-    sliding_window: SlidingWindow = None,
-    norm: NormName = None,
-    norm_eps: NormEps = None,
-    qk_norm_eps: QkNormEps = None,
-    rope: Rope = None,
-    rope_theta: RopeTheta = None,
-    gqa_layout: KeyMap = None,
+    *,
+    reading: dict[str, Any],
     as_json: AsJson = False,
     csv: Annotated[Path | None, typer.Option(help="Also write a table to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw latency over length: .svg or .png.")] = None,
@@ -123,22 +99,6 @@ def bench(
         from diffdeploy.bench.request import BenchRequest, prepare
         from diffdeploy.checkpoints import CheckpointOptions
 
-    reading = CheckpointOptions(
-        layout=layout,
-        layer=layer,
-        prefix=prefix,
-        depth=depth,
-        lambda_init=lambda_init,
-        output_scale=output_scale,
-        causal=causal,
-        sliding_window=sliding_window,
-        norm=norm,
-        norm_eps=norm_eps,
-        qk_norm_eps=qk_norm_eps,
-        rope=rope,
-        rope_theta=rope_theta,
-        gqa_layout=gqa_layout,
-    )
     request = BenchRequest(
         sources=tuple(sources or ()),
         impl=_names(impl),
@@ -155,7 +115,7 @@ def bench(
         graph=graph,
         baseline=baseline,
         rounds=rounds,
-        reading=reading,
+        reading=CheckpointOptions(layer=layer, **reading),
     )
     # Before the bundles are exported, which takes minutes, as the measuring does.
     old = outputs.check()

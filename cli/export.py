@@ -1,29 +1,15 @@
 """``diffdeploy export``: from a checkpoint to a verified bundle."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from diffdeploy.cli import console
 from diffdeploy.cli.all_formats import export_formats
+from diffdeploy.cli.checkpoint_options import takes_checkpoint_options
 from diffdeploy.cli.export_job import Job, export_all
-from diffdeploy.cli.shared_options import (
-    AsJson,
-    Causal,
-    Depth,
-    KeyMap,
-    LambdaInit,
-    LayoutName,
-    NormEps,
-    NormName,
-    OutputScale,
-    Prefix,
-    QkNormEps,
-    Rope,
-    RopeTheta,
-    SlidingWindow,
-)
+from diffdeploy.cli.shared_options import AsJson
 from diffdeploy.errors import InputError
 from diffdeploy.formats import format_names
 
@@ -41,6 +27,7 @@ def _known_format(name: str) -> str:
     return name
 
 
+@takes_checkpoint_options
 def export(
     checkpoint: Annotated[
         Path | None,
@@ -60,23 +47,12 @@ def export(
         Path | None,
         typer.Option("--output", "-o", help="Directory of the bundle.", show_default="artifacts/NAME-layerN-FORMAT"),
     ] = None,
-    layout: LayoutName = None,
     layer: Annotated[
         str | None,
         typer.Option(help="0-based layer to export, or all.", show_default="the only one; 0 of the sample"),
     ] = None,
-    prefix: Prefix = None,
-    depth: Depth = None,
-    lambda_init: LambdaInit = None,
-    output_scale: OutputScale = None,
-    causal: Causal = None,
-    sliding_window: SlidingWindow = None,
-    norm: NormName = None,
-    norm_eps: NormEps = None,
-    qk_norm_eps: QkNormEps = None,
-    rope: Rope = None,
-    rope_theta: RopeTheta = None,
-    gqa_layout: KeyMap = None,
+    *,
+    reading: dict[str, Any],
     graph: Annotated[
         Literal["plain", "masked", "cached"],
         typer.Option(help="Inputs: hidden states; with a padding mask; with a key/value cache."),
@@ -126,22 +102,6 @@ def export(
     if checkpoint is None:
         # It has four layers, so that one has to be chosen; the first command that one tries must not ask.
         checkpoint, layer = SAMPLE, layer or "0"
-    reading = CheckpointOptions(
-        layout=layout,
-        layer=None if layer in (None, "all") else _layer_number(layer),
-        prefix=prefix,
-        depth=depth,
-        lambda_init=lambda_init,
-        output_scale=output_scale,
-        causal=causal,
-        sliding_window=sliding_window,
-        norm=norm,
-        norm_eps=norm_eps,
-        qk_norm_eps=qk_norm_eps,
-        rope=rope,
-        rope_theta=rope_theta,
-        gqa_layout=gqa_layout,
-    )
     options = ExportOptions(
         format=format_name,
         graph=graph,
@@ -155,7 +115,8 @@ def export(
         impl=attention_impl,
         seed=seed,
     )
-    job = Job(checkpoint, reading, options, force=force, verify=not no_verify)
+    number = None if layer in (None, "all") else _layer_number(layer)
+    job = Job(checkpoint, CheckpointOptions(layer=number, **reading), options, force=force, verify=not no_verify)
     # The table of all formats is of one layer.
     if layer == "all" and format_name == "all":
         raise InputError("--layer is all and --format is all; give one of them a name, or run one after the other")

@@ -1,6 +1,8 @@
 """Fields of ``config.json`` that contradict a block are refused, until the user says which is right."""
 
 import json
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 from diffdeploy.bench.request import BenchRequest
 from diffdeploy.bundle import open_bundle
 from diffdeploy.checkpoints import CheckpointOptions
+from diffdeploy.cli.checkpoint_options import _options
 from diffdeploy.cli.main import main
 from tests.support.blocks import make_config, random_weights
 from tests.support.commands import refused
@@ -26,7 +29,7 @@ def _block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_block")
 @pytest.mark.parametrize(
-    ("fields", "option", "attribute", "value"),
+    ("stated", "option", "attribute", "value"),
     [
         ({"causal": False}, ["--no-causal"], "causal", False),
         ({"is_causal": False}, ["--causal"], "causal", True),
@@ -38,18 +41,23 @@ def _block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=lambda given: " ".join(given) if isinstance(given, dict | list) else "",
 )
 def test_a_contradiction_is_refused_and_settled_by_the_option_that_is_named(
-    fields: dict[str, object],
+    stated: dict[str, object],
     option: list[str],
     attribute: str,
     value: object,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Path("config.json").write_text(json.dumps(fields))
+    Path("config.json").write_text(json.dumps(stated))
     said = refused([*ARGUMENTS, *KNOWN], capsys)
-    assert f"{next(iter(fields))} is" in said
+    assert f"{next(iter(stated))} is" in said
     assert option[0].replace("--no-causal", "--causal") in said
     assert main([*ARGUMENTS, *KNOWN, *option]) == 0
     assert getattr(open_bundle("out").manifest.config, attribute) == value
+
+
+def test_every_fact_that_a_file_may_leave_open_is_an_option() -> None:
+    """The layer is one as well, but each command takes it in a way of its own."""
+    assert {*signature(_options).parameters, "layer"} == {field.name for field in fields(CheckpointOptions)}
 
 
 @pytest.mark.usefixtures("_block")

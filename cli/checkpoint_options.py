@@ -1,0 +1,83 @@
+"""The options that say what a checkpoint cannot, once for every command that reads one."""
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, Literal
+
+import typer
+
+__all__ = ["takes_checkpoint_options"]
+
+
+# Named as the fields of `diffdeploy.checkpoints.CheckpointOptions`, of which `layer` is each command's own.
+def _options(
+    layout: Annotated[
+        str | None, typer.Option(help="Layout of the checkpoint.", show_default="recognised by its keys")
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="What the keys of the block begin with.", show_default="that of the only block, or of --layer"
+        ),
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="0-based layer index that sets lambda_init.", show_default="as the keys say")
+    ] = None,
+    lambda_init: Annotated[
+        float | None, typer.Option(help="Constant part of lambda itself.", show_default="as --depth gives it")
+    ] = None,
+    output_scale: Annotated[
+        float | None, typer.Option(help="Factor behind the norm of the heads.", show_default="1 - lambda_init")
+    ] = None,
+    causal: Annotated[
+        bool | None,
+        typer.Option("--causal/--no-causal", help="Hide later positions.", show_default="as the layout has it"),
+    ] = None,
+    sliding_window: Annotated[
+        int | None,
+        typer.Option(min=0, help="Keys that a position sees; 0 for all.", show_default="as config.json says"),
+    ] = None,
+    norm: Annotated[
+        Literal["rms", "layer"] | None,
+        typer.Option(help="Norm of the heads; layer subtracts their mean.", show_default="rms"),
+    ] = None,
+    norm_eps: Annotated[
+        float | None,
+        typer.Option(help="Epsilon of the norm of the heads.", show_default="as config.json says, or 1e-5"),
+    ] = None,
+    qk_norm_eps: Annotated[
+        float | None,
+        typer.Option(help="Epsilon of the norms of queries and keys.", show_default="as the layout has it"),
+    ] = None,
+    rope: Annotated[
+        Literal["interleaved", "half", "none"] | None,
+        typer.Option(help="Rotary embedding.", show_default="as config.json says"),
+    ] = None,
+    rope_theta: Annotated[
+        float | None, typer.Option(help="Base of the rotary frequencies.", show_default="as config.json says")
+    ] = None,
+    gqa_layout: Annotated[
+        Literal["canonical", "legacy"] | None,
+        typer.Option(help="Which key stream a query stream reads.", show_default="as config.json says"),
+    ] = None,
+) -> None:
+    """Nothing: only the signature is of use."""
+
+
+def takes_checkpoint_options(command: Callable[..., int]) -> Callable[..., int]:
+    """The command with all of these options in place of its keyword parameter ``reading``, which gets their values."""
+    added = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in signature(_options).parameters.values()]
+    parameters: list[Parameter] = []
+    for own in signature(command).parameters.values():
+        parameters += added if own.name == "reading" else [own]
+
+    @wraps(command)
+    def run_command(**given: Any) -> int:
+        reading = {option.name: given.pop(option.name) for option in added}
+        return command(**given, reading=reading)
+
+    # Both are what typer looks at.
+    run_command.__signature__ = Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+    run_command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run_command
