@@ -109,5 +109,7 @@ def _two_products(
     signal, noise = probabilities.reshape(batch, num_kv_heads, length * group_size, 2, key_length).unbind(3)
     factor = as_rows(lam, num_kv_heads) if lam.ndim == 4 else lam
     difference = torch.addcmul(signal, factor, noise, value=-1)
-    output = F.pad(difference, (0, 0, 0, _FAST_ROWS - 1)) @ v_BHTe
-    return from_rows(output[:, :, : 1 - _FAST_ROWS], group_size)
+    if group_size < _FAST_ROWS:
+        filling = _FAST_ROWS - group_size
+        return from_rows((F.pad(difference, (0, 0, 0, filling)) @ v_BHTe)[:, :, :-filling], group_size)
+    return from_rows(difference @ v_BHTe, group_size)
