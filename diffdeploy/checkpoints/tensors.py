@@ -58,8 +58,8 @@ class BlockTensors:
     @property
     def unread(self) -> list[str]:
         """Keys under the prefix that neither the layout reads nor anybody needs."""
-        read = {source.key for source in self.sources.values()} | {self._lambda_init_key}
-        return sorted(self.prefix + name for name in self.names - read if name not in self._irrelevant)
+        needless = {self.prefix + name for name in self._irrelevant}
+        return sorted({self.prefix + name for name in self.names}.difference(self.keys, needless))
 
     def require_all_read(self, layout: Layout) -> None:
         """See that no tensor of the block would be dropped.

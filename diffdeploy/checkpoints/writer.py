@@ -41,7 +41,7 @@ def write_checkpoint(
         wanted = getattr(chosen, name)
         if wanted is not None and wanted != getattr(config, name):
             raise InputError(f"layout {layout} has {name} {wanted:g}, and the block {getattr(config, name)}")
-    if noise_repeat > 1 and not chosen.shares_noise:
+    if noise_repeat > 1 and chosen.noise_repeat is None:
         raise InputError(f"layout {layout} has no heads that share a noise query")
     sizes = Sizes(config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, noise_repeat)
     state = from_canonical(chosen, weights, sizes)

@@ -99,11 +99,6 @@ class Layout:
     refuse: Callable[[AbstractSet[str], Fields, int | None], str | None] = lambda keys, fields, layer: None
 
     @property
-    def shares_noise(self) -> bool:
-        """Whether several heads may share a noise query."""
-        return self.noise_repeat is not None
-
-    @property
     def has_norm(self) -> bool:
         """Whether each head's output is normalised."""
         return self.version == 1
@@ -171,7 +166,7 @@ def huggingface_rope(fields: Fields, theta: float | None, default_theta: float |
         raise InputError(f"partial_rotary_factor is {shortened(partial)}; accepted is 1: every channel is turned")
     if kind in (None, "default"):
         return RopeConfig(style="half", theta=float(theta))
-    # The others change with the length at run time or scale the scores, which no table of angles can say.
+    # The others change with the length at run time, which no table can say.
     if kind not in ("linear", "llama3", "yarn"):
         raise InputError(f"rope_type is {shortened(kind)}; accepted are default, linear, llama3 and yarn")
     if typed_field(parameters, "factor", float) is None:
