@@ -28,8 +28,9 @@ class AotiFormat(Format):
 
     def fastest_impl(self, variant: Variant) -> str:
         """See `Format.fastest_impl`."""
-        # rows reads the cache once, in one attention. Elsewhere padded, since torch's fused attention on the CPU wants
-        # equal widths: with wide values two_call takes 1.7 to 2 times as long at 2,048 positions.
+        # rows reads the cache once: in one attention or, for one token, in two products. Elsewhere padded, since the
+        # fused attention of torch on the CPU wants equal widths: with wide values two_call takes 1.7 to 2 times as long
+        # at 2,048 positions.
         return "rows" if variant == "cached" else "padded"
 
     def lower(
