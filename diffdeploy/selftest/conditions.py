@@ -1,6 +1,6 @@
 """What must hold of a bundle for a fault to be one: heads that can be confused, a mask that can be ignored, ..."""
 
-from diffdeploy.selftest.fault import FaultTarget
+from diffdeploy.selftest.fault import FaultTarget, When
 
 __all__ = [
     "LONG",
@@ -9,9 +9,12 @@ __all__ = [
     "causal_without_window",
     "float32",
     "grouped",
+    "has_positions",
     "has_rope",
+    "longer_than",
     "longer_than_64",
     "masked",
+    "rows_above",
     "several_heads",
     "several_kv_heads",
     "several_pairs",
@@ -97,3 +100,18 @@ def cached(target: FaultTarget) -> bool:
 def float32(target: FaultTarget) -> bool:
     """Half precision would be another one."""
     return target.spec.dtype == "float32"
+
+
+def has_positions(target: FaultTarget) -> bool:
+    """The graph takes positions."""
+    return "position_ids" in target.spec.inputs
+
+
+def longer_than(length: int) -> When:
+    """Sequences can be longer than that."""
+    return lambda target: target.spec.axes["sequence_length"].max > length
+
+
+def rows_above(num_rows: int) -> When:
+    """A batch can have more rows than that."""
+    return lambda target: target.spec.axes["batch_size"].max > num_rows

@@ -79,6 +79,8 @@ class Fault:
         applies: whether it would be a fault of this bundle at all.
         wrap: what it does to a loaded runtime instead.
         signed: whether the manifest is written again afterwards, so that the digests do not give it away.
+        family: what kind of inputs or of damage shows it; by default its place.
+        provable: whether a sweep can be expected to see it; one that a single exact value triggers is seen by chance.
     """
 
     name: str
@@ -90,3 +92,9 @@ class Fault:
     wrap: Wrap | None = None
     # Without a new signature the digests alone would catch every fault, and nothing else would be tried.
     signed: bool = True
+    family: str = ""
+    provable: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.family:
+            object.__setattr__(self, "family", self.place)

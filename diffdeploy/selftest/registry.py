@@ -6,6 +6,7 @@ from diffdeploy.formats import FileFault, Format, formats
 from diffdeploy.selftest.blocks import BLOCK_FAULTS
 from diffdeploy.selftest.bundle_files import BUNDLE_FILE_FAULTS
 from diffdeploy.selftest.fault import Fault, FaultTarget
+from diffdeploy.selftest.legal import LEGAL_INPUT_FAULTS
 from diffdeploy.selftest.numbers import NUMBER_FAULTS
 from diffdeploy.selftest.precision import PRECISION_FAULTS
 from diffdeploy.selftest.runtimes import RUNTIME_FAULTS
@@ -26,6 +27,7 @@ def all_faults() -> tuple[Fault, ...]:
         *of_files,
         *BUNDLE_FILE_FAULTS,
         *RUNTIME_FAULTS,
+        *LEGAL_INPUT_FAULTS,
         *BLOCK_FAULTS,
     )
 

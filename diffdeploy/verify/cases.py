@@ -7,13 +7,16 @@ import numpy as np
 
 from diffdeploy.arrays import Array
 from diffdeploy.graphs import GraphSpec
+from diffdeploy.verify.values import EXTREME_KINDS, Kind, Mask, draw_past, draw_states, draw_tokens
 
-__all__ = ["AnyCase", "Case", "Kind", "Mask", "UserCase"]
+__all__ = ["AnyCase", "Case", "Kind", "Mask", "Positions", "UserCase"]
 
-Kind = Literal["normal", "tiny", "large", "constant"]
-Mask = Literal["none", "left", "right", "ragged", "hidden"]
+Positions = Literal["counted", "drawn"]
 
-_SCALES = {"normal": 1.0, "tiny": 1e-3, "large": 8.0, "constant": 1.0}
+# Of a long sequence all of these are compared, since they must be what they are without the rest of it.
+_FIRST_QUERIES, _LAST_QUERIES = 32, 16
+# Rows of a large batch that differ from each other.
+_DISTINCT_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +29,20 @@ class Case:
         seed: of the generator, together with all the sizes and kinds.
         kind: ``normal`` N(0, 1); ``tiny`` N(0, 1e-6), where the norm's epsilon rules; ``large`` N(0, 64), where the
             softmax saturates; ``constant`` the same vector at every position, where only the mask and the rotary
-            embedding tell positions apart.
-        mask: padding of the last row: ``none``, at the ``left``, at the ``right``, ``ragged`` in between; ``hidden`` is
-            a row of nothing else.
+            embedding tell positions apart; ``zeros`` with tokens of zeros; ``repeated`` a few tokens again and again;
+            ``offset`` far from a mean of 0; ``outliers`` channels 100 to 2000 times as large as the others; ``heavy``
+            Student's t with two degrees of freedom; ``scaled`` a scale of 1e-6 to 1e4 for each row; ``scales`` one for
+            each token; ``nan`` and ``infinity`` in one token of the first row.
+        mask: ``none``; padding of the last row at the ``left``, at the ``right``, ``ragged`` in between, or ``hidden``,
+            a row of nothing else; ``mixed``, where every row hides other tokens, from one to all.
+        positions: ``counted`` from the mask, as generation does, or ``drawn`` from the declared range.
         past_length: tokens in the cache.
         chunks: lengths of the calls that the sequence is fed in, each with the cache of the one before; together they
             must give what one pass gives. Empty for a single call.
         row_by_row: whether each row is fed alone; together they must give what the batch gives.
+        repeats: whether rows behind the eighth are among the first eight again, in random order: they must give what
+            those give, and the formula is computed for those alone.
+        num_queries: positions whose output is compared, spread over the sequence; 0 for all.
         number: of a random case; 0 for the others.
     """
 
@@ -41,9 +51,12 @@ class Case:
     seed: int
     kind: Kind = "normal"
     mask: Mask = "none"
+    positions: Positions = "counted"
     past_length: int = 0
     chunks: tuple[int, ...] = ()
     row_by_row: bool = False
+    repeats: bool = False
+    num_queries: int = 0
     number: int = 0
 
     @property
@@ -55,7 +68,9 @@ class Case:
         parts += [f"S{self.sequence_length}"]
         parts += [f"in-{'+'.join(map(str, self.chunks))}"] if self.chunks else []
         parts += ["row-by-row"] if self.row_by_row else []
+        parts += ["repeats"] if self.repeats else []
         parts += [] if self.mask == "none" else [self.mask]
+        parts += ["positions"] if self.positions == "drawn" else []
         return "-".join((*parts, self.kind))
 
     @property
@@ -65,55 +80,75 @@ class Case:
             return "random"
         if self.chunks:
             return "cache equivalence"
-        if self.row_by_row:
+        if self.row_by_row or self.repeats:
             return "batch invariance"
-        words = ["past"] if self.past_length else []
+        words = ["long"] if self.num_queries else []
+        words += ["past"] if self.past_length else []
         words += [] if self.mask == "none" else ["hidden rows" if self.mask == "hidden" else f"{self.mask} padding"]
+        words += ["drawn positions"] if self.positions == "drawn" else []
         return ", ".join(words + ([self.kind] if self.kind != "normal" or not words else []))
+
+    @property
+    def is_extreme(self) -> bool:
+        """Whether a right computation in the dtype may overflow, or has NaN to begin with."""
+        return self.kind in EXTREME_KINDS
+
+    @property
+    def by_row(self) -> bool:
+        """Whether each row is judged by itself: of rows in different sizes the largest would hide all others."""
+        return self.repeats or self.kind == "scaled"
+
+    def queries(self) -> Array | None:
+        """Positions whose output is compared, ascending; ``None`` for all."""
+        if not 0 < self.num_queries < self.sequence_length:
+            return None
+        length = self.sequence_length
+        ends = [*range(min(_FIRST_QUERIES, length)), *range(max(0, length - _LAST_QUERIES), length)]
+        # One of each of equal parts, so that no part as long as a kernel's block is left out.
+        parts = np.linspace(0, length, self.num_queries + 1)
+        drawn = np.floor(np.random.default_rng([self.seed, length]).uniform(parts[:-1], parts[1:])).astype(np.int64)
+        return np.unique(np.concatenate((np.array(ends, dtype=np.int64), drawn)))
+
+    def sources(self) -> Array:
+        """For each row, the row among the distinct ones that it is."""
+        distinct = min(self.batch_size, _DISTINCT_ROWS) if self.repeats else self.batch_size
+        again = np.random.default_rng([self.seed, self.batch_size]).integers(0, distinct, self.batch_size - distinct)
+        return np.concatenate((np.arange(distinct), again))
 
     def inputs(self, spec: GraphSpec) -> dict[str, Array]:
         """The inputs of a single call, by name, as ``spec`` wants them."""
         kinds, masks = get_args(Kind), get_args(Mask)
+        sources = self.sources()
+        num_rows, total = int(sources.max()) + 1, self.past_length + self.sequence_length
         numbers = (self.batch_size, self.sequence_length, self.past_length)
         # Only where there is one: a 0 would give the other cases, and stored golden vectors, other inputs.
         more = (self.number,) if self.number else ()
         # All that names a case, so that no two share their inputs, and the name alone gives them again.
-        generator = np.random.default_rng([self.seed, *numbers, kinds.index(self.kind), masks.index(self.mask), *more])
+        entropy = [self.seed, *numbers, kinds.index(self.kind), masks.index(self.mask), *more]
+        generator, of_masks = np.random.default_rng(entropy), np.random.default_rng([*entropy, 1])
         hidden = spec.inputs["hidden_states"]
-        rows = 1 if self.kind == "constant" else self.sequence_length
-        values = generator.standard_normal((self.batch_size, rows, int(hidden.shape[-1])), dtype=np.float32)
-        # Drawn in float32 and then rounded, so that every dtype is tried on the same numbers.
-        values *= _SCALES[self.kind]
-        inputs = {"hidden_states": np.repeat(values, self.sequence_length // rows, axis=1).astype(hidden.dtype)}
+        states = draw_states(self.kind, generator, num_rows, self.sequence_length, int(hidden.shape[-1]))
+        inputs = {"hidden_states": states.astype(hidden.dtype)}
         if "attention_mask" in spec.inputs:
-            tokens = self._tokens()
+            tokens = draw_tokens(self.mask, of_masks, num_rows, total)
             inputs["attention_mask"] = tokens
             if "position_ids" in spec.inputs:
-                # As generation counts them: padding takes no position.
-                positions = np.maximum(tokens.cumsum(axis=1) - 1, 0)
-                inputs["position_ids"] = np.ascontiguousarray(positions[:, self.past_length :])
+                inputs["position_ids"] = self._position_ids(spec, tokens, of_masks)
         for name in ("past_key_values.key", "past_key_values.value"):
             if name in spec.inputs:
                 _, heads, _, width = spec.inputs[name].shape
-                shape = (self.batch_size, int(heads), self.past_length, int(width))
-                inputs[name] = generator.standard_normal(shape, dtype=np.float32).astype(spec.inputs[name].dtype)
-        return inputs
+                shape = (num_rows, int(heads), self.past_length, int(width))
+                inputs[name] = draw_past(self.kind, generator, shape).astype(spec.inputs[name].dtype)
+        return {name: array[sources] for name, array in inputs.items()} if self.repeats else inputs
 
-    def _tokens(self) -> Array:
-        total = self.past_length + self.sequence_length
-        tokens = np.ones((self.batch_size, total), dtype=np.int64)
-        # In the last row alone: the others show a mask that is applied to the wrong row.
-        half = max(1, total // 2)
-        if self.mask == "left":
-            tokens[-1, :half] = 0
-        elif self.mask == "right":
-            tokens[-1, total - half :] = 0
-        elif self.mask == "ragged":
-            # The first token too, so that under causality the first query sees nothing.
-            tokens[-1, ::3] = 0
-        elif self.mask == "hidden":
-            tokens[-1] = 0
-        return tokens
+    def _position_ids(self, spec: GraphSpec, tokens_BT: Array, generator: np.random.Generator) -> Array:
+        if self.positions == "drawn":
+            values = spec.inputs["position_ids"].values
+            assert values is not None
+            return generator.integers(values.min, values.max + 1, (len(tokens_BT), self.sequence_length))
+        # As generation counts them: padding takes no position.
+        counted = np.maximum(tokens_BT.cumsum(axis=1) - 1, 0)
+        return np.ascontiguousarray(counted[:, self.past_length :])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +164,9 @@ class UserCase:
     arrays: dict[str, Array] = field(repr=False)
     chunks: tuple[int, ...] = ()
     row_by_row: bool = False
+    # What users bring may overflow their dtype, and is nobody's fault.
+    is_extreme: bool = True
+    by_row: bool = False
 
     @property
     def id(self) -> str:
@@ -143,6 +181,14 @@ class UserCase:
     def inputs(self, spec: GraphSpec) -> dict[str, Array]:  # noqa: ARG002 - they were checked when they were read
         """The inputs of a single call, by name."""
         return self.arrays
+
+    def queries(self) -> Array | None:
+        """All are compared."""
+        return None
+
+    def sources(self) -> Array:
+        """Every row is one of its own."""
+        return np.arange(len(self.arrays["hidden_states"]))
 
 
 AnyCase = Case | UserCase

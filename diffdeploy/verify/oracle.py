@@ -54,11 +54,25 @@ def _softmax_times(q_Sd: Array, k_Td: Array, v_Te: Array, hidden_ST: Array) -> A
     scores -= np.where(np.isneginf(largest), 0.0, largest)
     np.exp(scores, out=scores)
     total = scores.sum(axis=1, keepdims=True)
-    product: Array = scores @ v_Te / np.where(total == 0.0, 1.0, total)
+    product: Array = _weighted(scores, v_Te, hidden_ST) / np.where(total == 0.0, 1.0, total)
     return product
 
 
-def oracle(config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> dict[str, Array]:
+def _weighted(weights_ST: Array, v_Te: Array, hidden_ST: Array) -> Array:
+    """Weights times values; NaN and infinity in a hidden token, whose weight is 0, stay where they are."""
+    finite = np.isfinite(v_Te)
+    if finite.all():
+        return weights_ST @ v_Te
+    product: Array = weights_ST @ np.where(finite, v_Te, 0.0)
+    for key in np.flatnonzero(~finite.all(axis=1)):
+        sees = ~hidden_ST[:, key]
+        product[sees] += np.where(finite[key], 0.0, weights_ST[sees, key, None] * v_Te[key])
+    return product
+
+
+def oracle(
+    config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], queries: Array | None = None
+) -> dict[str, Array]:
     """Differential attention as in arXiv 2410.05258, equations 1 to 3, or its second version.
 
     Args:
@@ -66,16 +80,21 @@ def oracle(config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str,
         weights: canonical weights, any floating dtype.
         inputs: by the names of the graph: ``hidden_states [B, S, D]``, and what of ``attention_mask [B, T]``,
             ``position_ids [B, S]``, ``past_key_values.key`` and ``past_key_values.value`` the variant has.
+        queries: ascending positions whose output is computed, by default all; the cost of the attentions is theirs.
 
     Returns:
-        float64 arrays by the names of the graph: ``output [B, S, D]``; with a past also ``present.key`` and
-        ``present.value``.
+        float64 arrays by the names of the graph: ``output [B, S, D]``, or of the queries; with a past also
+        ``present.key`` and ``present.value``.
     """
-    return _formula(config, weights, inputs, (_as_it_is,))[0]
+    return _formula(config, weights, inputs, (_as_it_is,), queries)[0]
 
 
 def exact_and_stored(
-    config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], dtype: DType
+    config: AnyConfig,
+    weights: Mapping[str, Array],
+    inputs: Mapping[str, Array],
+    dtype: DType,
+    queries: Array | None = None,
 ) -> tuple[dict[str, Array], Array]:
     """What `oracle` gives, and ``output`` as it is when the streams are stored in a dtype on the way.
 
@@ -87,13 +106,14 @@ def exact_and_stored(
         weights: as for `oracle`.
         inputs: as for `oracle`.
         dtype: that both streams, lambda times the second, and the difference are rounded to; all else is exact.
+        queries: as for `oracle`.
     """
 
     def store(values: Array) -> Array:
         rounded: Array = values.astype(dtype).astype(np.float64)
         return rounded
 
-    exact, stored = _formula(config, weights, inputs, (_as_it_is, store))
+    exact, stored = _formula(config, weights, inputs, (_as_it_is, store), queries)
     return exact, stored["output"]
 
 
@@ -102,14 +122,18 @@ def _as_it_is(values: Array) -> Array:
 
 
 def _formula(
-    config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], stores: Sequence[Store]
+    config: AnyConfig,
+    weights: Mapping[str, Array],
+    inputs: Mapping[str, Array],
+    stores: Sequence[Store],
+    queries: Array | None,
 ) -> list[dict[str, Array]]:
     """Outputs for each way of storing the streams."""
     # The artifact's own weights, so that what casting them cost is no error of the artifact.
     w = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
     with np.errstate(over="ignore", invalid="ignore"):  # inputs may hold infinity, and the criterion looks at results
         rows = [
-            _sequence(config, w, {name: array[b] for name, array in inputs.items()}, stores)
+            _sequence(config, w, {name: array[b] for name, array in inputs.items()}, stores, queries)
             for b in range(len(inputs["hidden_states"]))
         ]
     present = {}
@@ -126,13 +150,24 @@ class _Row(NamedTuple):
     value: Array
 
 
-def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Array], stores: Sequence[Store]) -> _Row:
+def _sequence(
+    config: AnyConfig,
+    w: Mapping[str, Array],
+    inputs: Mapping[str, Array],
+    stores: Sequence[Store],
+    queries: Array | None,
+) -> _Row:
     """One batch row; inputs without their batch axis."""
     x_SD = np.asarray(inputs["hidden_states"], dtype=np.float64)
     length = len(x_SD)
+    chosen = np.arange(length) if queries is None else queries
     q, k, v = (
-        np.swapaxes((x_SD @ w[f"{n}_proj.weight"].T + w.get(f"{n}_proj.bias", 0.0)).reshape(length, -1, width), 0, 1)
-        for n, width in (("q", config.head_dim), ("k", config.head_dim), ("v", config.value_dim))
+        np.swapaxes((x @ w[f"{n}_proj.weight"].T + w.get(f"{n}_proj.bias", 0.0)).reshape(len(x), -1, width), 0, 1)
+        for n, x, width in (
+            ("q", x_SD[chosen], config.head_dim),
+            ("k", x_SD, config.head_dim),
+            ("v", x_SD, config.value_dim),
+        )
     )
     if config.qk_norm_eps is not None:
         q, k = (
@@ -142,17 +177,17 @@ def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Ar
     past_length = inputs["past_key_values.key"].shape[1] if "past_key_values.key" in inputs else 0
     if config.rope is not None:
         positions = inputs.get("position_ids", np.arange(past_length, past_length + length))
-        q, k = _rotate(q, config.rope, positions), _rotate(k, config.rope, positions)
+        q, k = _rotate(q, config.rope, positions[chosen]), _rotate(k, config.rope, positions)
     if "past_key_values.key" in inputs:
         k = np.concatenate((_streams(config, inputs["past_key_values.key"].astype(np.float64)), k), axis=1)
         v = np.concatenate((inputs["past_key_values.value"].astype(np.float64), v), axis=1)
     tokens = inputs.get("attention_mask", np.ones(past_length + length))
-    joined = np.empty((len(stores), length, config.num_heads * config.value_dim))
-    for start in range(0, length, _ROWS):
-        rows = slice(start, min(start + _ROWS, length))
+    joined = np.empty((len(stores), len(chosen), config.num_heads * config.value_dim))
+    for start in range(0, len(chosen), _ROWS):
+        rows = slice(start, min(start + _ROWS, len(chosen)))
         # Of causal queries, later keys are hidden from the whole block.
-        num_keys = past_length + (rows.stop if config.causal else length)
-        hidden = _hidden(config, np.arange(past_length + start, past_length + rows.stop), tokens[:num_keys])
+        num_keys = past_length + (int(chosen[rows.stop - 1]) + 1 if config.causal else length)
+        hidden = _hidden(config, past_length + chosen[rows], tokens[:num_keys])
         for i in range(config.num_heads):
             value = v[i // (config.num_heads // config.num_kv_heads), :num_keys]
             signal, noise = (
@@ -161,7 +196,9 @@ def _sequence(config: AnyConfig, w: Mapping[str, Array], inputs: Mapping[str, Ar
             columns = slice(i * config.value_dim, (i + 1) * config.value_dim)
             # The streams once for all ways of storing them, since they are nearly all of the work.
             for number, store in enumerate(stores):
-                joined[number, rows, columns] = _head(config, w, i, store(signal), store(noise), x_SD[rows], store)
+                joined[number, rows, columns] = _head(
+                    config, w, i, store(signal), store(noise), x_SD[chosen[rows]], store
+                )
     outputs = [heads @ w["out_proj.weight"].T + w.get("out_proj.bias", 0.0) for heads in joined]
     return _Row(outputs, _pairs(config, k), v)
 

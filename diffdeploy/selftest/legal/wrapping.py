@@ -1,0 +1,88 @@
+"""Entering faults that only some legal inputs show: the artifact computes other inputs, or is off at some places.
+
+Each stands between a runtime and its caller, so that every format can have it without another export.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from diffdeploy.arrays import Array
+from diffdeploy.selftest.fault import Fault, When, all_of
+
+__all__ = ["Arrays", "length_of", "num_rows_of", "of_inputs", "of_places", "past_of", "row_numbers"]
+
+Arrays = dict[str, Array]
+Run = Callable[[Arrays], Arrays]
+
+# An error far above every budget, and far below what anybody would see in a plot.
+_OFF = 1.05
+
+
+def of_inputs(family: str, name: str, breaks: str, change: Callable[[Arrays], Arrays], *conditions: When) -> Fault:
+    """The artifact computes the right result of other inputs: ``change`` gives those that differ."""
+
+    def wrap(run: Run) -> Run:
+        return lambda inputs: run({**inputs, **change(inputs)})
+
+    return _fault(family, name, breaks, wrap, *conditions)
+
+
+def of_places(
+    family: str,
+    name: str,
+    breaks: str,
+    where: Callable[[Arrays], Array | bool],
+    *conditions: When,
+    factor: float = _OFF,
+    provable: bool = True,
+) -> Fault:
+    """The output is multiplied where ``where`` says so, ``[B, S]`` or what broadcasts to it."""
+
+    def wrap(run: Run) -> Run:
+        def wrong(inputs: Arrays) -> Arrays:
+            outputs = run(inputs)
+            output = outputs["output"]
+            shape = output.shape[:2]
+            hit = np.broadcast_to(where(inputs), shape)[:, :, None]
+            with np.errstate(invalid="ignore", over="ignore"):
+                changed = np.where(hit, output.astype(np.float64) * factor, output).astype(output.dtype)
+            return {**outputs, "output": changed}
+
+        return wrong
+
+    return _fault(family, name, breaks, wrap, *conditions, provable=provable)
+
+
+def _fault(
+    family: str, name: str, breaks: str, wrap: Callable[[Run], Run], *conditions: When, provable: bool = True
+) -> Fault:
+    return Fault(
+        name=name,
+        place="runtime",
+        breaks=breaks,
+        wrap=wrap,
+        applies=all_of(*conditions),
+        family=family,
+        provable=provable,
+    )
+
+
+def num_rows_of(inputs: Arrays) -> int:
+    """Rows of a batch."""
+    return len(inputs["hidden_states"])
+
+
+def length_of(inputs: Arrays) -> int:
+    """New positions."""
+    return int(inputs["hidden_states"].shape[1])
+
+
+def past_of(inputs: Arrays) -> int:
+    """Tokens in the cache."""
+    return int(inputs["past_key_values.key"].shape[2]) if "past_key_values.key" in inputs else 0
+
+
+def row_numbers(inputs: Arrays) -> Array:
+    """``[B, 1]``."""
+    return np.arange(num_rows_of(inputs))[:, None]
