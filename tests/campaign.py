@@ -155,7 +155,7 @@ def _more_runs(path: Path, format_name: str, report: Report, seeds: range) -> It
     with ArtifactProcess(path, RunOptions(threads=1)) as artifact, half_the_threads():
         for seed in seeds:
             quick = select_cases("quick", config, spec, seed)
-            cases = [*quick, *islice(random_cases(spec, seed), NUM_RANDOM_CASES)]
+            cases = [*quick, *islice(random_cases(config, spec, seed), NUM_RANDOM_CASES)]
             reports = [run_case(case, bundle, artifact, yardsticks) for case in cases]
             checks = property_checks(artifact, config, spec, seed)
             yield Run(seed, format_name, report.model_copy(update={"seed": seed, "cases": reports, "contract": checks}))

@@ -20,9 +20,8 @@ from diffdeploy.selftest.local_artifact import LocalArtifact
 from diffdeploy.selftest.registry import faults_of
 from diffdeploy.selftest.results import FaultResult, SelfTest, Skipped
 from diffdeploy.verify.cases import AnyCase
-from diffdeploy.verify.metrics import Yardstick
 from diffdeploy.verify.run import verify_bundle
-from diffdeploy.verify.yardsticks import Yardsticks
+from diffdeploy.verify.yardsticks import Held, Yardsticks
 
 __all__ = ["Trials", "self_test"]
 
@@ -32,9 +31,9 @@ class _Remembered(Yardsticks):
 
     def __init__(self, bundle: Bundle, exact_weights: Mapping[str, Array]) -> None:
         super().__init__(bundle, exact_weights)
-        self._known: dict[str, dict[str, Yardstick]] = {}
+        self._known: dict[str, list[Held]] = {}
 
-    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> dict[str, Yardstick]:
+    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
         # A name stands for its inputs, since every case has the seed of the bundle.
         if case.id not in self._known:
             self._known[case.id] = super().of(case, inputs)

@@ -1,7 +1,8 @@
 """The error of the eager block, in the artifact's dtype, against the exact result: the yardstick of a case."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from diffdeploy.modules import AttentionBlock
 
-__all__ = ["RunArrays", "eager_error", "run_arrays"]
+__all__ = ["RunArrays", "eager_error", "eager_errors", "for_queries", "run_arrays"]
 
 RunArrays = Callable[[Mapping[str, Array]], dict[str, Array]]
 
@@ -40,15 +41,92 @@ def run_arrays(block: "AttentionBlock", *, device: str = "cpu", dtype: "torch.dt
         moved = {
             name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in tensors.items()
         }
-        with torch.no_grad():
+        with torch.no_grad(), _fast_products(device):
             return {name: to_array(tensor) for name, tensor in run_block(block, moved).items()}
 
     return run
 
 
+def _fast_products(device: str) -> AbstractContextManager[Any]:
+    """Products of float16 on CPUs, which have no kernel for them, by that of float32: five times as fast.
+
+    They accumulate in float32 either way and are rounded once, so that errors are the same.
+    """
+    if device != "cpu":
+        return nullcontext()
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    products = (torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
+    class InFloat32(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function not in products or args[0].dtype != torch.float16:
+                return function(*args, **(kwargs or {}))
+            wide = [None if side is None else side.float() for side in args]
+            return function(*wide, **{name: side.float() for name, side in (kwargs or {}).items()}).half()
+
+    return InFloat32()
+
+
+@contextmanager
+def for_queries(block: "AttentionBlock", queries: Array | None) -> Iterator[None]:
+    """Within it the block computes the output of these positions alone, from all keys and values.
+
+    Args:
+        block: eager block.
+        queries: ascending positions; ``None`` for all.
+    """
+    if queries is None:
+        yield
+        return
+    import torch
+    from torch import Tensor
+
+    from diffdeploy.ops import diff_attention
+
+    chosen, config = torch.from_numpy(queries), block.config
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
+        age = (k.shape[2] - q.shape[2] + chosen)[:, None] - torch.arange(k.shape[2])
+        seen = age >= 0 if causal else torch.ones_like(age, dtype=torch.bool)
+        if config.sliding_window is not None:
+            seen = seen & (age < config.sliding_window)
+        return diff_attention(
+            q[:, :, chosen],
+            k,
+            v,
+            # One for each token, or one for all.
+            lam[:, :, chosen] if lam.ndim else lam,
+            causal=False,
+            attn_mask=seen[None, None] if mask is None else mask & seen,
+            gqa_layout=config.gqa_layout,
+            impl=block.impl,
+        )
+
+    # On the instance, since all other steps are those of its class.
+    block.__dict__["attend"] = attend
+    try:
+        yield
+    finally:
+        del block.__dict__["attend"]
+
+
 def eager_error(
     eager: RunArrays, inputs: Mapping[str, Array], expected: Mapping[str, Array], dtype: DType
 ) -> dict[str, Yardstick]:
+    """The same as `eager_errors` for all rows together: a yardstick for each output, by name."""
+    (of_all_rows,) = eager_errors(eager, inputs, expected, dtype, [slice(None)])
+    return of_all_rows
+
+
+def eager_errors(
+    eager: RunArrays,
+    inputs: Mapping[str, Array],
+    expected: Mapping[str, Array],
+    dtype: DType,
+    groups: Sequence[slice],
+) -> list[dict[str, Yardstick]]:
     """Run the eager block on an input, and on ones that differ from it in the last bits.
 
     Args:
@@ -56,18 +134,20 @@ def eager_error(
         inputs: arrays by the names of the graph.
         expected: exact outputs by name.
         dtype: dtype of the artifact.
+        groups: rows that are judged together.
 
     Returns:
-        A yardstick for each output, by name.
+        For each group a yardstick for each output, by name.
     """
-    yardsticks = {name: Yardstick(array, dtype) for name, array in expected.items()}
+    yardsticks = [{name: Yardstick(array[rows], dtype) for name, array in expected.items()} for rows in groups]
     batch_size = len(inputs["hidden_states"])
     for stack in _stacks(inputs):
         outputs = eager(stack)
-        for name, yardstick in yardsticks.items():
-            stacked = outputs[name]
+        for name, stacked in outputs.items():
             for start in range(0, len(stacked), batch_size):
-                yardstick.add(stacked[start : start + batch_size])
+                run = stacked[start : start + batch_size]
+                for rows, of_outputs in zip(groups, yardsticks, strict=True):
+                    of_outputs[name].add(run[rows])
     return yardsticks
 
 

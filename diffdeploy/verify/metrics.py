@@ -19,7 +19,9 @@ __all__ = ["Yardstick", "judge", "measure", "rejudge"]
 class Yardstick:
     """Error of the eager block against fp64, over runs that differ in the last bits of their inputs.
 
-    Only elements count whose exact value is finite in the dtype: of the others there is no error, only a kind.
+    Only elements count whose exact value is finite in the dtype: of the others there is no error, only a kind. Where
+    eager gives another kind (it overflows on the way, or multiplies a hidden NaN by 0), a right artifact may as well,
+    and nothing is asked of it.
 
     Args:
         expected: exact, float64.
@@ -31,16 +33,29 @@ class Yardstick:
         with np.errstate(over="ignore", invalid="ignore"):  # what is too large for the dtype is infinity there, too
             self.rounded = expected.astype(dtype)
         self.counts = np.isfinite(self.rounded)
+        self.unjudged = np.zeros(expected.shape, dtype=bool)
         self._squares: list[float] = []
         self.max_error = 0.0
         self.storage_rmse, self.storage_max_error = 0.0, 0.0
 
     def add(self, eager: Array) -> None:
         """Take in one run, of the shape of ``expected`` and in the artifact's dtype."""
+        self._set_aside(eager)
         errors = self.errors(eager)
         # Per run, not per element: runs have equally many, so the mean over runs is the mean over all.
         self._squares.append(float(np.mean(np.square(errors))) if errors.size else 0.0)
         self.max_error = max(self.max_error, float(errors.max(initial=0.0)))
+
+    def _set_aside(self, eager: Array) -> None:
+        """Stop counting elements that are of another kind than the exact ones."""
+        finite = np.isfinite(eager)
+        if finite.all() and self.counts.all():
+            return
+        same_kind = finite & np.isfinite(self.rounded)
+        same_kind |= np.isnan(eager) & np.isnan(self.rounded)
+        same_kind |= np.isinf(eager) & (eager == self.rounded)
+        self.unjudged |= ~same_kind
+        self.counts &= same_kind
 
     def add_stored(self, output: Array) -> None:
         """Take in the formula with stored streams, float64; see `exact_and_stored`."""
@@ -74,30 +89,33 @@ class Yardstick:
 
     @property
     def finite(self) -> bool:
-        """Whether no run gave NaN or infinity where the exact result has a number."""
+        """Whether there is a figure for every run."""
         return bool(np.isfinite(self._squares).all())
 
 
-def measure(output: str, actual: Array, yardstick: Yardstick) -> OutputReport:
+def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: bool = False) -> OutputReport:
     """Compare one output with the exact one, and judge it by the budget of its dtype.
 
     Args:
         output: its name.
         actual: of the artifact.
         yardstick: the exact result, and the error of the eager block.
+        is_extreme: whether eager may give NaN or infinity where the exact result has a number; of other inputs it is
+            a yardstick that is broken.
     """
     expected, dtype = yardstick.expected, yardstick.dtype
     if actual.shape != expected.shape or actual.dtype != np.dtype(dtype):
         return OutputReport.failed(
             output, f"it is {actual.dtype.name} {list(actual.shape)}, expected {dtype} {list(expected.shape)}"
         )
-    if reason := _non_finite_differs(actual, yardstick.rounded):
+    num_unjudged = int(yardstick.unjudged.sum())
+    if not yardstick.finite or (num_unjudged and not is_extreme):
+        return OutputReport.failed(output, "there is no yardstick: the eager block gives NaN or infinity")
+    if reason := _non_finite_differs(actual, yardstick):
         return OutputReport.failed(output, reason)
     # Nothing but NaN and infinity, and those agree.
     if not yardstick.counts.any():
-        return OutputReport(output=output, passed=True, budget_used=0.0)
-    if not yardstick.finite:
-        return OutputReport.failed(output, "there is no yardstick: the eager block gives NaN or infinity")
+        return OutputReport(output=output, passed=True, budget_used=0.0, num_unjudged=num_unjudged)
     errors, exact = yardstick.errors(actual), expected[yardstick.counts]
     worst = int(np.argmax(errors))
     if not yardstick.counts.all():
@@ -116,14 +134,16 @@ def measure(output: str, actual: Array, yardstick: Yardstick) -> OutputReport:
         exact_rms=float(np.sqrt(np.mean(np.square(exact)))),
         exact_max=float(np.abs(exact).max()),
         worst_index=[int(i) for i in np.unravel_index(worst, actual.shape)],
+        num_unjudged=num_unjudged,
     )
     return judge(figures, BUDGETS[dtype], dtype)
 
 
-def _non_finite_differs(actual: Array, rounded: Array) -> str | None:
+def _non_finite_differs(actual: Array, yardstick: Yardstick) -> str | None:
     """Where NaN and the infinities are not where the exact result, rounded to the dtype, has them."""
+    judged = ~yardstick.unjudged
     for name, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
-        differs = test(actual) != test(rounded)
+        differs = (test(actual) != test(yardstick.rounded)) & judged
         if differs.any():
             where = [int(i) for i in np.argwhere(differs)[0]]
             return f"{name} differs from the exact result, first at {where} ({int(differs.sum())} elements)"

@@ -43,6 +43,8 @@ class OutputReport(Record):
         exact_rms: root mean square of the exact result, where it is finite.
         exact_max: largest magnitude of the exact result, where it is finite.
         worst_index: where ``max_error`` is.
+        num_unjudged: elements of which nothing is asked, since eager gives NaN or infinity for a number, or a number
+            for NaN; on extreme inputs alone.
         reason: why it failed.
     """
 
@@ -61,6 +63,7 @@ class OutputReport(Record):
     exact_rms: Rounded | None = None
     exact_max: Rounded | None = None
     worst_index: list[int] | None = None
+    num_unjudged: int = 0
     reason: str | None = None
 
     @classmethod

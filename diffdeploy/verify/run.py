@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffdeploy.arrays import Array
 from diffdeploy.budgets import BUDGETS
 from diffdeploy.bundle import Bundle, Environment, open_bundle, read_weights
 from diffdeploy.errors import DiffDeployError, ExportError, InputError
@@ -19,11 +20,11 @@ from diffdeploy.verify.feeding import feed
 from diffdeploy.verify.golden import golden_check
 from diffdeploy.verify.metrics import measure
 from diffdeploy.verify.properties import property_checks
-from diffdeploy.verify.report import CaseReport, Report, files_judged
+from diffdeploy.verify.report import CaseReport, OutputReport, Report, files_judged
 from diffdeploy.verify.sweep import Selection, select_cases, telling_case
 from diffdeploy.verify.user_inputs import read_inputs, write_inputs
 from diffdeploy.verify.worker import Artifact, ArtifactProcess
-from diffdeploy.verify.yardsticks import Yardsticks
+from diffdeploy.verify.yardsticks import Held, Yardsticks
 
 __all__ = ["Progress", "half_the_threads", "run_case", "verify_bundle"]
 
@@ -207,9 +208,29 @@ def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, yardsticks: Yard
     if not case.chunks and not case.row_by_row:
         # The artifact computes while this process works out what it should give.
         artifact.start(inputs)
-    expected = yardsticks.of(case, inputs)
+    held = yardsticks.of(case, inputs)
     try:
         actual = feed(case, artifact, inputs)
     except DiffDeployError as error:
         return CaseReport.did_not_run(case.id, case.group, str(error))
-    return CaseReport.of(case.id, case.group, [measure(name, actual[name], expected[name]) for name in spec.outputs])
+    queries = case.queries()
+    # An output of another shape stays whole, and fails by its shape.
+    if queries is not None and actual["output"].shape == inputs["hidden_states"].shape:
+        actual = {**actual, "output": actual["output"][:, queries]}
+    return CaseReport.of(case.id, case.group, [_judged(name, case, actual[name], held) for name in spec.outputs])
+
+
+def _judged(name: str, case: AnyCase, actual: Array, held: Sequence[Held]) -> OutputReport:
+    """One output of a case, or that of its worst row."""
+    if len(actual) != sum(len(part.rows) for part in held):
+        held = held[:1]  # of another shape, which it says
+    reports = []
+    for part in held:
+        rows = actual if len(held) == 1 else actual[part.rows]
+        report = measure(name, rows, part.yardsticks[name], is_extreme=case.is_extreme)
+        if report.worst_index is not None:
+            report = report.model_copy(
+                update={"worst_index": [int(part.rows[report.worst_index[0]]), *report.worst_index[1:]]}
+            )
+        reports.append(report)
+    return max(reports, key=lambda report: report.severity)

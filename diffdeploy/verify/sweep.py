@@ -11,6 +11,14 @@ from diffdeploy.config import AnyConfig
 from diffdeploy.errors import InputError
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.verify.cases import Case, Kind, Mask
+from diffdeploy.verify.ranges import (
+    MAX_ELEMENTS,
+    MAX_SCORES,
+    compared,
+    longest_decoding,
+    longest_run,
+    octaves,
+)
 
 __all__ = ["Selection", "golden_cases", "longest_case", "random_cases", "select_cases", "telling_case"]
 
@@ -25,20 +33,26 @@ _PADDINGS: tuple[Mask, ...] = ("left", "right", "ragged", "hidden")
 _PASTS = ((0, 1), (0, 7), (1, 1), (5, 1), (64, 1), (63, 2), (31, 33), (128, 1))
 # Token by token; a token between longer steps; a step that is shorter than the one before.
 _CHUNKS = ((1, 1, 1, 1, 1), (4, 1, 4), (7, 2))
-# Scores of all heads of one case: 128 MiB in fp32, and the eager block holds a few such tensors.
-_MAX_SCORES = 2**25
-# Of the hidden states of one case: 128 MiB in fp32, too.
-_MAX_ELEMENTS = 2**25
-_MAX_RANDOM_LENGTH = 300
+# As activations of models are, and worse: each at two lengths, so that a scale of every token finds narrow ranges.
+_KINDS: tuple[Kind, ...] = ("zeros", "repeated", "offset", "outliers", "heavy", "scales", "nan", "infinity")
+_KIND_LENGTHS = (7, 65)
+# Rows of eight scales each, from 1e-6 to 1e4: a factor of 2 from one to the next.
+_SCALED_LENGTHS = (1, 3, 7, 33)
+# Every size of a batch up to here; beyond it one of each octave.
+_EVERY_BATCH = 8
+_NUM_RANDOM = 12
+_MAX_RANDOM_BATCH, _MAX_RANDOM_TOKENS = 8, 2048
+_SHARE_WITH_A_PAST, _SHARE_WITH_DRAWN_POSITIONS = 0.5, 0.25
 
 
 def select_cases(selection: Selection, config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
     """The cases of a graph.
 
     Args:
-        selection: ``full``: lengths around powers of two and primes, both ends of both ranges, masks and pasts, the
-            longest sequence and the largest batch that the sweep's memory allows; ``quick``: a dozen or so of them that
-            try one thing each; a number: that many, ``quick`` first, then ``full``, then random sizes and kinds.
+        selection: ``full``: every batch up to 8 and the largest, lengths and pasts at fixed points and one at random
+            of each octave of their ranges, masks that differ from row to row, numbers of every kind, and a dozen
+            random cases; ``quick``: a dozen or so that try one thing each; a number: that many, ``quick`` first, then
+            ``full``, then more random ones.
         config: of the block.
         spec: interface of the graph.
         seed: of the inputs.
@@ -50,24 +64,25 @@ def select_cases(selection: Selection, config: AnyConfig, spec: GraphSpec, seed:
     # Short ranges make several cases the same one, which is run once.
     if selection == "quick":
         return list(dict.fromkeys(quick))
-    ordered = list(dict.fromkeys([*quick, *_full(config, spec, seed)]))
+    drawn = random_cases(config, spec, seed)
+    ordered = list(dict.fromkeys([*quick, *_full(config, spec, seed), *islice(drawn, _NUM_RANDOM)]))
     if selection == "full":
         return ordered
     if selection < 1:
         raise InputError(f"the number of cases is {selection}; accepted is 1 or more, quick or full")
-    return [*ordered[:selection], *islice(random_cases(spec, seed), max(0, selection - len(ordered)))]
+    return [*ordered[:selection], *islice(drawn, max(0, selection - len(ordered)))]
 
 
 def longest_case(config: AnyConfig, *, decoding: bool = False) -> int:
-    """Positions of the longest case whose tensors stay within the sweep's memory.
+    """Positions of the longest case that is compared whole within the sweep's memory.
 
     Args:
         config: of the block.
         decoding: one token behind a cache, in place of a whole sequence.
     """
     # Two streams of every head, each with a square of scores.
-    square = int((_MAX_SCORES / (2 * config.num_heads)) ** 0.5)
-    fits = _MAX_ELEMENTS // config.embed_dim
+    square = int((MAX_SCORES / (2 * config.num_heads)) ** 0.5)
+    fits = MAX_ELEMENTS // config.embed_dim
     return max(1, fits if decoding else min(fits, square))
 
 
@@ -84,28 +99,40 @@ def golden_cases(spec: GraphSpec, seed: int) -> list[Case]:
 
 
 def _quick(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
-    longest = min(129, spec.axes["sequence_length"].max)
-    length = min(65, longest)
-    kinds: tuple[Kind, ...] = ("normal", "large", "constant", "tiny")
+    max_batch, longest = spec.axes["batch_size"].max, min(129, spec.axes["sequence_length"].max)
+    length, short, mask = min(65, longest), min(7, longest), _mixed(spec)
+    kinds: tuple[Kind, ...] = ("normal", "large", "constant", "tiny", "outliers")
     cases = [Case(batch_size=1, sequence_length=length, seed=seed, kind=kind) for kind in kinds]
     cases += [
         Case(batch_size=1, sequence_length=longest, seed=seed),
         Case(batch_size=2, sequence_length=length, seed=seed, row_by_row=True),
+        Case(batch_size=min(8, max_batch), sequence_length=short, seed=seed, kind="scaled"),
     ]
     if spec.variant != "plain":
-        cases += [Case(batch_size=2, sequence_length=length, seed=seed, mask=mask) for mask in _PADDINGS]
+        cases += [Case(batch_size=2, sequence_length=short, seed=seed, mask=mask) for mask in _PADDINGS]
+        cases.append(Case(batch_size=min(4, max_batch), sequence_length=length, seed=seed, mask=mask))
+        cases += [replace(cases[-1], sequence_length=short, positions="drawn")] if _positions(spec) else []
     if spec.variant == "cached":
         past = longest // 2
         cases += [
-            Case(batch_size=2, sequence_length=1, past_length=past, seed=seed),
+            Case(batch_size=min(3, max_batch), sequence_length=1, past_length=past, seed=seed, mask=mask),
             Case(batch_size=2, sequence_length=longest - past, past_length=past, seed=seed, mask="ragged"),
         ]
         cases += _in_chunks(config, spec, seed, batch_sizes=(2,))[:2]
     return cases
 
 
+def _mixed(spec: GraphSpec) -> Mask:
+    """Another mask in every row, where the graph takes one."""
+    return "none" if spec.variant == "plain" else "mixed"
+
+
+def _positions(spec: GraphSpec) -> bool:
+    return "position_ids" in spec.inputs
+
+
 def _full(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
-    cases = _plain(config, spec, seed)
+    cases = [*_lengths(config, spec, seed), *_batches(config, spec, seed), *_kinds(spec, seed)]
     if spec.variant != "plain":
         cases += _masked(spec, seed)
     if spec.variant == "cached":
@@ -113,40 +140,96 @@ def _full(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
     return cases
 
 
-def _plain(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
+def _lengths(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
     max_batch, max_length = spec.axes["batch_size"].max, spec.axes["sequence_length"].max
     lengths = [length for length in _LENGTHS if length <= max_length]
-    longest = min(max_length, longest_case(config))
-    short = min(3, max_length)
-    widest = max(1, min(max_batch, _MAX_ELEMENTS // (short * config.embed_dim)))
-    sizes = [(batch, length) for length in lengths for batch in (1, 2)] + [(widest, short), (1, max(1, longest))]
-    cases = [Case(batch_size=batch, sequence_length=length, seed=seed) for batch, length in sizes]
+    cases = [
+        Case(batch_size=min(batch, max_batch), sequence_length=length, seed=seed)
+        for length in lengths
+        for batch in (1, 2)
+    ]
+    drawn = np.random.default_rng([seed, 0])
+    longest = min(max_length, longest_run(config))
+    # With padding where there is any, in one row, since memory is what ends them.
+    cases += [
+        compared(config, Case(batch_size=1, sequence_length=length, seed=seed, mask=_mixed(spec)))
+        for length in octaves(8, longest, drawn)
+    ]
+    return [*cases, compared(config, Case(batch_size=1, sequence_length=longest, seed=seed))]
+
+
+def _batches(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
+    """Every batch up to 8 and beyond, each behind another past, where rows have masks of their own."""
+    max_batch, max_length = spec.axes["batch_size"].max, spec.axes["sequence_length"].max
+    drawn = np.random.default_rng([seed, 1])
+    sizes = [*range(3, min(_EVERY_BATCH, max_batch) + 1), *octaves(_EVERY_BATCH + 1, max_batch, drawn), max_batch]
+    cases = []
+    for size in sizes:
+        length = int(drawn.integers(1, min(9, max_length) + 1))
+        while length > 1 and size * length * config.embed_dim > MAX_ELEMENTS:
+            length -= 1
+        case = Case(batch_size=size, sequence_length=length, seed=seed, mask=_mixed(spec), repeats=size > _EVERY_BATCH)
+        cases.append(case)
+        if spec.variant == "cached":
+            past = int(drawn.integers(1, min(33, max_length)))
+            cases.append(replace(case, sequence_length=1, past_length=past))
+    return cases
+
+
+def _kinds(spec: GraphSpec, seed: int) -> list[Case]:
+    max_batch, max_length = spec.axes["batch_size"].max, spec.axes["sequence_length"].max
     special: tuple[Kind, ...] = ("tiny", "large", "constant")
-    return cases + [
+    cases = [
         Case(batch_size=1, sequence_length=length, seed=seed, kind=kind)
         for kind in special
         for length in _SPECIAL_LENGTHS
         if length <= max_length
     ]
+    for length in (length for length in _KIND_LENGTHS if length <= max_length):
+        for kind in _KINDS:
+            # Short ones behind a past, where there can be one.
+            past = min(9, max_length - length) if spec.variant == "cached" and length == _KIND_LENGTHS[0] else 0
+            cases.append(
+                Case(batch_size=min(3, max_batch), sequence_length=length, past_length=past, seed=seed, kind=kind,
+                     mask=_mixed(spec))
+            )  # fmt: skip
+    rows = min(_EVERY_BATCH, max_batch)
+    return cases + [
+        Case(
+            batch_size=rows,
+            sequence_length=length,
+            seed=seed,
+            kind="scaled",
+            mask=_mixed(spec) if length > 1 else "none",
+        )
+        for length in _SCALED_LENGTHS
+        if length <= max_length
+    ]
 
 
 def _masked(spec: GraphSpec, seed: int) -> list[Case]:
-    lengths = [length for length in _MASKED_LENGTHS if length <= spec.axes["sequence_length"].max]
+    max_batch, max_length = spec.axes["batch_size"].max, spec.axes["sequence_length"].max
+    lengths = [length for length in _MASKED_LENGTHS if length <= max_length]
     cases = [
         Case(batch_size=2, sequence_length=length, seed=seed, mask=mask) for mask in _PADDINGS for length in lengths
     ]
     # The last is the longest with a hidden row: alone, a batch of nothing but padding.
-    return [*cases, replace(cases[-1], batch_size=1), replace(cases[-1], mask="left", kind="constant")]
+    cases += [replace(cases[-1], batch_size=1), replace(cases[-1], mask="left", kind="constant")]
+    mixed = [
+        Case(batch_size=min(batch, max_batch), sequence_length=length, seed=seed, mask="mixed")
+        for batch, length in ((8, 13), (8, 33), (4, 64), (3, 129))
+        if length <= max_length
+    ]
+    if _positions(spec):
+        mixed += [replace(case, positions="drawn") for case in mixed[:2]]
+    return cases + mixed
 
 
 def _cached(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
-    max_total = spec.axes["total_sequence_length"].max
-    # Two rows of two streams of every head.
-    longest_step = min(max_total, max(1, _MAX_SCORES // (2 * 2 * config.num_heads * max_total)))
-    pasts = [*_PASTS, (max_total - 1, 1), (max_total - longest_step, longest_step)]
+    max_total, max_batch = spec.axes["total_sequence_length"].max, spec.axes["batch_size"].max
     cases = [
         Case(batch_size=batch, sequence_length=length, past_length=past, seed=seed)
-        for past, length in pasts
+        for past, length in _PASTS
         for batch in (1, 2)
         if past + length <= max_total
     ]
@@ -156,7 +239,25 @@ def _cached(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
         for mask in _PADDINGS
         if past + length <= max_total
     ]
-    return cases + _in_chunks(config, spec, seed, batch_sizes=(1, 2))
+    return cases + _long_pasts(config, spec, seed, max_batch) + _in_chunks(config, spec, seed, batch_sizes=(1, 2))
+
+
+def _long_pasts(config: AnyConfig, spec: GraphSpec, seed: int, max_batch: int) -> list[Case]:
+    """Pasts of every octave, padded: one token behind them, and some."""
+    max_total = spec.axes["total_sequence_length"].max
+    longest, drawn = min(max_total, longest_decoding(config)), np.random.default_rng([seed, 2])
+    cases: list[Case] = []
+    for number, past in enumerate((*octaves(2, longest - 1, drawn), longest - 1)):
+        # One row is a batch of its own kind, so it comes as often as several.
+        batch = 1 if number % 2 else min(3, max_batch)
+        case = Case(batch_size=batch, sequence_length=1, past_length=past, seed=seed, mask="mixed")
+        cases.append(case)
+        room = max(1, min(max_total - past, longest_run(config) ** 2 // (past + 1)))
+        steps = octaves(2, min(room, past), drawn)
+        if steps:
+            length = steps[int(drawn.integers(len(steps)))]
+            cases.append(compared(config, replace(case, batch_size=1, sequence_length=length)))
+    return [*cases, replace(cases[-1], mask="none", batch_size=min(2, max_batch), sequence_length=1)]
 
 
 def _in_chunks(config: AnyConfig, spec: GraphSpec, seed: int, batch_sizes: tuple[int, ...]) -> list[Case]:
@@ -171,26 +272,33 @@ def _in_chunks(config: AnyConfig, spec: GraphSpec, seed: int, batch_sizes: tuple
     ]
 
 
-def random_cases(spec: GraphSpec, seed: int) -> Iterator[Case]:
-    """Endless cases of any size up to a few hundred positions."""
+def random_cases(config: AnyConfig, spec: GraphSpec, seed: int) -> Iterator[Case]:
+    """Endless cases of any kind, with sizes that are log-uniform over the declared ranges."""
     choose = np.random.default_rng(seed)
     kinds, masks = get_args(Kind), get_args(Mask)
-    max_total = min(_MAX_RANDOM_LENGTH, spec.axes["sequence_length"].max)
+    longest = min(spec.axes["sequence_length"].max, longest_run(config))
     number = 0
+
+    def log_uniform(most: int) -> int:
+        return min(most, int(np.exp(choose.uniform(0.0, np.log(most + 1)))))
+
     while True:
         number += 1
-        batch_size = int(choose.integers(1, min(4, spec.axes["batch_size"].max) + 1))
-        total = int(choose.integers(1, max_total + 1))
-        past = int(choose.integers(0, total)) if spec.variant == "cached" else 0
-        yield Case(
-            batch_size=batch_size,
+        total = log_uniform(longest)
+        rows = min(_MAX_RANDOM_BATCH, spec.axes["batch_size"].max, max(1, _MAX_RANDOM_TOKENS // total))
+        has_past = spec.variant == "cached" and choose.random() < _SHARE_WITH_A_PAST
+        past = min(total - 1, log_uniform(total)) if has_past else 0
+        case = Case(
+            batch_size=log_uniform(rows),
             sequence_length=total - past,
             past_length=past,
             kind=kinds[choose.integers(len(kinds))],
             mask="none" if spec.variant == "plain" else masks[choose.integers(len(masks))],
+            positions="drawn" if _positions(spec) and choose.random() < _SHARE_WITH_DRAWN_POSITIONS else "counted",
             seed=seed,
             number=number,
         )
+        yield compared(config, case)
 
 
 def telling_case(spec: GraphSpec, seed: int) -> Case:

@@ -1,15 +1,31 @@
 """What an artifact is held against on a case: the exact outputs, and the error of the eager block."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, eager_block
 from diffdeploy.verify.cases import AnyCase
-from diffdeploy.verify.eager import eager_error, run_arrays
+from diffdeploy.verify.eager import eager_errors, for_queries, run_arrays
 from diffdeploy.verify.metrics import Yardstick
 from diffdeploy.verify.oracle import exact_and_stored
 
-__all__ = ["Yardsticks"]
+__all__ = ["Held", "Yardsticks"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the outputs of some rows are held against.
+
+    Attributes:
+        rows: rows of the batch.
+        yardsticks: by names of outputs.
+    """
+
+    rows: Array
+    yardsticks: Mapping[str, Yardstick]
 
 
 class Yardsticks:
@@ -24,12 +40,21 @@ class Yardsticks:
         self._config, self._dtype = bundle.manifest.config, bundle.manifest.graph.dtype
         self._weights = exact_weights
         # The formula as it is written, which no format ships.
-        self._eager = run_arrays(eager_block(bundle, impl="naive"))
+        self._block = eager_block(bundle, impl="naive")
+        self._eager = run_arrays(self._block)
 
-    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> dict[str, Yardstick]:  # noqa: ARG002 - a cache may
-        """Of all outputs of a case, by name."""
-        expected, stored = exact_and_stored(self._config, self._weights, inputs, self._dtype)
-        yardsticks = eager_error(self._eager, inputs, expected, self._dtype)
-        # The cache is what projections gave, and no stream is stored on the way to it.
-        yardsticks["output"].add_stored(stored)
-        return yardsticks
+    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
+        """Of all outputs of a case: for the batch, or for each row where rows are judged by themselves."""
+        sources, queries = case.sources(), case.queries()
+        distinct = int(sources.max()) + 1
+        inputs = {name: array[:distinct] for name, array in inputs.items()}
+        groups = [slice(row, row + 1) for row in range(distinct)] if case.by_row else [slice(None)]
+        expected, stored = exact_and_stored(self._config, self._weights, inputs, self._dtype, queries)
+        with for_queries(self._block, queries):
+            found = eager_errors(self._eager, inputs, expected, self._dtype, groups)
+        for rows, yardsticks in zip(groups, found, strict=True):
+            # The cache is what projections gave, and no stream is stored on the way to it.
+            yardsticks["output"].add_stored(stored[rows])
+        if not case.by_row:
+            return [Held(np.arange(distinct), found[0])]
+        return [Held(np.array([row]), found[source]) for row, source in enumerate(sources)]

@@ -110,9 +110,8 @@ BATCHES_FAULTS = [
 
 
 def _padded_decoding_off(inputs: Arrays) -> Array | bool:
-    return (
-        (length_of(inputs) == 1) & (past_of(inputs) > 16) & (inputs["attention_mask"] == 0).any(axis=1, keepdims=True)
-    )
+    padded: Array = (inputs["attention_mask"] == 0).any(axis=1, keepdims=True)
+    return padded if length_of(inputs) == 1 and past_of(inputs) > 16 else False
 
 
 LENGTHS_FAULTS = [
