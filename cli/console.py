@@ -179,6 +179,8 @@ def print_report(report: "Report") -> None:
     console.print(_contract_table(report))
     if report.cases:
         console.print(_case_table(report))
+    if report.coverage:
+        console.print(_coverage_table(report))
     failed = [(case.id, output) for case in report.cases for output in case.outputs if not output.passed]
     if failed:
         console.print(_failure_table(failed))
@@ -208,7 +210,8 @@ def print_verdict(report: "Report", bundle: Path) -> None:
     share = ""
     if worst is not None and worst.budget_used is not None:
         share = f"worst {worst.id} used {worst.budget_used:.0%} of its error budget; "
-    print_text(f"{verdict}: {bundle} ({len(report.cases)} cases; {share}{report.backend})")
+    untried = "" if report.untried is None else f"; not tried: {report.untried}"
+    print_text(f"{verdict}: {bundle} ({len(report.cases)} cases; {share}{report.backend}{untried})")
 
 
 def _mark(passed: bool, fine: str = "ok", wrong: str | None = None) -> str:
@@ -243,6 +246,16 @@ def _case_table(report: "Report") -> "Table":
             "-" if worst.budget_used is None else f"{worst.budget_used:.0%}",
             _number(worst.smallest_k),
         )
+    return table
+
+
+def _coverage_table(report: "Report") -> "Table":
+    table = _table(("range", "declared", "compared whole", "compared in part", "not tried"), ("sizes",))
+    for part in report.coverage:
+        ranges = (part.declared, part.compared_whole, part.compared_in_part)
+        said = ["-" if found is None else f"{found.min} to {found.max}" for found in ranges]
+        untried = "-" if part.untried_text is None else part.untried_text.removeprefix(f"{part.axis} ")
+        table.add_row(part.axis, *said, untried, str(part.num_sizes))
     return table
 
 

@@ -57,6 +57,7 @@ class OrtGraphModule(nn.Module):
             q_BSHd = block.normalise_queries(_heads(self.queries[stream](x_BSD), config.head_dim))
             k_BSHd, values = self._keys_and_values(x_BSD, all_keys, v_BSHe, stream)
             q_BSHd, k_BSHd = (self._rotate(side, inputs.get("position_ids")) for side in (q_BSHd, k_BSHd))
+            k_BSHd = _without_padding(k_BSHd, inputs.get("attention_mask"))
             output = self._attend(q_BSHd, k_BSHd, values, seen_bias)
             streams.append(output if dead is None else output.masked_fill(dead, 0.0))
         lam = block.lambda_(x_BSD).to(x_BSD.dtype)
@@ -146,6 +147,13 @@ def _by_stream(projection: nn.Linear, width: int) -> nn.ModuleList:
     return nn.ModuleList(parts)
 
 
+def _without_padding(k_BSHd: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Keys that padding cannot score with, where the bias that hides it may be smaller than a score: in float16."""
+    if attention_mask is None or k_BSHd.dtype != torch.float16:
+        return k_BSHd
+    return k_BSHd.masked_fill((attention_mask == 0)[:, :, None, None], 0.0)
+
+
 def _bias(x_BSD: Tensor, attention_mask: Tensor | None, config: AnyConfig) -> tuple[Tensor | None, Tensor | None]:
     """What a padding mask adds to the scores, ``[B, 1, S, S]``, and the rows ``[B, S, 1, 1]`` that see nothing.
 
@@ -163,6 +171,10 @@ def _bias(x_BSD: Tensor, attention_mask: Tensor | None, config: AnyConfig) -> tu
     )
     assert seen.mask is not None
     assert seen.dead is not None
-    hidden = torch.finfo(x_BSD.dtype).min / 2
-    bias = torch.zeros((), dtype=x_BSD.dtype).masked_fill(~seen.mask, hidden)
+    smallest = torch.finfo(x_BSD.dtype).min
+    bias = torch.zeros((), dtype=x_BSD.dtype).masked_fill(~seen.mask, smallest / 2)
+    if x_BSD.dtype == torch.float16:
+        # The operator keeps scores in float32, and outliers make some that are half of the smallest float16; keys of
+        # padding score 0 here, so that nothing is added to the whole of it.
+        bias = bias.masked_fill(~seen.mask & (attention_mask == 0)[:, None, None], smallest)
     return bias, seen.dead.transpose(1, 2)

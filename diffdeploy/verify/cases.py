@@ -89,6 +89,11 @@ class Case:
         return ", ".join(words + ([self.kind] if self.kind != "normal" or not words else []))
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Rows, positions, and tokens in the cache."""
+        return self.batch_size, self.sequence_length, self.past_length
+
+    @property
     def is_extreme(self) -> bool:
         """Whether a right computation in the dtype may overflow, or has NaN to begin with."""
         return self.kind in EXTREME_KINDS
@@ -177,6 +182,13 @@ class UserCase:
     def group(self) -> str:
         """What it tries."""
         return "user"
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Rows, positions, and tokens in the cache."""
+        past = self.arrays.get("past_key_values.key")
+        batch_size, length, _ = self.arrays["hidden_states"].shape
+        return batch_size, length, 0 if past is None else past.shape[2]
 
     def inputs(self, spec: GraphSpec) -> dict[str, Array]:  # noqa: ARG002 - they were checked when they were read
         """The inputs of a single call, by name."""

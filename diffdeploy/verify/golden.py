@@ -15,6 +15,7 @@ from diffdeploy.formats import Check, RunOptions, distributions
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.runtime import Runtime, load
 from diffdeploy.verify.cases import Case
+from diffdeploy.verify.coverage import covered
 from diffdeploy.verify.metrics import Yardstick, measure
 from diffdeploy.verify.oracle import oracle
 from diffdeploy.verify.report import CaseReport, Report
@@ -85,6 +86,7 @@ def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Re
             # All that was looked at here: contracts take the libraries of an export.
             "contract": [Check(name="digests", passed=True, detail="every file is the one that was exported")],
             "cases": cases,
+            "coverage": covered(bundle.manifest.graph, golden_cases(bundle.manifest.graph, accepted.seed)),
         }
     )
 

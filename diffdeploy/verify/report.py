@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from diffdeploy.budgets import Budget
 from diffdeploy.bundle import REPORT, Bundle, Environment, Manifest
@@ -13,6 +13,7 @@ from diffdeploy.formats import ArtifactFacts, Check
 from diffdeploy.graphs import DType
 from diffdeploy.locate import Finding
 from diffdeploy.records import Record, Rounded
+from diffdeploy.verify.coverage import Coverage
 
 __all__ = [
     "CaseReport",
@@ -43,8 +44,8 @@ class OutputReport(Record):
         exact_rms: root mean square of the exact result, where it is finite.
         exact_max: largest magnitude of the exact result, where it is finite.
         worst_index: where ``max_error`` is.
-        num_unjudged: elements of which nothing is asked, since eager gives NaN or infinity for a number, or a number
-            for NaN; on extreme inputs alone.
+        num_unjudged: elements of which nothing is asked, since eager overflows on the way to them; on extreme inputs
+            alone, and not on those that hold NaN or infinity.
         reason: why it failed.
     """
 
@@ -131,6 +132,7 @@ class Report(Record):
         graph: facts read from the artifact.
         contract: checks of its structure and properties.
         cases: numerical comparisons.
+        coverage: what the cases tried of each declared range.
         guilty: where an artifact that failed first deviates.
     """
 
@@ -146,6 +148,7 @@ class Report(Record):
     graph: ArtifactFacts
     contract: list[Check]
     cases: list[CaseReport]
+    coverage: list[Coverage] = Field(default_factory=list)
     guilty: Finding | None = None
 
     @property
@@ -162,6 +165,14 @@ class Report(Record):
     def worst(self) -> CaseReport | None:
         """The failed case without a number, else the one that used most of its budget; ``None`` without cases."""
         return max(self.cases, key=lambda case: case.severity, default=None)
+
+    @property
+    def untried(self) -> str | None:
+        """The parts of the declared ranges that no case was run on, and what was run but not judged; ``None``: none."""
+        clauses = [text for part in self.coverage if (text := part.untried_text) is not None]
+        if overflowed := sum(any(output.num_unjudged for output in case.outputs) for case in self.cases):
+            clauses.append(f"elements of {overflowed} cases on which eager gives NaN or infinity")
+        return ", ".join(clauses) or None
 
     def with_check(self, check: Check) -> "Report":
         """The same report with one more structural check."""

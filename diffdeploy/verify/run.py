@@ -15,11 +15,13 @@ from diffdeploy.formats import Check, RunOptions, distributions
 from diffdeploy.locate import Finding, locate
 from diffdeploy.runtime import require_runnable
 from diffdeploy.verify.artifact_checks import artifact_checks, artifact_facts
-from diffdeploy.verify.cases import AnyCase
+from diffdeploy.verify.cases import AnyCase, Case
+from diffdeploy.verify.coverage import Coverage, covered
 from diffdeploy.verify.feeding import feed
 from diffdeploy.verify.golden import golden_check
 from diffdeploy.verify.metrics import measure
 from diffdeploy.verify.properties import property_checks
+from diffdeploy.verify.reduction import smallest_failing
 from diffdeploy.verify.report import CaseReport, OutputReport, Report, files_judged
 from diffdeploy.verify.sweep import Selection, select_cases, telling_case
 from diffdeploy.verify.user_inputs import read_inputs, write_inputs
@@ -98,6 +100,7 @@ class _Findings(NamedTuple):
     backend: str
     contract: list[Check]
     cases: list[CaseReport]
+    coverage: list[Coverage]
     guilty: Finding | None
 
 
@@ -122,7 +125,7 @@ def _examine(
         backend = artifact.backend
     except ExportError as error:
         checks.append(Check(name="loads", passed=False, detail=str(error)))
-        return _Findings("none", checks, reports, None)
+        return _Findings("none", checks, reports, covered(bundle.manifest.graph, []), None)
     for done, case in enumerate(chosen):
         if progress is not None:
             progress(done, len(chosen), case.id)
@@ -131,7 +134,9 @@ def _examine(
             break
     else:  # a run that stopped has failed already, and needs no properties
         checks += property_checks(artifact, bundle.manifest.config, bundle.manifest.graph, seed)
-    return _Findings(backend, checks, reports, _guilty_stage(bundle, artifact, checks, chosen, reports))
+    tried = covered(bundle.manifest.graph, chosen[: len(reports)])
+    guilty = _guilty_stage(bundle, artifact, checks, chosen, reports, yardsticks)
+    return _Findings(backend, checks, reports, tried, guilty)
 
 
 def _require_paired_cache(bundle: Bundle) -> None:
@@ -164,7 +169,12 @@ def half_the_threads() -> Iterator[None]:
 
 
 def _guilty_stage(
-    bundle: Bundle, artifact: Artifact, checks: list[Check], cases: Sequence[AnyCase], reports: list[CaseReport]
+    bundle: Bundle,
+    artifact: Artifact,
+    checks: list[Check],
+    cases: Sequence[AnyCase],
+    reports: list[CaseReport],
+    yardsticks: Yardsticks,
 ) -> Finding | None:
     """Where the artifact goes wrong, if it does."""
     failed = {report.id for report in reports if not report.passed}
@@ -172,12 +182,15 @@ def _guilty_stage(
         return None
     spec = bundle.manifest.graph
     # Of one call: what several calls give together has no stages of its own.
-    single = [case.inputs(spec) for case in cases if case.id in failed and not case.chunks and not case.row_by_row]
+    single = [case for case in cases if case.id in failed and not case.chunks and not case.row_by_row]
     # The smallest, since locating holds every stage of it in fp64.
-    single.sort(key=lambda inputs: inputs["hidden_states"].size)
+    smallest = min(single, key=lambda case: sum(case.sizes), default=None)
+    if isinstance(smallest, Case):
+        # A sweep that stops at the first failure has not tried smaller ones.
+        smallest = smallest_failing(smallest, lambda case: not run_case(case, bundle, artifact, yardsticks).passed)
     telling = telling_case(spec, bundle.manifest.options.seed)
-    inputs = [telling.inputs(spec), *single[:1]] if failed else []
-    return locate(bundle, artifact, checks, inputs)
+    chosen = [telling, *([] if smallest is None else [smallest])] if failed else []
+    return locate(bundle, artifact, checks, [case.inputs(spec) for case in chosen])
 
 
 def _choose(
@@ -217,7 +230,11 @@ def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, yardsticks: Yard
     # An output of another shape stays whole, and fails by its shape.
     if queries is not None and actual["output"].shape == inputs["hidden_states"].shape:
         actual = {**actual, "output": actual["output"][:, queries]}
-    return CaseReport.of(case.id, case.group, [_judged(name, case, actual[name], held) for name in spec.outputs])
+    reports = [_judged(name, case, actual[name], held) for name in spec.outputs]
+    if not all(np.isfinite(array.astype(np.float64)).all() for array in inputs.values()):
+        # What NaN touches behind a mask is no gap in what was tried.
+        reports = [report.model_copy(update={"num_unjudged": 0}) for report in reports]
+    return CaseReport.of(case.id, case.group, reports)
 
 
 def _judged(name: str, case: AnyCase, actual: Array, held: Sequence[Held]) -> OutputReport:
@@ -229,8 +246,7 @@ def _judged(name: str, case: AnyCase, actual: Array, held: Sequence[Held]) -> Ou
         rows = actual if len(held) == 1 else actual[part.rows]
         report = measure(name, rows, part.yardsticks[name], is_extreme=case.is_extreme)
         if report.worst_index is not None:
-            report = report.model_copy(
-                update={"worst_index": [int(part.rows[report.worst_index[0]]), *report.worst_index[1:]]}
-            )
+            place = [int(part.rows[report.worst_index[0]]), *report.worst_index[1:]]
+            report = report.model_copy(update={"worst_index": place})
         reports.append(report)
     return max(reports, key=lambda report: report.severity)

@@ -1,0 +1,105 @@
+"""Which part of the declared ranges a verification tried, and by what."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from diffdeploy.graphs import GraphSpec, Range
+from diffdeploy.records import Record
+from diffdeploy.verify.cases import AnyCase
+
+__all__ = ["Coverage", "covered"]
+
+# Two sizes that are further apart than by this factor leave what lies between them untried; the sweep draws one of
+# each octave, so that its neighbours are nearer.
+_FURTHEST = 4
+
+
+class Coverage(Record):
+    """What was tried of one declared range.
+
+    Attributes:
+        axis: its name.
+        declared: smallest and largest size that the graph accepts.
+        num_sizes: different sizes that were run.
+        compared_whole: sizes whose outputs were compared everywhere; ``None`` where there were none.
+        compared_in_part: sizes where the outputs of some positions were compared, or rows with the same rows in smaller
+            batches; ``None`` where there were none.
+        untried: parts of the range with no size that was run.
+    """
+
+    axis: str
+    declared: Range
+    num_sizes: int
+    compared_whole: Range | None
+    compared_in_part: Range | None
+    untried: list[Range]
+
+    @property
+    def untried_text(self) -> str | None:
+        """What was not tried, such as ``sequence_length 130 to 2048``; ``None`` where that is nothing."""
+        if not self.untried:
+            return None
+        parts = [str(part.min) if part.min == part.max else f"{part.min} to {part.max}" for part in self.untried]
+        return f"{self.axis} {', '.join(parts)}"
+
+
+def covered(spec: GraphSpec, cases: Iterable[AnyCase]) -> list[Coverage]:
+    """What cases cover of every range of a graph.
+
+    Args:
+        spec: interface of the graph.
+        cases: those that were run.
+    """
+    whole: dict[str, set[int]] = {axis: set() for axis in spec.axes}
+    part: dict[str, set[int]] = {axis: set() for axis in spec.axes}
+    for case in cases:
+        for sizes in _calls(case):
+            for axis in spec.axes.keys() & sizes.keys():
+                in_part = case.queries() is not None and axis != "batch_size"
+                in_part |= axis == "batch_size" and len(set(case.sources())) < len(case.sources())
+                (part if in_part else whole)[axis].add(sizes[axis])
+    return [_of_axis(axis, declared, whole[axis], part[axis]) for axis, declared in spec.axes.items()]
+
+
+def _calls(case: AnyCase) -> list[Mapping[str, int]]:
+    """Sizes of the axes in each call that a case makes."""
+    batch, length, past = case.sizes
+    if case.chunks:
+        ends = [sum(case.chunks[:number]) for number in range(len(case.chunks))]
+        return [_sizes(batch, chunk, end) for chunk, end in zip(case.chunks, ends, strict=True)]
+    return [_sizes(1 if case.row_by_row else batch, length, past)]
+
+
+def _sizes(batch: int, length: int, past: int) -> Mapping[str, int]:
+    return {
+        "batch_size": batch,
+        "sequence_length": length,
+        "past_sequence_length": past,
+        "total_sequence_length": past + length,
+    }
+
+
+def _of_axis(axis: str, declared: Range, whole: set[int], part: set[int]) -> Coverage:
+    sizes = sorted(whole | part)
+    return Coverage(
+        axis=axis,
+        declared=declared,
+        num_sizes=len(sizes),
+        compared_whole=_ends(whole),
+        compared_in_part=_ends(part),
+        untried=_gaps(declared, sizes),
+    )
+
+
+def _ends(sizes: set[int]) -> Range | None:
+    return Range(min=min(sizes), max=max(sizes)) if sizes else None
+
+
+def _gaps(declared: Range, sizes: Sequence[int]) -> list[Range]:
+    """Parts of the range before, between and behind the sizes; both ends must be among them."""
+    gaps, before = [], declared.min - 1
+    for size in (*sizes, declared.max + 1):
+        is_end = before < declared.min or size > declared.max
+        if size - before > 1 and (is_end or size > _FURTHEST * max(before, 1)):
+            gaps.append(Range(min=before + 1, max=size - 1))
+        before = size
+    return gaps
