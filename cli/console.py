@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from diffdeploy.locate import Finding
-    from diffdeploy.selftest import FaultResult
+    from diffdeploy.selftest import Family, FaultResult
     from diffdeploy.verify import CaseReport, OutputReport, Report
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "activity",
     "fail",
     "note",
+    "print_families",
     "print_faults",
     "print_figures",
     "print_json",
@@ -195,11 +196,20 @@ def print_faults(faults: "Sequence[FaultResult]") -> None:
         named = "-" if fault.located is None else _mark(fault.located, fault.stage or "none")
         table.add_row(
             fault.name,
-            _mark(fault.caught, "caught", "NOT SEEN"),
+            _mark(fault.caught, "caught", "NOT SEEN") if fault.provable or fault.caught else "cannot be proved",
             ", ".join(fault.by),
             fault.expected_stage or "-",
             named,
         )
+    _stderr().print(table)
+
+
+def print_families(families: "Sequence[Family]") -> None:
+    """Faults put in and caught, by kind, on standard error."""
+    table = _table(("family", ""), ("put in", "caught"))
+    for family in families:
+        said = _mark(family.caught == family.injected, "all", "NOT ALL") if family.provable else "cannot be proved"
+        table.add_row(family.name, said, str(family.injected), str(family.caught))
     _stderr().print(table)
 
 

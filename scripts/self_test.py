@@ -62,7 +62,18 @@ def cell(result: FaultResult | None) -> str:
     by = ", ".join(entry.removeprefix("check ").removeprefix("case ") for entry in result.by)
     # Named only where it is wrong: the right one has a column of its own.
     named = f" ({result.stage or 'none'})" if result.located is False else ""
-    return (by if result.caught else "**not seen**") + named
+    missed = "**not seen**" if result.provable else "cannot be proved"
+    return (by if result.caught else missed) + named
+
+
+def families(tests: dict[str, SelfTest]) -> list[str]:
+    """Caught of those put in, by family and format."""
+    counts = {name: {family.name: family for family in test.families} for name, test in tests.items()}
+    lines = [f"| family | {' | '.join(f'`{name}`' for name in tests)} |", "|---" * (1 + len(tests)) + "|"]
+    for family in dict.fromkeys(fault.family for fault in all_faults()):
+        cells = [f"{c.caught} of {c.injected}" if (c := counts[name].get(family)) else "" for name in tests]
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    return lines
 
 
 def page(tests: dict[str, tuple[SelfTest, float]]) -> str:
@@ -76,6 +87,7 @@ def page(tests: dict[str, tuple[SelfTest, float]]) -> str:
         lines.append(
             f"| `{name}` | {test.injected} | {test.caught} | {test.with_stage} | {test.located} | {seconds:.0f} |"
         )
+    lines += ["", *families({name: test for name, (test, _) in tests.items()})]
     found = {name: {fault.name: fault for fault in test.faults} for name, (test, _) in tests.items()}
     lines += ["", f"| fault | in | what is wrong | stage | {' | '.join(f'`{name}`' for name in tests)} |"]
     lines.append("|---" * (4 + len(tests)) + "|")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffdeploy.arrays import to_array
+from diffdeploy.arrays import Array, to_array
 from diffdeploy.bench.candidate_run import Run
 from diffdeploy.bench.operations import num_scores
 from diffdeploy.bench.plan import Plan, Size
@@ -65,7 +65,7 @@ def expected_outputs(
     import torch
 
     arrays = {name: to_array(tensor) for name, tensor in inputs.items()}
-    stored = None
+    stored: list[Array] = []
     if num_scores(config, size) <= MAX_ORACLE_SCORES:
         impl = Impl.NAIVE
         # From the weights as the candidates have them, in the run's dtype.
@@ -75,9 +75,9 @@ def expected_outputs(
         impl = Impl.PADDED
         exact = _eager(plan, config, weights, impl, torch.float64)(arrays)
     yardsticks = eager_error(_eager(plan, config, weights, impl, getattr(torch, plan.dtype)), arrays, exact, plan.dtype)
-    if stored is not None:
+    for output in stored:
         # The output alone is a difference of two stored streams; the caches are not.
-        yardsticks["output"].add_stored(stored)
+        yardsticks["output"].add_stored(output)
     return yardsticks
 
 

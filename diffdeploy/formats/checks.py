@@ -121,6 +121,9 @@ def lambda_constant(constants: Mapping[str, Array], manifest: Manifest, weights:
         if abs(float(constant.reshape(())) - expected)
         <= epsilon(constant.dtype) * abs(expected) + _ROUNDINGS_OF_LAMBDA * epsilon("float32") * (1 + abs(expected))
     ]
+    # A product with 1 computes nothing, and optimisers leave it out; that there is no other is what the cases show.
+    if not near and float(np.asarray(expected).astype(manifest.graph.dtype)) == 1.0:
+        return make_check("lambda", [], "1, and left out of the product")
     problems = [] if near else [f"no constant of the graph is lambda, {expected:.7g}"]
     return make_check("lambda", problems, f"folded to one constant, {expected:.7g}")
 

@@ -6,7 +6,7 @@ from diffdeploy.records import Record
 from diffdeploy.selftest.fault import Fault, Place
 from diffdeploy.verify.report import Report
 
-__all__ = ["FaultResult", "SelfTest", "Skipped"]
+__all__ = ["Family", "FaultResult", "SelfTest", "Skipped"]
 
 
 class FaultResult(Record):
@@ -15,6 +15,8 @@ class FaultResult(Record):
     Attributes:
         name: of the fault.
         place: where it was put in.
+        family: what kind of inputs or of damage shows it.
+        provable: whether a sweep can be expected to see it.
         breaks: what is wrong with it.
         caught: whether the verification failed.
         by: the checks that failed, and the first case that did.
@@ -27,6 +29,8 @@ class FaultResult(Record):
 
     name: str
     place: Place
+    family: str
+    provable: bool
     breaks: str
     caught: bool
     by: list[str]
@@ -64,6 +68,8 @@ class FaultResult(Record):
         return cls(
             name=fault.name,
             place=fault.place,
+            family=fault.family,
+            provable=fault.provable,
             breaks=fault.breaks,
             caught=caught,
             by=by,
@@ -83,14 +89,31 @@ class Skipped(Record):
     reason: str
 
 
+class Family(Record):
+    """Faults of one kind.
+
+    Attributes:
+        name: of the family.
+        injected: faults that were put in.
+        caught: of those, the ones that the verification saw.
+        provable: whether it can be expected to see them.
+    """
+
+    name: str
+    injected: int
+    caught: int
+    provable: bool
+
+
 class SelfTest(Record):
     """The verdict on the verification.
 
     Attributes:
-        injected: faults that were put in.
+        injected: faults that were put in and can be proved: an exact value that triggers a fault is met by chance.
         caught: of those, the ones that the verification saw.
         with_stage: of those injected, the ones that have a stage.
         located: of those, the ones whose stage was named.
+        families: the same by kinds of faults, those that cannot be proved among them.
         faults: one record each.
         skipped: faults that could not be put in.
     """
@@ -99,23 +122,36 @@ class SelfTest(Record):
     caught: int
     with_stage: int
     located: int
+    families: list[Family]
     faults: list[FaultResult]
     skipped: list[Skipped]
 
     @classmethod
     def of(cls, faults: list[FaultResult], skipped: list[Skipped]) -> Self:
         """Count."""
+        provable = [fault for fault in faults if fault.provable]
         return cls(
-            injected=len(faults),
-            caught=sum(fault.caught for fault in faults),
+            injected=len(provable),
+            caught=sum(fault.caught for fault in provable),
             with_stage=sum(fault.located is not None for fault in faults),
             located=sum(fault.located is True for fault in faults),
+            families=[_family(name, faults) for name in dict.fromkeys(fault.family for fault in faults)],
             faults=faults,
             skipped=skipped,
         )
 
     @property
     def passed(self) -> bool:
-        """Whether there was a fault, and every one was caught."""
+        """Whether there was a fault, and every one that can be proved was caught."""
         # Of no fault at all nothing is proved.
         return 0 < self.injected == self.caught
+
+
+def _family(name: str, faults: list[FaultResult]) -> Family:
+    of_it = [fault for fault in faults if fault.family == name]
+    return Family(
+        name=name,
+        injected=len(of_it),
+        caught=sum(fault.caught for fault in of_it),
+        provable=all(fault.provable for fault in of_it),
+    )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffdeploy.arrays import Array
+from diffdeploy.arrays import Array, epsilon
 from diffdeploy.config import AnyConfig, RopeConfig
 from diffdeploy.exact import key_head, lambda_value, rope_tables
 from diffdeploy.graphs import DType
@@ -95,11 +95,13 @@ def exact_and_stored(
     inputs: Mapping[str, Array],
     dtype: DType,
     queries: Array | None = None,
-) -> tuple[dict[str, Array], Array]:
+) -> tuple[dict[str, Array], list[Array]]:
     """What `oracle` gives, and ``output`` as it is when the streams are stored in a dtype on the way.
 
     Where the two streams nearly cancel, storing them alone costs many times the rounding of the result. Every artifact
-    stores them, since each is the result of an operator of its own.
+    stores them, since each is the result of an operator of its own. They are stored twice: rounded to the nearest
+    number, and rounded at random, since two streams that are almost equal round to the same number here, and in an
+    artifact only where both were computed without an error.
 
     Args:
         config: of the block.
@@ -113,8 +115,14 @@ def exact_and_stored(
         rounded: Array = values.astype(dtype).astype(np.float64)
         return rounded
 
-    exact, stored = _formula(config, weights, inputs, (_as_it_is, store), queries)
-    return exact, stored["output"]
+    # The same each time, so that a verification that is repeated gives the same figures.
+    generator = np.random.default_rng(0)
+
+    def store_at_random(values: Array) -> Array:
+        return store(values * (1.0 + epsilon(dtype) * (generator.random(values.shape) - 0.5)))
+
+    exact, *stored = _formula(config, weights, inputs, (_as_it_is, store, store_at_random), queries)
+    return exact, [outputs["output"] for outputs in stored]
 
 
 def _as_it_is(values: Array) -> Array:

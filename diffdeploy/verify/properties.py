@@ -22,7 +22,7 @@ __all__ = ["property_checks"]
 
 # One token as in decoding, and lengths that leave a rest in the blocks of every kernel.
 _LENGTHS = (1, 7, 65)
-_PADDINGS: tuple[Mask, ...] = ("left", "right", "ragged")
+_PADDINGS: tuple[Mask, ...] = ("left", "right", "ragged", "mixed")
 _REPETITIONS = 3
 
 Arrays = Mapping[str, Array]
@@ -111,8 +111,9 @@ def _base(spec: GraphSpec, seed: int, length: int, mask: Mask = "none") -> Case:
     )
 
 
-def _bases(spec: GraphSpec, seed: int, mask: Mask = "none") -> Iterator[tuple[Case, Arrays, Arrays]]:
-    """Cases with their inputs and other inputs of the same shapes and the same mask."""
+def _bases(spec: GraphSpec, seed: int, mask: Mask | None = None) -> Iterator[tuple[Case, Arrays, Arrays]]:
+    """Cases with their inputs and other inputs of the same shapes; by default every row has a mask of its own."""
+    mask = mask or ("none" if spec.variant == "plain" else "mixed")
     for length in _LENGTHS:
         if length <= spec.axes["sequence_length"].max:
             case = _base(spec, seed, length, mask)

@@ -54,7 +54,8 @@ class Yardsticks:
             found = eager_errors(self._eager, inputs, expected, self._dtype, groups)
         for rows, yardsticks in zip(groups, found, strict=True):
             # The cache is what projections gave, and no stream is stored on the way to it.
-            yardsticks["output"].add_stored(stored[rows])
+            for output in stored:
+                yardsticks["output"].add_stored(output[rows])
         if not case.by_row:
             return [Held(np.arange(distinct), found[0])]
         return [Held(np.array([row]), found[source]) for row, source in enumerate(sources)]

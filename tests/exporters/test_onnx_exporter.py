@@ -10,18 +10,24 @@ import pytest
 import torch
 
 from diffdeploy import load
-from diffdeploy.bundle import open_bundle
+from diffdeploy.bundle import open_bundle, read_weights
 from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.config import RopeConfig
 from diffdeploy.exporters import ExportOptions, export, export_bundle
 from diffdeploy.exporters import onnx as onnx_exporter
+from diffdeploy.formats import RunOptions
 from diffdeploy.formats.onnx.names import MODEL
 from diffdeploy.graphs import DType, graph_spec
 from diffdeploy.modules import DiffAttention
+from diffdeploy.selftest.local_artifact import LocalArtifact
+from diffdeploy.verify.cases import Case, Kind
 from diffdeploy.verify.oracle import oracle
+from diffdeploy.verify.run import run_case
+from diffdeploy.verify.yardsticks import Yardsticks
 from tests import oracles
-from tests.support.blocks import make_config, random_weights
+from tests.support.blocks import checkpoint_of, make_config, random_weights
+from tests.support.bundles import BundleCache
 
 
 @pytest.mark.parametrize("style", ["interleaved", "half"])
@@ -81,3 +87,28 @@ def test_weights_too_large_for_a_protobuf_go_to_a_file_beside_it(
     moved = (tmp_path / "out").rename(tmp_path / "moved")
     runtime = load(moved)
     assert runtime(hidden_states=np.ones((1, 3, 128), np.float32))["output"].shape == (1, 3, 128)
+
+
+@pytest.mark.parametrize(
+    ("flavor", "opset"), [("standard", 20), ("standard", 23), ("ort", None)], ids=["20", "23", "ort"]
+)
+@pytest.mark.parametrize("kind", ["outliers", "scales"])
+def test_float16_scores_that_a_mask_hides_may_be_of_any_size(
+    flavor: str, opset: int | None, kind: Kind, bundles: BundleCache
+) -> None:
+    """A hidden score beyond 65504 is infinity, and must neither be seen nor make NaN of its row."""
+    config = make_config(embed_dim=16, head_dim=16)
+    options = ExportOptions(
+        graph="masked", dtype="float16", onnx_flavor=flavor, opset=opset, max_batch_size=4, max_sequence_length=70
+    )
+    path = bundles.bundle(checkpoint_of(config), options, verify=False)
+    bundle = open_bundle(path)
+    exact = {name: array.astype(np.float64) for name, array in read_weights(bundle).items()}
+    yardsticks = Yardsticks(bundle, exact)
+    with LocalArtifact(path, RunOptions()) as artifact:
+        for seed in range(3):
+            case = Case(batch_size=3, sequence_length=65, seed=seed, kind=kind, mask="mixed")
+            report = run_case(case, bundle, artifact, yardsticks)
+            assert report.passed, report.failure
+            (output,) = report.outputs
+            assert 0 < output.num_unjudged < 3 * 65 * 16

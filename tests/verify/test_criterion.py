@@ -103,6 +103,46 @@ def test_a_broken_yardstick_allows_nothing() -> None:
     assert "no yardstick" in str(report.reason)
 
 
+def test_where_eager_overflows_on_extreme_inputs_nothing_is_asked() -> None:
+    expected = exact()
+    overflowing = expected.astype(np.float32)
+    overflowing[0, 0, 0] = np.nan
+    held = yardstick(expected, eager=overflowing)
+    for value in (np.nan, np.inf, 7.0, expected[0, 0, 0]):
+        actual = expected.astype(np.float32)
+        actual[0, 0, 0] = value
+        report = measure("output", actual, held, is_extreme=True)
+        assert report.passed
+        assert report.num_unjudged == 1
+    for value in (np.nan, 7.0):
+        actual = expected.astype(np.float32)
+        actual[0, 0, 1] = value
+        assert not measure("output", actual, held, is_extreme=True).passed
+
+
+def test_a_later_run_that_overflows_counts_too() -> None:
+    expected = exact()
+    held = yardstick(expected)
+    overflowing = expected.astype(np.float32)
+    overflowing[1, 2, 3] = np.inf
+    held.add(overflowing)
+    assert held.finite
+    assert measure("output", overflowing, held, is_extreme=True).num_unjudged == 1
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.0])
+@pytest.mark.parametrize(("format_name", "dtype"), [("onnx", "float32"), ("pt2", "bfloat16")])
+def test_a_lambda_that_folds_away_is_no_false_alarm(
+    lam: float, format_name: str, dtype: DType, bundles: BundleCache
+) -> None:
+    config = make_config(lambda_init=lam)
+    weights = {name: w.float() * (not name.startswith("lambda")) for name, w in random_weights(config).items()}
+    checkpoint = Checkpoint(config=config, weights=weights, layout="none", layer=None, keys=list(weights))
+    options = ExportOptions(format=format_name, dtype=dtype, max_batch_size=2, max_sequence_length=70)
+    report = verify_bundle(bundles.bundle(checkpoint, options, verify=False), cases="quick")
+    assert report.passed, report.first_failure()
+
+
 @pytest.mark.parametrize(
     "actual", [np.zeros((2, 5, 7), np.float32), np.zeros((2, 5, 8), np.float64)], ids=["shape", "dtype"]
 )

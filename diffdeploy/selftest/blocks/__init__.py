@@ -1,6 +1,6 @@
 """Faults in the computation: blocks with one wrong step, or of another config."""
 
-from diffdeploy.selftest.blocks import attention, cache, configs, heads, positions
+from diffdeploy.selftest.blocks import attention, cache, configs, heads, positions, values
 from diffdeploy.selftest.blocks.entry import BLOCK_FAULTS
 
-__all__ = ["BLOCK_FAULTS", "attention", "cache", "configs", "heads", "positions"]
+__all__ = ["BLOCK_FAULTS", "attention", "cache", "configs", "heads", "positions", "values"]

@@ -20,7 +20,7 @@ BLOCK_FAULTS: list[Fault] = []
 Kind = TypeVar("Kind", bound=type[Steps])
 
 
-def faulty(name: str, breaks: str, stage: Stage | None, *conditions: When) -> Callable[[Kind], Kind]:
+def faulty(name: str, breaks: str, stage: Stage | None, *conditions: When, family: str = "") -> Callable[[Kind], Kind]:
     """Enter a class with one wrong step; see `Fault` for the arguments."""
 
     def enter(step: Kind) -> Kind:
@@ -36,6 +36,7 @@ def faulty(name: str, breaks: str, stage: Stage | None, *conditions: When) -> Ca
                 stage=stage,
                 inject=inject,
                 applies=all_of(_is_traced, *conditions),
+                family=family,
             )
         )
         return step
