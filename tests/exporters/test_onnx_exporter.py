@@ -111,4 +111,5 @@ def test_float16_scores_that_a_mask_hides_may_be_of_any_size(
             report = run_case(case, bundle, artifact, yardsticks)
             assert report.passed, report.failure
             (output,) = report.outputs
-            assert 0 < output.num_unjudged < 3 * 65 * 16
+            # Where eager overflows too, nothing would be seen.
+            assert output.num_unjudged < 0.5 * 3 * 65 * 16
