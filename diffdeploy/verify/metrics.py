@@ -40,14 +40,14 @@ class Yardstick:
 
     def add(self, eager: Array) -> None:
         """Take in one run, of the shape of ``expected`` and in the artifact's dtype."""
-        self._set_aside(eager)
+        self.set_aside(eager)
         errors = self.errors(eager)
         # Per run, not per element: runs have equally many, so the mean over runs is the mean over all.
         self._squares.append(float(np.mean(np.square(errors))) if errors.size else 0.0)
         self.max_error = max(self.max_error, float(errors.max(initial=0.0)))
 
-    def _set_aside(self, eager: Array) -> None:
-        """Stop counting elements that are of another kind than the exact ones."""
+    def set_aside(self, eager: Array) -> None:
+        """Stop counting elements that a right computation gave as another kind than the exact ones."""
         finite = np.isfinite(eager)
         if finite.all() and self.counts.all():
             return

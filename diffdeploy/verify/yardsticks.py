@@ -42,6 +42,8 @@ class Yardsticks:
         # The formula as it is written, which no format ships.
         self._block = eager_block(bundle, impl="naive")
         self._eager = run_arrays(self._block)
+        # Only float16 ends before the scores of outliers do.
+        self._fused = eager_block(bundle, impl="two_call") if self._dtype == "float16" else None
 
     def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
         """Of all outputs of a case: for the batch, or for each row where rows are judged by themselves."""
@@ -56,6 +58,14 @@ class Yardsticks:
             # The cache is what projections gave, and no stream is stored on the way to it.
             for output in stored:
                 yardsticks["output"].add_stored(output[rows])
+        if case.is_extreme and self._fused is not None:
+            # A kernel adds masks to scores, and infinity minus infinity is NaN where a hidden key has overflowed;
+            # eager puts the mask in place of the score.
+            with for_queries(self._fused, queries):
+                fused = run_arrays(self._fused)(inputs)
+            for rows, yardsticks in zip(groups, found, strict=True):
+                for name, yardstick in yardsticks.items():
+                    yardstick.set_aside(fused[name][rows])
         if not case.by_row:
             return [Held(np.arange(distinct), found[0])]
         return [Held(np.array([row]), found[source]) for row, source in enumerate(sources)]

@@ -112,4 +112,4 @@ def test_float16_scores_that_a_mask_hides_may_be_of_any_size(
             assert report.passed, report.failure
             (output,) = report.outputs
             # Where eager overflows too, nothing would be seen.
-            assert output.num_unjudged < 0.5 * 3 * 65 * 16
+            assert output.num_unjudged < 0.8 * 3 * 65 * 16
