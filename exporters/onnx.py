@@ -57,6 +57,11 @@ def _require_ort(config: AnyConfig) -> None:
             "onnxruntime's GroupQueryAttention takes widths that are multiples of 8, and the values of this block have "
             f"{config.value_dim}; leave --onnx-flavor out"
         )
+    if config.value_dim < config.head_dim:
+        raise InputError(
+            "onnxruntime's GroupQueryAttention takes values that are as wide as queries, and those of this block are "
+            f"narrower, {config.value_dim} and {config.head_dim}; leave --onnx-flavor out"
+        )
 
 
 def _save(model: "onnx_ir.Model", directory: Path) -> None:

@@ -75,6 +75,11 @@ def eager_candidates(
 def _require_runnable_impl(name: str, config: AnyConfig, device: str, dtype: DType, graph: Variant) -> None:
     if name == SOFTMAX and config.streams_share_keys:
         raise InputError("softmax is compared with blocks of the first version, and this one is of the second")
+    if name == SOFTMAX and config.value_dim != 2 * config.head_dim:
+        raise InputError(
+            f"softmax is compared with blocks whose values are {2 * config.head_dim} wide, twice the width of a "
+            f"stream, and those of this one are {config.value_dim}"
+        )
     if name == Impl.FLASH2 and graph == "cached":
         raise InputError("flash2 does not take the padding mask of --graph cached; give plain or masked")
     if name not in (SOFTMAX, Impl.AUTO):

@@ -6,6 +6,7 @@ from diffdeploy.config.block import (
     DiffAttentionConfig,
     DiffAttentionV2Config,
     GqaLayout,
+    LambdaKind,
     lambda_init_at,
 )
 from diffdeploy.config.model import DecoderConfig
@@ -18,6 +19,7 @@ __all__ = [
     "DiffAttentionConfig",
     "DiffAttentionV2Config",
     "GqaLayout",
+    "LambdaKind",
     "RopeConfig",
     "RopeScaling",
     "RopeStyle",

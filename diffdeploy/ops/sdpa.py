@@ -1,7 +1,7 @@
 """Decompositions into ``scaled_dot_product_attention``, which fused kernels and exporters understand.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width (2d, or d in the second
-version).
+version, or what a model has).
 """
 
 import torch
@@ -108,7 +108,7 @@ def padded(request: Request) -> Tensor:
     `diff_attention` for shapes.
     """
     if request.keys != Keys.PAIRED:
-        return _two_streams(request, request.v, request.value_width - request.width)
+        return _two_streams(request, request.v, max(0, request.value_width - request.width))
     q_BHSe, seen = padded_queries(request), request.visibility()
     # Kernels of the CPU, torch's and onnxruntime's, expand grouped keys; those of CUDA take groups in half precision.
     grouped = runs_on_cuda(q_BHSe) and request.dtype != torch.float32

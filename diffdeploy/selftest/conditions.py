@@ -9,6 +9,9 @@ __all__ = [
     "causal_without_window",
     "float32",
     "grouped",
+    "has_learned_lambda",
+    "has_norm",
+    "has_one_lambda",
     "has_rope",
     "longer_than_64",
     "masked",
@@ -27,8 +30,23 @@ _ONE_PAIR = 2
 
 
 def version_1(target: FaultTarget) -> bool:
-    """The block is the paper's, with two key streams per head, one lambda and a norm."""
+    """The block is the paper's, with two key streams per head."""
     return not target.config.streams_share_keys
+
+
+def has_one_lambda(target: FaultTarget) -> bool:
+    """Lambda is one number."""
+    return target.config.constant_lambda
+
+
+def has_learned_lambda(target: FaultTarget) -> bool:
+    """Lambda is one number, which follows from its vectors."""
+    return target.config.lambda_kind == "layer"
+
+
+def has_norm(target: FaultTarget) -> bool:
+    """Heads are normalised."""
+    return target.config.has_norm
 
 
 def several_heads(target: FaultTarget) -> bool:
@@ -55,7 +73,8 @@ def has_rope(target: FaultTarget) -> bool:
 def several_pairs(target: FaultTarget) -> bool:
     """A stream has more than one pair of channels to turn."""
     # A single pair turns by position * theta^0, whatever theta is, and has no order.
-    return target.config.head_dim > _ONE_PAIR
+    rope, width = target.config.rope, target.config.head_dim
+    return (width if rope is None else rope.width(width)) > _ONE_PAIR
 
 
 def causal(target: FaultTarget) -> bool:

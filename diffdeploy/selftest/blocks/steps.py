@@ -94,7 +94,7 @@ class Steps(AttentionBlock):
             v_BHTe,
             attn_mask=seen.mask,
             is_causal=seen.is_causal,
-            scale=width**-0.5,
+            scale=self.config.scale,
             enable_gqa=q_BHSd.shape[1] != k_BHTd.shape[1],
         )
         return seen.clear_dead(output)
