@@ -11,7 +11,7 @@ from diffdeploy.cli import console
 if TYPE_CHECKING:
     from diffdeploy.bundle import Bundle
     from diffdeploy.checkpoints import BlockSummary
-    from diffdeploy.config import AnyConfig
+    from diffdeploy.config import AnyConfig, LambdaKind
 
 __all__ = ["inspect"]
 
@@ -48,7 +48,7 @@ def inspect(
     console.print_text(f"layout {found.layout} (version {found.version}), recognised by {found.why}{also}")
     for block in found.blocks:
         console.print_text("")
-        console.print_rows(_block_rows(block, constant_lambda=found.constant_lambda))
+        console.print_rows(_block_rows(block, found.lambda_kind))
     return 0
 
 
@@ -89,16 +89,23 @@ def _heads(num_heads: int | None, num_kv_heads: int | None, head_dim: int | None
 
 
 def _version_rows(config: "AnyConfig") -> list[tuple[str, str]]:
-    if config.norm_eps is None:
-        return [("version", "2: lambda per token and head, no norm")]
+    norms = [] if config.qk_norm_eps is None else [("query, key norms", f"eps {config.qk_norm_eps:g}")]
+    if config.lambda_kind == "token":
+        return [("version", "2: lambda per token and head, no norm of the heads"), *norms]
+    kinds = {"layer": "one lambda", "head": "one lambda for each head", "fixed": "which is lambda itself"}
+    affine = "with gamma" if config.norm_affine else "without gamma"
     return [
-        ("lambda_init", f"{config.lambda_init:.6g}, output scale {config.output_scale:.6g}"),
-        ("norm", f"eps {config.norm_eps:g}, " + ("with gamma" if config.norm_affine else "without gamma")),
+        (
+            "lambda_init",
+            f"{config.lambda_init:.6g}, {kinds[config.lambda_kind]}; output scale {config.output_scale:.6g}",
+        ),
+        ("norm", "none" if config.norm_eps is None else f"eps {config.norm_eps:g}, {affine}"),
+        *norms,
         ("gqa layout", config.gqa_layout),
     ]
 
 
-def _block_rows(block: "BlockSummary", *, constant_lambda: bool) -> list[tuple[str, str]]:
+def _block_rows(block: "BlockSummary", lambda_kind: "LambdaKind") -> list[tuple[str, str]]:
     if block.refused is not None:
         return [("block", block.prefix.rstrip(".")), ("refused", block.refused)]
 
@@ -109,7 +116,8 @@ def _block_rows(block: "BlockSummary", *, constant_lambda: bool) -> list[tuple[s
         return "not known: give --depth" if value is None else f"{value:.6g}"
 
     theta = "" if block.rope_theta is None else f", theta {block.rope_theta:g}"
-    lambdas = [("lambda_init", number(block.lambda_init)), ("lambda", number(block.lambda_value))]
+    one_lambda = number(block.lambda_value) if lambda_kind in ("layer", "fixed") else "one for each head"
+    lambdas = [("lambda_init", number(block.lambda_init)), ("lambda", one_lambda)]
     return [
         ("block", block.prefix.rstrip(".") or "at the top level"),
         ("layer", "no index in the keys" if block.layer is None else str(block.layer)),
@@ -120,7 +128,7 @@ def _block_rows(block: "BlockSummary", *, constant_lambda: bool) -> list[tuple[s
         ("rope", known(block.rope, "--rope") + theta),
         ("window", "none" if block.sliding_window is None else f"{block.sliding_window} keys"),
         ("gqa layout", known(block.gqa_layout, "--gqa-layout")),
-        *(lambdas if constant_lambda else []),
+        *([] if lambda_kind == "token" else lambdas),
         ("weights", f"{block.num_parameters:,} in {block.dtype}, {block.num_bytes:,} bytes"),
         *([("unread", ", ".join(block.unread) + ", which keep it from being exported")] if block.unread else []),
     ]

@@ -103,9 +103,24 @@ _FACTS = (
         "--norm-eps",
         lambda config: config.norm_eps,
         _as_it_is,
-        lambda settings: settings.options.norm_eps is not None or not settings.layout.has_norm,
+        lambda settings: settings.options.norm_eps is not None or not settings.has_norm(),
     ),
     _Fact(("attention_bias", "qkv_bias", "use_bias"), "no tensor of a bias", _has_bias, _uses, _never),
+    # Axolotl's: with split heads, two of the file's heads make one, whose values are as wide as both.
+    _Fact(
+        ("split_heads",),
+        "the shapes of the projections",
+        lambda config: config.value_dim == 2 * config.head_dim,
+        _as_it_is,
+        _never,
+    ),
+    _Fact(
+        ("sublayer_norm",),
+        "--norm",
+        lambda config: config.has_norm,
+        _as_it_is,
+        lambda settings: settings.options.norm is not None,
+    ),
     # A cap on the scores is a function of its own, which no block here computes.
     _Fact(
         ("attn_logit_softcapping", "logit_soft_cap", "attention_softcap"),

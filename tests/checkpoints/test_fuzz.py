@@ -59,6 +59,26 @@ STATES: dict[str, dict[str, tuple[int, ...]]] = {
     "timm-dual": {"lambda_a": (), "lambda_b": (), "qkv.weight": (96, 32), "proj.weight": (32, 32)},
     "diffclip": {**VECTORS, "diff_norm.weight": (8,), **{f"{n}_proj.weight": (32, 32) for n in ("q", "k", "v", "out")}},
     "axolotl": {**ROWS, **VECTORS, "o_proj.weight": (32, 32), "subln.weight": (8,), "lambda_init": ()},
+    "replay": {
+        **{f"W_{n}.weight": (32, 32) for n in "qkvo"},
+        **dict.fromkeys(VECTORS, (4, 4)),
+        "rms_scale": (8,),
+        "scaling": (),
+    },
+    "blagpt-v2": {
+        "q_proj.weight": (32, 32),
+        "kv_proj.weight": (16, 32),
+        "c_proj.weight": (32, 16),
+        "lambda_proj.weight": (4, 32),
+        "q_norm.weight": (4,),
+        "k_norm.weight": (4,),
+    },
+    "stable-audio": {
+        "to_qkv.weight": (160, 32),
+        "to_out.weight": (32, 32),
+        "q_norm.weight": (32,),
+        "k_norm.weight": (32,),
+    },
     "phi4flash": {**VECTORS, "Wqkv.weight": (64, 32), "Wqkv.bias": (64,), "out_proj.weight": (32, 32)},
 }
 FIELDS = [
@@ -70,6 +90,7 @@ FIELDS = [
         "num_noise_heads",
         "k_ratio",
         "split_heads",
+        "sublayer_norm",
         "max_position_embeddings",
         "quantization_config",
         "mb_per_layer",

@@ -7,7 +7,7 @@ to 15 have a sliding window, 17 sees everything, and 19 to 31 read the keys and 
 from collections.abc import Set as AbstractSet
 
 from diffdeploy.checkpoints.fields import Fields, typed_field
-from diffdeploy.checkpoints.layouts.base import Layout, Source, lambda_sources, no_rope
+from diffdeploy.checkpoints.layouts.base import Layout, Source, lambda_sources, no_rope, packed
 
 __all__ = ["PHI4FLASH"]
 
@@ -45,8 +45,8 @@ PHI4FLASH = Layout(
     name="phi4flash",
     what="Phi-4-mini-flash-reasoning",
     sources={
-        **{f"{part}_proj.weight": Source("Wqkv.weight", part=part) for part in ("q", "k", "v")},
-        **{f"{part}_proj.bias": Source("Wqkv.bias", part=part) for part in ("q", "k", "v")},
+        **packed("Wqkv.weight", "weight", "q", "k", "v"),
+        **packed("Wqkv.bias", "bias", "q", "k", "v"),
         "out_proj.weight": Source("out_proj.weight"),
         "out_proj.bias": Source("out_proj.bias"),
         **lambda_sources(_INNER),
