@@ -88,6 +88,12 @@ def _heads(num_heads: int | None, num_kv_heads: int | None, head_dim: int | None
     return f"{num_heads} of two streams of width {head_dim}, {values}"
 
 
+def _window(block: "BlockSummary") -> str:
+    if not block.window_is_known:
+        return "not recorded: give --sliding-window"
+    return "none" if block.sliding_window is None else f"{block.sliding_window} keys"
+
+
 def _version_rows(config: "AnyConfig") -> list[tuple[str, str]]:
     norms = [] if config.qk_norm_eps is None else [("query, key norms", f"eps {config.qk_norm_eps:g}")]
     if config.lambda_kind == "token":
@@ -126,7 +132,7 @@ def _block_rows(block: "BlockSummary", lambda_kind: "LambdaKind") -> list[tuple[
         *(("in the config", said) for said in block.head_fields),
         ("norm", str(block.norm)),
         ("rope", known(block.rope, "--rope") + theta),
-        ("window", "none" if block.sliding_window is None else f"{block.sliding_window} keys"),
+        ("window", _window(block)),
         ("gqa layout", known(block.gqa_layout, "--gqa-layout")),
         *([] if lambda_kind == "token" else lambdas),
         ("weights", f"{block.num_parameters:,} in {block.dtype}, {block.num_bytes:,} bytes"),

@@ -13,10 +13,15 @@ __all__ = [
 class DiffDeployError(Exception):
     """Base of every error that diffdeploy raises on purpose.
 
-    The message is one sentence: what was given, what is accepted, what to do next.
+    The message is one sentence: what was given, what is accepted, what to do next. It stays on one line, and changes
+    nothing on a terminal, whatever name out of a file it holds.
     """
 
     exit_code = 4
+
+    def __init__(self, message: str = "") -> None:
+        line = " ".join(message.splitlines())
+        super().__init__("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line))
 
 
 class VerificationError(DiffDeployError):

@@ -111,6 +111,7 @@ class BlockReader:
         settings, sources = self.settings, self.tensors.sources
         lambda_init, gqa_layout, causal = settings.lambda_init(), settings.gqa_layout(self.sizes), settings.causal()
         rope, has_norm, output_scale = settings.rope(missing), settings.has_norm(), settings.output_scale(lambda_init)
+        window = settings.sliding_window(missing)
         missing += ["--depth"] if lambda_init is None else []
         missing += ["--output-scale"] if output_scale is None and lambda_init is not None else []
         missing += ["--gqa-layout"] if gqa_layout is None else []
@@ -132,7 +133,7 @@ class BlockReader:
             qk_norm_eps=settings.qk_norm_eps() if "q_norm.weight" in sources else None,
             qkv_bias="q_proj.bias" in sources,
             out_bias="out_proj.bias" in sources,
-            sliding_window=settings.sliding_window(),
+            sliding_window=window,
         )
 
     def _version_2(self, missing: list[str]) -> DiffAttentionV2Config | None:
@@ -148,7 +149,7 @@ class BlockReader:
             causal=causal,
             rope=rope,
             qk_norm_eps=settings.qk_norm_eps() if "q_norm.weight" in self.tensors.sources else None,
-            sliding_window=settings.sliding_window(),
+            sliding_window=settings.sliding_window(missing),
         )
 
     def weights(self, config: AnyConfig) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from typing import cast
 
 from diffdeploy.checkpoints.detect import Found
 from diffdeploy.checkpoints.fields import Fields, shortened, typed_field
-from diffdeploy.checkpoints.layouts.base import UnknownThetaError
+from diffdeploy.checkpoints.layouts.base import UnknownThetaError, UnknownWindowError
 from diffdeploy.checkpoints.options import CheckpointOptions
 from diffdeploy.checkpoints.sizes import Sizes
 from diffdeploy.config import GqaLayout, RopeConfig, RopeStyle, lambda_init_at
@@ -31,6 +31,8 @@ _MISSING = {
     "beside them that says it",
     "--rope-theta": "the base of the rotary frequencies is not in the weights, so it cannot be guessed (the paper's "
     "models use 10000)",
+    "--sliding-window": "layers of this code base have a window, and no config.json beside the weights says it (0 for "
+    "none)",
     "--gqa-layout": "with fewer key/value heads than heads, Microsoft's naive and flash modules read different key "
     "streams from the same weights, so it cannot be guessed; give canonical (flash) or legacy (naive, and every "
     "variant of multihead-sdpadiff, which --layout sdpadiff says too)",
@@ -93,6 +95,11 @@ class BlockSettings:
     def lambda_init(self) -> float | None:
         """Constant part of lambda: as given, as the layout has it in every layer, else by the depth."""
         given = self.options.lambda_init
+        if self.layout.lambda_kind == "fixed" and (given, self.options.depth) != (None, None):
+            raise InputError(
+                f"lambda is {self.layout.lambda_init:g} in layout {self.layout.name}; give neither --depth "
+                "nor --lambda-init"
+            )
         if given is None and self.options.depth is None:
             stored = self._stored("lambda_init")
             given = self.layout.lambda_init if stored is None else stored
@@ -230,8 +237,16 @@ class BlockSettings:
         """Epsilon of the norms of queries and keys; ``None`` for a layout without such norms."""
         return self.layout.qk_norm_eps if self.options.qk_norm_eps is None else self.options.qk_norm_eps
 
-    def sliding_window(self) -> int | None:
-        """Keys that a position sees, or ``None`` for all."""
+    def sliding_window(self, missing: list[str]) -> int | None:
+        """Keys that a position sees; ``None`` for all, and where nothing says it.
+
+        Args:
+            missing: takes the option that nothing says.
+        """
         if self.options.sliding_window is not None:
             return self.options.sliding_window or None
-        return self.layout.sliding_window(self.fields, self.layer)
+        try:
+            return self.layout.sliding_window(self.fields, self.layer)
+        except UnknownWindowError:
+            missing.append("--sliding-window")
+            return None

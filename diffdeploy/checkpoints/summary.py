@@ -26,6 +26,7 @@ class BlockSummary:
 
     Attributes:
         head_fields: what fields of ``config.json`` that count streams say, and what they mean.
+        window_is_known: whether something says `sliding_window`, ``None`` of which is none.
         unread: keys of the block that its layout does not know; such a block is not exported.
         refused: why it cannot be deployed; then nothing but ``prefix`` and ``layer`` is known.
     """
@@ -43,6 +44,7 @@ class BlockSummary:
     rope_theta: float | None = None
     gqa_layout: str | None = None
     sliding_window: int | None = None
+    window_is_known: bool = True
     lambda_init: float | None = None
     lambda_value: float | None = None
     dtype: str | None = None
@@ -96,6 +98,8 @@ def _block(reader: BlockReader) -> BlockSummary:
     # Past the checks of `BlockTensors.get`: a block in fp8 or with NaN can be described, though not deployed.
     tensors = [reader.tensors.file.get(key) for key in reader.tensors.keys]
     layout, settings = reader.layout, reader.settings
+    missing: list[str] = []
+    window = settings.sliding_window(missing)
     lambda_init = None if layout.lambda_kind == "token" else settings.lambda_init()
     affine = "with gamma" if "subln.weight" in reader.tensors.sources else "without gamma"
     return BlockSummary(
@@ -108,7 +112,8 @@ def _block(reader: BlockReader) -> BlockSummary:
         rope=settings.rope_style(),
         rope_theta=settings.rope_theta(),
         gqa_layout=settings.gqa_layout(reader.sizes),
-        sliding_window=settings.sliding_window(),
+        sliding_window=window,
+        window_is_known=not missing,
         lambda_init=lambda_init,
         lambda_value=None if lambda_init is None else _lambda_value(lambda_init, layout, reader.tensors),
         dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),

@@ -52,7 +52,7 @@ VECTORS = {f"lambda_{name}": (4,) for name in ("q1", "k1", "q2", "k2")}
 # D 32, h 4, h_kv 2 (4 where all are in one matrix), d 4.
 STATES: dict[str, dict[str, tuple[int, ...]]] = {
     "microsoft": {**ROWS, **VECTORS, "out_proj.weight": (32, 32), "subln.weight": (8,)},
-    "microsoft-v2": {**ROWS, "o_proj.weight": (32, 32), "lambda_proj.weight": (4, 32)},
+    "microsoft-v2": {**ROWS, "o_proj.weight": (32, 16), "lambda_proj.weight": (4, 32)},
     "motif": {**ROWS, **VECTORS, "o_proj.weight": (32, 32), "subln.weight": (8,)},
     "diffllama": {**ROWS, **VECTORS, "o_proj.weight": (32, 32)},
     "timm": {**VECTORS, "qkv.weight": (96, 32), "proj.weight": (32, 32), "sub_norm.weight": (8,)},

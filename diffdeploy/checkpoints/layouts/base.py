@@ -15,6 +15,7 @@ __all__ = [
     "Layout",
     "Source",
     "UnknownThetaError",
+    "UnknownWindowError",
     "huggingface_rope",
     "lambda_sources",
     "no_rope",
@@ -100,7 +101,7 @@ class Layout:
         qk_norm_eps: epsilon of the optional norms of queries and keys.
         head_fields: fields that must agree with the shapes, with the multiple of ``num_heads`` or ``num_kv_heads``;
             ``None`` for as many as the values of a head are wide, in streams.
-        sliding_window: by the fields and the layer.
+        sliding_window: by the fields and the layer; raises `UnknownWindowError` where the fields do not say.
         refuse: why a block cannot be deployed, by its keys, the fields and the layer.
     """
 
@@ -162,6 +163,10 @@ ROTARY_BUFFERS = {"rotary_emb.inv_freq": "the frequencies follow from config.jso
 
 class UnknownThetaError(InputError):
     """Nothing says the base of the rotary frequencies."""
+
+
+class UnknownWindowError(InputError):
+    """Nothing says how many keys a position sees."""
 
 
 def no_rope(fields: Fields, theta: float | None) -> RopeConfig | None:
