@@ -19,9 +19,10 @@ class DiffDeployError(Exception):
 
     exit_code = 4
 
-    def __init__(self, message: str = "") -> None:
-        line = " ".join(message.splitlines())
-        super().__init__("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line))
+    # Not when it is made, since torch.compile traces how errors are made that are never raised.
+    def __str__(self) -> str:
+        line = " ".join(super().__str__().splitlines())
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 class VerificationError(DiffDeployError):

@@ -1,5 +1,6 @@
 """What must hold of a bundle for a fault to be one: heads that can be confused, a mask that can be ignored, ..."""
 
+from diffdeploy.exact import lambda_value
 from diffdeploy.selftest.fault import FaultTarget
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "has_norm",
     "has_one_lambda",
     "has_rope",
+    "lambda_is_not_one",
     "longer_than_64",
     "masked",
     "several_heads",
@@ -27,6 +29,8 @@ __all__ = [
 LONG = 64
 # Channels of a stream that has one pair to turn.
 _ONE_PAIR = 2
+# A factor nearer to 1 could pass for rounding in half precision.
+_VISIBLE = 1e-3
 
 
 def version_1(target: FaultTarget) -> bool:
@@ -42,6 +46,12 @@ def has_one_lambda(target: FaultTarget) -> bool:
 def has_learned_lambda(target: FaultTarget) -> bool:
     """Lambda is one number, which follows from its vectors."""
     return target.config.lambda_kind == "layer"
+
+
+def lambda_is_not_one(target: FaultTarget) -> bool:
+    """Lambda is no factor that may be left out."""
+    config = target.config
+    return not config.constant_lambda or abs(lambda_value(config, target.weights) - 1) > _VISIBLE
 
 
 def has_norm(target: FaultTarget) -> bool:

@@ -13,7 +13,7 @@ from diffdeploy.config import DiffAttentionConfig
 from diffdeploy.graphs import Stage
 from diffdeploy.selftest.blocks.entry import faulty
 from diffdeploy.selftest.blocks.steps import Steps
-from diffdeploy.selftest.conditions import float32, has_norm, several_heads
+from diffdeploy.selftest.conditions import float32, has_norm, lambda_is_not_one, several_heads
 
 
 @faulty("noise_is_added", "a plus where a minus is due", Stage.DIFFERENCE)
@@ -24,7 +24,7 @@ class NoiseIsAdded(Steps):
         return signal + lam * noise
 
 
-@faulty("lambda_on_signal", "``lambda signal - noise``", Stage.LAMBDA)
+@faulty("lambda_on_signal", "``lambda signal - noise``", Stage.LAMBDA, lambda_is_not_one)
 class LambdaOnSignal(Steps):
     """``lambda signal - noise``."""
 
