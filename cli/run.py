@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffdeploy.cli import console
-from diffdeploy.cli.shared_options import AsJson, Device, Recompile, RuntimeName, Threads
+from diffdeploy.cli.shared_options import AsJson, Device, Recompile, RuntimeName, Threads, Trust
 
 if TYPE_CHECKING:
     from diffdeploy.arrays import Array
@@ -24,6 +24,7 @@ def run(
     threads: Threads = None,
     runtime: RuntimeName = "native",
     recompile: Recompile = False,
+    trust: Trust = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file at --output.")] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -37,7 +38,12 @@ def run(
 
         arrays = read_arrays(inputs)
         with load(
-            bundle, device=device, threads=threads, reference=runtime == "reference", recompile=recompile
+            bundle,
+            device=device,
+            threads=threads,
+            reference=runtime == "reference",
+            recompile=recompile,
+            trust=trust,
         ) as loaded:
             activity.phase("running")
             results = loaded(**arrays)

@@ -39,8 +39,9 @@ def open_candidate(plan: Plan, candidate: Candidate, weights: Mapping[str, "Tens
     import torch
 
     if candidate.bundle is not None:
-        # The public runtime: its checks of inputs and its copies are part of what a user pays.
-        runtime = load(candidate.bundle, device=plan.device, threads=plan.threads)
+        # The public runtime: its checks of inputs and its copies are part of what a user pays. Whether a bundle is
+        # trusted was asked when it was chosen.
+        runtime = load(candidate.bundle, device=plan.device, threads=plan.threads, trust=True)
         return lambda inputs: runtime(**inputs)
     dtype = getattr(torch, plan.dtype)
     if candidate.impl == SOFTMAX:

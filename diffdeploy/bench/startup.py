@@ -56,7 +56,7 @@ def _main(bundle: str, device: str | None = None) -> None:
     # By itself, since it is the same for all bundles of a format.
     import_module(package)
     moments.append(time.perf_counter())
-    runtime = diffdeploy.load(bundle, device=device)
+    runtime = diffdeploy.load(bundle, device=device, trust=True)
     moments.append(time.perf_counter())
     runtime.warmup()
     moments.append(time.perf_counter())

@@ -13,6 +13,7 @@ from diffdeploy.bundle.store import (
     staged_bundle,
     write_manifest,
 )
+from diffdeploy.bundle.trust import is_own_export, remember_export
 from diffdeploy.bundle.weights import cast_weights, read_weights
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
     "cast_weights",
     "default_output",
     "eager_block",
+    "is_own_export",
     "open_bundle",
     "read_weights",
+    "remember_export",
     "staged_bundle",
     "write_manifest",
 ]

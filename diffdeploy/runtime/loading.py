@@ -3,13 +3,13 @@
 import re
 from pathlib import Path
 
-from diffdeploy.bundle import Manifest, open_bundle
-from diffdeploy.errors import InputError, UnavailableError
+from diffdeploy.bundle import Bundle, Manifest, is_own_export, open_bundle
+from diffdeploy.errors import InputError, IntegrityError, UnavailableError
 from diffdeploy.formats import Format, RunOptions, find_format, format_names
 from diffdeploy.runtime.machine import differences, this_machine
 from diffdeploy.runtime.runtime import Runtime
 
-__all__ = ["device_of", "load", "require_runnable"]
+__all__ = ["device_of", "load", "require_runnable", "require_trusted"]
 
 
 def device_of(manifest: Manifest, options: RunOptions) -> str:
@@ -53,6 +53,22 @@ def require_runnable(manifest: Manifest, options: RunOptions) -> None:
         raise UnavailableError(f"this {manifest.format} bundle was compiled for {'; '.join(differing)}; {way_out}")
 
 
+def require_trusted(bundle: Bundle, options: RunOptions) -> None:
+    """See that what a bundle runs when it is loaded comes from here, or that the user trusts it.
+
+    Raises:
+        IntegrityError: it runs code, no export of this user on this machine made it, and nobody said to trust it.
+    """
+    executes = _format_of(bundle.manifest).executes
+    # Compiled afresh, nothing that the bundle brought runs.
+    if executes is None or options.trust or options.recompile or is_own_export(bundle.path):
+        return
+    raise IntegrityError(
+        f"{bundle.path} is a bundle of format {bundle.manifest.format}, whose {executes} would run with your rights, "
+        "and no export of yours on this machine made it; give --trust, or trust=True, if you trust whoever did"
+    )
+
+
 def _format_of(manifest: Manifest) -> Format:
     if (found := find_format(manifest.format)) is None:
         raise UnavailableError(
@@ -76,6 +92,7 @@ def load(
     threads: int | None = None,
     reference: bool = False,
     recompile: bool = False,
+    trust: bool = False,
 ) -> Runtime:
     """Open a bundle for running; its digests are checked first.
 
@@ -85,15 +102,17 @@ def load(
         threads: of the backend.
         reference: run ONNX with `onnx.reference`.
         recompile: compile afresh.
+        trust: run what a bundle from elsewhere brings: the machine code or pickles of some formats.
 
     Raises:
         InputError: no bundle there, or an option that it does not have.
-        IntegrityError: the bundle is not what was exported.
+        IntegrityError: the bundle is not what was exported, or it runs code and is not trusted.
         UnavailableError: the backend or the device is not here, or the bundle was made for another machine.
         ExportError: the backend cannot load the artifact.
     """
-    options = RunOptions(device=device, threads=threads, reference=reference, recompile=recompile)
+    options = RunOptions(device=device, threads=threads, reference=reference, recompile=recompile, trust=trust)
     bundle = open_bundle(path)
     require_runnable(bundle.manifest, options)
+    require_trusted(bundle, options)
     where = device_of(bundle.manifest, options)
     return Runtime(bundle, _format_of(bundle.manifest).open(bundle, options, where), where)
