@@ -24,10 +24,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON object.")] = False,
 ) -> int:
     """Say what a bundle or a checkpoint holds, without running it."""
-    from diffdeploy.bundle import MANIFEST, open_bundle
+    from diffdeploy.bundle import is_bundle, open_bundle
 
     # Both may be folders; only a bundle has a manifest.
-    if (path / MANIFEST).is_file():
+    if is_bundle(path):
         bundle = open_bundle(path)
         if as_json:
             console.print_json({"kind": "bundle", "path": str(path), **bundle.manifest.model_dump(mode="json")})

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from diffdeploy.bundle.consistency import require_consistent
 from diffdeploy.bundle.manifest import FileDigest, Manifest
 from diffdeploy.errors import InputError, IntegrityError, UnavailableError
 from diffdeploy.files import file_sha256
@@ -20,6 +21,7 @@ __all__ = [
     "WEIGHTS",
     "Bundle",
     "default_output",
+    "is_bundle",
     "open_bundle",
     "staged_bundle",
     "write_manifest",
@@ -29,6 +31,9 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 REPORT = "verification.json"
 GOLDEN = "golden.safetensors"
+
+# Of a block it has about 5 kB.
+_LARGEST_MANIFEST = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,35 @@ def default_output(name: str, layer: int | None, format_name: str) -> Path:
 
 
 def _files_in(directory: Path) -> list[str]:
-    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if not p.is_dir())
+    """Relative paths of all files, in order.
+
+    Raises:
+        IntegrityError: a link, a device, a pipe or the like, or a folder with nothing in it, none of which an export
+            makes; what a link leads to may lie anywhere, and a pipe never ends.
+    """
+    found: list[str] = []
+    pending = [directory]
+    while pending:
+        folder = pending.pop()
+        with os.scandir(folder) as entries:
+            inside = list(entries)
+        if not inside and folder != directory:
+            raise IntegrityError(f"{folder.relative_to(directory)} in {directory} is an empty folder")
+        for entry in inside:
+            path = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(path)
+            elif entry.is_file(follow_symlinks=False):
+                found.append(path.relative_to(directory).as_posix())
+            else:
+                kind = "a link, and links may leave the bundle" if entry.is_symlink() else "neither a file nor a folder"
+                raise IntegrityError(f"{path.relative_to(directory)} in {directory} is {kind}")
+    return sorted(found)
+
+
+def is_bundle(directory: Path) -> bool:
+    """Whether a directory calls itself a bundle, whatever its manifest is."""
+    return os.path.lexists(directory / MANIFEST)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
@@ -66,32 +99,46 @@ def open_bundle(path: str | Path) -> Bundle:
 
     Raises:
         InputError: there is no bundle at ``path``.
-        IntegrityError: a byte changed, a file is missing or extra, or a path leads out of the bundle.
+        IntegrityError: a byte changed, a file is missing, extra or no plain file, a path leads out of the bundle, or
+            the manifest contradicts itself or the weights.
     """
     directory = Path(path)
-    if not (directory / MANIFEST).is_file():
+    if not is_bundle(directory):
         raise InputError(
             f"{directory} is not a bundle: it has no {MANIFEST}; give a directory that diffdeploy exported"
         )
-    manifest = Manifest.from_bytes((directory / MANIFEST).read_bytes())
+    try:
+        present = set(_files_in(directory))
+        manifest = _read_manifest(directory)
+    except OSError as error:
+        raise IntegrityError(f"{directory} cannot be read ({error.strerror or error})") from error
     # Names before anything else: no file is looked at that a name leads to from outside.
     for name in manifest.files:
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts:
             raise IntegrityError(f"the manifest of {directory} names {name!r}, a path that leaves the bundle")
-    present, expected = set(_files_in(directory)), {MANIFEST, *manifest.files}
+    expected = {MANIFEST, *manifest.files}
     if missing := sorted(expected - present):
         raise IntegrityError(f"{directory} lacks {', '.join(missing)}; copy the bundle again")
     if extra := sorted(present - expected):
         raise IntegrityError(f"{directory} holds files that its manifest does not list: {', '.join(extra)}")
     for name, digest in manifest.files.items():
         file = directory / name
-        if file.is_symlink():
-            raise IntegrityError(f"{name} in {directory} is a link, and links may leave the bundle")
         # The size first, since a digest reads the whole file.
         if file.stat().st_size != digest.size or file_sha256(file) != digest.sha256:
             raise IntegrityError(f"{name} in {directory} is not the file that was exported: its sha256 differs")
+    if WEIGHTS not in manifest.files:
+        raise IntegrityError(f"the manifest of {directory} lists no {WEIGHTS}, which every bundle has")
+    require_consistent(manifest, directory / WEIGHTS)
     return Bundle(directory, manifest)
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    if not (directory / MANIFEST).is_file():
+        raise IntegrityError(f"{MANIFEST} in {directory} is a folder")
+    if (size := (directory / MANIFEST).stat().st_size) > _LARGEST_MANIFEST:
+        raise IntegrityError(f"{MANIFEST} in {directory} has {size:,} bytes, more than any export writes")
+    return Manifest.from_bytes((directory / MANIFEST).read_bytes())
 
 
 def _check_output(output: Path, force: bool) -> None:

@@ -8,17 +8,14 @@ other tensors, another ``config.json`` or other bytes. Reading it must end withi
 import json
 import os
 import pickle
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,17 +24,8 @@ from diffdeploy.checkpoints import CheckpointOptions, list_layers, read_checkpoi
 from diffdeploy.checkpoints.layouts import LAYOUTS
 from diffdeploy.errors import InputError
 from diffdeploy.modules import block_class
+from tests.support.fuzzing import fuzzed, limited_time
 
-# Files for each test; `make fuzz` sets it.
-_FILES = int(os.environ.get("DIFFDEPLOY_FUZZ", "0"))
-fuzzed = settings(
-    max_examples=_FILES or 60,
-    derandomize=not _FILES,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-_SECONDS = 10
 _LONGEST_SENTENCE = 1200
 
 OPTIONS = [
@@ -146,20 +134,6 @@ def states(draw: st.DrawFn) -> dict[str, Tensor]:
                     own[name] = draw(tensors)
         state |= {prefix + name: tensor for name, tensor in own.items()}
     return state
-
-
-@contextmanager
-def limited_time() -> Iterator[None]:
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"reading took more than {_SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(_SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def read_or_refuse(path: Path, options: CheckpointOptions) -> None:
