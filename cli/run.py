@@ -34,18 +34,22 @@ def run(
     # Before anything is loaded, which may take longer than the run.
     check_target(outputs, force=force)
     with console.activity("opening the bundle") as activity:
-        from diffdeploy.runtime import load
+        import numpy as np
+
+        from diffdeploy.formats import RunOptions
+        from diffdeploy.runtime import open_runtime
 
         arrays = read_arrays(inputs)
-        with load(
-            bundle,
-            device=device,
-            threads=threads,
-            reference=runtime == "reference",
-            recompile=recompile,
-            trust=trust,
-        ) as loaded:
+        options = RunOptions(
+            device=device, threads=threads, reference=runtime == "reference", recompile=recompile, trust=trust
+        )
+        with open_runtime(bundle, options) as loaded:
+            if not loaded.verified:
+                console.note(f"{bundle} was exported without verification; run diffdeploy verify {bundle}")
             activity.phase("running")
+            for name, array in arrays.items():
+                if array.dtype.kind in "fV" and not np.isfinite(array.astype(np.float32)).all():
+                    console.note(f"{name} in {inputs} holds NaN or infinity")
             results = loaded(**arrays)
             # Within the block, behind which the runtime is closed.
             backend = loaded.description

@@ -6,6 +6,7 @@ __all__ = [
     "InputError",
     "IntegrityError",
     "UnavailableError",
+    "UnverifiedWarning",
     "VerificationError",
 ]
 
@@ -54,3 +55,7 @@ class IntegrityError(DiffDeployError):
     """A bundle is not what its manifest says."""
 
     exit_code = 5
+
+
+class UnverifiedWarning(UserWarning):
+    """A bundle is loaded that no verification has accepted."""

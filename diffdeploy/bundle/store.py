@@ -1,9 +1,12 @@
 """Bundles on disk: written whole or not at all, and checked byte for byte before anything in them is used."""
 
 import errno
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +37,8 @@ GOLDEN = "golden.safetensors"
 
 # Of a block it has about 5 kB.
 _LARGEST_MANIFEST = 16 * 2**20
+# Seconds, within which an export has locked the folder that it made.
+_YOUNG_S = 60
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,38 @@ def _no_space(output: Path) -> UnavailableError:
     return UnavailableError(f"no space left to write {output}; nothing was kept: free some and try again")
 
 
+def _clear_remains(output: Path) -> None:
+    """Remove what exports to the same place left that were killed, and put back a bundle that one had set aside."""
+    alive = False
+    for staging in output.parent.glob(f".{glob.escape(output.name)}.new-*"):
+        # One that was just made is not locked yet.
+        young = staging.is_symlink() or time.time() - staging.lstat().st_mtime < _YOUNG_S
+        lock = None if young else _locked(staging)
+        if lock is None:
+            alive = True
+        else:
+            shutil.rmtree(staging, ignore_errors=True)
+            os.close(lock)
+    if alive:  # an export that is at work may have set a bundle aside itself
+        return
+    for aside in output.parent.glob(f".{glob.escape(output.name)}.old-*"):
+        if not output.exists() and (aside / MANIFEST).is_file():
+            aside.replace(output)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _locked(directory: Path) -> int | None:
+    """A descriptor that holds the lock of a directory until it is closed, or its process ends; ``None`` if taken."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def _staging_beside(output: Path) -> Path:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -195,17 +232,22 @@ def _staging_beside(output: Path) -> Path:
 def staged_bundle(output: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary sibling of ``output`` that becomes ``output`` when the block ends well, and is removed otherwise.
 
+    Siblings that killed exports left are removed, too; those of exports that run are locked.
+
     Raises:
         InputError: ``output`` is taken or cannot be written.
         UnavailableError: the disk is full.
     """
+    # First, since it may put back a bundle that would then be in the way.
+    _clear_remains(output)
     _check_output(output, force)
     staging: Path | None = None
     # Parents that do not exist yet go again with an export that fails.
     made = [p for p in (output.parent, *output.parent.parents) if not p.exists()]
-    finished = False
+    finished, lock = False, None
     try:
         staging = _staging_beside(output)
+        lock = _locked(staging)
         yield staging
         # A temporary folder is for its owner alone; a bundle is as open as other files of the user.
         staging.chmod(0o777 & ~_umask())
@@ -216,6 +258,8 @@ def staged_bundle(output: Path, *, force: bool = False) -> Iterator[Path]:
             raise _no_space(output) from error
         raise
     finally:
+        if lock is not None:
+            os.close(lock)
         # Not in an except clause: an interrupt cleans up as well.
         if not finished:
             if staging is not None:

@@ -1,15 +1,16 @@
 """`load`: from a directory to a runtime, with the backend of its format; and what can be run here."""
 
 import re
+import warnings
 from pathlib import Path
 
 from diffdeploy.bundle import Bundle, Manifest, is_own_export, open_bundle
-from diffdeploy.errors import InputError, IntegrityError, UnavailableError
+from diffdeploy.errors import InputError, IntegrityError, UnavailableError, UnverifiedWarning
 from diffdeploy.formats import Format, RunOptions, find_format, format_names
 from diffdeploy.runtime.machine import differences, this_machine
 from diffdeploy.runtime.runtime import Runtime
 
-__all__ = ["device_of", "load", "require_runnable", "require_trusted"]
+__all__ = ["device_of", "load", "open_runtime", "require_runnable", "require_trusted"]
 
 
 def device_of(manifest: Manifest, options: RunOptions) -> str:
@@ -100,7 +101,7 @@ def load(
     recompile: bool = False,
     trust: bool = False,
 ) -> Runtime:
-    """Open a bundle for running; its digests are checked first.
+    """Open a bundle for running; its digests are checked first. One that was never verified gives a warning.
 
     Args:
         path: the bundle's directory.
@@ -117,6 +118,23 @@ def load(
         ExportError: the backend cannot load the artifact.
     """
     options = RunOptions(device=device, threads=threads, reference=reference, recompile=recompile, trust=trust)
+    runtime = open_runtime(path, options)
+    if not runtime.verified:
+        warnings.warn(
+            f"{path} was exported without verification, so nothing says that it computes what its checkpoint does; run "
+            f"diffdeploy verify {path}",
+            UnverifiedWarning,
+            stacklevel=2,
+        )
+    return runtime
+
+
+def open_runtime(path: str | Path, options: RunOptions) -> Runtime:
+    """`load` without its warning, for those who verify the bundle now.
+
+    Raises:
+        DiffDeployError: see `load`.
+    """
     bundle = open_bundle(path)
     require_runnable(bundle.manifest, options)
     require_trusted(bundle, options)
