@@ -208,7 +208,8 @@ def print_verdict(report: "Report", bundle: Path) -> None:
     share = ""
     if worst is not None and worst.budget_used is not None:
         share = f"worst {worst.id} used {worst.budget_used:.0%} of its error budget; "
-    print_text(f"{verdict}: {bundle} ({len(report.cases)} cases; {share}{report.backend})")
+    untried = f"; not tried: {', '.join(report.untried)}" if report.untried else ""
+    print_text(f"{verdict}: {bundle} ({len(report.cases)} cases; {share}{report.backend}{untried})")
 
 
 def _mark(passed: bool, fine: str = "ok", wrong: str | None = None) -> str:

@@ -9,6 +9,7 @@ from diffdeploy.selftest.fault import Fault, FaultTarget
 from diffdeploy.selftest.numbers import NUMBER_FAULTS
 from diffdeploy.selftest.precision import PRECISION_FAULTS
 from diffdeploy.selftest.runtimes import RUNTIME_FAULTS
+from diffdeploy.selftest.some_inputs import SOME_INPUTS_FAULTS
 from diffdeploy.selftest.weights import WEIGHT_FAULTS
 
 __all__ = ["all_faults", "faults_of"]
@@ -26,6 +27,7 @@ def all_faults() -> tuple[Fault, ...]:
         *of_files,
         *BUNDLE_FILE_FAULTS,
         *RUNTIME_FAULTS,
+        *SOME_INPUTS_FAULTS,
         *BLOCK_FAULTS,
     )
 

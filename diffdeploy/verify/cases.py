@@ -10,10 +10,18 @@ from diffdeploy.graphs import GraphSpec
 
 __all__ = ["AnyCase", "Case", "Kind", "Mask", "UserCase"]
 
-Kind = Literal["normal", "tiny", "large", "constant"]
-Mask = Literal["none", "left", "right", "ragged", "hidden"]
+# New ones stand at the end: the numbers of a case depend on the places of its kind and mask, and golden vectors stay.
+Kind = Literal["normal", "tiny", "large", "constant", "outliers", "offset", "scales", "zeros", "repeated"]
+Mask = Literal["none", "left", "right", "ragged", "hidden", "mixed"]
 
-_SCALES = {"normal": 1.0, "tiny": 1e-3, "large": 8.0, "constant": 1.0}
+_SCALES = {"tiny": 1e-3, "large": 8.0}
+# Channels as large as in language models, and tokens of very different size, by powers of ten: as far as scores stay
+# below the largest number of float16, where they are products of two of them.
+_OUTLIERS = {"float16": (1.3, 1.9)}
+_WIDEST_OUTLIERS = (2.0, 3.3)
+_TOKENS = {"float16": (-4.0, 1.5)}
+_WIDEST_TOKENS = (-6.0, 4.0)
+_NUM_OUTLIERS, _OFFSET, _RUN, _EACH = 2, 10.0, 4, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +34,12 @@ class Case:
         seed: of the generator, together with all the sizes and kinds.
         kind: ``normal`` N(0, 1); ``tiny`` N(0, 1e-6), where the norm's epsilon rules; ``large`` N(0, 64), where the
             softmax saturates; ``constant`` the same vector at every position, where only the mask and the rotary
-            embedding tell positions apart.
+            embedding tell positions apart; ``outliers`` two channels 100 to 2,000 times as large; ``offset`` around
+            10; ``scales`` tokens from 1e-6 to 1e4; ``zeros`` every third token 0; ``repeated`` tokens that come four
+            times. In float16 outliers and scales stay where scores do not overflow.
         mask: padding of the last row: ``none``, at the ``left``, at the ``right``, ``ragged`` in between; ``hidden`` is
-            a row of nothing else.
+            a row of nothing else; ``mixed`` gives every row padding of its own: where, and how much, is drawn.
+        drawn_positions: positions are drawn, in place of counting the tokens.
         past_length: tokens in the cache.
         chunks: lengths of the calls that the sequence is fed in, each with the cache of the one before; together they
             must give what one pass gives. Empty for a single call.
@@ -45,6 +56,7 @@ class Case:
     chunks: tuple[int, ...] = ()
     row_by_row: bool = False
     number: int = 0
+    drawn_positions: bool = False
 
     @property
     def id(self) -> str:
@@ -56,6 +68,7 @@ class Case:
         parts += [f"in-{'+'.join(map(str, self.chunks))}"] if self.chunks else []
         parts += ["row-by-row"] if self.row_by_row else []
         parts += [] if self.mask == "none" else [self.mask]
+        parts += ["drawn"] if self.drawn_positions else []
         return "-".join((*parts, self.kind))
 
     @property
@@ -80,18 +93,21 @@ class Case:
         # All that names a case, so that no two share their inputs, and the name alone gives them again.
         generator = np.random.default_rng([self.seed, *numbers, kinds.index(self.kind), masks.index(self.mask), *more])
         hidden = spec.inputs["hidden_states"]
-        rows = 1 if self.kind == "constant" else self.sequence_length
-        values = generator.standard_normal((self.batch_size, rows, int(hidden.shape[-1])), dtype=np.float32)
         # Drawn in float32 and then rounded, so that every dtype is tried on the same numbers.
-        values *= _SCALES[self.kind]
-        inputs = {"hidden_states": np.repeat(values, self.sequence_length // rows, axis=1).astype(hidden.dtype)}
+        values = self._values(generator, int(hidden.shape[-1]), hidden.dtype)
+        inputs = {"hidden_states": values.astype(hidden.dtype)}
         if "attention_mask" in spec.inputs:
-            tokens = self._tokens()
+            tokens = self._tokens(generator)
             inputs["attention_mask"] = tokens
             if "position_ids" in spec.inputs:
                 # As generation counts them: padding takes no position.
                 positions = np.maximum(tokens.cumsum(axis=1) - 1, 0)
                 inputs["position_ids"] = np.ascontiguousarray(positions[:, self.past_length :])
+                if self.drawn_positions:
+                    bounds = spec.inputs["position_ids"].values
+                    assert bounds is not None
+                    size = (self.batch_size, self.sequence_length)
+                    inputs["position_ids"] = generator.integers(bounds.min, bounds.max + 1, size)
         for name in ("past_key_values.key", "past_key_values.value"):
             if name in spec.inputs:
                 _, heads, _, width = spec.inputs[name].shape
@@ -99,9 +115,39 @@ class Case:
                 inputs[name] = generator.standard_normal(shape, dtype=np.float32).astype(spec.inputs[name].dtype)
         return inputs
 
-    def _tokens(self) -> Array:
+    def _values(self, generator: np.random.Generator, width: int, dtype: str) -> Array:
+        """Hidden states ``[B, S, D]``, float32."""
+        length = self.sequence_length
+        rows = 1 if self.kind == "constant" else -(-length // _RUN) if self.kind == "repeated" else length
+        values = generator.standard_normal((self.batch_size, rows, width), dtype=np.float32)
+        values *= np.float32(_SCALES.get(self.kind, 1.0))
+        if self.kind == "constant":
+            return np.repeat(values, length, axis=1)
+        if self.kind == "repeated":
+            return np.repeat(values, _RUN, axis=1)[:, :length]
+        if self.kind == "outliers":
+            channels = generator.choice(width, min(_NUM_OUTLIERS, width), replace=False)
+            powers = generator.uniform(*_OUTLIERS.get(dtype, _WIDEST_OUTLIERS), len(channels))
+            values[..., channels] *= np.float32(10.0) ** powers.astype(np.float32)
+        elif self.kind == "offset":
+            values += np.float32(_OFFSET)
+        elif self.kind == "scales":
+            powers = generator.uniform(*_TOKENS.get(dtype, _WIDEST_TOKENS), (self.batch_size, length, 1))
+            values *= np.float32(10.0) ** powers.astype(np.float32)
+        elif self.kind == "zeros":
+            values[:, ::_EACH] = 0
+        return values
+
+    def _tokens(self, generator: np.random.Generator) -> Array:
         total = self.past_length + self.sequence_length
         tokens = np.ones((self.batch_size, total), dtype=np.int64)
+        if self.mask == "mixed":
+            for row in tokens:
+                # One, few, most or all tokens; at either end or anywhere.
+                hidden = int(min(total, np.ceil(total ** generator.uniform(0.0, 1.2))))
+                places = generator.permutation(total) if generator.integers(3) == 0 else np.arange(total)
+                row[places[:hidden] if generator.integers(2) else places[total - hidden :]] = 0
+            return tokens
         # In the last row alone: the others show a mask that is applied to the wrong row.
         half = max(1, total // 2)
         if self.mask == "left":

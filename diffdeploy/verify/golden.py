@@ -80,6 +80,7 @@ def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Re
         update={
             "backend": backend,
             "selection": "golden",
+            "ranges": {},
             "budget": BUDGETS[accepted.dtype],
             "environment": Environment.current(distributions()),
             # All that was looked at here: contracts take the libraries of an export.

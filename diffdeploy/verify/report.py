@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from diffdeploy.budgets import Budget
 from diffdeploy.bundle import REPORT, Bundle, Environment, Manifest
@@ -128,6 +128,7 @@ class Report(Record):
         graph: facts read from the artifact.
         contract: checks of its structure and properties.
         cases: numerical comparisons.
+        ranges: by axis, the largest size that was tried and the largest that is declared.
         guilty: where an artifact that failed first deviates.
     """
 
@@ -143,7 +144,15 @@ class Report(Record):
     graph: ArtifactFacts
     contract: list[Check]
     cases: list[CaseReport]
+    ranges: dict[str, tuple[int, int]] = Field(default_factory=dict)
     guilty: Finding | None = None
+
+    @property
+    def untried(self) -> list[str]:
+        """What is declared and was not tried, an axis each."""
+        return [
+            f"{axis} above {tried} of {declared}" for axis, (tried, declared) in self.ranges.items() if tried < declared
+        ]
 
     @property
     def passed(self) -> bool:

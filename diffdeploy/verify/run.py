@@ -20,7 +20,7 @@ from diffdeploy.verify.golden import golden_check
 from diffdeploy.verify.metrics import measure
 from diffdeploy.verify.properties import property_checks
 from diffdeploy.verify.report import CaseReport, Report, files_judged
-from diffdeploy.verify.sweep import Selection, select_cases, telling_case
+from diffdeploy.verify.sweep import Selection, largest_tried, select_cases, telling_case
 from diffdeploy.verify.user_inputs import read_inputs, write_inputs
 from diffdeploy.verify.worker import Artifact, ArtifactProcess
 from diffdeploy.verify.yardsticks import Yardsticks
@@ -88,6 +88,7 @@ def verify_bundle(
         files=files_judged(manifest),
         environment=Environment.current(distributions()),
         graph=artifact_facts(bundle),
+        ranges=largest_tried(chosen[: len(found.cases)], spec),
         **found._asdict(),
     )
 

@@ -1,6 +1,6 @@
 """Which cases a verification runs: from the declared ranges of a graph, the hardest first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Literal, get_args
@@ -10,9 +10,9 @@ import numpy as np
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import InputError
 from diffdeploy.graphs import GraphSpec
-from diffdeploy.verify.cases import Case, Kind, Mask
+from diffdeploy.verify.cases import AnyCase, Case, Kind, Mask
 
-__all__ = ["Selection", "golden_cases", "longest_case", "random_cases", "select_cases", "telling_case"]
+__all__ = ["Selection", "golden_cases", "largest_tried", "longest_case", "random_cases", "select_cases", "telling_case"]
 
 Selection = Literal["quick", "full"] | int
 
@@ -30,6 +30,13 @@ _MAX_SCORES = 2**25
 # Of the hidden states of one case: 128 MiB in fp32, too.
 _MAX_ELEMENTS = 2**25
 _MAX_RANDOM_LENGTH = 300
+# What real activations have, and a standard normal has not.
+_VALUES: tuple[Kind, ...] = ("outliers", "offset", "scales", "zeros", "repeated")
+# Rows of a batch, each with a mask of its own.
+_MIXED_ROWS = 4
+_MOST_ROWS = 8
+# Lengths and pasts that are drawn from the whole range, beside those that are chosen.
+_NUM_DRAWN = 4
 
 
 def select_cases(selection: Selection, config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
@@ -71,6 +78,23 @@ def longest_case(config: AnyConfig, *, decoding: bool = False) -> int:
     return max(1, fits if decoding else min(fits, square))
 
 
+def largest_tried(cases: Iterable[AnyCase], spec: GraphSpec) -> dict[str, tuple[int, int]]:
+    """By axis, the largest size that cases have, and the largest that the graph is declared for.
+
+    Args:
+        cases: of a verification; those that a user brought are inputs of their own, and no sweep.
+        spec: interface of the graph.
+    """
+    length = "total_sequence_length" if "total_sequence_length" in spec.axes else "sequence_length"
+    swept = [case for case in cases if isinstance(case, Case)]
+    if not swept:
+        return {}
+    return {
+        "batch_size": (max(case.batch_size for case in swept), spec.axes["batch_size"].max),
+        length: (max(case.past_length + case.sequence_length for case in swept), spec.axes[length].max),
+    }
+
+
 def golden_cases(spec: GraphSpec, seed: int) -> list[Case]:
     """The few cases whose inputs and exact outputs travel with the bundle."""
     # Small, since inputs and outputs in fp64 are shipped with every bundle.
@@ -92,10 +116,14 @@ def _quick(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
         Case(batch_size=1, sequence_length=longest, seed=seed),
         Case(batch_size=2, sequence_length=length, seed=seed, row_by_row=True),
     ]
+    cases += [Case(batch_size=1, sequence_length=length, seed=seed, kind="outliers")]
+    rows = min(_MIXED_ROWS, spec.axes["batch_size"].max)
     if spec.variant != "plain":
         cases += [Case(batch_size=2, sequence_length=length, seed=seed, mask=mask) for mask in _PADDINGS]
+        cases += [Case(batch_size=rows, sequence_length=length, seed=seed, mask="mixed")]
     if spec.variant == "cached":
         past = longest // 2
+        cases += [Case(batch_size=rows, sequence_length=1, past_length=past, seed=seed, mask="mixed")]
         cases += [
             Case(batch_size=2, sequence_length=1, past_length=past, seed=seed),
             Case(batch_size=2, sequence_length=longest - past, past_length=past, seed=seed, mask="ragged"),
@@ -120,7 +148,14 @@ def _plain(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
     short = min(3, max_length)
     widest = max(1, min(max_batch, _MAX_ELEMENTS // (short * config.embed_dim)))
     sizes = [(batch, length) for length in lengths for batch in (1, 2)] + [(widest, short), (1, max(1, longest))]
+    sizes += [(batch, min(5, max_length)) for batch in range(3, min(_MOST_ROWS, max_batch) + 1)]
+    sizes += [(1, length) for length in _drawn(longest, seed)]
     cases = [Case(batch_size=batch, sequence_length=length, seed=seed) for batch, length in sizes]
+    cases += [
+        Case(batch_size=2 if max_batch > 1 else 1, sequence_length=min(length, max_length), seed=seed, kind=kind)
+        for kind in _VALUES
+        for length in (13, 65)
+    ]
     special: tuple[Kind, ...] = ("tiny", "large", "constant")
     return cases + [
         Case(batch_size=1, sequence_length=length, seed=seed, kind=kind)
@@ -130,13 +165,25 @@ def _plain(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
     ]
 
 
+def _drawn(most: int, seed: int) -> list[int]:
+    """Numbers up to ``most``, as many between 10 and 100 as between 100 and 1,000."""
+    powers = np.random.default_rng([seed, most]).uniform(0.0, np.log(most + 1), _NUM_DRAWN)
+    return [max(1, min(most, int(np.exp(power)))) for power in powers]
+
+
 def _masked(spec: GraphSpec, seed: int) -> list[Case]:
     lengths = [length for length in _MASKED_LENGTHS if length <= spec.axes["sequence_length"].max]
     cases = [
         Case(batch_size=2, sequence_length=length, seed=seed, mask=mask) for mask in _PADDINGS for length in lengths
     ]
     # The last is the longest with a hidden row: alone, a batch of nothing but padding.
-    return [*cases, replace(cases[-1], batch_size=1), replace(cases[-1], mask="left", kind="constant")]
+    cases += [replace(cases[-1], batch_size=1), replace(cases[-1], mask="left", kind="constant")]
+    rows, most = (min(number, spec.axes["batch_size"].max) for number in (_MIXED_ROWS, _MOST_ROWS))
+    mixed = [Case(batch_size=rows, sequence_length=length, seed=seed, mask="mixed") for length in lengths]
+    mixed += [replace(mixed[-1], batch_size=most, sequence_length=min(13, spec.axes["sequence_length"].max))]
+    if "position_ids" in spec.inputs:
+        mixed += [replace(case, drawn_positions=True) for case in mixed]
+    return [*cases, *mixed, *(replace(mixed[0], kind=kind, sequence_length=lengths[-1]) for kind in _VALUES)]
 
 
 def _cached(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
@@ -156,6 +203,17 @@ def _cached(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
         for mask in _PADDINGS
         if past + length <= max_total
     ]
+    rows = min(_MIXED_ROWS, spec.axes["batch_size"].max)
+    drawn = [(past, 1) for past in _drawn(max_total - 1, seed)]
+    cases += [
+        Case(batch_size=rows, sequence_length=length, past_length=past, seed=seed, mask="mixed")
+        for past, length in (*_PASTS, *drawn)
+        if past + length <= max_total
+    ]
+    past = min(13, max_total - 5)
+    if past > 0:
+        mixed = Case(batch_size=rows, sequence_length=5, past_length=past, seed=seed, mask="mixed")
+        cases += [replace(mixed, kind=kind) for kind in _VALUES]
     return cases + _in_chunks(config, spec, seed, batch_sizes=(1, 2))
 
 
