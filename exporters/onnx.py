@@ -9,6 +9,7 @@ from torch import nn
 
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import ExportError, InputError
+from diffdeploy.exporters.onnx_norms import small_epsilons_kept
 from diffdeploy.exporters.onnx_ort import OrtGraphModule
 from diffdeploy.exporters.tracing import GraphModule, example
 from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL, ORT
@@ -42,7 +43,8 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, *, opset: int
         _require_ort(block.config)
     # A module of its own: which operators are written is decided while the block is traced.
     graph = OrtGraphModule(block, spec) if flavor == ORT else GraphModule(block, spec)
-    program = _export(graph.eval(), spec, opset, block.q_proj.weight.dtype)
+    with small_epsilons_kept(block, opset):
+        program = _export(graph.eval(), spec, opset, block.q_proj.weight.dtype)
     _name_axes(program, spec)
     _strip_metadata(program)
     _save(program, directory)

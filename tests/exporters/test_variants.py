@@ -14,7 +14,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.modules import block_class
-from tests.support.blocks import EXPORT_CONFIGS, checkpoint_of
+from tests.support.blocks import EXPORT_CONFIGS, checkpoint_of, make_config
 from tests.support.bundles import BundleCache
 
 
@@ -44,6 +44,15 @@ def test_exports_that_pass(name: str, graph: Variant, opset: int, dtype: DType, 
     assert done.report is not None
     assert done.report.passed
     assert done.facts.attention_ops == 2
+
+
+@pytest.mark.parametrize("name", ["norm_eps", "qk_norm_eps"])
+def test_a_small_epsilon_is_not_left_out(name: str, tmp_path: Path) -> None:
+    """The exporter's optimiser takes an addition of 1e-8 for one of 0, and rows of padding gave NaN."""
+    config = make_config(**{name: 1e-10})
+    done = export_bundle(checkpoint_of(config), tmp_path / "out", options("masked", 18))
+    assert done.report is not None
+    assert done.report.passed
 
 
 @pytest.fixture(scope="module")
