@@ -48,14 +48,19 @@ def run(
                 console.note(f"{bundle} was exported without verification; run diffdeploy verify {bundle}")
             activity.phase("running")
             for name, array in arrays.items():
-                if array.dtype.kind in "fV" and not np.isfinite(array.astype(np.float32)).all():
-                    console.note(f"{name} in {inputs} holds NaN or infinity")
+                if _is_floating(array) and not np.isfinite(array.astype(np.float32)).all():
+                    console.warn(f"{name} in {inputs} holds NaN or infinity")
             results = loaded(**arrays)
             # Within the block, behind which the runtime is closed.
             backend = loaded.description
         write_arrays(outputs, results)
     _print(results, bundle, outputs, backend, as_json=as_json)
     return 0
+
+
+def _is_floating(array: "Array") -> bool:
+    """Whether it holds numbers that can be NaN; others of numpy's kind V are records, which the runtime refuses."""
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
 
 
 def _print(results: "dict[str, Array]", bundle: Path, outputs: Path, backend: str, *, as_json: bool) -> None:

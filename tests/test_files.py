@@ -4,11 +4,15 @@ import io
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from diffdeploy.errors import InputError
+from diffdeploy.arrays import read_safetensors
+from diffdeploy.cli.main import main
+from diffdeploy.errors import InputError, IntegrityError
 from diffdeploy.files import read_arrays
 
 
@@ -59,3 +63,18 @@ def test_a_file_that_holds_no_arrays_is_bad_input(content: bytes, tmp_path: Path
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match="cannot be read"):
             read_arrays(tmp_path / name)
+
+
+def test_a_dtype_that_no_bundle_has_is_damage(tmp_path: Path) -> None:
+    save_file({"x": np.zeros(3, np.uint8)}, tmp_path / "x.safetensors")
+    with pytest.raises(IntegrityError, match=r"x in .* has dtype U8; accepted: F64"):
+        read_safetensors(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["V4", [("a", "f4"), ("b", "f4")]], ids=["raw", "record"])
+def test_records_are_no_input_of_run(
+    dtype: Any, sample_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "in.npz", hidden_states=np.zeros((1, 2, 128), dtype))
+    assert main(["run", str(sample_bundle), "-i", str(tmp_path / "in.npz"), "-o", str(tmp_path / "out.npz")]) == 2
+    assert "hidden_states has dtype" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import glob
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -37,6 +38,8 @@ GOLDEN = "golden.safetensors"
 
 # Of a block it has about 5 kB.
 _LARGEST_MANIFEST = 16 * 2**20
+# What `tempfile.mkdtemp` puts behind a prefix; a folder that a user calls `.out.old-notes` is none of ours.
+_RANDOM = re.compile(r"[a-z0-9_]{8}")
 # Seconds, within which an export has locked the folder that it made.
 _YOUNG_S = 60
 
@@ -188,7 +191,7 @@ def _no_space(output: Path) -> UnavailableError:
 def _clear_remains(output: Path) -> None:
     """Remove what exports to the same place left that were killed, and put back a bundle that one had set aside."""
     alive = False
-    for staging in output.parent.glob(f".{glob.escape(output.name)}.new-*"):
+    for staging in _siblings(output, "new"):
         # One that was just made is not locked yet.
         young = staging.is_symlink() or time.time() - staging.lstat().st_mtime < _YOUNG_S
         lock = None if young else _locked(staging)
@@ -199,11 +202,18 @@ def _clear_remains(output: Path) -> None:
             os.close(lock)
     if alive:  # an export that is at work may have set a bundle aside itself
         return
-    for aside in output.parent.glob(f".{glob.escape(output.name)}.old-*"):
+    for aside in _siblings(output, "old"):
         if not output.exists() and (aside / MANIFEST).is_file():
             aside.replace(output)
         else:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _siblings(output: Path, kind: str) -> list[Path]:
+    """The temporary folders of one kind that exports to ``output`` make beside it."""
+    prefix = f".{output.name}.{kind}-"
+    found = output.parent.glob(f"{glob.escape(prefix)}*")
+    return [path for path in found if _RANDOM.fullmatch(path.name.removeprefix(prefix))]
 
 
 def _locked(directory: Path) -> int | None:

@@ -150,7 +150,7 @@ def test_runtime_refuses_wrong_names(pristine: Path) -> None:
 
 def test_what_a_killed_export_left_is_removed(bundle: Path) -> None:
     parent, hours_ago = bundle.parent, time.time() - 10_000
-    dead, young, alive = (parent / f".bundle.new-{name}" for name in ("dead", "young", "alive"))
+    dead, young, alive = (parent / f".bundle.new-{name:_<8}" for name in ("dead", "young", "alive"))
     for folder in (dead, young, alive):
         (folder / "half").mkdir(parents=True)
     for folder in (dead, alive):
@@ -167,7 +167,7 @@ def test_what_a_killed_export_left_is_removed(bundle: Path) -> None:
 
 
 def test_a_bundle_that_a_killed_export_set_aside_comes_back(bundle: Path) -> None:
-    aside = bundle.parent / ".bundle.old-x"
+    aside = bundle.parent / ".bundle.old-12345678"
     bundle.rename(aside)
     with pytest.raises(InputError, match="not empty"), staged_bundle(bundle):
         pass
@@ -184,3 +184,17 @@ def test_an_unverified_bundle_says_so(pristine: Path) -> None:
 def test_inputs_without_names_are_refused(pristine: Path) -> None:
     with pytest.raises(InputError, match="1 inputs have no name; accepted are the names hidden_states"):
         load(pristine)(torch.zeros(1, 2, 24))
+
+
+def test_a_folder_of_the_user_beside_a_bundle_is_kept(bundle: Path) -> None:
+    own = bundle.parent / ".bundle.old-my-notes"
+    own.mkdir()
+    with staged_bundle(bundle, force=True) as staging:
+        (staging / "only").write_text("new")
+    assert own.is_dir()
+
+
+def test_a_manifest_that_says_verified_without_a_report_is_not_believed(bundle: Path) -> None:
+    write_manifest(bundle, open_bundle(bundle).manifest.model_copy(update={"verified": True}))
+    with pytest.warns(UnverifiedWarning, match="was exported without verification"):
+        assert not load(bundle).verified

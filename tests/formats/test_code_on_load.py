@@ -100,6 +100,18 @@ def in_expression(model: dict[str, Any]) -> None:
     found["expr_str"] = CODE
 
 
+def in_precision(model: dict[str, Any]) -> None:
+    found = first_expression(model)
+    assert found is not None
+    found["expr_str"] = f"Float('1', precision={CODE})"
+
+
+def in_exponent(model: dict[str, Any]) -> None:
+    found = first_expression(model)
+    assert found is not None
+    found["expr_str"] = f"Pow(Integer(2), ({CODE}, Integer)[1](2))"
+
+
 def in_guard(model: dict[str, Any]) -> None:
     model["guards_code"].append(f"({CODE}, True)[1]")
 
@@ -114,10 +126,17 @@ def in_operator(model: dict[str, Any]) -> None:
 RUN_BY_TORCH = {
     "sample inputs": sample_inputs,
     "expression": of_graph(in_expression),
+    "exponent": of_graph(in_exponent),
     "weight": pickled_weight,
 }
-# Names of operators and guards run nothing with the torch of today, and are refused all the same.
-EXPLOITS = {**RUN_BY_TORCH, "operator": of_graph(in_operator), "guard": of_graph(in_guard)}
+# Names of operators and guards run nothing with the torch of today, and are refused all the same; behind a precision
+# torch runs the code, and then computes for minutes.
+EXPLOITS = {
+    **RUN_BY_TORCH,
+    "precision": of_graph(in_precision),
+    "operator": of_graph(in_operator),
+    "guard": of_graph(in_guard),
+}
 
 
 @pytest.fixture
@@ -231,6 +250,7 @@ def test_two_entries_of_one_name_are_refused(pt2: Path) -> None:
     [
         *("s0", "2*s0 + 24", "Mul(Integer(2), Symbol('s85', positive=True, integer=True))", "Max(1, u0)", "s0//2"),
         *("Pow(Symbol('s1', positive=True, integer=True), Integer(2))", "FloorDiv(s0, 2)", "s0**2", "-s0 < 3"),
+        *("Float('0.5', precision=53)", "Mul(Pow(s0, Integer(2)), Pow(s1, Integer(2)))"),
     ],
 )
 def test_sizes_are_expressions(text: str) -> None:
@@ -241,6 +261,13 @@ def test_sizes_are_expressions(text: str) -> None:
     "text",
     [
         *(CODE, "open('x')", "s0.x", "[s0 for s0 in s1]", "lambda: 0", "print(s0)", "Symbol('x')", "Symbol(s0)", "f()"),
+        # What stands beside a number is evaluated, too.
+        *(f"Float('1', precision={CODE})", f"Float('1', dps={CODE})", f"Pow(Integer(2), ({CODE}, Integer)[1](2))"),
+        *(f"Pow(Integer(2), Integer(2, x={CODE}))", f"Pow(Integer(2), Integer(2), evaluate={CODE})"),
+        # What sympy computes for longer than anybody waits.
+        *("Pow(Pow(Integer(9), Integer(64)), Integer(64))", "(9**64)**64", "(Pow(9, 64) + s0)**64"),
+        *("Float('1', precision=1000000000)", "Float('1e9999999999', precision=53)"),
+        "Max(" + ", ".join(f"s{index}" for index in range(40)) + ")",
         *("9**9**9", "Pow(9, Pow(9, 9))", "2**1000", "Mul(*s0)", "Symbol('s0', positive=f())", "'text'", "s0; s1", ""),
         *(
             "(" * 500 + "s0" + ")" * 500,

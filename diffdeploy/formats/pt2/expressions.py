@@ -25,6 +25,11 @@ _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.P
 _LOGIC = (ast.And, ast.Or, ast.Not, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 # A power tower of numbers takes longer than anybody waits.
 _LARGEST_POWER = 64
+# Bits of a number that sympy is told to compute with; torch prints 53.
+_MOST_BITS = 4096
+# Arguments of all Min and Max of one text: sympy compares each with each, 0.6 s for 32 and 9 s for 120.
+_MOST_COMPARED = 32
+_NUMBER = re.compile(r"-?[0-9]{1,40}(\.[0-9]{0,40})?(e[+-]?[0-9]{1,3})?")
 
 
 def is_name(text: object) -> bool:
@@ -35,13 +40,13 @@ def is_name(text: object) -> bool:
 def is_expression(text: object) -> bool:
     """Whether a text is arithmetic over symbols for sizes, as sympy or torch prints it."""
     tree = _parsed(text)
-    return tree is not None and _is_arithmetic(tree)
+    return tree is not None and _is_soon_compared(tree) and _is_arithmetic(tree)
 
 
 def is_guard(text: object) -> bool:
     """Whether a text compares sizes of the graph's inputs, ``L['tensors'][0].size()[1]``, with each other."""
     tree = _parsed(text)
-    return tree is not None and _is_arithmetic(tree, sizes=True)
+    return tree is not None and _is_soon_compared(tree) and _is_arithmetic(tree, sizes=True)
 
 
 def _parsed(text: object) -> ast.expr | None:
@@ -63,7 +68,7 @@ def _is_arithmetic(node: ast.expr, *, sizes: bool = False) -> bool:
         case ast.BinOp(left=left, op=operator, right=right):
             parts, known = [left, right], isinstance(operator, _ARITHMETIC)
             if isinstance(operator, ast.Pow):
-                known = isinstance(right, ast.Constant) and abs(_number(right)) <= _LARGEST_POWER
+                return _is_power(left, right, sizes=sizes)
         case ast.UnaryOp(op=operator, operand=operand):
             parts, known = [operand], isinstance(operator, _ARITHMETIC + _LOGIC)
         case ast.BoolOp(values=values):
@@ -89,15 +94,41 @@ def _is_call(node: ast.Call, *, sizes: bool) -> bool:
             # Assumptions of sympy: positive=True and the like.
             plain = all(isinstance(each.value, ast.Constant) and each.arg is not None for each in assumptions)
             return plain and _SYMBOL.fullmatch(name) is not None
-        case ast.Call(func=ast.Name(id="Float"), args=[ast.Constant(value=str(number))], keywords=[ast.keyword()]):
-            return re.fullmatch(r"-?[0-9.e+-]+", number) is not None
-        case ast.Call(func=ast.Name(id="Pow"), args=[base, ast.Call(args=[ast.Constant() as power]) | power]):
-            small = isinstance(power, ast.Constant) and abs(_number(power)) <= _LARGEST_POWER
-            return small and _is_arithmetic(base, sizes=sizes)
+        case ast.Call(
+            func=ast.Name(id="Float"),
+            args=[ast.Constant(value=str(number))],
+            # Any other value of the keyword would be evaluated, too.
+            keywords=[ast.keyword(arg="precision" | "dps", value=ast.Constant(value=int(bits)))],
+        ):
+            return bits <= _MOST_BITS and _NUMBER.fullmatch(number) is not None
+        case ast.Call(func=ast.Name(id="Pow"), args=[base, power], keywords=[]):
+            return _is_power(base, power, sizes=sizes)
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
             known = name in _FUNCTIONS or (sizes and name in ("min", "max"))
             return known and all(_is_arithmetic(each, sizes=sizes) for each in arguments)
     return False
+
+
+def _is_power(base: ast.expr, power: ast.expr, *, sizes: bool) -> bool:
+    """Whether it is a small power of something that holds no power itself, since powers of powers grow without end."""
+    match power:
+        case ast.Call(func=ast.Name(id="Integer"), args=[ast.Constant() as number], keywords=[]):
+            pass
+        case ast.Constant() as number:
+            pass
+        case _:
+            return False
+    nested = any(isinstance(each, ast.Pow) or _is_called(each, "Pow") for each in ast.walk(base))
+    return not nested and abs(_number(number)) <= _LARGEST_POWER and _is_arithmetic(base, sizes=sizes)
+
+
+def _is_soon_compared(tree: ast.expr) -> bool:
+    calls = [each for each in ast.walk(tree) if _is_called(each, "Min", "Max", "min", "max")]
+    return sum(len(call.args) for call in calls if isinstance(call, ast.Call)) <= _MOST_COMPARED
+
+
+def _is_called(node: ast.AST, *names: str) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
 
 
 def _is_size(node: ast.Subscript) -> bool:
