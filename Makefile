@@ -28,11 +28,11 @@ slow: $(INSTALLED) ## The long tests.
 campaign: $(INSTALLED) ## 1,000 right exports and runs must pass; goes on where it was stopped.
 	$(BIN)/python -m tests.campaign
 
-# Files for each of the four tests.
+# Draws for each of the tests.
 FILES ?= 2000
 
-fuzz: $(INSTALLED) ## New checkpoints and configs that nobody wrote on purpose; each is read or refused.
-	DIFFDEPLOY_FUZZ=$(FILES) $(PYTEST) tests/checkpoints/test_fuzz.py
+fuzz: $(INSTALLED) ## New checkpoints, configs and bundles that nobody wrote on purpose; each is read or refused.
+	DIFFDEPLOY_FUZZ=$(FILES) $(PYTEST) tests/checkpoints/test_fuzz.py tests/bundle/test_hostile_bundles.py
 
 RESULTS := docs/benchmarks
 BENCH = $(BIN)/diffdeploy bench

@@ -10,7 +10,7 @@ import typer
 from diffdeploy.cli import console
 from diffdeploy.cli.bench_view import json_fields, print_bench, print_changes
 from diffdeploy.cli.checkpoint_options import takes_checkpoint_options
-from diffdeploy.cli.shared_options import AsJson
+from diffdeploy.cli.shared_options import AsJson, Trust
 from diffdeploy.errors import DiffDeployError, InputError, VerificationError
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def bench(
     layer: Annotated[int | None, typer.Option(help="0-based layer of it.", show_default="the only one")] = None,
     *,
     reading: dict[str, Any],
+    trust: Trust = False,
     as_json: AsJson = False,
     csv: Annotated[Path | None, typer.Option(help="Also write a table to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw latency over length: .svg or .png.")] = None,
@@ -116,6 +117,7 @@ def bench(
         baseline=baseline,
         rounds=rounds,
         reading=CheckpointOptions(layer=layer, **reading),
+        trust=True if trust else None,
     )
     # Before the bundles are exported, which takes minutes, as the measuring does.
     old = outputs.check()

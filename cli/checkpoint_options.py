@@ -39,8 +39,8 @@ def _options(
         typer.Option(min=0, help="Keys that a position sees; 0 for all.", show_default="as config.json says"),
     ] = None,
     norm: Annotated[
-        Literal["rms", "layer"] | None,
-        typer.Option(help="Norm of the heads; layer subtracts their mean.", show_default="rms"),
+        Literal["rms", "layer", "none"] | None,
+        typer.Option(help="Norm of the heads; layer subtracts their mean.", show_default="as the layout has it"),
     ] = None,
     norm_eps: Annotated[
         float | None,
@@ -51,8 +51,10 @@ def _options(
         typer.Option(help="Epsilon of the norms of queries and keys.", show_default="as the layout has it"),
     ] = None,
     rope: Annotated[
-        Literal["interleaved", "half", "none"] | None,
-        typer.Option(help="Rotary embedding.", show_default="as config.json says"),
+        Literal["interleaved", "half", "half-reversed", "none"] | None,
+        typer.Option(
+            help="Rotary embedding; half-reversed turns by minus the angle.", show_default="as config.json says"
+        ),
     ] = None,
     rope_theta: Annotated[
         float | None, typer.Option(help="Base of the rotary frequencies.", show_default="as config.json says")

@@ -11,7 +11,7 @@ from diffdeploy.cli import console
 if TYPE_CHECKING:
     from diffdeploy.bundle import Bundle
     from diffdeploy.checkpoints import BlockSummary
-    from diffdeploy.config import AnyConfig
+    from diffdeploy.config import AnyConfig, LambdaKind
 
 __all__ = ["inspect"]
 
@@ -24,10 +24,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON object.")] = False,
 ) -> int:
     """Say what a bundle or a checkpoint holds, without running it."""
-    from diffdeploy.bundle import MANIFEST, open_bundle
+    from diffdeploy.bundle import is_bundle, open_bundle
 
     # Both may be folders; only a bundle has a manifest.
-    if (path / MANIFEST).is_file():
+    if is_bundle(path):
         bundle = open_bundle(path)
         if as_json:
             console.print_json({"kind": "bundle", "path": str(path), **bundle.manifest.model_dump(mode="json")})
@@ -48,7 +48,7 @@ def inspect(
     console.print_text(f"layout {found.layout} (version {found.version}), recognised by {found.why}{also}")
     for block in found.blocks:
         console.print_text("")
-        console.print_rows(_block_rows(block, constant_lambda=found.constant_lambda))
+        console.print_rows(_block_rows(block, found.lambda_kind))
     return 0
 
 
@@ -88,17 +88,30 @@ def _heads(num_heads: int | None, num_kv_heads: int | None, head_dim: int | None
     return f"{num_heads} of two streams of width {head_dim}, {values}"
 
 
+def _window(block: "BlockSummary") -> str:
+    if not block.window_is_known:
+        return "not recorded: give --sliding-window"
+    return "none" if block.sliding_window is None else f"{block.sliding_window} keys"
+
+
 def _version_rows(config: "AnyConfig") -> list[tuple[str, str]]:
-    if config.norm_eps is None:
-        return [("version", "2: lambda per token and head, no norm")]
+    norms = [] if config.qk_norm_eps is None else [("query, key norms", f"eps {config.qk_norm_eps:g}")]
+    if config.lambda_kind == "token":
+        return [("version", "2: lambda per token and head, no norm of the heads"), *norms]
+    kinds = {"layer": "one lambda", "head": "one lambda for each head", "fixed": "which is lambda itself"}
+    affine = "with gamma" if config.norm_affine else "without gamma"
     return [
-        ("lambda_init", f"{config.lambda_init:.6g}, output scale {config.output_scale:.6g}"),
-        ("norm", f"eps {config.norm_eps:g}, " + ("with gamma" if config.norm_affine else "without gamma")),
+        (
+            "lambda_init",
+            f"{config.lambda_init:.6g}, {kinds[config.lambda_kind]}; output scale {config.output_scale:.6g}",
+        ),
+        ("norm", "none" if config.norm_eps is None else f"eps {config.norm_eps:g}, {affine}"),
+        *norms,
         ("gqa layout", config.gqa_layout),
     ]
 
 
-def _block_rows(block: "BlockSummary", *, constant_lambda: bool) -> list[tuple[str, str]]:
+def _block_rows(block: "BlockSummary", lambda_kind: "LambdaKind") -> list[tuple[str, str]]:
     if block.refused is not None:
         return [("block", block.prefix.rstrip(".")), ("refused", block.refused)]
 
@@ -109,7 +122,8 @@ def _block_rows(block: "BlockSummary", *, constant_lambda: bool) -> list[tuple[s
         return "not known: give --depth" if value is None else f"{value:.6g}"
 
     theta = "" if block.rope_theta is None else f", theta {block.rope_theta:g}"
-    lambdas = [("lambda_init", number(block.lambda_init)), ("lambda", number(block.lambda_value))]
+    one_lambda = number(block.lambda_value) if lambda_kind in ("layer", "fixed") else "one for each head"
+    lambdas = [("lambda_init", number(block.lambda_init)), ("lambda", one_lambda)]
     return [
         ("block", block.prefix.rstrip(".") or "at the top level"),
         ("layer", "no index in the keys" if block.layer is None else str(block.layer)),
@@ -118,9 +132,9 @@ def _block_rows(block: "BlockSummary", *, constant_lambda: bool) -> list[tuple[s
         *(("in the config", said) for said in block.head_fields),
         ("norm", str(block.norm)),
         ("rope", known(block.rope, "--rope") + theta),
-        ("window", "none" if block.sliding_window is None else f"{block.sliding_window} keys"),
+        ("window", _window(block)),
         ("gqa layout", known(block.gqa_layout, "--gqa-layout")),
-        *(lambdas if constant_lambda else []),
+        *([] if lambda_kind == "token" else lambdas),
         ("weights", f"{block.num_parameters:,} in {block.dtype}, {block.num_bytes:,} bytes"),
         *([("unread", ", ".join(block.unread) + ", which keep it from being exported")] if block.unread else []),
     ]

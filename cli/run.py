@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffdeploy.cli import console
-from diffdeploy.cli.shared_options import AsJson, Device, Recompile, RuntimeName, Threads
+from diffdeploy.cli.shared_options import AsJson, Device, Recompile, RuntimeName, Threads, Trust
 
 if TYPE_CHECKING:
     from diffdeploy.arrays import Array
@@ -24,6 +24,7 @@ def run(
     threads: Threads = None,
     runtime: RuntimeName = "native",
     recompile: Recompile = False,
+    trust: Trust = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file at --output.")] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -33,19 +34,33 @@ def run(
     # Before anything is loaded, which may take longer than the run.
     check_target(outputs, force=force)
     with console.activity("opening the bundle") as activity:
-        from diffdeploy.runtime import load
+        import numpy as np
+
+        from diffdeploy.formats import RunOptions
+        from diffdeploy.runtime import open_runtime
 
         arrays = read_arrays(inputs)
-        with load(
-            bundle, device=device, threads=threads, reference=runtime == "reference", recompile=recompile
-        ) as loaded:
+        options = RunOptions(
+            device=device, threads=threads, reference=runtime == "reference", recompile=recompile, trust=trust
+        )
+        with open_runtime(bundle, options) as loaded:
+            if not loaded.verified:
+                console.note(f"{bundle} was exported without verification; run diffdeploy verify {bundle}")
             activity.phase("running")
+            for name, array in arrays.items():
+                if _is_floating(array) and not np.isfinite(array.astype(np.float32)).all():
+                    console.warn(f"{name} in {inputs} holds NaN or infinity")
             results = loaded(**arrays)
             # Within the block, behind which the runtime is closed.
             backend = loaded.description
         write_arrays(outputs, results)
     _print(results, bundle, outputs, backend, as_json=as_json)
     return 0
+
+
+def _is_floating(array: "Array") -> bool:
+    """Whether it holds numbers that can be NaN; others of numpy's kind V are records, which the runtime refuses."""
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
 
 
 def _print(results: "dict[str, Array]", bundle: Path, outputs: Path, backend: str, *, as_json: bool) -> None:

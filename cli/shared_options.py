@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-__all__ = ["AsJson", "Device", "Recompile", "RuntimeName", "Threads"]
+__all__ = ["AsJson", "Device", "Recompile", "RuntimeName", "Threads", "Trust"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Result as one JSON object.")]
 Device = Annotated[
@@ -17,4 +17,7 @@ RuntimeName = Annotated[
 ]
 Recompile = Annotated[
     bool, typer.Option("--recompile", help="Compile a compile bundle afresh, on a machine it was not made for.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Load a bundle from elsewhere although its format runs code when it is loaded.")
 ]

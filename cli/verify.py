@@ -7,7 +7,7 @@ import typer
 
 from diffdeploy.cli import console
 from diffdeploy.cli.report_output import finish
-from diffdeploy.cli.shared_options import AsJson, Device, Recompile, RuntimeName
+from diffdeploy.cli.shared_options import AsJson, Device, Recompile, RuntimeName, Trust
 from diffdeploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def verify(
     device: Device = None,
     runtime: RuntimeName = "native",
     recompile: Recompile = False,
+    trust: Trust = False,
     warn_only: Annotated[bool, typer.Option("--warn-only", help="Exit with 0 also when verification fails.")] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -76,7 +77,12 @@ def verify(
     sweep = {"--cases": cases, "--seed": seed, "--load-inputs": load_inputs, "--save-inputs": save_inputs}
     sweep |= {"--checkpoint": checkpoint}
     # `or None`, since what is at its default was not given.
-    run = {"--device": device, "--runtime": runtime == "reference" or None, "--recompile": recompile or None}
+    run = {
+        "--device": device,
+        "--runtime": runtime == "reference" or None,
+        "--recompile": recompile or None,
+        "--trust": trust or None,
+    }
     if from_report is not None:
         alone = {"--golden": golden or None, "--self-test": self_test or None}
         _refuse("--from-report", "runs nothing", {**sweep, **run, **alone})
@@ -88,12 +94,16 @@ def verify(
     if self_test:
         others = {"--golden": golden or None, "--save-report": save_report, "--warn-only": warn_only or None}
         _refuse("--self-test", "verifies copies with faults in them", {**sweep, **others})
-        return _self_test(bundle, device, runtime, recompile=recompile, as_json=as_json)
+        from diffdeploy.cli.selftest import run_self_test
+        from diffdeploy.formats import RunOptions
+
+        options = RunOptions(device=device, reference=runtime == "reference", recompile=recompile, trust=trust)
+        return run_self_test(bundle, options, as_json=as_json)
     with console.activity("opening the bundle") as activity:
         from diffdeploy.formats import RunOptions
         from diffdeploy.verify import verify_bundle, verify_golden
 
-        run_options = RunOptions(device=device, reference=runtime == "reference", recompile=recompile)
+        run_options = RunOptions(device=device, reference=runtime == "reference", recompile=recompile, trust=trust)
         if golden:
             _refuse("--golden", "runs the stored inputs alone", sweep)
             report = verify_golden(bundle, run_options)
@@ -111,14 +121,6 @@ def verify(
             activity.phase("reading the checkpoint")
             report = report.with_check(_origin(bundle, checkpoint))
     return _end(report, bundle, save_report, as_json=as_json, warn_only=warn_only)
-
-
-def _self_test(bundle: Path, device: str | None, runtime: str, *, recompile: bool, as_json: bool) -> int:
-    from diffdeploy.cli.selftest import run_self_test
-    from diffdeploy.formats import RunOptions
-
-    options = RunOptions(device=device, reference=runtime == "reference", recompile=recompile)
-    return run_self_test(bundle, options, as_json=as_json)
 
 
 def _end(report: "Report", subject: Path, save_report: Path | None, *, as_json: bool, warn_only: bool) -> int:

@@ -74,6 +74,10 @@ def read_safetensors(path: Path) -> dict[str, Array]:
         stored = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{path.name} in {path.parent} cannot be read: {error}") from error
+    for name, entry in stored:
+        if entry["dtype"] not in _STORED_DTYPES:
+            accepted = ", ".join(_STORED_DTYPES)
+            raise IntegrityError(f"{name} in {path} has dtype {entry['dtype']}; accepted: {accepted}")
     return {
         name: np.frombuffer(entry["data"], _STORED_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         for name, entry in stored

@@ -6,6 +6,7 @@ __all__ = [
     "InputError",
     "IntegrityError",
     "UnavailableError",
+    "UnverifiedWarning",
     "VerificationError",
 ]
 
@@ -13,10 +14,16 @@ __all__ = [
 class DiffDeployError(Exception):
     """Base of every error that diffdeploy raises on purpose.
 
-    The message is one sentence: what was given, what is accepted, what to do next.
+    The message is one sentence: what was given, what is accepted, what to do next. It stays on one line, and changes
+    nothing on a terminal, whatever name out of a file it holds.
     """
 
     exit_code = 4
+
+    # Not when it is made, since torch.compile traces how errors are made that are never raised.
+    def __str__(self) -> str:
+        line = " ".join(super().__str__().splitlines())
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 class VerificationError(DiffDeployError):
@@ -48,3 +55,7 @@ class IntegrityError(DiffDeployError):
     """A bundle is not what its manifest says."""
 
     exit_code = 5
+
+
+class UnverifiedWarning(UserWarning):
+    """A bundle is loaded that no verification has accepted."""

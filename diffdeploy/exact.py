@@ -10,23 +10,24 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.config import AnyConfig, RopeConfig, RopeScaling
 
-__all__ = ["key_head", "lambda_value", "rope_tables"]
+__all__ = ["key_head", "lambda_of_heads", "lambda_value", "rope_tables"]
 
 
 def rope_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, Array]:
-    """Cosines and sines of ``position * theta ** (-2j / d)``, scaled, each ``[length, d/2]``, float64."""
-    angles = np.outer(np.arange(length), [_frequency(rope, j, head_dim) for j in range(0, head_dim, 2)])
+    """Cosines and sines of ``position * theta ** (-2j / r)``, scaled, each ``[length, r/2]``, float64."""
+    width = rope.width(head_dim)
+    angles = np.outer(np.arange(length), [_frequency(rope, j, width) for j in range(0, width, 2)])
     factor = 1.0 if rope.scaling is None else rope.scaling.attention_scaling
     return np.cos(angles) * factor, np.sin(angles) * factor
 
 
-def _frequency(rope: RopeConfig, channel: int, head_dim: int) -> float:
+def _frequency(rope: RopeConfig, channel: int, width: int) -> float:
     """One frequency, as the transformers library defines the scalings (``modeling_rope_utils``)."""
-    plain, scaling = float(rope.theta ** -(channel / head_dim)), rope.scaling
+    plain, scaling = float(rope.theta ** -(channel / width)), rope.scaling
     if scaling is None:
         return plain
     if scaling.kind == "yarn":
-        divided = _divided(rope, scaling, channel // 2, head_dim)
+        divided = _divided(rope, scaling, channel // 2, width)
         return float(plain / scaling.factor * divided + plain * (1.0 - divided))
     wavelength, context = 2 * np.pi / plain, scaling.original_max_position_embeddings
     if scaling.kind == "linear" or wavelength > context / scaling.low_freq_factor:
@@ -37,27 +38,39 @@ def _frequency(rope: RopeConfig, channel: int, head_dim: int) -> float:
     return float((1 - share) * plain / scaling.factor + share * plain)
 
 
-def _divided(rope: RopeConfig, scaling: RopeScaling, pair: int, head_dim: int) -> float:
+def _divided(rope: RopeConfig, scaling: RopeScaling, pair: int, width: int) -> float:
     """0 for pairs that turn ``beta_fast`` times in the original context and more, 1 for ``beta_slow`` and less."""
 
     def pair_with(turns: float) -> float:
         length = scaling.original_max_position_embeddings
-        return float(head_dim * np.log(length / (turns * 2 * np.pi)) / (2 * np.log(rope.theta)))
+        return float(width * np.log(length / (turns * 2 * np.pi)) / (2 * np.log(rope.theta)))
 
     low, high = pair_with(scaling.beta_fast), pair_with(scaling.beta_slow)
     if scaling.truncate:
         low, high = float(np.floor(low)), float(np.ceil(high))
-    low, high = max(low, 0.0), min(high, head_dim - 1.0)
+    low, high = max(low, 0.0), min(high, width - 1.0)
     # The source widens a ramp of no length, which would divide by zero.
     high = high + 0.001 if low == high else high
     return float(np.clip((pair - low) / (high - low), 0.0, 1.0))
 
 
-def lambda_value(config: AnyConfig, weights: Mapping[str, Array]) -> float:
-    """``exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init`` in float64 (arXiv 2410.05258, equation 2)."""
+def lambda_of_heads(config: AnyConfig, weights: Mapping[str, Array]) -> Array:
+    """Lambda of each head, ``[h]``, float64, where it does not depend on the token.
+
+    ``exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init`` (arXiv 2410.05258, equation 2), or ``lambda_init`` itself.
+    """
     assert config.lambda_init is not None
+    if config.lambda_kind == "fixed":
+        return np.full(config.num_heads, config.lambda_init)
     q1, k1, q2, k2 = (np.asarray(weights[f"lambda_{name}"], dtype=np.float64) for name in ("q1", "k1", "q2", "k2"))
-    return float(np.exp(q1 @ k1) - np.exp(q2 @ k2) + config.lambda_init)
+    values = np.exp((q1 * k1).sum(-1)) - np.exp((q2 * k2).sum(-1)) + config.lambda_init
+    return np.array(np.broadcast_to(values, (config.num_heads,)))
+
+
+def lambda_value(config: AnyConfig, weights: Mapping[str, Array]) -> float:
+    """The one lambda of all heads, float64."""
+    assert config.constant_lambda
+    return float(lambda_of_heads(config, weights)[0])
 
 
 def key_head(config: AnyConfig, head: int, stream: int) -> int:

@@ -17,6 +17,7 @@ from diffdeploy.bundle import (
     Manifest,
     Provenance,
     cast_weights,
+    remember_export,
     staged_bundle,
     write_manifest,
 )
@@ -168,8 +169,10 @@ def export_bundle(
         facts = artifact_facts(Bundle(staging, manifest))
         if verify:
             phase("verifying")
-            run_options = RunOptions(device=device, reference=options.reference)
+            # Made by this process, and not remembered before it is whole.
+            run_options = RunOptions(device=device, reference=options.reference, trust=True)
             report = _accept(Bundle(staging, manifest), run_options, progress)
+    remember_export(output)
     return Export(output, facts, report)
 
 

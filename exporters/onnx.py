@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import ExportError, InputError
+from diffdeploy.exporters.onnx_norms import small_epsilons_kept
 from diffdeploy.exporters.onnx_ort import OrtGraphModule
 from diffdeploy.exporters.tracing import GraphModule, example
 from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL, ORT
@@ -43,7 +44,7 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, *, opset: int
         _require_ort(block.config)
     # A module of its own: which operators are written is decided while the block is traced.
     graph = OrtGraphModule(block, spec) if flavor == ORT else GraphModule(block, spec)
-    with _scores_in_float32():
+    with _scores_in_float32(), small_epsilons_kept(block, opset):
         program = _export(graph.eval(), spec, opset, block.q_proj.weight.dtype)
     _name_axes(program, spec)
     _strip_metadata(program)
@@ -77,6 +78,11 @@ def _require_ort(config: AnyConfig) -> None:
         raise InputError(
             "onnxruntime's GroupQueryAttention takes widths that are multiples of 8, and the values of this block have "
             f"{config.value_dim}; leave --onnx-flavor out"
+        )
+    if config.value_dim < config.head_dim:
+        raise InputError(
+            "onnxruntime's GroupQueryAttention takes values that are as wide as queries, and those of this block are "
+            f"narrower, {config.value_dim} and {config.head_dim}; leave --onnx-flavor out"
         )
 
 

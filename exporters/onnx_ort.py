@@ -38,7 +38,12 @@ class OrtGraphModule(nn.Module):
         self.block, self.spec = block, spec
         config = block.config
         # The operator embeds positions 0 .. S-1, whatever it is given, and takes tables of multiples of 8.
-        self.turns_inside = config.rope is not None and "position_ids" not in spec.inputs and config.head_dim % 16 == 0
+        self.turns_inside = (
+            config.rope is not None
+            and config.rope.width(config.head_dim) == config.head_dim
+            and "position_ids" not in spec.inputs
+            and config.head_dim % 16 == 0
+        )
         self.queries = _by_stream(block.q_proj, config.head_dim)
         shared = config.num_key_streams == config.num_kv_heads
         self.keys = None if shared or config.permutes_key_streams else _by_stream(block.k_proj, config.head_dim)
@@ -107,7 +112,11 @@ class OrtGraphModule(nn.Module):
             (total - 1).expand(batch),
             total,
         ]
-        attributes: dict[str, Any] = {"num_heads": num_heads, "kv_num_heads": num_kv_heads, "scale": width**-0.5}
+        attributes: dict[str, Any] = {
+            "num_heads": num_heads,
+            "kv_num_heads": num_kv_heads,
+            "scale": self.block.config.scale,
+        }
         rotary = self.block.rotary
         if rotary is not None and self.turns_inside:
             inputs += [rotary.cos, rotary.sin]

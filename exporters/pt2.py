@@ -14,4 +14,7 @@ __all__ = ["lower"]
 
 def lower(block: AttentionBlock, spec: GraphSpec, directory: Path) -> None:
     """Write ``model.pt2``; `torch.export.load` reads it, and its module takes the graph's inputs in their order."""
-    torch.export.save(trace(block, spec), directory / MODEL)
+    program = trace(block, spec)
+    # Sample inputs would be a pickle in the file, and are none that anybody needs.
+    program.example_inputs = None
+    torch.export.save(program, directory / MODEL)

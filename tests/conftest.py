@@ -1,15 +1,18 @@
 """What tests of many rooms ask for: the sample, and bundles that are exported once."""
 
 import os
+from pathlib import Path
 
 # Before torch is imported, and for the processes that tests start: waking a second thread costs more than these small
 # blocks do, and `make test` has a process for each core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Exports that tests make are remembered beside the bundles that they share, not in the user's own directory.
+os.environ["XDG_STATE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "state")
+
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 
 import pytest
 import torch

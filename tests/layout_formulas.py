@@ -200,6 +200,21 @@ def differential_vit(x: Array, w: Weights, *, num_heads: int, depth: int, norm: 
     return linear(np.concatenate(parts, -1), w, "out_proj")
 
 
+def without_norm(x: Array, w: Weights, *, num_heads: int, lam: Array) -> Array:
+    """Microsoft's keys, not causal, and heads as they are."""
+    width = x.shape[1] // num_heads // 2
+    q, k, v = (linear(x, w, f"{n}_proj") for n in "qkv")
+    parts = []
+    for i in range(num_heads):
+        value = v[:, 2 * i * width : 2 * (i + 1) * width]
+        signal, noise = (
+            attention(q[:, block], k[:, block], value, no_mask(len(x)), width**-0.5)
+            for block in (slice((2 * i + s) * width, (2 * i + s + 1) * width) for s in (0, 1))
+        )
+        parts.append(signal - lam * noise)
+    return linear(np.concatenate(parts, -1), w, "out_proj")
+
+
 def blagpt(x: Array, w: Weights, *, num_heads: int, num_kv_heads: int, depth: int, theta: float) -> Array:
     """BlaGPT's first version: Microsoft's keys, but the rotary embedding turns by minus the angle."""
     width = w["q_proj.weight"].shape[0] // (2 * num_heads)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from diffdeploy.bench.results import Block
 from diffdeploy.bench.synthetic import random_checkpoint
-from diffdeploy.bundle import MANIFEST, WEIGHTS, Bundle, open_bundle
+from diffdeploy.bundle import WEIGHTS, Bundle, is_bundle, open_bundle
 from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
 from diffdeploy.errors import InputError
 from diffdeploy.graphs import DType, Variant
@@ -127,8 +127,8 @@ def open_sources(paths: Sequence[Path], reading: CheckpointOptions, sizes: Rando
         InputError: what cannot be opened, or does not hold the same block.
         IntegrityError: a bundle is damaged.
     """
-    bundles = tuple(open_bundle(path) for path in paths if (path / MANIFEST).is_file())
-    checkpoints = [path for path in paths if not (path / MANIFEST).is_file()]
+    bundles = tuple(open_bundle(path) for path in paths if is_bundle(path))
+    checkpoints = [path for path in paths if not is_bundle(path)]
     if len(checkpoints) > 1:
         raise InputError(f"{checkpoints[0]} and {checkpoints[1]} are two checkpoints; give one, and bundles of it")
     if paths and sizes.given:

@@ -12,7 +12,7 @@ from diffdeploy.graphs import DType, Variant
 from diffdeploy.ops import Impl
 from diffdeploy.ops.registry import implementation
 from diffdeploy.ops.request import Request
-from diffdeploy.runtime import require_runnable
+from diffdeploy.runtime import require_runnable, require_trusted
 
 __all__ = ["choose_baseline", "choose_names", "eager_candidates", "given_candidates"]
 
@@ -75,6 +75,11 @@ def eager_candidates(
 def _require_runnable_impl(name: str, config: AnyConfig, device: str, dtype: DType, graph: Variant) -> None:
     if name == SOFTMAX and config.streams_share_keys:
         raise InputError("softmax is compared with blocks of the first version, and this one is of the second")
+    if name == SOFTMAX and config.value_dim != 2 * config.head_dim:
+        raise InputError(
+            f"softmax is compared with blocks whose values are {2 * config.head_dim} wide, twice the width of a "
+            f"stream, and those of this one are {config.value_dim}"
+        )
     if name == Impl.FLASH2 and graph == "cached":
         raise InputError("flash2 does not take the padding mask of --graph cached; give plain or masked")
     if name not in (SOFTMAX, Impl.AUTO):
@@ -96,16 +101,18 @@ def _one_token(config: AnyConfig, device: str, dtype: DType) -> Request:
     return Request.of(q, k, v, torch.zeros(()), causal=config.causal)
 
 
-def given_candidates(subject: BlockSource, sizes: Sequence[Size], device: str) -> list[Candidate]:
+def given_candidates(subject: BlockSource, sizes: Sequence[Size], options: RunOptions) -> list[Candidate]:
     """The bundles that were given.
 
     Raises:
         InputError: a size is outside the ranges of a bundle.
+        IntegrityError: a bundle runs code and is not trusted.
         UnavailableError: a bundle cannot be run here.
     """
     candidates = []
     for bundle, name in zip(subject.bundles, subject.names, strict=True):
-        require_runnable(bundle.manifest, RunOptions(device=device))
+        require_runnable(bundle.manifest, options)
+        require_trusted(bundle, options)
         for size in sizes:
             _require_range(bundle, name, size)
         candidates.append(Candidate.of_bundle(name, bundle.path))

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from diffdeploy.arrays import to_tensor
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
 from diffdeploy.config import AnyConfig
+from diffdeploy.formats import RunOptions
 from diffdeploy.graphs import GraphSpec, graph_spec, run_block
 from diffdeploy.modules import block_class
 from diffdeploy.modules.softmax import SoftmaxAttention, as_second_version
-from diffdeploy.runtime import load
+from diffdeploy.runtime import open_runtime
 from diffdeploy.verify.cases import Case
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ def open_candidate(plan: Plan, candidate: Candidate, weights: Mapping[str, "Tens
     import torch
 
     if candidate.bundle is not None:
-        # The public runtime: its checks of inputs and its copies are part of what a user pays.
-        runtime = load(candidate.bundle, device=plan.device, threads=plan.threads)
+        # The public runtime: its checks of inputs and its copies are part of what a user pays. Whether a bundle is
+        # trusted was asked when it was chosen.
+        runtime = open_runtime(candidate.bundle, RunOptions(device=plan.device, threads=plan.threads, trust=True))
         return lambda inputs: runtime(**inputs)
     dtype = getattr(torch, plan.dtype)
     if candidate.impl == SOFTMAX:

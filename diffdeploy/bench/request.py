@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from diffdeploy.bench.block_source import BlockSource, RandomSizes, open_sources
 from diffdeploy.bench.candidate_choice import (
@@ -21,7 +22,7 @@ from diffdeploy.bundle import cast_weights
 from diffdeploy.checkpoints import CheckpointOptions
 from diffdeploy.errors import InputError, UnavailableError
 from diffdeploy.exporters import ExportOptions, export_bundle
-from diffdeploy.formats import Device, Target, export_targets
+from diffdeploy.formats import Device, RunOptions, Target, export_targets
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.ops import Impl
 
@@ -53,6 +54,8 @@ class BenchRequest:
     baseline: str | None
     rounds: int | None
     reading: CheckpointOptions
+    # None, not False, which would be an option of the command that measures again.
+    trust: Literal[True] | None = None
 
     @property
     def command(self) -> str:
@@ -148,7 +151,7 @@ def _plan(
     sizes = _sizes(graph, request, source.longest)
     candidates = (
         *eager,
-        *given_candidates(source, sizes, device),
+        *given_candidates(source, sizes, RunOptions(device=device, trust=bool(request.trust))),
         *(
             Candidate(
                 name=name,

@@ -10,7 +10,6 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
-import diffdeploy
 from diffdeploy.errors import ExportError
 from diffdeploy.processes import WorkerProcess
 from diffdeploy.records import Record
@@ -49,14 +48,15 @@ def measure_startup(bundle: Path, device: str | None = None) -> Startup:
 
 def _main(bundle: str, device: str | None = None) -> None:
     from diffdeploy.bundle import open_bundle
-    from diffdeploy.formats import require_format
+    from diffdeploy.formats import RunOptions, require_format
+    from diffdeploy.runtime import open_runtime
 
     package = require_format(open_bundle(bundle).manifest.format).package
     moments = [time.perf_counter()]
     # By itself, since it is the same for all bundles of a format.
     import_module(package)
     moments.append(time.perf_counter())
-    runtime = diffdeploy.load(bundle, device=device)
+    runtime = open_runtime(bundle, RunOptions(device=device, trust=True))
     moments.append(time.perf_counter())
     runtime.warmup()
     moments.append(time.perf_counter())

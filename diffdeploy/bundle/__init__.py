@@ -9,10 +9,12 @@ from diffdeploy.bundle.store import (
     WEIGHTS,
     Bundle,
     default_output,
+    is_bundle,
     open_bundle,
     staged_bundle,
     write_manifest,
 )
+from diffdeploy.bundle.trust import is_own_export, remember_export
 from diffdeploy.bundle.weights import cast_weights, read_weights
 
 __all__ = [
@@ -29,8 +31,11 @@ __all__ = [
     "cast_weights",
     "default_output",
     "eager_block",
+    "is_bundle",
+    "is_own_export",
     "open_bundle",
     "read_weights",
+    "remember_export",
     "staged_bundle",
     "write_manifest",
 ]

@@ -140,7 +140,9 @@ class Manifest(Record):
             digest = fields.pop("manifest_sha256", None)
             # Over the content as it was written, since a manifest of an earlier schema renders otherwise today.
             intact = _render({**fields, "manifest_sha256": digest}) == data
-            manifest = cls.model_validate(migrated(fields)) if intact and digest == _digest(fields) else None
+            # Strictly: a number in quotes is damage, too.
+            whole = json.dumps(migrated(fields)) if intact and digest == _digest(fields) else None
+            manifest = None if whole is None else cls.model_validate_json(whole, strict=True)
         # JSON may nest without end, and need not be an object.
         except (ValueError, AttributeError, TypeError, RecursionError, ValidationError) as error:
             raise IntegrityError("manifest.json is damaged: it is not a manifest of diffdeploy") from error

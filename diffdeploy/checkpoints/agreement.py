@@ -21,7 +21,7 @@ class _Fact(NamedTuple):
     Attributes:
         fields: names of the fields.
         option: the option that settles it, or what else is to be known.
-        has: what the block has.
+        has: what the block has; ``_NOTHING`` where it has nothing of the kind.
         says: the value of a field in terms of what the block has; ``_NOTHING`` where it says nothing.
         settled: whether the user has settled it.
     """
@@ -52,6 +52,11 @@ def _uses(value: Any) -> Any:
     return True if value is True else _NOTHING
 
 
+def _scales(value: Any) -> Any:
+    kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else value
+    return _NOTHING if kind in (None, "default") else True
+
+
 def _no_cap(value: Any) -> Any:
     return _NOTHING if value in (None, 0, 0.0, False) else value
 
@@ -60,11 +65,34 @@ def _has_bias(config: AnyConfig) -> bool:
     return any(name.endswith("_proj.bias") for name in config.weight_shapes())
 
 
+def _knows_window(settings: BlockSettings) -> bool:
+    # With the switch beside it off, the number is that of a model which has a window.
+    return settings.options.sliding_window is not None or settings.fields.get("use_sliding_window") is False
+
+
 def _never(_: BlockSettings) -> bool:
     return False
 
 
+# Code bases count differential heads, or the softmax heads of equal size; both follow from the shapes.
+_COUNTS = tuple(
+    _Fact(
+        (name,),
+        "as the shapes say",
+        has,
+        _as_it_is,
+        lambda settings, name=name: name in settings.layout.head_fields,  # type: ignore[misc]  # bound by default
+    )
+    for names, has in (
+        (("num_attention_heads", "num_heads"), lambda config: (config.num_heads, 2 * config.num_heads)),
+        (("num_key_value_heads", "num_kv_heads"), lambda config: (config.num_kv_heads, 2 * config.num_kv_heads)),
+        (("head_dim",), lambda config: (config.head_dim, 2 * config.head_dim)),
+    )
+    for name in names
+)
+
 _FACTS = (
+    *_COUNTS,
     _Fact(
         ("causal", "is_causal"),
         "--causal or --no-causal",
@@ -73,16 +101,18 @@ _FACTS = (
         lambda settings: settings.options.causal is not None,
     ),
     _Fact(
-        ("sliding_window", "sliding_window_size", "window_size"),
+        ("sliding_window",),
         "--sliding-window",
         lambda config: config.sliding_window,
         _window,
-        # With the switch beside it off, the number is that of a model which has a window.
-        lambda settings: (
-            settings.options.sliding_window is not None
-            or settings.layout.reads_window
-            or settings.fields.get("use_sliding_window") is False
-        ),
+        lambda settings: settings.layout.reads_window or _knows_window(settings),
+    ),
+    _Fact(
+        ("sliding_window_size", "window_size"),
+        "--sliding-window",
+        lambda config: config.sliding_window,
+        _window,
+        _knows_window,
     ),
     _Fact(
         ("use_sliding_window",),
@@ -103,9 +133,47 @@ _FACTS = (
         "--norm-eps",
         lambda config: config.norm_eps,
         _as_it_is,
-        lambda settings: settings.options.norm_eps is not None or not settings.layout.has_norm,
+        lambda settings: settings.options.norm_eps is not None or not settings.has_norm(),
     ),
     _Fact(("attention_bias", "qkv_bias", "use_bias"), "no tensor of a bias", _has_bias, _uses, _never),
+    # Axolotl's: with split heads, two of the file's heads make one, whose values are as wide as both.
+    _Fact(
+        ("split_heads",),
+        "the shapes of the projections",
+        lambda config: config.value_dim == 2 * config.head_dim,
+        _as_it_is,
+        _never,
+    ),
+    _Fact(
+        ("sublayer_norm",),
+        "--norm",
+        lambda config: config.has_norm,
+        _as_it_is,
+        lambda settings: settings.options.norm is not None,
+    ),
+    # Of a block without rotary embedding it says nothing.
+    _Fact(
+        ("partial_rotary_factor",),
+        "the rotary embedding",
+        lambda config: _NOTHING if config.rope is None else config.rope.width(config.head_dim) / config.head_dim,
+        _as_it_is,
+        _never,
+    ),
+    _Fact(
+        ("rope_theta",),
+        "--rope-theta",
+        lambda config: _NOTHING if config.rope is None else config.rope.theta,
+        _as_it_is,
+        lambda settings: settings.options.rope_theta is not None,
+    ),
+    # A layout whose code base has them reads them; where the user says the rotary embedding, nobody would.
+    _Fact(
+        ("rope_scaling", "rope_parameters"),
+        "a rotary embedding without scaling",
+        lambda config: _NOTHING if config.rope is None else config.rope.scaling is not None,
+        _scales,
+        _never,
+    ),
     # A cap on the scores is a function of its own, which no block here computes.
     _Fact(
         ("attn_logit_softcapping", "logit_soft_cap", "attention_softcap"),
@@ -135,9 +203,9 @@ def require_agreement(settings: BlockSettings, config: AnyConfig) -> None:
             if name not in settings.fields or _is_of_others(name, settings):
                 continue
             said, has = fact.says(settings.fields[name]), fact.has(config)
-            if said is not _NOTHING and not _same(said, has):
+            if _NOTHING not in (said, has) and not _same(said, has):
                 contradictions.append(
-                    f"{name} is {shortened(settings.fields[name])}, and the block has {has} ({fact.option})"
+                    f"{name} is {shortened(settings.fields[name])}, and the block has {_shown(has)} ({fact.option})"
                 )
     if contradictions:
         raise InputError(
@@ -151,7 +219,13 @@ def _is_of_others(name: str, settings: BlockSettings) -> bool:
     return name in settings.layout.of_others
 
 
+def _shown(has: Any) -> str:
+    return " or ".join(map(str, has)) if isinstance(has, tuple) else str(has)
+
+
 def _same(said: Any, has: Any) -> bool:
+    if isinstance(has, tuple):
+        return any(_same(said, each) for each in has)
     if isinstance(said, bool) or isinstance(has, bool) or said is None or has is None:
         return said is has
     if isinstance(said, int | float) and isinstance(has, int | float):

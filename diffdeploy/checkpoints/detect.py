@@ -80,7 +80,7 @@ def find_blocks(keys: list[str], fields: Fields, layout_name: str | None, path: 
         layout = LAYOUTS[layout_name]
         blocks = _prefixes(layout, present)
         if not blocks:
-            raise _not_whole(path, present, layout)
+            raise _of_another(path, present, layout) or _not_whole(path, present, layout)
         return Found(layout, "asked for", (), blocks)
     # First, since most of these have all keys of a layout that can be read, and one more.
     for shows, reason in UNSUPPORTED:
@@ -104,6 +104,15 @@ def find_blocks(keys: list[str], fields: Fields, layout_name: str | None, path: 
             "give --layout if you know"
         )
     raise _not_whole(path, present, None)
+
+
+def _of_another(path: Path, keys: set[str], layout: Layout) -> InputError | None:
+    """What a block has that the layout never has, where that alone keeps it from being one."""
+    for prefix in _anchored(layout, sorted(keys)):
+        strange = [prefix + name for name in layout.absent if prefix + name in keys]
+        if strange and all(prefix + name in keys for name in layout.required_keys()):
+            return InputError(f"{path} has {listed(strange)}, which no block of layout {layout.name} has")
+    return None
 
 
 def _not_whole(path: Path, keys: set[str], layout: Layout | None) -> InputError:

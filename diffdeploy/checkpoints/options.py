@@ -23,10 +23,11 @@ class CheckpointOptions:
         output_scale: factor behind the norm; by default ``1 - lambda_init``.
         causal: whether a position sees none after it; by default as the layout's code base has it.
         sliding_window: keys that a position sees, itself included; 0 for all.
-        norm: ``rms``, or ``layer`` for a LayerNorm of the heads, which subtracts their mean; by default ``rms``.
+        norm: of the heads: ``rms``; ``layer`` for a LayerNorm, which subtracts their mean; or ``none``. By default as
+            the layout has it.
         norm_eps: epsilon of the norm over each head's outputs.
         qk_norm_eps: epsilon of the norms of queries and keys, where the block has them.
-        rope: rotary style, or ``none``.
+        rope: rotary style, ``half-reversed`` for ``half`` by minus the angle, or ``none``.
         rope_theta: rotary base.
         gqa_layout: which key stream a query stream reads when ``h_kv < h``.
     """
@@ -39,10 +40,10 @@ class CheckpointOptions:
     output_scale: float | None = None
     causal: bool | None = None
     sliding_window: int | None = None
-    norm: Literal["rms", "layer"] | None = None
+    norm: Literal["rms", "layer", "none"] | None = None
     norm_eps: float | None = None
     qk_norm_eps: float | None = None
-    rope: Literal["interleaved", "half", "none"] | None = None
+    rope: Literal["interleaved", "half", "half-reversed", "none"] | None = None
     rope_theta: float | None = None
     gqa_layout: GqaLayout | None = None
 

@@ -12,7 +12,7 @@ from diffdeploy.checkpoints.files import TensorFile, open_tensors
 from diffdeploy.checkpoints.layouts import Layout
 from diffdeploy.checkpoints.options import CheckpointOptions
 from diffdeploy.checkpoints.places import choose_block
-from diffdeploy.checkpoints.rows import centred_values, to_canonical
+from diffdeploy.checkpoints.rows import centred_values, to_canonical, turned_back
 from diffdeploy.checkpoints.settings import BlockSettings, require
 from diffdeploy.checkpoints.sizes import read_sizes
 from diffdeploy.checkpoints.tensors import BlockTensors
@@ -77,7 +77,14 @@ class BlockReader:
         self.layout: Layout = found.layout
         self.layer = found.blocks[prefix]
         self.tensors = BlockTensors(file, prefix, self.layout)
-        self.settings = BlockSettings(fields, found, prefix, options, self.tensors.lambda_init)
+        self.settings = BlockSettings(
+            fields,
+            found,
+            prefix,
+            options,
+            self.tensors.number,
+            has_norm_weight="subln.weight" in self.tensors.sources,
+        )
         # Before the sizes: a cross-attention layer has no keys, and its shapes would be called wrong.
         reason = self.layout.refuse(self.tensors.names, fields, self.layer)
         if reason is not None:
@@ -92,7 +99,7 @@ class BlockReader:
         """
         self.tensors.require_all_read(self.layout)
         missing: list[str] = []
-        config = self._version_1(missing) if self.layout.constant_lambda else self._version_2(missing)
+        config = self._version_1(missing) if self.layout.version == 1 else self._version_2(missing)
         # All at once: one who has to look them up wants to do so once.
         require(missing)
         assert config is not None
@@ -103,38 +110,46 @@ class BlockReader:
         """The config of a block of the first version; ``None`` where an option is missing."""
         settings, sources = self.settings, self.tensors.sources
         lambda_init, gqa_layout, causal = settings.lambda_init(), settings.gqa_layout(self.sizes), settings.causal()
-        rope = settings.rope(missing)
+        rope, has_norm, output_scale = settings.rope(missing), settings.has_norm(), settings.output_scale(lambda_init)
+        window = settings.sliding_window(missing)
         missing += ["--depth"] if lambda_init is None else []
+        missing += ["--output-scale"] if output_scale is None and lambda_init is not None else []
         missing += ["--gqa-layout"] if gqa_layout is None else []
         missing += ["--causal or --no-causal"] if causal is None else []
-        if lambda_init is None or gqa_layout is None or causal is None:
+        if lambda_init is None or output_scale is None or gqa_layout is None or causal is None:
             return None
         return DiffAttentionConfig(
             **self.sizes.of_config(),
+            value_head_dim=None if self.sizes.value_dim == 2 * self.sizes.head_dim else self.sizes.value_dim,
             lambda_init=lambda_init,
-            output_scale=settings.output_scale(lambda_init),
+            lambda_kind=self.layout.lambda_kind,
+            softmax_scale=settings.softmax_scale(),
+            output_scale=output_scale,
             causal=causal,
             rope=rope,
             gqa_layout=gqa_layout,
-            norm_eps=settings.norm_eps(),
+            norm_eps=settings.norm_eps() if has_norm else None,
             norm_affine="subln.weight" in sources,
             qk_norm_eps=settings.qk_norm_eps() if "q_norm.weight" in sources else None,
             qkv_bias="q_proj.bias" in sources,
             out_bias="out_proj.bias" in sources,
-            sliding_window=settings.sliding_window(),
+            sliding_window=window,
         )
 
     def _version_2(self, missing: list[str]) -> DiffAttentionV2Config | None:
         """The config of a block of the second version; ``None`` where an option is missing."""
         settings = self.settings
-        if settings.options.norm is not None:
-            raise InputError(f"--norm is {settings.options.norm}, and blocks of layout {self.layout.name} have no norm")
+        settings.has_norm()  # refuses a norm that this version does not have
         causal, rope = settings.causal(), settings.rope(missing)
         if causal is None:
             missing.append("--causal or --no-causal")
             return None
         return DiffAttentionV2Config(
-            **self.sizes.of_config(), causal=causal, rope=rope, sliding_window=settings.sliding_window()
+            **self.sizes.of_config(),
+            causal=causal,
+            rope=rope,
+            qk_norm_eps=settings.qk_norm_eps() if "q_norm.weight" in self.tensors.sources else None,
+            sliding_window=settings.sliding_window(missing),
         )
 
     def weights(self, config: AnyConfig) -> dict[str, Tensor]:
@@ -149,6 +164,8 @@ class BlockReader:
         canonical = to_canonical(self.tensors.sources, self.tensors.get, self.sizes)
         if self.settings.options.norm == "layer":
             canonical = centred_values(canonical, self.sizes)
+        if self.settings.turns_back():
+            canonical = turned_back(canonical, self.sizes)
         # In the order of the config, which is that of the state dict and of the bundle's file.
         return {name: canonical[name] for name in shapes}
 

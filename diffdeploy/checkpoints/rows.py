@@ -10,17 +10,27 @@ from diffdeploy.checkpoints.sizes import Sizes
 from diffdeploy.config import LAMBDA_VECTORS
 from diffdeploy.errors import InputError
 
-__all__ = ["centred_values", "from_canonical", "to_canonical"]
+__all__ = ["centred_values", "from_canonical", "to_canonical", "turned_back"]
 
 
 def _heads(name: str, sizes: Sizes) -> int:
     return sizes.num_heads if name.startswith("q") else sizes.num_kv_heads
 
 
-def _part_rows(sizes: Sizes) -> dict[str, int]:
-    # Every layout that packs is of version 1, whose values are as wide as a pair of streams.
-    width = 2 * sizes.head_dim
-    return {"q": sizes.num_heads * width, "k": sizes.num_kv_heads * width, "v": sizes.num_kv_heads * width}
+def _part_rows(source: Source, sizes: Sizes) -> list[int]:
+    """Rows of each part of a packed projection, in their order."""
+    whole = {
+        "q": 2 * sizes.num_heads * sizes.head_dim,
+        "k": sizes.num_kv_heads * sizes.key_dim,
+        "v": sizes.num_kv_heads * sizes.value_dim,
+    }
+    letters = [part[0] for part in source.order]
+    return [whole[letter] // letters.count(letter) for letter in letters]
+
+
+def _has_halves(name: str, source: Source, sizes: Sizes) -> bool:
+    # Values as wide as one stream are one row of heads, whatever those of queries and keys are.
+    return source.halves and (not name.startswith("v") or sizes.value_dim != sizes.head_dim)
 
 
 def _pairs_from_halves(tensor: Tensor, heads: int) -> Tensor:
@@ -70,10 +80,10 @@ def to_canonical(sources: Mapping[str, Source], get: Callable[[str], Tensor], si
         if source.key not in loaded:
             loaded[source.key] = get(source.key)
         tensor = loaded[source.key]
-        if source.part is not None:
-            rows = _part_rows(sizes)
-            tensor = torch.split(tensor, list(rows.values()))["qkv".index(source.part)]
-        if source.halves:
+        if source.order:
+            parts = dict(zip(source.order, torch.split(tensor, _part_rows(source, sizes)), strict=True))
+            tensor = torch.cat([parts[part] for part in source.parts])
+        if _has_halves(name, source, sizes):
             tensor = _pairs_from_halves(tensor, _heads(name, sizes))
         if sizes.noise_repeat > 1 and name.startswith("q_proj"):
             tensor = _repeat_noise(tensor, sizes)
@@ -104,6 +114,21 @@ def centred_values(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Ten
     return changed
 
 
+def turned_back(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+    """Weights whose queries and keys, turned by an angle, score as those of the given ones turned by minus the angle.
+
+    Rotate-half turns the pairs ``(x[j], x[j + d/2])``; with the second channel of each negated, the other way round.
+    Exact, its own inverse, and without effect on norms of queries and keys.
+    """
+    changed = dict(weights)
+    for name in ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias"):
+        if name in weights:
+            tensor = weights[name]
+            pairs = tensor.reshape(-1, 2, sizes.head_dim // 2, *tensor.shape[1:])
+            changed[name] = torch.stack((pairs[:, 0], -pairs[:, 1]), dim=1).reshape(tensor.shape)
+    return changed
+
+
 def from_canonical(layout: Layout, weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
     """Weights of a layout from canonical ones; the inverse of `to_canonical`.
 
@@ -119,23 +144,26 @@ def from_canonical(layout: Layout, weights: Mapping[str, Tensor], sizes: Sizes) 
     if absent := sorted(layout.sources.keys() - weights.keys()):
         raise InputError(f"layout {layout.name} needs {', '.join(absent)}, which this block does not have")
     packed: dict[str, dict[str, Tensor]] = {}
+    orders: dict[str, tuple[str, ...]] = {}
     result: dict[str, Tensor] = {}
     for name, source in sources.items():
         if name not in weights:
             continue
         tensor = weights[name]
-        if source.halves:
+        if _has_halves(name, source, sizes):
             tensor = _halves_from_pairs(tensor, _heads(name, sizes))
         if sizes.noise_repeat > 1 and name.startswith("q_proj"):
             tensor = _share_noise(name, tensor, sizes)
         if source.scalar:
             result[source.key] = _as_scalar(tensor, weights[name.replace("_q", "_k")], layout)
-        elif source.part is None:
+        elif not source.order:
             result[source.key] = tensor.contiguous()
         else:
-            packed.setdefault(source.key, {})[source.part] = tensor
+            chunks = tensor.chunk(len(source.parts))
+            packed.setdefault(source.key, {}).update(zip(source.parts, chunks, strict=True))
+            orders[source.key] = source.order
     # Last, since the parts of a packed projection arrive one by one.
-    return result | {key: torch.cat([parts[part] for part in "qkv"]) for key, parts in packed.items()}
+    return result | {key: torch.cat([packed[key][part] for part in order]) for key, order in orders.items()}
 
 
 def _as_scalar(vector: Tensor, partner: Tensor, layout: Layout) -> Tensor:

@@ -5,7 +5,7 @@ from typing import cast
 
 from diffdeploy.checkpoints.detect import Found
 from diffdeploy.checkpoints.fields import Fields, shortened, typed_field
-from diffdeploy.checkpoints.layouts.base import UnknownThetaError
+from diffdeploy.checkpoints.layouts.base import UnknownThetaError, UnknownWindowError
 from diffdeploy.checkpoints.options import CheckpointOptions
 from diffdeploy.checkpoints.sizes import Sizes
 from diffdeploy.config import GqaLayout, RopeConfig, RopeStyle, lambda_init_at
@@ -16,14 +16,23 @@ __all__ = ["BlockSettings", "require"]
 # The norm's epsilon in every source that keeps none in its config, and the default of those that do.
 _NORM_EPS = 1e-5
 
+# Above 1, as yarn needs.
+_ANY_THETA = 10_000.0
+
+_ROPE = "--rope interleaved|half|half-reversed|none"
+
 _MISSING = {
     "--causal or --no-causal": "nothing in the keys tells a block that sees later positions from one that does not",
     "--norm-eps": "the epsilon of the norm is not in the weights, so it cannot be guessed (most code bases use 1e-5)",
+    "--output-scale": "without a norm, nothing says whether heads have a factor (1 for none; the paper's, behind its "
+    "norm, is 1 - lambda_init)",
     "--depth": "lambda_init depends on the layer index, the keys have none, and the weights do not record it",
-    "--rope interleaved|half|none": "the weights are the same for every rotary style, so it cannot be guessed, and "
-    "there is no config.json beside them that says it",
+    _ROPE: "the weights are the same for every rotary style, so it cannot be guessed, and there is no config.json "
+    "beside them that says it",
     "--rope-theta": "the base of the rotary frequencies is not in the weights, so it cannot be guessed (the paper's "
     "models use 10000)",
+    "--sliding-window": "layers of this code base have a window, and no config.json beside the weights says it (0 for "
+    "none)",
     "--gqa-layout": "with fewer key/value heads than heads, Microsoft's naive and flash modules read different key "
     "streams from the same weights, so it cannot be guessed; give canonical (flash) or legacy (naive, and every "
     "variant of multihead-sdpadiff, which --layout sdpadiff says too)",
@@ -55,7 +64,8 @@ class BlockSettings:
         found: layout of the block, and others with the same keys.
         prefix: of the block, one of ``found.blocks``.
         options: what the user says; it goes before everything else.
-        lambda_init: reads it from the tensors, where the layout stores it.
+        stored: reads a number from the tensors, where the layout stores it; see `BlockTensors.number`.
+        has_norm_weight: whether the block has the weight of the norm of the heads.
     """
 
     def __init__(
@@ -64,10 +74,12 @@ class BlockSettings:
         found: Found,
         prefix: str,
         options: CheckpointOptions,
-        lambda_init: Callable[[], float | None] = lambda: None,
+        stored: Callable[[str], float | None],
+        *,
+        has_norm_weight: bool = False,
     ) -> None:
         self.fields, self.layout, self.prefix, self.options = fields, found.layout, prefix, options
-        self.layer, self._stored_lambda_init = found.blocks[prefix], lambda_init
+        self.layer, self._stored, self._has_norm_weight = found.blocks[prefix], stored, has_norm_weight
         self._others_fit = bool(found.also)
 
     def depth(self) -> int | None:
@@ -83,17 +95,46 @@ class BlockSettings:
     def lambda_init(self) -> float | None:
         """Constant part of lambda: as given, as the layout has it in every layer, else by the depth."""
         given = self.options.lambda_init
+        if self.layout.lambda_kind == "fixed" and (given, self.options.depth) != (None, None):
+            raise InputError(
+                f"lambda is {self.layout.lambda_init:g} in layout {self.layout.name}; give neither --depth "
+                "nor --lambda-init"
+            )
         if given is None and self.options.depth is None:
-            given = self.layout.lambda_init if self.layout.lambda_init_key is None else self._stored_lambda_init()
+            stored = self._stored("lambda_init")
+            given = self.layout.lambda_init if stored is None else stored
         if given is not None:
             return given
         depth = self.depth()
         return None if depth is None else lambda_init_at(depth)
 
-    def output_scale(self, lambda_init: float) -> float:
-        """Factor behind the norm."""
+    def softmax_scale(self) -> float | None:
+        """Factor of the scores, where the block stores it."""
+        return self._stored("softmax_scale")
+
+    def has_norm(self) -> bool:
+        """Whether heads are normalised.
+
+        Raises:
+            InputError: ``--norm`` contradicts the layout or the tensors.
+        """
+        norm, layout = self.options.norm, self.layout
+        if layout.norm == "none":
+            if norm not in (None, "none"):
+                raise InputError(f"--norm is {norm}, and blocks of layout {layout.name} have no norm")
+            return False
+        if norm == "none" and self._has_norm_weight:
+            raise InputError(
+                f"--norm is none, and the block has {self.prefix}{layout.norm_weight.key}, a weight of one"
+            )
+        return self._has_norm_weight or (norm != "none" if layout.norm == "rms" else norm is not None)
+
+    def output_scale(self, lambda_init: float | None) -> float | None:
+        """Factor behind the norm; ``None`` where nothing says it."""
         given = self.layout.output_scale if self.options.output_scale is None else self.options.output_scale
-        return 1 - lambda_init if given is None else given
+        if given is not None or not self.has_norm():
+            return given
+        return None if lambda_init is None else 1 - lambda_init
 
     def causal(self) -> bool | None:
         """Whether positions see none after them."""
@@ -110,13 +151,13 @@ class BlockSettings:
         return length
 
     def rope_style(self) -> str | None:
-        """``interleaved``, ``half`` or ``none``."""
+        """``interleaved``, ``half``, ``half-reversed`` or ``none``."""
         if self.options.rope is not None:
             return self.options.rope
         if self.layout.rope is not None:
             # The style of a layout does not depend on the base.
-            found = self.layout.rope(self.fields, self.options.rope_theta or 1.0)
-            return "none" if found is None else found.style
+            found = self.layout.rope(self.fields, self.options.rope_theta or _ANY_THETA)
+            return "none" if found is None else found.style + ("-reversed" if self.layout.turns_back else "")
         stored = self._own_rope().get("style")
         return None if stored is None else str(stored)
 
@@ -157,11 +198,15 @@ class BlockSettings:
         style, theta = self.rope_style(), self.rope_theta()
         if style == "none":
             return None
-        missing += ["--rope interleaved|half|none"] if style is None else []
+        missing += [_ROPE] if style is None else []
         missing += ["--rope-theta"] if theta is None else []
         if style is None or theta is None:
             return None
-        return RopeConfig(style=cast(RopeStyle, style), theta=float(theta))
+        return RopeConfig(style=cast(RopeStyle, style.removesuffix("-reversed")), theta=float(theta))
+
+    def turns_back(self) -> bool:
+        """Whether the rotary embedding turns by minus the angle."""
+        return (self.rope_style() or "").endswith("-reversed")
 
     def defaults(self) -> dict[str, str]:
         """Fields that the file leaves to the source's own config class, with what that class takes, and its name."""
@@ -192,8 +237,16 @@ class BlockSettings:
         """Epsilon of the norms of queries and keys; ``None`` for a layout without such norms."""
         return self.layout.qk_norm_eps if self.options.qk_norm_eps is None else self.options.qk_norm_eps
 
-    def sliding_window(self) -> int | None:
-        """Keys that a position sees, or ``None`` for all."""
+    def sliding_window(self, missing: list[str]) -> int | None:
+        """Keys that a position sees; ``None`` for all, and where nothing says it.
+
+        Args:
+            missing: takes the option that nothing says.
+        """
         if self.options.sliding_window is not None:
             return self.options.sliding_window or None
-        return self.layout.sliding_window(self.fields, self.layer)
+        try:
+            return self.layout.sliding_window(self.fields, self.layer)
+        except UnknownWindowError:
+            missing.append("--sliding-window")
+            return None

@@ -16,6 +16,12 @@ class Sizes(NamedTuple):
     """Sizes of a block, found from shapes.
 
     Attributes:
+        embed_dim: see `DiffAttentionConfig`, as the next three.
+        num_heads: differential heads.
+        num_kv_heads: key/value heads.
+        head_dim: stream width.
+        value_dim: width of a head's values.
+        key_dim: width of all keys of a key/value head.
         noise_repeat: heads that share one noise query in the file, see `Layout.noise_repeat`.
     """
 
@@ -23,6 +29,8 @@ class Sizes(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int
+    key_dim: int
     noise_repeat: int = 1
 
     def of_config(self) -> dict[str, Any]:
@@ -36,23 +44,24 @@ def read_sizes(tensors: BlockTensors, layout: Layout, fields: Fields) -> Sizes:
     Raises:
         InputError: shapes that do not fit each other, or a field that contradicts them.
     """
-    q_rows, embed_dim = tensors.shape("q_proj.weight", _MATRIX)
-    k_rows, _ = tensors.shape("k_proj.weight", _MATRIX)
-    if layout.sources["q_proj.weight"].part is not None:
-        # A packed projection says only the sum of its rows: those of q are the columns of the output projection, and k
-        # and v share the rest equally.
-        columns = tensors.shape("out_proj.weight", _MATRIX)[1]
-        q_rows, k_rows = columns, (k_rows - columns) // 2
-    head_dim = _head_dim(tensors, layout, q_rows)
+    embed_dim = tensors.shape("q_proj.weight", _MATRIX)[1]
+    rows = {name: tensors.shape(f"{name}_proj.weight", _MATRIX)[0] for name in ("q", "k", "v")}
+    _unpack_rows(rows, tensors, layout)
+    head_dim = _head_dim(tensors, layout, rows["q"])
+    key_dim = head_dim if layout.streams_share_keys else 2 * head_dim
     repeat = 1 if layout.noise_repeat is None else layout.noise_repeat(fields)
+    num_kv_heads = _count(tensors, "k_proj.weight", rows["k"], key_dim)
     sizes = Sizes(
         embed_dim,
-        num_heads=repeat * _count(tensors, "q_proj.weight", q_rows, (repeat + 1) * head_dim),
-        num_kv_heads=_count(tensors, "k_proj.weight", k_rows, head_dim if layout.streams_share_keys else 2 * head_dim),
+        num_heads=repeat * _count(tensors, "q_proj.weight", rows["q"], (repeat + 1) * head_dim),
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        value_dim={"pair": 2 * head_dim, "stream": head_dim, "rows": rows["v"] // num_kv_heads}[layout.values],
+        key_dim=key_dim,
         noise_repeat=repeat,
     )
-    for field, (name, factor) in layout.head_fields.items():
+    for field, (name, streams) in layout.head_fields.items():
+        factor = sizes.value_dim // head_dim if streams is None else streams
         stated, found = typed_field(fields, field, int), factor * getattr(sizes, name)
         if name == "num_heads" and repeat > 1:
             found = sizes.num_heads // repeat * (repeat + 1)
@@ -61,15 +70,40 @@ def read_sizes(tensors: BlockTensors, layout: Layout, fields: Fields) -> Sizes:
     return sizes
 
 
+def _unpack_rows(rows: dict[str, int], tensors: BlockTensors, layout: Layout) -> None:
+    """Rows of projections that one tensor packs, in place of their sum, which is all that its shape says."""
+    order = layout.sources["k_proj.weight"].order
+    if not order:
+        return
+    # Parts of queries have the width of the output projection's columns: all that a head has where values are pairs,
+    # else one stream. Keys and values share the rest, by equal parts.
+    total, queries = rows["k"], [part for part in order if part[0] == "q"]
+    columns = tensors.shape("out_proj.weight", _MATRIX)[1]
+    of_keys, of_values = (sum(part[0] == letter for part in order) for letter in "kv")
+    one = (total - columns * len(queries)) // (of_keys + of_values)
+    # The one layout with a part for each stream has no groups: without this, ordinary attention would pass for it.
+    alike = len(queries) <= 1 or one == columns
+    if one < 1 or not alike or columns * len(queries) + one * (of_keys + of_values) != total:
+        raise InputError(
+            f"{tensors.key('k_proj.weight')} has {total} rows; accepted are those of {', '.join(order)}, where each "
+            f"part of queries has {columns}, the columns of {tensors.key('out_proj.weight')}"
+        )
+    if queries:
+        rows["q"] = columns * len(queries)
+    rows["k"], rows["v"] = one * of_keys, one * of_values
+
+
 def _head_dim(tensors: BlockTensors, layout: Layout, q_rows: int) -> int:
     """Stream width, from what lambda is made of: rows of q tell only the product of width and heads."""
-    if not layout.constant_lambda:
+    if layout.lambda_kind == "token":
         num_heads = tensors.shape("lambda_proj.weight", _MATRIX)[0]
         return q_rows // (2 * num_heads)
+    if layout.lambda_kind == "fixed":
+        return tensors.shape("q_norm.weight", _VECTOR)[0]
     if tensors.sources["lambda_q1"].scalar:
         # Lambda as a number has no width; the norm spans both streams.
         return tensors.shape("subln.weight", _VECTOR)[0] // 2
-    return tensors.shape("lambda_q1", _VECTOR)[0]
+    return tensors.shape("lambda_q1", _MATRIX if layout.lambda_kind == "head" else _VECTOR)[-1]
 
 
 def _count(tensors: BlockTensors, name: str, rows: int, width: int) -> int:

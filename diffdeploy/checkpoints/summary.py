@@ -10,9 +10,11 @@ import torch
 from diffdeploy.checkpoints.detect import find_blocks
 from diffdeploy.checkpoints.fields import read_config_fields
 from diffdeploy.checkpoints.files import open_tensors
+from diffdeploy.checkpoints.layouts import Layout
 from diffdeploy.checkpoints.options import CheckpointOptions
 from diffdeploy.checkpoints.reader import BlockReader
 from diffdeploy.checkpoints.tensors import BlockTensors
+from diffdeploy.config import LambdaKind
 from diffdeploy.errors import InputError
 
 __all__ = ["BlockSummary", "CheckpointSummary", "summarise"]
@@ -24,6 +26,7 @@ class BlockSummary:
 
     Attributes:
         head_fields: what fields of ``config.json`` that count streams say, and what they mean.
+        window_is_known: whether something says `sliding_window`, ``None`` of which is none.
         unread: keys of the block that its layout does not know; such a block is not exported.
         refused: why it cannot be deployed; then nothing but ``prefix`` and ``layer`` is known.
     """
@@ -41,6 +44,7 @@ class BlockSummary:
     rope_theta: float | None = None
     gqa_layout: str | None = None
     sliding_window: int | None = None
+    window_is_known: bool = True
     lambda_init: float | None = None
     lambda_value: float | None = None
     dtype: str | None = None
@@ -58,12 +62,8 @@ class CheckpointSummary:
     why: str
     also: tuple[str, ...]
     version: int
+    lambda_kind: LambdaKind
     blocks: tuple[BlockSummary, ...]
-
-    @property
-    def constant_lambda(self) -> bool:
-        """Whether lambda of a block is one number, which can be told from its weights."""
-        return self.version == 1
 
 
 def summarise(path: str | Path, layout: str | None = None) -> CheckpointSummary:
@@ -78,17 +78,18 @@ def summarise(path: str | Path, layout: str | None = None) -> CheckpointSummary:
     blocks = []
     for prefix, layer in found.blocks.items():
         try:
-            reader = BlockReader(file, fields, found, prefix, CheckpointOptions(layout=layout))
+            blocks.append(_block(BlockReader(file, fields, found, prefix, CheckpointOptions(layout=layout))))
         except InputError as error:
             # One bad block hides nothing of the others: a Phi-4 file holds layers that cannot be deployed alone.
             blocks.append(BlockSummary(prefix=prefix, layer=layer, refused=str(error)))
-            continue
-        blocks.append(_block(reader))
+    if all(block.refused is not None for block in blocks):
+        raise InputError(str(blocks[0].refused))
     return CheckpointSummary(
         layout=found.layout.name,
         why=found.why,
         also=tuple(other.name for other in found.also),
         version=found.layout.version,
+        lambda_kind=found.layout.lambda_kind,
         blocks=tuple(blocks),
     )
 
@@ -97,21 +98,24 @@ def _block(reader: BlockReader) -> BlockSummary:
     # Past the checks of `BlockTensors.get`: a block in fp8 or with NaN can be described, though not deployed.
     tensors = [reader.tensors.file.get(key) for key in reader.tensors.keys]
     layout, settings = reader.layout, reader.settings
-    lambda_init = settings.lambda_init() if layout.constant_lambda else None
+    missing: list[str] = []
+    window = settings.sliding_window(missing)
+    lambda_init = None if layout.lambda_kind == "token" else settings.lambda_init()
     affine = "with gamma" if "subln.weight" in reader.tensors.sources else "without gamma"
     return BlockSummary(
         prefix=reader.tensors.prefix,
         layer=reader.layer,
         **reader.sizes.of_config(),
-        value_dim=reader.sizes.head_dim * (1 if layout.streams_share_keys else 2),
+        value_dim=reader.sizes.value_dim,
         head_fields=tuple(_counted_streams(reader)),
-        norm=f"eps {settings.norm_eps():g}, {affine}" if layout.has_norm else "none",
+        norm=f"eps {settings.norm_eps():g}, {affine}" if settings.has_norm() else "none",
         rope=settings.rope_style(),
         rope_theta=settings.rope_theta(),
         gqa_layout=settings.gqa_layout(reader.sizes),
-        sliding_window=settings.sliding_window(),
+        sliding_window=window,
+        window_is_known=not missing,
         lambda_init=lambda_init,
-        lambda_value=None if lambda_init is None else _finite(lambda_init + _learned_lambda(reader.tensors)),
+        lambda_value=None if lambda_init is None else _lambda_value(lambda_init, layout, reader.tensors),
         dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
         num_parameters=sum(tensor.numel() for tensor in tensors),
         num_bytes=sum(tensor.nbytes for tensor in tensors),
@@ -122,10 +126,18 @@ def _block(reader: BlockReader) -> BlockSummary:
 def _counted_streams(reader: BlockReader) -> Iterator[str]:
     """Each field that counts several streams of a head as so many heads, in words."""
     fields, sizes = reader.settings.fields, reader.sizes.of_config()
-    for name, (size, factor) in reader.layout.head_fields.items():
+    for name, (size, streams) in reader.layout.head_fields.items():
+        factor = reader.sizes.value_dim // reader.sizes.head_dim if streams is None else streams
         if factor > 1 and name in fields and reader.sizes.noise_repeat == 1:
             kind = "key/value" if size == "num_kv_heads" else "differential"
             yield f"{name} {fields[name]} is {sizes[size]} {kind} heads of {factor} streams"
+
+
+def _lambda_value(lambda_init: float, layout: Layout, tensors: BlockTensors) -> float | None:
+    """The one lambda of all heads; ``None`` where each head has its own, or the weights give no number."""
+    if layout.lambda_kind == "fixed":
+        return lambda_init
+    return _finite(lambda_init + _learned_lambda(tensors)) if layout.lambda_kind == "layer" else None
 
 
 def _learned_lambda(tensors: BlockTensors) -> float:

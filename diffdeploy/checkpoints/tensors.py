@@ -44,7 +44,7 @@ class BlockTensors:
         }
         self._require_whole_groups(layout)
         self._irrelevant = layout.irrelevant
-        self._lambda_init_key = layout.lambda_init_key
+        self._numbers = layout.numbers
 
     def _require_whole_groups(self, layout: Layout) -> None:
         for group in _TOGETHER:
@@ -77,20 +77,20 @@ class BlockTensors:
     def keys(self) -> list[str]:
         """The keys that hold the block."""
         # A packed projection is the source of three weights, and is one key.
-        stored = [] if self._lambda_init_key is None else [self.prefix + self._lambda_init_key]
-        return list(dict.fromkeys([*(self.prefix + source.key for source in self.sources.values()), *stored]))
+        names = [*(source.key for source in self.sources.values()), *self._numbers.values()]
+        return list(dict.fromkeys(self.prefix + name for name in names))
 
-    def lambda_init(self) -> float | None:
-        """The constant part of lambda, where the layout stores it.
+    def number(self, fact: str) -> float | None:
+        """A fact that the layout stores as a tensor, ``None`` where it does not; see `Layout.numbers`.
 
         Raises:
             InputError: it is no single number.
         """
-        if self._lambda_init_key is None:
+        if fact not in self._numbers:
             return None
-        tensor = self.get(self._lambda_init_key)
+        tensor = self.get(self._numbers[fact])
         if tensor.numel() != 1:
-            raise InputError(f"{self.prefix}{self._lambda_init_key} has shape {list(tensor.shape)}; accepted is []")
+            raise InputError(f"{self.prefix}{self._numbers[fact]} has shape {list(tensor.shape)}; accepted is []")
         return float(tensor)
 
     def key(self, name: str) -> str:
@@ -139,7 +139,7 @@ class BlockTensors:
             if name.startswith("q_proj"):
                 shape[0] = shape[0] // (2 * noise_repeat) * (noise_repeat + 1)
             # q, k and v of a packed projection add up to the rows of one tensor.
-            if source.part is not None and source.key in expected:
+            if source.order and source.key in expected:
                 expected[source.key][0] += shape[0]
             else:
                 expected[source.key] = shape

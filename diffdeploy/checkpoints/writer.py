@@ -1,12 +1,13 @@
 """Back from a canonical block to the keys and rows of a layout, bit for bit."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffdeploy.checkpoints.layouts import LAYOUTS
-from diffdeploy.checkpoints.rows import from_canonical
+from diffdeploy.checkpoints.layouts import LAYOUTS, Layout
+from diffdeploy.checkpoints.rows import from_canonical, turned_back
 from diffdeploy.checkpoints.sizes import Sizes
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import InputError
@@ -43,15 +44,49 @@ def write_checkpoint(
             raise InputError(f"layout {layout} has {name} {wanted:g}, and the block {getattr(config, name)}")
     if noise_repeat > 1 and chosen.noise_repeat is None:
         raise InputError(f"layout {layout} has no heads that share a noise query")
-    sizes = Sizes(config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, noise_repeat)
-    state = from_canonical(chosen, weights, sizes)
-    if chosen.lambda_init_key is not None:
-        state[chosen.lambda_init_key] = _stored_lambda_init(config, layout)
+    _require_same_kind(chosen, config)
+    key_dim = config.num_key_streams // config.num_kv_heads * config.head_dim
+    sizes = Sizes(
+        config.embed_dim,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.value_dim,
+        key_dim,
+        noise_repeat,
+    )
+    state = from_canonical(chosen, turned_back(weights, sizes) if chosen.turns_back else weights, sizes)
+    state |= {key: _number(config, fact, layout) for fact, key in chosen.numbers.items()}
     return {prefix + key: tensor for key, tensor in state.items()}
 
 
-def _stored_lambda_init(config: AnyConfig, layout: str) -> Tensor:
-    stored = torch.tensor(config.lambda_init, dtype=torch.float32)
-    if float(stored) != config.lambda_init:
-        raise InputError(f"layout {layout} stores lambda_init in float32, which does not hold {config.lambda_init}")
+def _require_same_kind(layout: Layout, config: AnyConfig) -> None:
+    """See that what no key says is in the layout as it is in the block.
+
+    Raises:
+        InputError: it is not; the message names the fact.
+    """
+    widths = {"pair": 2 * config.head_dim, "stream": config.head_dim, "rows": config.value_dim}
+    norms = {"rms": True, "none": False, "weighted": config.norm_affine}
+    facts: list[tuple[str, Any, Any]] = [
+        ("lambda_kind", layout.lambda_kind, config.lambda_kind),
+        ("values of width", widths[layout.values], config.value_dim),
+        ("a norm of the heads", norms[layout.norm], config.has_norm),
+    ]
+    if "softmax_scale" not in layout.numbers:
+        facts.append(("softmax_scale", config.head_dim**-0.5, config.scale))
+    if layout.rope is not None:
+        rope = layout.rope({}, 1.0 if config.rope is None else config.rope.theta)
+        has = None if config.rope is None else (config.rope.style, config.rope.rotary_dim)
+        facts.append(("rope", None if rope is None else (rope.style, rope.rotary_dim), has))
+    for name, wanted, given in facts:
+        if wanted != given:
+            raise InputError(f"layout {layout.name} has {name} {wanted}, and the block {given}")
+
+
+def _number(config: AnyConfig, fact: str, layout: str) -> Tensor:
+    value = config.scale if fact == "softmax_scale" else getattr(config, fact)
+    stored = torch.tensor(value, dtype=torch.float32)
+    if float(stored) != value:
+        raise InputError(f"layout {layout} stores {fact} in float32, which does not hold {value}")
     return stored

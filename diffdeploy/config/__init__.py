@@ -2,12 +2,12 @@
 
 from diffdeploy.config.block import (
     LAMBDA_VECTORS,
-    AnyConfig,
     DiffAttentionConfig,
-    DiffAttentionV2Config,
     GqaLayout,
+    LambdaKind,
     lambda_init_at,
 )
+from diffdeploy.config.block_v2 import AnyConfig, DiffAttentionV2Config
 from diffdeploy.config.model import DecoderConfig
 from diffdeploy.config.rope import RopeConfig, RopeScaling, RopeStyle
 
@@ -18,6 +18,7 @@ __all__ = [
     "DiffAttentionConfig",
     "DiffAttentionV2Config",
     "GqaLayout",
+    "LambdaKind",
     "RopeConfig",
     "RopeScaling",
     "RopeStyle",

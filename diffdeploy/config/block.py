@@ -2,17 +2,20 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from diffdeploy.config.requirement import require
 from diffdeploy.config.rope import RopeConfig
 
+if TYPE_CHECKING:
+    from diffdeploy.config.block_v2 import AnyConfig
+
 __all__ = [
     "LAMBDA_VECTORS",
-    "AnyConfig",
     "DiffAttentionConfig",
-    "DiffAttentionV2Config",
     "GqaLayout",
+    "LambdaKind",
+    "check_sizes",
     "lambda_init_at",
 ]
 
@@ -21,6 +24,7 @@ __all__ = [
 LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 GqaLayout = Literal["canonical", "legacy"]
+LambdaKind = Literal["layer", "head", "token", "fixed"]
 
 
 def lambda_init_at(depth: int) -> float:
@@ -31,7 +35,12 @@ def lambda_init_at(depth: int) -> float:
     return 0.8 - 0.6 * math.exp(-0.3 * depth)
 
 
-def _check_sizes(config: "AnyConfig") -> None:
+def check_sizes(config: "AnyConfig") -> None:
+    """See that what both versions have fits together.
+
+    Raises:
+        InputError: it does not; the message names the field, what was given and what is accepted.
+    """
     for field in ("embed_dim", "num_heads", "num_kv_heads", "head_dim"):
         require(getattr(config, field) >= 1, field, getattr(config, field), "a positive integer")
     require(
@@ -40,12 +49,21 @@ def _check_sizes(config: "AnyConfig") -> None:
         config.num_kv_heads,
         f"a divisor of num_heads ({config.num_heads})",
     )
+    rope = config.rope
     require(
-        config.rope is None or config.head_dim % 2 == 0,
+        rope is None or rope.rotary_dim is not None or config.head_dim % 2 == 0,
         "head_dim",
         config.head_dim,
         "even when rotary embedding is used, since it turns pairs of channels",
     )
+    require(
+        rope is None or rope.width(config.head_dim) <= config.head_dim,
+        "rope.rotary_dim",
+        rope and rope.rotary_dim,
+        f"at most head_dim ({config.head_dim})",
+    )
+    eps = config.qk_norm_eps
+    require(eps is None or (math.isfinite(eps) and eps > 0), "qk_norm_eps", eps, "None or a positive number")
     require(
         # A window bounds how old a key may be; without causality it would leave all later keys in sight.
         config.sliding_window is None or (config.sliding_window >= 1 and config.causal),
@@ -63,12 +81,16 @@ class DiffAttentionConfig:
         embed_dim: model width ``D``.
         num_heads: differential heads ``h``; the softmax model of equal size has ``2h``.
         num_kv_heads: differential key/value heads ``h_kv``; divides ``h``.
-        head_dim: stream width ``d``; a head's value and output are ``2d`` wide.
+        head_dim: stream width ``d``.
+        value_head_dim: width ``e`` of a head's value and output; ``None`` for ``2d``, as in the paper.
         lambda_init: constant part of lambda; see `lambda_init_at`.
+        lambda_kind: ``layer`` for one number, from vectors ``[d]``; ``head`` for one for each head, from vectors
+            ``[h, d]``; ``fixed`` for ``lambda_init`` itself, without vectors.
+        softmax_scale: factor of the scores; ``None`` for ``d ** -0.5``.
         causal: position ``i`` sees keys up to ``i`` (aligned bottom-right).
         rope: rotary embedding of queries and keys, or ``None``.
-        norm_eps: epsilon of the RMS norm over each head's ``2d`` outputs.
-        norm_affine: whether that norm has a weight (gamma, ``[2d]``).
+        norm_eps: epsilon of the RMS norm over each head's ``e`` outputs; ``None`` for no such norm.
+        norm_affine: whether that norm has a weight (gamma, ``[e]``).
         output_scale: factor behind the norm; the paper's is ``1 - lambda_init``.
         qk_norm_eps: epsilon of an RMS norm with a weight over each query and key stream (``d``), before the rotary
             embedding; ``None`` for no such norm.
@@ -94,8 +116,12 @@ class DiffAttentionConfig:
     output_scale: float
     causal: bool = True
     rope: RopeConfig | None = None
+    value_head_dim: int | None = None
+    lambda_kind: LambdaKind = "layer"
+    # Stored by a source as a rounded number; recomputed, it would be another one.
+    softmax_scale: float | None = None
     # That of the originals, which their state dicts do not hold.
-    norm_eps: float = 1e-5
+    norm_eps: float | None = 1e-5
     norm_affine: bool = True
     qk_norm_eps: float | None = None
     qkv_bias: bool = False
@@ -107,16 +133,33 @@ class DiffAttentionConfig:
     version: Literal[1] = 1
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
+        check_sizes(self)
         require(math.isfinite(self.lambda_init), "lambda_init", self.lambda_init, "a finite number")
         require(math.isfinite(self.output_scale), "output_scale", self.output_scale, "a finite number")
-        require(math.isfinite(self.norm_eps) and self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
+        eps, width, scale = self.norm_eps, self.value_head_dim, self.softmax_scale
+        require(eps is None or (math.isfinite(eps) and eps > 0), "norm_eps", eps, "None or a positive number")
+        require(eps is not None or not self.norm_affine, "norm_affine", self.norm_affine, "False without a norm")
+        require(width is None or width >= 1, "value_head_dim", width, "None or a positive integer")
+        require(
+            scale is None or (math.isfinite(scale) and scale > 0), "softmax_scale", scale, "None or a positive number"
+        )
+        require(self.lambda_kind in ("layer", "head", "fixed"), "lambda_kind", self.lambda_kind, "layer, head or fixed")
         require(self.gqa_layout in get_args(GqaLayout), "gqa_layout", self.gqa_layout, "canonical or legacy")
 
     @property
     def value_dim(self) -> int:
-        """Width ``2d`` of one head's value and output."""
-        return 2 * self.head_dim
+        """Width ``e`` of one head's value and output."""
+        return 2 * self.head_dim if self.value_head_dim is None else self.value_head_dim
+
+    @property
+    def scale(self) -> float:
+        """Factor of the scores."""
+        return float(self.head_dim**-0.5) if self.softmax_scale is None else self.softmax_scale
+
+    @property
+    def lambda_shape(self) -> tuple[int, ...]:
+        """Shape of each lambda vector."""
+        return (self.num_heads, self.head_dim) if self.lambda_kind == "head" else (self.head_dim,)
 
     @property
     def num_key_streams(self) -> int:
@@ -136,12 +179,17 @@ class DiffAttentionConfig:
     @property
     def has_norm(self) -> bool:
         """Whether each head's output is normalised."""
-        return True
+        return self.norm_eps is not None
+
+    @property
+    def has_head_step(self) -> bool:
+        """Whether a head is changed on its way to the output projection: by a norm, or by a factor alone."""
+        return self.has_norm or self.output_scale != 1
 
     @property
     def constant_lambda(self) -> bool:
-        """Whether lambda is one number, whatever the input is."""
-        return True
+        """Whether lambda is one number, whatever the head and the input are."""
+        return self.lambda_kind in ("layer", "fixed")
 
     @property
     def streams_share_keys(self) -> bool:
@@ -155,141 +203,22 @@ class DiffAttentionConfig:
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the canonical weights of this block, as `DiffAttention.state_dict` has them."""
-        q_rows, kv_rows = self.num_heads * self.value_dim, self.num_kv_heads * self.value_dim
+        q_rows, k_rows = 2 * self.num_heads * self.head_dim, self.num_key_streams * self.head_dim
+        v_rows, out_columns = self.num_kv_heads * self.value_dim, self.num_heads * self.value_dim
         shapes: dict[str, tuple[int, ...]] = {
             "q_proj.weight": (q_rows, self.embed_dim),
-            "k_proj.weight": (kv_rows, self.embed_dim),
-            "v_proj.weight": (kv_rows, self.embed_dim),
-            "out_proj.weight": (self.embed_dim, q_rows),
+            "k_proj.weight": (k_rows, self.embed_dim),
+            "v_proj.weight": (v_rows, self.embed_dim),
+            "out_proj.weight": (self.embed_dim, out_columns),
         }
         if self.qkv_bias:
-            shapes |= {"q_proj.bias": (q_rows,), "k_proj.bias": (kv_rows,), "v_proj.bias": (kv_rows,)}
+            shapes |= {"q_proj.bias": (q_rows,), "k_proj.bias": (k_rows,), "v_proj.bias": (v_rows,)}
         if self.out_bias:
             shapes["out_proj.bias"] = (self.embed_dim,)
-        # One vector for all heads: the paper's lambda is one number per layer.
-        shapes |= dict.fromkeys(LAMBDA_VECTORS, (self.head_dim,))
+        if self.lambda_kind != "fixed":
+            shapes |= dict.fromkeys(LAMBDA_VECTORS, self.lambda_shape)
         if self.qk_norm_eps is not None:
             shapes |= {"q_norm.weight": (self.head_dim,), "k_norm.weight": (self.head_dim,)}
         if self.norm_affine:
             shapes["subln.weight"] = (self.value_dim,)
         return shapes
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffAttentionV2Config:
-    """Sizes and flags of one block of the second version (Microsoft unilm, Diff-Transformer-V2).
-
-    Twice as many query heads as output heads, keys and values of width ``d`` shared by both streams, a sigmoid lambda
-    per token and head, and no norm.
-
-    Attributes:
-        embed_dim: model width ``D``.
-        num_heads: output heads ``h``; there are ``2h`` query heads.
-        num_kv_heads: key/value heads ``h_kv``; divides ``h``, so that the streams of a head share one.
-        head_dim: width ``d`` of queries, keys, values and outputs.
-        causal: position ``i`` sees keys up to ``i`` (aligned bottom-right).
-        rope: rotary embedding of queries and keys, or ``None``.
-        sliding_window: keys that a position sees, itself included; ``None`` for all. Needs ``causal``.
-        version: 2.
-
-    Raises:
-        InputError: a field is out of range; the message names it, what was given and what is accepted.
-    """
-
-    embed_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    causal: bool = True
-    rope: RopeConfig | None = None
-    sliding_window: int | None = None
-    version: Literal[2] = 2
-
-    def __post_init__(self) -> None:
-        _check_sizes(self)
-
-    @property
-    def value_dim(self) -> int:
-        """Width of one head's value and output, ``d``."""
-        return self.head_dim
-
-    @property
-    def num_key_streams(self) -> int:
-        """Key heads of width ``d``: one per key/value head."""
-        return self.num_kv_heads
-
-    @property
-    def key_cache_dim(self) -> int:
-        """Width of one head in the key cache, ``d``."""
-        return self.head_dim
-
-    @property
-    def group_size(self) -> int:
-        """Output heads per key/value head, ``g = h / h_kv``."""
-        return self.num_heads // self.num_kv_heads
-
-    # From here on, what code asks of both kinds of block, and what has one answer in this one.
-    @property
-    def gqa_layout(self) -> GqaLayout:
-        """The canonical key map: with one key head for both streams there is no other."""
-        return "canonical"
-
-    @property
-    def qk_norm_eps(self) -> float | None:
-        """``None``: queries and keys are not normalised."""
-        return None
-
-    @property
-    def norm_eps(self) -> float | None:
-        """``None``: heads are not normalised."""
-        return None
-
-    @property
-    def norm_affine(self) -> bool:
-        """Whether the norm has a weight: there is no norm."""
-        return False
-
-    @property
-    def output_scale(self) -> float:
-        """1: there is no factor."""
-        return 1.0
-
-    @property
-    def lambda_init(self) -> float | None:
-        """``None``: lambda has no constant part."""
-        return None
-
-    @property
-    def has_norm(self) -> bool:
-        """Whether each head's output is normalised: it is not."""
-        return False
-
-    @property
-    def constant_lambda(self) -> bool:
-        """Whether lambda is one number: it is computed per token and head."""
-        return False
-
-    @property
-    def streams_share_keys(self) -> bool:
-        """Whether both streams of a head read the same keys: they do."""
-        return True
-
-    @property
-    def permutes_key_streams(self) -> bool:
-        """Whether the key map differs from the canonical one: it does not."""
-        return False
-
-    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights of this block, as `DiffAttentionV2.state_dict` has them."""
-        kv_rows = self.num_kv_heads * self.head_dim
-        return {
-            # Two query streams per output head, in neighbouring rows; keys and values have one for both.
-            "q_proj.weight": (2 * self.num_heads * self.head_dim, self.embed_dim),
-            "k_proj.weight": (kv_rows, self.embed_dim),
-            "v_proj.weight": (kv_rows, self.embed_dim),
-            "out_proj.weight": (self.embed_dim, self.num_heads * self.head_dim),
-            "lambda_proj.weight": (self.num_heads, self.embed_dim),
-        }
-
-
-AnyConfig = DiffAttentionConfig | DiffAttentionV2Config

@@ -75,18 +75,26 @@ class RopeConfig:
     """Rotary position embedding of the query and key heads.
 
     Attributes:
-        style: ``interleaved`` rotates the pairs ``(x[2j], x[2j+1])``, ``half`` the pairs ``(x[j], x[j + d/2])``.
-        theta: base of the geometric frequency series ``theta ** (-2j / d)``.
+        style: ``interleaved`` rotates the pairs ``(x[2j], x[2j+1])``, ``half`` the pairs ``(x[j], x[j + r/2])``.
+        theta: base of the geometric frequency series ``theta ** (-2j / r)``.
         scaling: change of that series, or ``None``.
+        rotary_dim: channels ``r`` of a stream that are turned, the first ones; ``None`` for all ``d``.
     """
 
     style: RopeStyle
     theta: float
     scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
 
     def __post_init__(self) -> None:
+        width = self.rotary_dim
+        require(width is None or (width > 0 and width % 2 == 0), "rope.rotary_dim", width, "a positive even number")
         require(self.style in get_args(RopeStyle), "rope.style", self.style, "interleaved or half")
         require(math.isfinite(self.theta) and self.theta > 0, "rope.theta", self.theta, "a positive number")
         # Its borders between channels are logarithms to this base.
         is_base = self.scaling is None or self.scaling.kind != "yarn" or self.theta > 1
         require(is_base, "rope.theta", self.theta, "above 1, with yarn")
+
+    def width(self, head_dim: int) -> int:
+        """Channels of a stream of ``head_dim`` that are turned, ``r``."""
+        return head_dim if self.rotary_dim is None else self.rotary_dim

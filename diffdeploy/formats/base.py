@@ -41,6 +41,8 @@ class Format(ABC):
         torch_allocates: whether its memory on CUDA comes from torch's allocator, whose peak can be read.
         holds_ranges: whether the artifact itself holds the declared ranges, so that a manifest that promises more is
             found out.
+        executes: what of a bundle runs as code when it is loaded, so that one from elsewhere has to be trusted;
+            ``None`` where loading it runs nothing that the bundle brought.
     """
 
     name: ClassVar[str]
@@ -57,6 +59,7 @@ class Format(ABC):
     machine: ClassVar[tuple[str, ...]] = ()
     torch_allocates: ClassVar[bool] = True
     holds_ranges: ClassVar[bool] = False
+    executes: ClassVar[str | None] = None
 
     # What can be done here
 

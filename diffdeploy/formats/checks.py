@@ -7,7 +7,7 @@ import numpy as np
 from diffdeploy.arrays import Array, epsilon, to_array
 from diffdeploy.bundle import Bundle, Manifest, eager_block
 from diffdeploy.config import LAMBDA_VECTORS
-from diffdeploy.exact import lambda_value, rope_tables
+from diffdeploy.exact import lambda_of_heads, rope_tables
 from diffdeploy.formats.artifact import ArtifactFacts, Check
 
 __all__ = [
@@ -109,23 +109,25 @@ def _same_bits(constant: Array, weight: Array) -> bool:
 
 
 def lambda_constant(constants: Mapping[str, Array], manifest: Manifest, weights: Mapping[str, Array]) -> Check:
-    """Lambda of the paper must be one constant of the artifact; in the second version it is computed per token."""
-    if not manifest.config.constant_lambda:
+    """Lambda must be a constant of the artifact: one number, or one for each head; the second version computes it."""
+    config = manifest.config
+    if config.lambda_kind == "token":
         return make_check("lambda", [], "one per token and head")
-    expected = lambda_value(manifest.config, weights)
-    # A few roundings of fp32 in exp(.) - exp(.) + lambda_init, then one to the dtype of the graph.
-    scalars = {name: c for name, c in constants.items() if c.size == 1 and _is_floating(c)}
-    near = [
-        name
-        for name, constant in scalars.items()
-        if abs(float(constant.reshape(())) - expected)
-        <= epsilon(constant.dtype) * abs(expected) + _ROUNDINGS_OF_LAMBDA * epsilon("float32") * (1 + abs(expected))
-    ]
+    expected = lambda_of_heads(config, weights)[: 1 if config.constant_lambda else None]
+    near = [c for c in constants.values() if c.size == expected.size and _is_floating(c) and _is_lambda(c, expected)]
     # A product with 1 computes nothing, and optimisers leave it out; that there is no other is what the cases show.
-    if not near and float(np.asarray(expected).astype(manifest.graph.dtype)) == 1.0:
+    if not near and (expected.astype(manifest.graph.dtype) == 1).all():
         return make_check("lambda", [], "1, and left out of the product")
-    problems = [] if near else [f"no constant of the graph is lambda, {expected:.7g}"]
-    return make_check("lambda", problems, f"folded to one constant, {expected:.7g}")
+    shown = ", ".join(f"{number:.7g}" for number in expected)
+    problems = [] if near else [f"no constant of the graph is lambda, {shown}"]
+    return make_check("lambda", problems, f"folded to one constant, {shown}")
+
+
+def _is_lambda(constant: Array, expected: Array) -> bool:
+    # A few roundings of fp32 in exp(.) - exp(.) + lambda_init, then one to the dtype of the graph.
+    size = np.abs(expected)
+    allowed = epsilon(constant.dtype) * size + _ROUNDINGS_OF_LAMBDA * epsilon("float32") * (1 + size)
+    return bool((np.abs(constant.astype(np.float64).reshape(-1) - expected) <= allowed).all())
 
 
 def _is_floating(constant: Array) -> bool:

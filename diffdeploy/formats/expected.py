@@ -7,7 +7,7 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
 from diffdeploy.config import LAMBDA_VECTORS, AnyConfig
-from diffdeploy.exact import lambda_value, rope_tables
+from diffdeploy.exact import lambda_of_heads, lambda_value, rope_tables
 from diffdeploy.formats.registry import require_format
 
 __all__ = ["expected_constants", "held_constants"]
@@ -24,12 +24,16 @@ def expected_constants(manifest: Manifest, weights: Mapping[str, Array]) -> dict
     return {**expected, **numbers}
 
 
-def _numbers(config: AnyConfig, weights: Mapping[str, Array]) -> dict[str, float]:
-    numbers = {"softmax_scale": config.head_dim**-0.5}
+def _numbers(config: AnyConfig, weights: Mapping[str, Array]) -> dict[str, float | Array]:
+    numbers: dict[str, float | Array] = {"softmax_scale": config.scale}
     if config.constant_lambda:
         numbers["lambda"] = lambda_value(config, weights)
+    elif config.lambda_kind == "head":
+        numbers["lambda"] = lambda_of_heads(config, weights)
     if config.norm_eps is not None:
-        numbers |= {"norm_eps": config.norm_eps, "output_scale": config.output_scale}
+        numbers["norm_eps"] = config.norm_eps
+    if config.has_head_step:
+        numbers["output_scale"] = config.output_scale
     return numbers
 
 

@@ -52,9 +52,11 @@ class RunOptions:
         threads: threads of the backend on the CPU; by default its own choice. Those of torch are the whole process's.
         reference: run ONNX with `onnx.reference`, which is slow and knows every dtype, in place of onnxruntime.
         recompile: compile a ``compile`` bundle afresh, on a machine other than the one that it was made for.
+        trust: load a bundle that runs code when it is loaded, although no export of this user made it here.
     """
 
     device: str | None = None
     threads: int | None = None
     reference: bool = False
     recompile: bool = False
+    trust: bool = False

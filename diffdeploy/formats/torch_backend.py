@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffdeploy.arrays import to_array, to_tensor
-from diffdeploy.errors import ExportError
+from diffdeploy.errors import DiffDeployError, ExportError
 from diffdeploy.exclusive import without_warnings
 from diffdeploy.formats.artifact import Backend
 from diffdeploy.formats.options import RunOptions
@@ -37,6 +37,8 @@ class TorchBackend(Backend):
         try:
             with without_warnings():  # torch warns of its own workings
                 self._call = self.load(options)
+        except DiffDeployError:  # which has a sentence of its own, and an exit code
+            raise
         except Exception as error:
             raise ExportError(f"torch {torch.__version__} cannot load {self.bundle.path}: {error}") from error
 

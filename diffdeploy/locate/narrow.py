@@ -59,7 +59,7 @@ def _num_answers(prober: Prober) -> int:
 
 def _joined(prober: Prober, answer: Answer) -> Array:
     """Exact joined heads ``[B S, H e]``."""
-    last = Stage.NORM if prober.config.has_norm else Stage.DIFFERENCE
+    last = Stage.NORM if prober.config.has_head_step else Stage.DIFFERENCE
     heads_BHSe = answer.stage(last)
     joined: Array = heads_BHSe.transpose(0, 2, 1, 3).reshape(-1, heads_BHSe.shape[1] * heads_BHSe.shape[3])
     return joined
@@ -83,13 +83,14 @@ def _lambda(prober: Prober) -> _Verdict | None:
     """Whether one other lambda explains the outputs."""
     if not prober.config.constant_lambda:
         return None
-    eps, output_scale = prober.config.norm_eps or 0.0, prober.config.output_scale
+    eps, output_scale = prober.config.norm_eps, prober.config.output_scale
     answer = prober.ask(prober.tokens(_LENGTH))
     given = answer.given["output"]
 
     def outputs(lam: float) -> Array:
         heads = answer.stage(Stage.SIGNAL) - lam * answer.stage(Stage.NOISE)
-        heads = heads / np.sqrt(np.mean(np.square(heads), axis=-1, keepdims=True) + eps)
+        if eps is not None:
+            heads = heads / np.sqrt(np.mean(np.square(heads), axis=-1, keepdims=True) + eps)
         heads = heads * prober.weights.get("subln.weight", 1.0) * output_scale
         joined = heads.transpose(0, 2, 1, 3).reshape(*given.shape[:2], -1)
         result: Array = joined @ prober.weights["out_proj.weight"].T + prober.weights.get("out_proj.bias", 0.0)

@@ -102,11 +102,13 @@ def _cache(prober: Prober) -> _Verdict | None:
 def _pair_lengths(prober: Prober, keys_BHTw: Array) -> Array:
     """What turning keeps: lengths of the channel pairs of each stream, which stand side by side in a cached head."""
     assert prober.config.rope is not None
-    half = prober.config.head_dim // 2
+    half = prober.config.rope.width(prober.config.head_dim) // 2
     interleaved = prober.config.rope.style == "interleaved"
-    grid = keys_BHTw.reshape(*keys_BHTw.shape[:-1], -1, *((half, 2) if interleaved else (2, half)))
+    streams = keys_BHTw.reshape(*keys_BHTw.shape[:-1], -1, prober.config.head_dim)
+    turned, kept = streams[..., : 2 * half], streams[..., 2 * half :]
+    grid = turned.reshape(*turned.shape[:-1], *((half, 2) if interleaved else (2, half)))
     lengths: Array = np.linalg.norm(grid, axis=-1 if interleaved else -2)
-    return lengths
+    return np.concatenate((lengths, kept), axis=-1)
 
 
 def _lambda(prober: Prober) -> _Verdict | None:
@@ -143,10 +145,10 @@ def _behind_attention(prober: Prober) -> _Verdict:
     answers = [
         prober.ask(prober.tokens(_LENGTH)) for _ in range(-(-EQUATIONS * width // (prober.batch_size * _LENGTH)))
     ]
-    has_norm = prober.config.has_norm
-    if has_norm and _is_norm(prober, answers):
+    changes_heads = prober.config.has_head_step
+    if changes_heads and _is_norm(prober, answers):
         return Stage.NORM, "heads are right but for factors of channels or halves"
-    last = Stage.NORM if has_norm else Stage.DIFFERENCE
+    last = Stage.NORM if changes_heads else Stage.DIFFERENCE
     heads = np.concatenate([a.stage(last).transpose(0, 2, 1, 3).reshape(-1, width) for a in answers])
     # Another output projection may have another bias.
     heads = np.concatenate((heads, np.ones((len(heads), 1))), axis=1)
@@ -161,7 +163,8 @@ def _behind_attention(prober: Prober) -> _Verdict:
 
 def _is_norm(prober: Prober, answers: list[Answer]) -> bool:
     """Whether normalised heads are the exact differences, times one factor per half and one per channel."""
-    shape = (-1, 2, prober.config.head_dim)
+    width = prober.config.value_dim
+    shape = (-1, 2, width // 2) if width % 2 == 0 else (-1, 1, width)
     given = np.concatenate([prober.heads(answer.given["output"]).reshape(shape) for answer in answers])
     exact = np.concatenate([answer.stage(Stage.DIFFERENCE).reshape(shape) for answer in answers])
     ratios = given / exact

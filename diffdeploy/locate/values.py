@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffdeploy.arrays import Array, to_tensor
 from diffdeploy.config import AnyConfig, RopeConfig
-from diffdeploy.exact import key_head, lambda_value, rope_tables
+from diffdeploy.exact import key_head, lambda_of_heads, rope_tables
 from diffdeploy.graphs import Stage
 
 __all__ = ["StageValues", "stage_values"]
@@ -60,7 +60,9 @@ def stage_values(
     values |= {Stage.SIGNAL: (signal,), Stage.NOISE: (noise,), Stage.LAMBDA: (weighted,), Stage.DIFFERENCE: (heads,)}
     if config.norm_eps is not None:
         heads = _rms_norm(heads, config.norm_eps)
-        heads = (heads * w["subln.weight"] if "subln.weight" in w else heads) * config.output_scale
+        heads = heads * w["subln.weight"] if "subln.weight" in w else heads
+    if config.has_head_step:
+        heads = heads * config.output_scale
         values[Stage.NORM] = (heads,)
     output = heads.transpose(1, 2).flatten(2) @ w["out_proj.weight"].T + w.get("out_proj.bias", 0.0)
     values[Stage.OUTPUT_PROJECTION] = (output[:, None],)
@@ -100,16 +102,16 @@ def _positions(inputs: Mapping[str, Array], past_length: int) -> Tensor:
 
 
 def _rotate(x_BHSd: Tensor, rope: RopeConfig, positions_BS: Tensor) -> Tensor:
-    width = x_BHSd.shape[-1]
-    tables = rope_tables(rope, width, int(positions_BS.max()) + 1)
+    width = rope.width(x_BHSd.shape[-1])
+    tables = rope_tables(rope, x_BHSd.shape[-1], int(positions_BS.max()) + 1)
     cos, sin = (to_tensor(table)[positions_BS][:, None].to(x_BHSd.dtype) for table in tables)
     pairs = (
-        (slice(0, None, 2), slice(1, None, 2))
+        (slice(0, width, 2), slice(1, width, 2))
         if rope.style == "interleaved"
-        else (slice(width // 2), slice(width // 2, None))
+        else (slice(width // 2), slice(width // 2, width))
     )
     a, b = (x_BHSd[..., part] for part in pairs)
-    out = torch.empty_like(x_BHSd)
+    out = x_BHSd.clone()
     out[..., pairs[0]], out[..., pairs[1]] = a * cos - b * sin, b * cos + a * sin
     return out
 
@@ -127,14 +129,16 @@ def _attention(config: AnyConfig, q: Tensor, k: Tensor, v: Tensor, hidden_BST: T
     """One stream of all heads, one score matrix at a time; a row that sees nothing gives 0."""
     group = config.num_heads // config.num_kv_heads
     heads = [
-        _softmax_times(q[:, 2 * i + stream], k[:, key_head(config, i, stream)], v[:, i // group], hidden_BST)
+        _softmax_times(
+            q[:, 2 * i + stream], k[:, key_head(config, i, stream)], v[:, i // group], hidden_BST, config.scale
+        )
         for i in range(config.num_heads)
     ]
     return torch.stack(heads, dim=1)
 
 
-def _softmax_times(q_BSd: Tensor, k_BTd: Tensor, v_BTe: Tensor, hidden_BST: Tensor) -> Tensor:
-    scores = (q_BSd * q_BSd.shape[-1] ** -0.5) @ k_BTd.transpose(1, 2)
+def _softmax_times(q_BSd: Tensor, k_BTd: Tensor, v_BTe: Tensor, hidden_BST: Tensor, scale: float) -> Tensor:
+    scores = (q_BSd * scale) @ k_BTd.transpose(1, 2)
     wide = torch.promote_types(scores.dtype, torch.float32)
     dead = hidden_BST.all(dim=-1, keepdim=True)
     scores = scores.masked_fill(hidden_BST & ~dead, float("-inf"))
@@ -143,7 +147,7 @@ def _softmax_times(q_BSd: Tensor, k_BTd: Tensor, v_BTe: Tensor, hidden_BST: Tens
 
 
 def _lambda(config: AnyConfig, weights: Mapping[str, Array], w: Mapping[str, Tensor], x_BSD: Tensor) -> Tensor:
-    if config.constant_lambda:
-        return torch.tensor(lambda_value(config, weights), dtype=x_BSD.dtype)
+    if config.lambda_kind != "token":
+        return torch.from_numpy(lambda_of_heads(config, weights)).to(x_BSD.dtype)[:, None, None]
     per_token: Tensor = (x_BSD @ w["lambda_proj.weight"].T).sigmoid()
     return per_token.transpose(1, 2)[..., None]

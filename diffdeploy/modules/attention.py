@@ -49,28 +49,30 @@ class DiffAttention(AttentionBlock):
         self.lambda_q2: Tensor
         self.lambda_k2: Tensor
         lambda_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        for name in LAMBDA_VECTORS:
-            vector = torch.empty(config.head_dim, device=device, dtype=lambda_dtype)
+        for name in LAMBDA_VECTORS if config.lambda_kind != "fixed" else ():
+            vector = torch.empty(config.lambda_shape, device=device, dtype=lambda_dtype)
             if not vector.is_meta:  # where random numbers are none, and torch would import its compiler for them
                 nn.init.normal_(vector, std=0.1)
             self.register_parameter(name, nn.Parameter(vector))
-        self.subln = nn.RMSNorm(
-            config.value_dim, config.norm_eps, elementwise_affine=config.norm_affine, device=device, dtype=dtype
-        )
-        self.q_norm, self.k_norm = (
+        self.subln = (
             None
-            if config.qk_norm_eps is None
-            else nn.RMSNorm(config.head_dim, config.qk_norm_eps, device=device, dtype=dtype)
-            for _ in range(2)
+            if config.norm_eps is None
+            else nn.RMSNorm(
+                config.value_dim, config.norm_eps, elementwise_affine=config.norm_affine, device=device, dtype=dtype
+            )
         )
         self._frozen_lambda: Tensor | None
         self.register_buffer("_frozen_lambda", None, persistent=False)
 
     def lambda_value(self) -> Tensor:
-        """``exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init``: a scalar, in at least fp32."""
+        """``exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init``, in at least fp32: a scalar, or ``[h]`` by head."""
+        if self.config.lambda_kind == "fixed":
+            weight = self.out_proj.weight
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            return torch.full((), self.config.lambda_init, dtype=dtype, device=weight.device)
         dtype = torch.promote_types(self.lambda_q1.dtype, torch.float32)
         q1, k1, q2, k2 = (v.to(dtype) for v in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
-        return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.config.lambda_init
+        return torch.exp((q1 * k1).sum(-1)) - torch.exp((q2 * k2).sum(-1)) + self.config.lambda_init
 
     def freeze(self) -> Self:
         """Compute lambda once, for inference; later changes of the lambda vectors have no effect."""
@@ -78,21 +80,14 @@ class DiffAttention(AttentionBlock):
         return self
 
     def lambda_(self, hidden_states: Tensor) -> Tensor:
-        """One scalar for all tokens and heads."""
-        return self.lambda_value() if self._frozen_lambda is None else self._frozen_lambda
-
-    def normalise_queries(self, q_BHSd: Tensor) -> Tensor:
-        """RMS norm over each query stream, in those models that have one."""
-        return q_BHSd if self.q_norm is None else self.q_norm(q_BHSd)
-
-    def normalise_keys(self, k_BHSd: Tensor) -> Tensor:
-        """RMS norm over each key stream, in those models that have one."""
-        return k_BHSd if self.k_norm is None else self.k_norm(k_BHSd)
+        """One scalar for all tokens and heads; or one number for each head, ``[1, h, S, 1]``."""
+        value = self.lambda_value() if self._frozen_lambda is None else self._frozen_lambda
+        return value if value.ndim == 0 else value[None, :, None, None].expand(1, -1, hidden_states.shape[1], 1)
 
     def normalise(self, heads: Tensor) -> Tensor:
-        """RMS norm over each head, times ``1 - lambda_init`` (section 2.1, equation 3)."""
-        normalised: Tensor = self.subln(heads)
-        return normalised * self.config.output_scale
+        """RMS norm over each head, times ``1 - lambda_init`` (section 2.1, equation 3), in models that have them."""
+        normalised: Tensor = heads if self.subln is None else self.subln(heads)
+        return normalised * self.config.output_scale if self.config.has_head_step else heads
 
 
 class DiffAttentionV2(AttentionBlock):

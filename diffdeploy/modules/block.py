@@ -63,6 +63,12 @@ class AttentionBlock(nn.Module):
 
         self.q_proj, self.k_proj, self.v_proj = linear("q_proj"), linear("k_proj"), linear("v_proj")
         self.out_proj = linear("out_proj")
+        self.q_norm, self.k_norm = (
+            None
+            if config.qk_norm_eps is None
+            else nn.RMSNorm(config.head_dim, config.qk_norm_eps, device=device, dtype=dtype)
+            for _ in range(2)
+        )
         self.rotary = (
             RotaryEmbedding(config.rope, config.head_dim, max_positions, device=device, dtype=dtype)
             if config.rope
@@ -102,12 +108,12 @@ class AttentionBlock(nn.Module):
         return self
 
     def normalise_queries(self, q_BHSd: Tensor) -> Tensor:
-        """The norm over each query stream, where there is one."""
-        return q_BHSd
+        """RMS norm over each query stream, in those models that have one."""
+        return q_BHSd if self.q_norm is None else self.q_norm(q_BHSd)
 
     def normalise_keys(self, k_BHSd: Tensor) -> Tensor:
-        """The norm over each key stream, where there is one."""
-        return k_BHSd
+        """RMS norm over each key stream, in those models that have one."""
+        return k_BHSd if self.k_norm is None else self.k_norm(k_BHSd)
 
     def rotate_queries(self, q_BHSd: Tensor, rotate: Rotation) -> Tensor:
         """Rotary embedding of the queries."""
@@ -136,7 +142,7 @@ class AttentionBlock(nn.Module):
         return attention_mask.to(torch.bool)
 
     def lambda_(self, hidden_states: Tensor) -> Tensor:
-        """Lambda: a scalar, or ``[B, h, S, 1]``."""
+        """Lambda: a scalar, or ``[B or 1, h, S, 1]``."""
         raise NotImplementedError
 
     def attend(
@@ -152,6 +158,7 @@ class AttentionBlock(nn.Module):
             attn_mask=mask,
             sliding_window=self.config.sliding_window,
             gqa_layout=self.config.gqa_layout,
+            scale=self.config.scale,
             impl=self.impl,
         )
 

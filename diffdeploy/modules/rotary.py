@@ -14,13 +14,13 @@ __all__ = ["RotaryEmbedding", "rotate"]
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns channel pairs of ``[..., S, d]`` by ``position * theta ** (-2j / d)`` (RoFormer, arXiv 2104.09864, eq. 34).
+    """Turns channel pairs of ``[..., S, d]`` by ``position * theta ** (-2j / r)`` (RoFormer, arXiv 2104.09864, eq. 34).
 
     The tables are computed in fp64 and rounded once to the module's dtype, also after ``.to(dtype)``.
 
     Args:
         config: style and base.
-        head_dim: width ``d``, even.
+        head_dim: width ``d``.
         max_positions: rows of the tables; the longest sequence that can be embedded.
         device: as for any module.
         dtype: as for any module.
@@ -46,7 +46,7 @@ class RotaryEmbedding(nn.Module):
 
     def _fill_tables(self) -> None:
         positions = torch.arange(self.max_positions, dtype=torch.float64, device="cpu")
-        angles = torch.outer(positions, _frequencies(self.config, self.head_dim))
+        angles = torch.outer(positions, _frequencies(self.config, self.config.width(self.head_dim)))
         factor = 1.0 if self.config.scaling is None else self.config.scaling.attention_scaling
         self.cos, self.sin = (angles.cos() * factor).to(self.cos), (angles.sin() * factor).to(self.sin)
 
@@ -85,16 +85,16 @@ class RotaryEmbedding(nn.Module):
         return rotate(x, self.cos[rows], self.sin[rows], self.config.style)
 
 
-def _frequencies(config: RopeConfig, head_dim: int) -> Tensor:
-    """Radians per position, ``[d/2]``, float64."""
-    frequencies = config.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+def _frequencies(config: RopeConfig, width: int) -> Tensor:
+    """Radians per position, ``[r/2]``, float64."""
+    frequencies = config.theta ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
     scaling = config.scaling
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     if scaling.kind == "yarn":
-        kept = 1 - _divided(config, scaling, head_dim)
+        kept = 1 - _divided(config, scaling, width)
     else:
         turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -102,25 +102,31 @@ def _frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def _divided(config: RopeConfig, scaling: RopeScaling, head_dim: int) -> Tensor:
+def _divided(config: RopeConfig, scaling: RopeScaling, width: int) -> Tensor:
     """By pair of channels, how far it is on its way from kept to divided (arXiv 2309.00071, section 3.2)."""
     length = scaling.original_max_position_embeddings
     # The pair that turns so many times in the original context; between two pairs, unless the borders are rounded.
     first, last = (
-        head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+        width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
         for turns in (scaling.beta_fast, scaling.beta_slow)
     )
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
+    first, last = max(first, 0), min(last, width - 1)
     length_of_ramp = last - first if last != first else 0.001  # as transformers has it, which would divide by zero
-    pairs = torch.arange(head_dim // 2, dtype=torch.float64, device="cpu")
+    pairs = torch.arange(width // 2, dtype=torch.float64, device="cpu")
     return ((pairs - first) / length_of_ramp).clamp(0, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, style: RopeStyle) -> Tensor:
-    """Turn the channel pairs of ``x`` ``[..., S, d]`` by angles with those cosines and sines ``[..., S, d/2]``."""
+    """Turn the channel pairs of ``x`` ``[..., S, d]`` by angles with those cosines and sines ``[..., S, r/2]``.
+
+    Channels behind the first ``r`` stay as they are.
+    """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    width = 2 * cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], cos, sin, style), x[..., width:]), dim=-1)
     if style == "interleaved":
         first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
         return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)

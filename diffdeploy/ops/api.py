@@ -37,6 +37,7 @@ def diff_attention(
     attn_mask: Tensor | None = None,
     sliding_window: int | None = None,
     gqa_layout: GqaLayout = "canonical",
+    scale: float | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> Tensor:
     """Differential attention of every head (arXiv 2410.05258, equation 1).
@@ -52,11 +53,12 @@ def diff_attention(
         k_BHTd: keys ``[B, 2 h_kv, T, d]`` in the same order; or both streams side by side, ``[k1 | k2]``,
             ``[B, h_kv, T, 2d]``; or ``[B, h_kv, T, d]`` when both streams read the same.
         v_BHTe: values ``[B, h_kv, T, e]``; ``e`` is ``2d`` in the paper, ``d`` in the second version.
-        lam: scalar, or ``[B, h, S, 1]``; rounded once to the dtype of ``q``.
+        lam: scalar, or ``[B or 1, h, S, 1]``; rounded once to the dtype of ``q``.
         causal: query ``i`` of ``S`` sees keys up to ``T - S + i``.
         attn_mask: boolean (``True`` is seen) or additive, broadcastable to ``[B, 1 or h or 2h, S, T]``.
         sliding_window: of those, only the last ``sliding_window`` keys; needs ``causal``.
         gqa_layout: which key stream a query stream reads when ``h_kv < h``; see `DiffAttentionConfig`.
+        scale: factor of the scores; by default ``d ** -0.5``.
         impl: which implementation; ``auto`` takes the fastest one measured.
 
     Returns:
@@ -75,6 +77,7 @@ def diff_attention(
         attn_mask=attn_mask,
         sliding_window=sliding_window,
         gqa_layout=gqa_layout,
+        scale=scale,
     )
     resolved = resolve_impl(impl)
     chosen = cheapest(request) if resolved == Impl.AUTO else implementation(resolved)

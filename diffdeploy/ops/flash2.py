@@ -1,7 +1,7 @@
 """FlashAttention-2 through the ``flash-attn`` package, eagerly on CUDA.
 
 It wants equal widths of queries, keys and values, so the values (width ``2d``) are met in one of two ways: queries and
-keys zero-padded to ``2d``, two calls; or the values split in halves, four calls.
+keys zero-padded to ``2d``, two calls; or the values split in halves, four calls. Any other width is met by padding.
 
 Shape suffixes: B batch, H heads, S query length, T key length, N tokens without padding, d stream width, e value width.
 Its own layout has heads behind positions: ``[B, S, H, d]``.
@@ -23,20 +23,21 @@ __all__ = ["flash2", "num_calls", "pads", "unsupported", "unsupported_mask"]
 
 _MAX_WIDTH = 256
 _WIDEST_FAST = 128
+_STREAMS = 2
 
 
 def pads(width: int, value_width: int) -> bool:
-    """Whether zero-padding (two calls of width ``2d``) is chosen over splitting the values (four calls of width ``d``).
+    """Whether zero-padding (two calls of width ``e``) is chosen over splitting the values (four calls of width ``d``).
 
     Both take 16 d multiplications and additions per query and key, but padding computes each exponential once and not
     twice. Above 128 the kernels of the package have smaller tiles, which costs more than that.
     """
-    return width < value_width <= _WIDEST_FAST
+    return value_width not in (width, 2 * width) or width < value_width <= _WIDEST_FAST
 
 
 def num_calls(width: int, value_width: int) -> int:
     """How many attentions `flash2` runs: one per stream, or two where the values are split."""
-    return 2 if width == value_width or pads(width, value_width) else 4
+    return _STREAMS if width == value_width or pads(width, value_width) else 2 * _STREAMS
 
 
 def unsupported(request: Request) -> DiffDeployError | None:
@@ -47,8 +48,9 @@ def unsupported(request: Request) -> DiffDeployError | None:
         return UnavailableError("flash2 needs the package flash-attn, which is not installed")
     if request.dtype not in (torch.float16, torch.bfloat16):
         return InputError(f"flash2 runs in float16 and bfloat16, and the tensors are {request.dtype}")
-    width = max(request.width, request.value_width // 2)
-    if width > _MAX_WIDTH or request.width % 8:
+    splits = num_calls(request.width, request.value_width) != _STREAMS
+    width = max(request.width, request.value_width // 2 if splits else request.value_width)
+    if width > _MAX_WIDTH or request.width % 8 or request.value_width % 8:
         return InputError(
             f"flash2 has kernels for head widths that are multiples of 8 up to {_MAX_WIDTH}, and this one is {width}"
         )
@@ -91,13 +93,14 @@ def flash2(request: Request, *, pad: bool | None = None) -> Tensor:
         "window_size": (-1, -1) if request.sliding_window is None else (request.sliding_window - 1, 0),
     }
     attend = _Attention(_key_padding(request), settings)
-    padding = (0, value_width - width if pad else 0)
+    padding, value_padding = ((0, max(0, extra) if pad else 0) for extra in (value_width - width, width - value_width))
     outputs = []
     for stream in (0, 1):
         k_stream, v_stream = request.stream_heads(stream)
         q_stream, k_stream = F.pad(request.q[:, stream::2], padding), F.pad(k_stream, padding)
-        values = [v_stream] if pad or width == value_width else v_stream.chunk(2, dim=-1)
-        outputs.append(torch.cat([attend(q_stream, k_stream, part) for part in values], dim=-1))
+        values = [F.pad(v_stream, value_padding)] if pad or width == value_width else v_stream.chunk(2, dim=-1)
+        output = torch.cat([attend(q_stream, k_stream, part) for part in values], dim=-1)
+        outputs.append(output[..., :value_width])
     return outputs[0] - request.lam * outputs[1]
 
 

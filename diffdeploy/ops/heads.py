@@ -4,11 +4,12 @@ Shape suffixes: B batch, H heads, S query length, T key length, d stream width, 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffdeploy.config import GqaLayout
 
-__all__ = ["as_rows", "from_rows", "pair_streams", "separate_streams", "stream_heads"]
+__all__ = ["as_rows", "equal_widths", "from_rows", "pair_streams", "separate_streams", "stream_heads"]
 
 
 def pair_streams(k_BHTd: Tensor) -> Tensor:
@@ -19,6 +20,17 @@ def pair_streams(k_BHTd: Tensor) -> Tensor:
 def separate_streams(k_BHTd: Tensor) -> Tensor:
     """Inverse of `pair_streams`; copies."""
     return torch.unflatten(k_BHTd, 3, (2, -1)).transpose(2, 3).flatten(1, 2)
+
+
+def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values zero-padded to the widest of them, as fused kernels of the CPU and FlashAttention want.
+
+    Exact: zeros add nothing to a score, and make channels of the output that are 0. In the paper's block all widths of
+    paired keys and values are ``2d``, and nothing is padded.
+    """
+    width = max(q.shape[-1], v.shape[-1])
+    q, k, v = (side if side.shape[-1] == width else F.pad(side, (0, width - side.shape[-1])) for side in (q, k, v))
+    return q, k, v
 
 
 def stream_heads(

@@ -33,7 +33,7 @@ def naive(request: Request) -> Tensor:
     keys, v_BHTe = _whole_heads(request)
     seen = request.visibility()
     signal, noise = (
-        _probabilities(request.q[:, stream::2], keys[stream], seen.of_stream(stream, request.num_heads))
+        _probabilities(request.q[:, stream::2], keys[stream], seen.of_stream(stream, request.num_heads), request.scale)
         for stream in (0, 1)
     )
     return (signal - request.lam * noise) @ v_BHTe
@@ -72,7 +72,7 @@ def chunked(request: Request) -> Tensor:
         for queries in _parts(length, _ROWS):
             keys = seen.keys_of(queries, key_length)
             signal, noise = (
-                _probabilities(q[:, :, queries], k[:, heads, keys], its_seen.part(heads, queries, keys))
+                _probabilities(q[:, :, queries], k[:, heads, keys], its_seen.part(heads, queries, keys), request.scale)
                 for q, k, its_seen in ((q_1, first, seen_1), (q_2, second, seen_2))
             )
             factor = lam[:, heads, queries] if lam.ndim == 4 else lam
@@ -100,8 +100,8 @@ def _repeated(side: Tensor, num_heads: int) -> Tensor:
     return side if side.shape[1] == num_heads else side.repeat_interleave(num_heads // side.shape[1], dim=1)
 
 
-def _probabilities(q_BHSd: Tensor, k_BHTd: Tensor, seen: Visibility) -> Tensor:
-    scores_BHST = (q_BHSd * q_BHSd.shape[-1] ** -0.5) @ k_BHTd.transpose(-1, -2)
+def _probabilities(q_BHSd: Tensor, k_BHTd: Tensor, seen: Visibility, scale: float) -> Tensor:
+    scores_BHST = (q_BHSd * scale) @ k_BHTd.transpose(-1, -2)
     if seen.is_causal:
         # The last query sees all keys; only as many keys as there are queries are hidden from any.
         length = q_BHSd.shape[2]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffdeploy.ops.heads import as_rows, from_rows, pair_streams
+from diffdeploy.ops.heads import as_rows, equal_widths, from_rows, pair_streams
 from diffdeploy.ops.impl import Impl
 from diffdeploy.ops.masks import Visibility
 from diffdeploy.ops.registry import register
@@ -40,7 +40,8 @@ def _paired_cost(request: Request) -> float:
 def paired(request: Request) -> Tensor:
     """One grouped-query attention of ``2h`` zero-padded heads over all keys. See `diff_attention` for shapes."""
     seen = request.visibility().of_half_heads(request.num_heads)
-    output = attend(padded_queries(request), _paired_keys(request), request.v, seen, request.scale)
+    sides = equal_widths(padded_queries(request), _paired_keys(request), request.v)
+    output = attend(*sides, seen, request.scale)[..., : request.value_width]
     return output[:, 0::2] - request.lam * output[:, 1::2]
 
 

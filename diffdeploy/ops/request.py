@@ -40,11 +40,12 @@ class Request:
         q: queries ``[B, 2h, S, d]``, head ``i`` stream ``s`` at ``2i + s``.
         k: keys, as `keys` says.
         v: values ``[B, h_kv, T, e]``.
-        lam: scalar, or ``[B, h, S, 1]``, in the dtype of the queries.
+        lam: scalar, or ``[B or 1, h, S, 1]``, in the dtype of the queries.
         causal: bottom-right.
         attn_mask: boolean or additive, or ``None``; not checked yet.
         sliding_window: keys that a query sees, or ``None``.
         gqa_layout: which key stream a query stream reads.
+        scale: factor of the scores.
         keys: ``streams`` ``[B, 2 h_kv, T, d]``, ``paired`` ``[B, h_kv, T, 2d]`` or ``shared`` ``[B, h_kv, T, d]``.
         traced: whether a graph is made, in which sizes are symbols: a rule that compared one would become a guard.
     """
@@ -57,6 +58,7 @@ class Request:
     attn_mask: Tensor | None
     sliding_window: int | None
     gqa_layout: GqaLayout
+    scale: float
     keys: Keys
     traced: bool
 
@@ -71,6 +73,7 @@ class Request:
         attn_mask: Tensor | None = None,
         sliding_window: int | None = None,
         gqa_layout: GqaLayout = "canonical",
+        scale: float | None = None,
     ) -> "Request":
         """Check the shapes; see `diff_attention` for the arguments.
 
@@ -86,6 +89,7 @@ class Request:
             attn_mask=attn_mask,
             sliding_window=sliding_window,
             gqa_layout=gqa_layout,
+            scale=float(q_BHSd.shape[-1] ** -0.5) if scale is None else scale,
             keys=_checked_keys(q_BHSd, k_BHTd, v_BHTe),
             traced=torch.compiler.is_compiling(),
         )
@@ -124,11 +128,6 @@ class Request:
     def key_length(self) -> int:
         """Keys ``T``; a symbol where it is `traced`."""
         return self.k.shape[2]
-
-    @property
-    def scale(self) -> float:
-        """Factor of the scores, ``d ** -0.5``."""
-        return float(self.width**-0.5)
 
     @property
     def device(self) -> str:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffdeploy.ops.heads import as_rows, from_rows
+from diffdeploy.ops.heads import as_rows, equal_widths, from_rows
 from diffdeploy.ops.masks import Visibility
 from diffdeploy.ops.request import Keys, Request
 
@@ -47,11 +47,9 @@ def attend_rows(q_BHSe: Tensor, k_BHTe: Tensor, v_BHTe: Tensor, seen: Visibility
     num_rows = q_BHSe.shape[1] // num_kv_heads
     seen = seen.of_rows(q_BHSe, num_kv_heads)
     output = F.scaled_dot_product_attention(
-        as_rows(q_BHSe, num_kv_heads),
-        k_BHTe,
-        v_BHTe,
+        *equal_widths(as_rows(q_BHSe, num_kv_heads), k_BHTe, v_BHTe),
         attn_mask=seen.mask,
         is_causal=seen.is_causal,
         scale=scale,
     )
-    return from_rows(seen.clear_dead(output), num_rows)
+    return from_rows(seen.clear_dead(output[..., : v_BHTe.shape[-1]]), num_rows)

@@ -1,7 +1,7 @@
 """Decompositions into ``scaled_dot_product_attention``, which fused kernels and exporters understand.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width (2d, or d in the second
-version).
+version, or what a model has).
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffdeploy.errors import InputError
-from diffdeploy.ops.heads import separate_streams
+from diffdeploy.ops.heads import equal_widths, separate_streams
 from diffdeploy.ops.impl import Impl
 from diffdeploy.ops.masks import Visibility
 from diffdeploy.ops.registry import register
@@ -57,25 +57,15 @@ def _must_gather_groups(q_BHSd: Tensor, v_BHTe: Tensor) -> bool:
     return in_float32_on_cuda or (_JOINED_AXES_BECOME_GUARDS and exported_by_joining_axes)
 
 
-def _two_streams(request: Request, v_BHTe: Tensor, pad: int = 0) -> Tensor:
-    """One attention of each stream; queries and keys are zero-padded by ``pad`` channels."""
+def _two_streams(request: Request, v_BHTe: Tensor, *, equal: bool = False) -> Tensor:
+    """One attention of each stream, at ``equal`` widths or at those that there are."""
     seen, num_heads = request.visibility(), request.num_heads
-    signal, noise = (
-        attend(
-            _padded(request.q[:, stream::2], pad),
-            _padded(keys, pad),
-            values,
-            seen.of_stream(stream, num_heads),
-            request.scale,
-        )
-        for stream in (0, 1)
-        for keys, values in (request.stream_heads(stream, v_BHTe),)
-    )
-    return signal - request.lam * noise
-
-
-def _padded(side: Tensor, pad: int) -> Tensor:
-    return F.pad(side, (0, pad)) if pad else side
+    streams = []
+    for stream in (0, 1):
+        sides = (request.q[:, stream::2], *request.stream_heads(stream, v_BHTe))
+        output = attend(*(equal_widths(*sides) if equal else sides), seen.of_stream(stream, num_heads), request.scale)
+        streams.append(output[..., : v_BHTe.shape[-1]])
+    return streams[0] - request.lam * streams[1]
 
 
 def _halves_values(request: Request) -> InputError | None:
@@ -108,19 +98,20 @@ def padded(request: Request) -> Tensor:
     `diff_attention` for shapes.
     """
     if request.keys != Keys.PAIRED:
-        return _two_streams(request, request.v, request.value_width - request.width)
+        return _two_streams(request, request.v, equal=True)
     q_BHSe, seen = padded_queries(request), request.visibility()
     # Kernels of the CPU, torch's and onnxruntime's, expand grouped keys; those of CUDA take groups in half precision.
     grouped = runs_on_cuda(q_BHSe) and request.dtype != torch.float32
     one_stream = attend if grouped else attend_rows
+    q_BHSe, keys, values = equal_widths(q_BHSe, request.k, request.v)
     signal, noise = (
         one_stream(
             q_BHSe[:, stream::2],
-            request.k,
-            request.v,
+            keys,
+            values,
             seen.of_stream(stream, request.num_heads),
             request.scale,
-        )
+        )[..., : request.value_width]
         for stream in (0, 1)
     )
     return signal - request.lam * noise

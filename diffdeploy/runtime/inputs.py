@@ -9,7 +9,25 @@ import numpy as np
 from diffdeploy.errors import InputError
 from diffdeploy.graphs import GraphSpec, TensorSpec
 
-__all__ = ["check_inputs"]
+__all__ = ["as_integers", "check_inputs"]
+
+
+def as_integers(spec: GraphSpec, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with boolean masks as the 0 and 1 that graphs take."""
+    return {
+        name: value * _one(value) if name in spec.inputs and _is_boolean_mask(spec.inputs[name], value) else value
+        for name, value in inputs.items()
+    }
+
+
+def _is_boolean_mask(spec: TensorSpec, value: Any) -> bool:
+    is_mask = spec.values is not None and (spec.values.min, spec.values.max) == (0, 1)
+    return is_mask and _name(getattr(value, "dtype", "")) == "bool"
+
+
+def _one(value: Any) -> Any:
+    """1 as an int64 that makes integers of booleans: numpy's own, or a number, which torch takes for int64."""
+    return np.int64(1) if isinstance(value, np.ndarray) else 1
 
 
 def check_inputs(spec: GraphSpec, inputs: Mapping[str, Any]) -> None:

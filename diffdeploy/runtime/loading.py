@@ -1,15 +1,16 @@
 """`load`: from a directory to a runtime, with the backend of its format; and what can be run here."""
 
 import re
+import warnings
 from pathlib import Path
 
-from diffdeploy.bundle import Manifest, open_bundle
-from diffdeploy.errors import InputError, UnavailableError
+from diffdeploy.bundle import Bundle, Manifest, is_own_export, open_bundle
+from diffdeploy.errors import InputError, IntegrityError, UnavailableError, UnverifiedWarning
 from diffdeploy.formats import Format, RunOptions, find_format, format_names
 from diffdeploy.runtime.machine import differences, this_machine
 from diffdeploy.runtime.runtime import Runtime
 
-__all__ = ["device_of", "load", "require_runnable"]
+__all__ = ["device_of", "load", "open_runtime", "require_runnable", "require_trusted"]
 
 
 def device_of(manifest: Manifest, options: RunOptions) -> str:
@@ -53,10 +54,32 @@ def require_runnable(manifest: Manifest, options: RunOptions) -> None:
         raise UnavailableError(f"this {manifest.format} bundle was compiled for {'; '.join(differing)}; {way_out}")
 
 
+def require_trusted(bundle: Bundle, options: RunOptions) -> None:
+    """See that what a bundle runs when it is loaded comes from here, or that the user trusts it.
+
+    Raises:
+        IntegrityError: it runs code, no export of this user on this machine made it, and nobody said to trust it.
+    """
+    executes = _format_of(bundle.manifest).executes
+    # Compiled afresh, nothing that the bundle brought runs.
+    if executes is None or options.trust or options.recompile or is_own_export(bundle.path):
+        return
+    raise IntegrityError(
+        f"{bundle.path} is a bundle of format {bundle.manifest.format}, whose {executes} would run with your rights, "
+        "and no export of yours on this machine made it; give --trust, or trust=True, if you trust whoever did"
+    )
+
+
 def _format_of(manifest: Manifest) -> Format:
     if (found := find_format(manifest.format)) is None:
         raise UnavailableError(
             f"this version cannot run format {manifest.format!r}; it runs {', '.join(format_names())}"
+        )
+    options = manifest.options
+    if options.attention_impl not in found.impls or options.flavor not in (None, *found.flavors):
+        raise IntegrityError(
+            f"manifest.json has attention_impl {options.attention_impl!r} and flavor {options.flavor!r}, which format "
+            f"{found.name} does not ship"
         )
     return found
 
@@ -76,8 +99,9 @@ def load(
     threads: int | None = None,
     reference: bool = False,
     recompile: bool = False,
+    trust: bool = False,
 ) -> Runtime:
-    """Open a bundle for running; its digests are checked first.
+    """Open a bundle for running; its digests are checked first. One that was never verified gives a warning.
 
     Args:
         path: the bundle's directory.
@@ -85,15 +109,34 @@ def load(
         threads: of the backend.
         reference: run ONNX with `onnx.reference`.
         recompile: compile afresh.
+        trust: run what a bundle from elsewhere brings: the machine code or pickles of some formats.
 
     Raises:
         InputError: no bundle there, or an option that it does not have.
-        IntegrityError: the bundle is not what was exported.
+        IntegrityError: the bundle is not what was exported, or it runs code and is not trusted.
         UnavailableError: the backend or the device is not here, or the bundle was made for another machine.
         ExportError: the backend cannot load the artifact.
     """
-    options = RunOptions(device=device, threads=threads, reference=reference, recompile=recompile)
+    options = RunOptions(device=device, threads=threads, reference=reference, recompile=recompile, trust=trust)
+    runtime = open_runtime(path, options)
+    if not runtime.verified:
+        warnings.warn(
+            f"{path} was exported without verification, so nothing says that it computes what its checkpoint does; run "
+            f"diffdeploy verify {path}",
+            UnverifiedWarning,
+            stacklevel=2,
+        )
+    return runtime
+
+
+def open_runtime(path: str | Path, options: RunOptions) -> Runtime:
+    """`load` without its warning, for those who verify the bundle now.
+
+    Raises:
+        DiffDeployError: see `load`.
+    """
     bundle = open_bundle(path)
     require_runnable(bundle.manifest, options)
+    require_trusted(bundle, options)
     where = device_of(bundle.manifest, options)
     return Runtime(bundle, _format_of(bundle.manifest).open(bundle, options, where), where)

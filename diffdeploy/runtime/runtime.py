@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.bundle import Bundle
+from diffdeploy.bundle import REPORT, Bundle
 from diffdeploy.errors import InputError
 from diffdeploy.formats import Backend
 from diffdeploy.graphs import GraphSpec, zero_inputs
-from diffdeploy.runtime.inputs import check_inputs
+from diffdeploy.runtime.inputs import as_integers, check_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,14 +47,16 @@ class Runtime:
 
     @property
     def verified(self) -> bool:
-        """Whether verification accepted the bundle when it was made."""
-        return self.bundle.manifest.verified
+        """Whether verification accepted the bundle when it was made, and its report is there."""
+        return self.bundle.manifest.verified and REPORT in self.bundle.manifest.files
 
-    def __call__(self, **inputs: "Tensor | Array") -> "dict[str, Any]":
+    def __call__(self, *unnamed: object, **inputs: "Tensor | Array") -> "dict[str, Any]":
         """Run the graph.
 
         Args:
-            **inputs: torch tensors or numpy arrays, as `spec` says; bfloat16 arrays are those of ``ml_dtypes``.
+            *unnamed: refused: inputs are given by name.
+            **inputs: torch tensors or numpy arrays, as `spec` says; bfloat16 arrays are those of ``ml_dtypes``, and a
+                mask may be boolean.
 
         Returns:
             Outputs by name: torch tensors, where ``hidden_states`` is, if that is one; else numpy arrays.
@@ -66,6 +68,11 @@ class Runtime:
         # Read once: another thread may close the runtime while this one calls it.
         if (backend := self._backend) is None:
             raise InputError(f"the runtime of {self.bundle.path} is closed; load the bundle again")
+        if unnamed:
+            raise InputError(
+                f"{len(unnamed)} inputs have no name; accepted are the names {', '.join(self.spec.inputs)}"
+            )
+        inputs = as_integers(self.spec, inputs)
         check_inputs(self.spec, inputs)
         # Asked of numpy, since torch may not be installed.
         as_torch = not isinstance(inputs["hidden_states"], np.ndarray)

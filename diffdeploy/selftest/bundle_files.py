@@ -10,7 +10,7 @@ from diffdeploy.arrays import Array
 from diffdeploy.bundle import GOLDEN, MANIFEST, REPORT, WEIGHTS, Manifest
 from diffdeploy.config import AnyConfig, RopeConfig
 from diffdeploy.graphs import Range, Stage
-from diffdeploy.selftest.conditions import grouped, has_rope, several_pairs, version_1
+from diffdeploy.selftest.conditions import grouped, has_norm, has_rope, several_pairs, version_1
 from diffdeploy.selftest.constant_fault import next_bit
 from diffdeploy.selftest.fault import Fault, FaultTarget, When, all_of
 
@@ -160,7 +160,7 @@ BUNDLE_FILE_FAULTS = [
         "manifest_of_another_eps",
         "the manifest says ten times the epsilon",
         _names_config(lambda config: replace(config, norm_eps=10 * config.norm_eps)),
-        version_1,
+        has_norm,
         stage=Stage.NORM,
     ),
     _fault(

@@ -1,5 +1,6 @@
 """What must hold of a bundle for a fault to be one: heads that can be confused, a mask that can be ignored, ..."""
 
+from diffdeploy.exact import lambda_value
 from diffdeploy.selftest.fault import FaultTarget, When
 
 __all__ = [
@@ -9,8 +10,12 @@ __all__ = [
     "causal_without_window",
     "float32",
     "grouped",
+    "has_learned_lambda",
+    "has_norm",
+    "has_one_lambda",
     "has_positions",
     "has_rope",
+    "lambda_is_not_one",
     "longer_than",
     "longer_than_64",
     "masked",
@@ -27,11 +32,34 @@ __all__ = [
 LONG = 64
 # Channels of a stream that has one pair to turn.
 _ONE_PAIR = 2
+# A factor nearer to 1 could pass for rounding in half precision.
+_VISIBLE = 1e-3
 
 
 def version_1(target: FaultTarget) -> bool:
-    """The block is the paper's, with two key streams per head, one lambda and a norm."""
+    """The block is the paper's, with two key streams per head."""
     return not target.config.streams_share_keys
+
+
+def has_one_lambda(target: FaultTarget) -> bool:
+    """Lambda is one number."""
+    return target.config.constant_lambda
+
+
+def has_learned_lambda(target: FaultTarget) -> bool:
+    """Lambda is one number, which follows from its vectors."""
+    return target.config.lambda_kind == "layer"
+
+
+def lambda_is_not_one(target: FaultTarget) -> bool:
+    """Lambda is no factor that may be left out."""
+    config = target.config
+    return not config.constant_lambda or abs(lambda_value(config, target.weights) - 1) > _VISIBLE
+
+
+def has_norm(target: FaultTarget) -> bool:
+    """Heads are normalised."""
+    return target.config.has_norm
 
 
 def several_heads(target: FaultTarget) -> bool:
@@ -58,7 +86,8 @@ def has_rope(target: FaultTarget) -> bool:
 def several_pairs(target: FaultTarget) -> bool:
     """A stream has more than one pair of channels to turn."""
     # A single pair turns by position * theta^0, whatever theta is, and has no order.
-    return target.config.head_dim > _ONE_PAIR
+    rope, width = target.config.rope, target.config.head_dim
+    return (width if rope is None else rope.width(width)) > _ONE_PAIR
 
 
 def causal(target: FaultTarget) -> bool:

@@ -1,7 +1,6 @@
 """An artifact that runs in this process: for many trials in a row, where a process for each would cost minutes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -9,7 +8,7 @@ from typing import Self
 from diffdeploy.arrays import Array
 from diffdeploy.errors import ExportError
 from diffdeploy.formats import RunOptions
-from diffdeploy.runtime import Runtime, load
+from diffdeploy.runtime import Runtime, open_runtime
 from diffdeploy.selftest.fault import Wrap
 
 __all__ = ["LocalArtifact"]
@@ -47,7 +46,7 @@ class LocalArtifact:
             ExportError: the runtime cannot load the bundle.
         """
         if self._runtime is None:
-            runtime = load(self._bundle, **asdict(self._options))
+            runtime = open_runtime(self._bundle, self._options)
 
             def call(inputs: dict[str, Array]) -> dict[str, Array]:
                 return runtime(**inputs)

@@ -11,7 +11,14 @@ from diffdeploy.arrays import Array
 from diffdeploy.config import LAMBDA_VECTORS, RopeConfig, lambda_init_at
 from diffdeploy.exact import lambda_value, rope_tables
 from diffdeploy.graphs import Stage
-from diffdeploy.selftest.conditions import float32, has_rope, several_pairs, version_1
+from diffdeploy.selftest.conditions import (
+    float32,
+    has_learned_lambda,
+    has_norm,
+    has_one_lambda,
+    has_rope,
+    several_pairs,
+)
 from diffdeploy.selftest.constant_fault import constant_fault, scalar
 from diffdeploy.selftest.fault import Fault, FaultTarget
 
@@ -44,47 +51,57 @@ def _exponentials(target: FaultTarget) -> tuple[float, float]:
     return math.exp(q1 @ k1), math.exp(q2 @ k2)
 
 
-def _lambda_fault(name: str, breaks: str, value: Callable[[FaultTarget], float]) -> Fault:
+def _lambda_fault(
+    name: str, breaks: str, value: Callable[[FaultTarget], float], *conditions: Callable[[FaultTarget], bool]
+) -> Fault:
     """Applies where it makes a difference of at least a thousandth, so that no rounding hides it."""
 
     def differs(target: FaultTarget) -> bool:
         return abs(value(target) - _lambda(target)) > _VISIBLE * abs(_lambda(target))
 
-    return constant_fault(name, _LAMBDA, breaks, lambda s: scalar("lambda", value(s)), version_1, differs)
+    return constant_fault(name, _LAMBDA, breaks, lambda s: scalar("lambda", value(s)), *conditions, differs)
 
 
 _LAMBDAS = [
-    _lambda_fault("lambda_negated", "the noise is added", lambda s: -_lambda(s)),
-    _lambda_fault("lambda_zero", "the noise is not subtracted at all", lambda _: 0.0),
+    _lambda_fault("lambda_negated", "the noise is added", lambda s: -_lambda(s), has_one_lambda),
+    _lambda_fault("lambda_zero", "the noise is not subtracted at all", lambda _: 0.0, has_one_lambda),
     _lambda_fault(
         "lambda_of_the_next_layer",
         "lambda_init of the layer after this one",
         lambda s: _lambda(s) - _lambda_init(s) + _lambda_init_after(_lambda_init(s), 1),
+        has_learned_lambda,
     ),
     _lambda_fault(
         "lambda_of_the_layer_before",
         "lambda_init of the layer before this one",
         lambda s: _lambda(s) - _lambda_init(s) + _lambda_init_after(_lambda_init(s), -1),
+        has_learned_lambda,
     ),
-    _lambda_fault("lambda_init_alone", "the lambda vectors are not used", lambda s: _lambda_init(s)),
-    _lambda_fault("lambda_without_init", "lambda_init is left out", lambda s: _lambda(s) - _lambda_init(s)),
+    _lambda_fault(
+        "lambda_init_alone", "the lambda vectors are not used", lambda s: _lambda_init(s), has_learned_lambda
+    ),
+    _lambda_fault(
+        "lambda_without_init", "lambda_init is left out", lambda s: _lambda(s) - _lambda_init(s), has_learned_lambda
+    ),
     _lambda_fault(
         "lambda_terms_exchanged",
         "the second exponential minus the first",
         lambda s: _exponentials(s)[1] - _exponentials(s)[0] + _lambda_init(s),
+        has_learned_lambda,
     ),
     _lambda_fault(
         "lambda_without_exponentials",
         "the scalar products themselves",
         # The logarithms give the products back.
         lambda s: math.log(_exponentials(s)[0]) - math.log(_exponentials(s)[1]) + _lambda_init(s),
+        has_learned_lambda,
     ),
     constant_fault(
         "lambda_rounded_to_bfloat16",
         _LAMBDA,
         "lambda has the 8 bits of bfloat16",
         lambda s: scalar("lambda", float(ml_dtypes.bfloat16(_lambda(s)))),
-        version_1,
+        has_one_lambda,
         lambda s: (
             s.spec.dtype == "float32" and abs(float(ml_dtypes.bfloat16(_lambda(s))) - _lambda(s)) > _MORE_THAN_FLOAT32
         ),
@@ -94,7 +111,7 @@ _LAMBDAS = [
         _LAMBDA,
         "lambda as a report would print it",
         lambda s: scalar("lambda", round(_lambda(s), 2)),
-        version_1,
+        has_one_lambda,
         lambda s: s.spec.dtype == "float32" and abs(round(_lambda(s), 2) - _lambda(s)) > _MORE_THAN_FLOAT32,
     ),
 ]
@@ -223,21 +240,21 @@ _SCALES = [
         _NORM,
         "epsilon a tenth of what it is",
         lambda s: scalar("norm_eps", _norm_eps(s) / 10),
-        version_1,
+        has_norm,
     ),
     constant_fault(
         "norm_eps_large",
         _NORM,
         "epsilon a hundred times what it is",
         lambda s: scalar("norm_eps", _norm_eps(s) * 100),
-        version_1,
+        has_norm,
     ),
     constant_fault(
         "output_factor_missing",
         _NORM,
         "no factor behind the norm",
         lambda _: scalar("output_scale", 1.0),
-        version_1,
+        has_norm,
         lambda s: abs(s.config.output_scale - 1.0) > _VISIBLE,
     ),
     constant_fault(
@@ -245,7 +262,7 @@ _SCALES = [
         _NORM,
         "lambda_init where 1 - lambda_init is due",
         lambda s: scalar("output_scale", 1.0 - s.config.output_scale),
-        version_1,
+        has_norm,
         # At 0.5 lambda_init and 1 - lambda_init are the same.
         lambda s: abs(s.config.output_scale - 0.5) > _VISIBLE,
     ),
@@ -254,7 +271,7 @@ _SCALES = [
         _NORM,
         "1 - lambda_init of the layer after this one",
         lambda s: scalar("output_scale", 1.0 - _lambda_init_after(1.0 - s.config.output_scale, 1)),
-        version_1,
+        has_norm,
     ),
 ]
 

@@ -113,7 +113,8 @@ class Trials:
             report = verify_bundle(
                 copy,
                 cases="full" if same else "quick",
-                run_options=self._options,
+                # A copy of a bundle that was loaded already, but for the fault.
+                run_options=replace(self._options, trust=True),
                 open_artifact=partial(LocalArtifact, wrap=fault.wrap),
                 yardsticks=self._yardsticks if same else None,
                 # Caught is caught; the rest of the sweep would take most of the time.

@@ -11,7 +11,7 @@ import numpy as np
 
 from diffdeploy.arrays import Array, epsilon
 from diffdeploy.config import AnyConfig, RopeConfig
-from diffdeploy.exact import key_head, lambda_value, rope_tables
+from diffdeploy.exact import key_head, lambda_of_heads, rope_tables
 from diffdeploy.graphs import DType
 
 __all__ = ["exact_and_stored", "oracle"]
@@ -23,10 +23,10 @@ _ROWS = 256
 
 
 def _rotate(x_HSd: Array, rope: RopeConfig, positions_S: Array) -> Array:
-    width = x_HSd.shape[-1]
-    cos, sin = (table[positions_S] for table in rope_tables(rope, width, int(positions_S.max()) + 1))
-    out = np.empty_like(x_HSd)
-    evens, odds, lower, upper = slice(0, None, 2), slice(1, None, 2), slice(width // 2), slice(width // 2, None)
+    width = rope.width(x_HSd.shape[-1])
+    cos, sin = (table[positions_S] for table in rope_tables(rope, x_HSd.shape[-1], int(positions_S.max()) + 1))
+    out = x_HSd.copy()
+    evens, odds, lower, upper = slice(0, width, 2), slice(1, width, 2), slice(width // 2), slice(width // 2, width)
     a, b = (evens, odds) if rope.style == "interleaved" else (lower, upper)
     out[..., a] = x_HSd[..., a] * cos - x_HSd[..., b] * sin
     out[..., b] = x_HSd[..., b] * cos + x_HSd[..., a] * sin
@@ -44,10 +44,10 @@ def _hidden(config: AnyConfig, ends_S: Array, tokens_T: Array) -> Array:
     return hidden
 
 
-def _softmax_times(q_Sd: Array, k_Td: Array, v_Te: Array, hidden_ST: Array) -> Array:
+def _softmax_times(q_Sd: Array, k_Td: Array, v_Te: Array, hidden_ST: Array, scale: float) -> Array:
     scores = q_Sd @ k_Td.T
     # In place from here on, since a block of scores is the largest array of the formula.
-    scores /= np.sqrt(q_Sd.shape[1])
+    scores *= scale
     scores[hidden_ST] = -np.inf
     # A row that sees nothing has no largest score: -inf minus -inf would be NaN. It sums to 0, and gives 0.
     largest = scores.max(axis=1, keepdims=True)
@@ -199,7 +199,8 @@ def _sequence(
         for i in range(config.num_heads):
             value = v[i // (config.num_heads // config.num_kv_heads), :num_keys]
             signal, noise = (
-                _softmax_times(q[2 * i + s, rows], k[key_head(config, i, s), :num_keys], value, hidden) for s in (0, 1)
+                _softmax_times(q[2 * i + s, rows], k[key_head(config, i, s), :num_keys], value, hidden, config.scale)
+                for s in (0, 1)
             )
             columns = slice(i * config.value_dim, (i + 1) * config.value_dim)
             # The streams once for all ways of storing them, since they are nearly all of the work.
@@ -226,10 +227,11 @@ def _head(
     config: AnyConfig, w: Mapping[str, Array], i: int, signal: Array, noise: Array, x_SD: Array, store: Store
 ) -> Array:
     """What head ``i`` makes of its two streams."""
-    if config.norm_eps is None:
+    if config.lambda_kind == "token":
         lam_S = 1.0 / (1.0 + np.exp(-x_SD @ w["lambda_proj.weight"][i]))
-        return store(signal - store(lam_S[:, None] * noise))
-    difference = store(signal - store(lambda_value(config, w) * noise))
-    root_mean_square = np.sqrt(np.mean(difference**2, axis=1, keepdims=True) + config.norm_eps)
-    normalised: Array = difference / root_mean_square * w.get("subln.weight", 1.0) * config.output_scale
-    return normalised
+    else:
+        lam_S = np.full(len(x_SD), lambda_of_heads(config, w)[i])
+    head = store(signal - store(lam_S[:, None] * noise))
+    if config.norm_eps is not None:
+        head = head / np.sqrt(np.mean(head**2, axis=1, keepdims=True) + config.norm_eps) * w.get("subln.weight", 1.0)
+    return head * config.output_scale

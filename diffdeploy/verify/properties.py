@@ -59,6 +59,7 @@ def property_checks(artifact: Artifact, config: AnyConfig, spec: GraphSpec, seed
         _check("determinism", artifact, _determinism(spec, seed), "the same bits when an input comes again"),
         _check("batch invariance", artifact, _other_rows(spec, seed), "other rows do not change a bit of a row"),
     ]
+    checks.append(_nan_stays_in_its_row(artifact, spec, seed))
     if config.causal:
         checks.append(
             _check("causality", artifact, _later_tokens(spec, seed), "later tokens do not change a bit before them")
@@ -170,6 +171,28 @@ def _padding(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
                 # What position a padding token is said to have must not count either.
                 changed["position_ids"] = np.where(tokens[:, past:], inputs["position_ids"], 0)
             yield _Pair(case.id, inputs, changed, _everywhere(spec, tokens, past))
+
+
+def _nan_stays_in_its_row(artifact: Artifact, spec: GraphSpec, seed: int) -> Check:
+    """A token that is NaN makes every output NaN that sees it, and no other row of the batch."""
+    name, case = "NaN", _base(spec, seed, min(7, spec.axes["sequence_length"].max))
+    inputs = case.inputs(spec)
+    token = case.sequence_length // 2
+    changed = {**inputs, "hidden_states": inputs["hidden_states"].copy()}
+    changed["hidden_states"][0, token] = np.nan
+    try:
+        one, other = artifact.run(inputs), artifact.run(changed)
+    except DiffDeployError as error:
+        return Check(name=name, passed=False, detail=f"{case.id}: the artifact did not run: {error}")
+    kept = np.ones((case.batch_size, case.past_length + case.sequence_length), dtype=bool)
+    kept[0] = False
+    for output, where in _everywhere(spec, kept, case.past_length).items():
+        if difference := _difference(one[output], other[output], where):
+            return Check(name=name, passed=False, detail=f"{case.id}, in row 0: another row's {output} {difference}")
+    if not np.isnan(other["output"][0, token:].astype(np.float32)).all():
+        detail = f"{case.id}: NaN in row 0, position {token}, gives numbers where it is seen"
+        return Check(name=name, passed=False, detail=detail)
+    return Check(name=name, passed=True, detail="a token that is NaN shows where it is seen, and in no other row")
 
 
 def _where(kept: Array, inputs: Arrays, others: Arrays, name: str) -> Array:

@@ -13,7 +13,7 @@ from diffdeploy.bundle import Bundle, Environment, open_bundle, read_weights
 from diffdeploy.errors import DiffDeployError, ExportError, InputError
 from diffdeploy.formats import Check, RunOptions, distributions
 from diffdeploy.locate import Finding, locate
-from diffdeploy.runtime import require_runnable
+from diffdeploy.runtime import require_runnable, require_trusted
 from diffdeploy.verify.artifact_checks import artifact_checks, artifact_facts
 from diffdeploy.verify.cases import AnyCase, Case
 from diffdeploy.verify.coverage import Coverage, covered
@@ -66,7 +66,7 @@ def verify_bundle(
     Raises:
         InputError: no bundle there, one whose cache keeps the key streams apart, or inputs that its graph does not
             accept.
-        IntegrityError: the bundle is not what was exported.
+        IntegrityError: the bundle is not what was exported, or it runs code and is not trusted.
         UnavailableError: this machine cannot run the format.
     """
     run_options = run_options or RunOptions()
@@ -74,6 +74,7 @@ def verify_bundle(
     manifest, spec = bundle.manifest, bundle.manifest.graph
     _require_paired_cache(bundle)
     require_runnable(manifest, run_options)
+    require_trusted(bundle, run_options)
     seed = manifest.options.seed if seed is None else seed
     chosen, selection = _choose(bundle, seed, cases, load_inputs)
     if save_inputs is not None:

@@ -149,10 +149,10 @@ def _main(bundle: str, options: str) -> int:
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     # Imported once printing is out of the way.
-    from diffdeploy.runtime import load
+    from diffdeploy.runtime import open_runtime
 
     try:
-        runtime = load(bundle, **json.loads(options))
+        runtime = open_runtime(bundle, RunOptions(**json.loads(options)))
     except DiffDeployError as error:
         _send(stdout, {"error": str(error)}, {})
         return error.exit_code

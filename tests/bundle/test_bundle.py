@@ -1,5 +1,8 @@
 """Bundles on disk: whole or not at all, and every changed byte is seen."""
 
+import fcntl
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from diffdeploy.bundle import (
     staged_bundle,
     write_manifest,
 )
-from diffdeploy.errors import DiffDeployError, InputError, IntegrityError
+from diffdeploy.errors import DiffDeployError, InputError, IntegrityError, UnverifiedWarning
 from diffdeploy.exporters import ExportOptions, lower_block
 from diffdeploy.formats import distributions
 from diffdeploy.graphs import graph_spec
@@ -143,3 +146,55 @@ def test_runtime_refuses_wrong_inputs(pristine: Path, shape: tuple[int, ...], dt
 def test_runtime_refuses_wrong_names(pristine: Path) -> None:
     with pytest.raises(DiffDeployError, match="inputs are"):
         load(pristine)(x=torch.zeros(1, 1, 24))
+
+
+def test_what_a_killed_export_left_is_removed(bundle: Path) -> None:
+    parent, hours_ago = bundle.parent, time.time() - 10_000
+    dead, young, alive = (parent / f".bundle.new-{name:_<8}" for name in ("dead", "young", "alive"))
+    for folder in (dead, young, alive):
+        (folder / "half").mkdir(parents=True)
+    for folder in (dead, alive):
+        os.utime(folder, (hours_ago, hours_ago))
+    descriptor = os.open(alive, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with staged_bundle(bundle, force=True) as staging:
+        (staging / "only").write_text("new")
+        assert not dead.exists()
+        # Its owner may come back for it at any moment.
+        assert young.exists()
+        assert alive.exists()
+    os.close(descriptor)
+
+
+def test_a_bundle_that_a_killed_export_set_aside_comes_back(bundle: Path) -> None:
+    aside = bundle.parent / ".bundle.old-12345678"
+    bundle.rename(aside)
+    with pytest.raises(InputError, match="not empty"), staged_bundle(bundle):
+        pass
+    assert sorted(file.name for file in bundle.iterdir()) == ["manifest.json", "model.onnx", "weights.safetensors"]
+    assert not aside.exists()
+
+
+def test_an_unverified_bundle_says_so(pristine: Path) -> None:
+    with pytest.warns(UnverifiedWarning, match="was exported without verification"):
+        runtime = load(pristine)
+    assert not runtime.verified
+
+
+def test_inputs_without_names_are_refused(pristine: Path) -> None:
+    with pytest.raises(InputError, match="1 inputs have no name; accepted are the names hidden_states"):
+        load(pristine)(torch.zeros(1, 2, 24))
+
+
+def test_a_folder_of_the_user_beside_a_bundle_is_kept(bundle: Path) -> None:
+    own = bundle.parent / ".bundle.old-my-notes"
+    own.mkdir()
+    with staged_bundle(bundle, force=True) as staging:
+        (staging / "only").write_text("new")
+    assert own.is_dir()
+
+
+def test_a_manifest_that_says_verified_without_a_report_is_not_believed(bundle: Path) -> None:
+    write_manifest(bundle, open_bundle(bundle).manifest.model_copy(update={"verified": True}))
+    with pytest.warns(UnverifiedWarning, match="was exported without verification"):
+        assert not load(bundle).verified

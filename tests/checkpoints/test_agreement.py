@@ -64,7 +64,7 @@ def test_every_fact_that_a_file_may_leave_open_is_an_option() -> None:
 def test_all_that_is_missing_is_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(ARGUMENTS, capsys)
     assert "--depth" in said
-    assert "--rope interleaved|half|none" in said
+    assert "--rope interleaved|half|half-reversed|none" in said
     assert "--rope-theta" in said
 
 

@@ -48,7 +48,7 @@ def test_bare_state_dict(tmp_path: Path, suffix: str) -> None:
     ("field", "message"),
     [
         ("depth", "--depth is missing: lambda_init depends"),
-        ("rope", "--rope interleaved.half.none is missing"),
+        ("rope", "--rope interleaved.half.half-reversed.none is missing"),
         ("rope_theta", "--rope-theta is missing"),
         ("gqa_layout", "--gqa-layout is missing"),
     ],

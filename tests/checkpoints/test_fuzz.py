@@ -8,17 +8,14 @@ other tensors, another ``config.json`` or other bytes. Reading it must end withi
 import json
 import os
 import pickle
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,17 +24,8 @@ from diffdeploy.checkpoints import CheckpointOptions, list_layers, read_checkpoi
 from diffdeploy.checkpoints.layouts import LAYOUTS
 from diffdeploy.errors import InputError
 from diffdeploy.modules import block_class
+from tests.support.fuzzing import fuzzed, limited_time
 
-# Files for each test; `make fuzz` sets it.
-_FILES = int(os.environ.get("DIFFDEPLOY_FUZZ", "0"))
-fuzzed = settings(
-    max_examples=_FILES or 60,
-    derandomize=not _FILES,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-_SECONDS = 10
 _LONGEST_SENTENCE = 1200
 
 OPTIONS = [
@@ -52,13 +40,33 @@ VECTORS = {f"lambda_{name}": (4,) for name in ("q1", "k1", "q2", "k2")}
 # D 32, h 4, h_kv 2 (4 where all are in one matrix), d 4.
 STATES: dict[str, dict[str, tuple[int, ...]]] = {
     "microsoft": {**ROWS, **VECTORS, "out_proj.weight": (32, 32), "subln.weight": (8,)},
-    "microsoft-v2": {**ROWS, "o_proj.weight": (32, 32), "lambda_proj.weight": (4, 32)},
+    "microsoft-v2": {**ROWS, "o_proj.weight": (32, 16), "lambda_proj.weight": (4, 32)},
     "motif": {**ROWS, **VECTORS, "o_proj.weight": (32, 32), "subln.weight": (8,)},
     "diffllama": {**ROWS, **VECTORS, "o_proj.weight": (32, 32)},
     "timm": {**VECTORS, "qkv.weight": (96, 32), "proj.weight": (32, 32), "sub_norm.weight": (8,)},
     "timm-dual": {"lambda_a": (), "lambda_b": (), "qkv.weight": (96, 32), "proj.weight": (32, 32)},
     "diffclip": {**VECTORS, "diff_norm.weight": (8,), **{f"{n}_proj.weight": (32, 32) for n in ("q", "k", "v", "out")}},
     "axolotl": {**ROWS, **VECTORS, "o_proj.weight": (32, 32), "subln.weight": (8,), "lambda_init": ()},
+    "replay": {
+        **{f"W_{n}.weight": (32, 32) for n in "qkvo"},
+        **dict.fromkeys(VECTORS, (4, 4)),
+        "rms_scale": (8,),
+        "scaling": (),
+    },
+    "blagpt-v2": {
+        "q_proj.weight": (32, 32),
+        "kv_proj.weight": (16, 32),
+        "c_proj.weight": (32, 16),
+        "lambda_proj.weight": (4, 32),
+        "q_norm.weight": (4,),
+        "k_norm.weight": (4,),
+    },
+    "stable-audio": {
+        "to_qkv.weight": (160, 32),
+        "to_out.weight": (32, 32),
+        "q_norm.weight": (32,),
+        "k_norm.weight": (32,),
+    },
     "phi4flash": {**VECTORS, "Wqkv.weight": (64, 32), "Wqkv.bias": (64,), "out_proj.weight": (32, 32)},
 }
 FIELDS = [
@@ -70,6 +78,7 @@ FIELDS = [
         "num_noise_heads",
         "k_ratio",
         "split_heads",
+        "sublayer_norm",
         "max_position_embeddings",
         "quantization_config",
         "mb_per_layer",
@@ -125,20 +134,6 @@ def states(draw: st.DrawFn) -> dict[str, Tensor]:
                     own[name] = draw(tensors)
         state |= {prefix + name: tensor for name, tensor in own.items()}
     return state
-
-
-@contextmanager
-def limited_time() -> Iterator[None]:
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"reading took more than {_SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(_SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def read_or_refuse(path: Path, options: CheckpointOptions) -> None:

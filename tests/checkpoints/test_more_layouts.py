@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,18 +184,176 @@ def test_axolotl(heads: int, kv_heads: int, tmp_path: Path) -> None:
     assert same_bits(write_checkpoint(found.config, found.weights, "axolotl", prefix=prefix), state)
 
 
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2)], ids=str)
+def test_doubled_projections_of_axolotl(heads: int, kv_heads: int, norm: bool, tmp_path: Path) -> None:
+    shapes = {
+        **projections(8 * heads, 8 * kv_heads, 4 * kv_heads, "o_proj", 20, 4 * heads),
+        **lambdas(4),
+        **({"subln.weight": (4,)} if norm else {}),
+    }
+    prefix = "model.layers.2.self_attn."
+    state = {**random_state(shapes, prefix), prefix + "lambda_init": torch.tensor(0.37)}
+    fields = {
+        "model_type": "llama-differential",
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rope_theta": 100.0,
+        "rms_norm_eps": 1e-6,
+        "split_heads": False,
+        "sublayer_norm": norm,
+    }
+    found = read(tmp_path, state, fields)
+    assert (found.config.num_heads, found.config.value_dim, found.config.has_norm) == (heads, 4, norm)
+
+    def formula(x: Any, w: Any) -> Any:
+        return formulas.axolotl_doubled(x, w, num_heads=heads, num_kv_heads=kv_heads, theta=100.0, eps=1e-6)
+
+    compare(found, state, prefix, formula)
+    assert same_bits(write_checkpoint(found.config, found.weights, "axolotl", prefix=prefix), state)
+
+
 @pytest.mark.parametrize(
-    ("fields", "drop", "message"),
-    [({"split_heads": False}, "", "split_heads is false"), ({}, "subln.weight", "it has no subln.weight")],
+    ("fields", "message"),
+    [
+        ({"split_heads": False}, "split_heads is False, and the block has True"),
+        ({"sublayer_norm": False}, "sublayer_norm is False, and the block has True"),
+    ],
     ids=str,
 )
-def test_modes_of_axolotl_that_have_no_form_are_refused(
-    fields: dict[str, object], drop: str, message: str, tmp_path: Path
-) -> None:
+def test_modes_of_axolotl_that_contradict_the_tensors(fields: dict[str, object], message: str, tmp_path: Path) -> None:
     shapes = {**projections(24, 24, 24, "o_proj", 20, 24), **lambdas(4), "subln.weight": (8,), "lambda_init": ()}
-    state = random_state({name: shape for name, shape in shapes.items() if name != drop}, "layers.0.attn.")
+    state = random_state(shapes, "layers.0.attn.")
     with pytest.raises(InputError, match=message):
         read(tmp_path, state, {"model_type": "llama-differential", **fields})
+
+
+REPLAY = {
+    **{f"{name}.weight": (rows, 20) for name, rows in (("W_q", 32), ("W_k", 32), ("W_v", 12))},
+    **{f"{name}.bias": (rows,) for name, rows in (("W_q", 32), ("W_k", 32), ("W_v", 12), ("W_o", 20))},
+    "W_o.weight": (20, 12),
+    **{f"lambda_{name}": (2, 8) for name in ("q1", "k1", "q2", "k2")},
+    "rms_scale": (6,),
+}
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "not-causal"])
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "no-biases"])
+def test_replay(causal: bool, biases: bool, tmp_path: Path) -> None:
+    prefix = "model.layers.1.attn."
+    state = random_state({name: shape for name, shape in REPLAY.items() if biases or "bias" not in name}, prefix)
+    # As the source stores it: rounded to float32.
+    state[prefix + "scaling"] = torch.tensor(8**-0.5, dtype=torch.float32)
+    found = read(tmp_path, state, options=CheckpointOptions(causal=causal))
+    assert (found.layout, found.config.lambda_kind, found.config.value_dim) == ("replay", "head", 6)
+    assert found.config.scale == float(torch.tensor(8**-0.5)) != 8**-0.5
+    hidden = formulas.causal_mask(LENGTH) if causal else formulas.no_mask(LENGTH)
+
+    def formula(x: Any, w: Any) -> Any:
+        return formulas.replay(x, w, num_heads=2, lambda_init=formulas.decay(1), hidden=hidden)
+
+    compare(found, state, prefix, formula)
+    assert same_bits(write_checkpoint(found.config, found.weights, "replay", prefix=prefix), state)
+
+
+def test_a_block_of_replay_is_asked_for_what_its_file_does_not_say(tmp_path: Path) -> None:
+    state = {**random_state(REPLAY), "scaling": torch.tensor(8**-0.5)}
+    with pytest.raises(InputError, match=r"2 options are missing: --depth.*; --causal or --no-causal"):
+        read(tmp_path, state)
+    (block,) = summarise(tmp_path).blocks
+    assert (block.value_dim, block.lambda_value) == (6, None)
+
+
+BLAGPT = {**projections(32, 16, 16, "out_proj", 20, 32), **lambdas(4), "subln.weight": (8,)}
+
+
+@pytest.mark.parametrize("layout", ["blagpt", "microsoft"])
+def test_blagpt(layout: str, tmp_path: Path) -> None:
+    prefix = "transformer.h.3.attn."
+    state = random_state(BLAGPT, prefix)
+    options = CheckpointOptions(layout="blagpt")
+    if layout == "microsoft":
+        options = CheckpointOptions(rope="half-reversed", rope_theta=10_000.0, gqa_layout="canonical")
+    found = read(tmp_path, state, options=options)
+    assert (found.layout, found.config.causal) == (layout, True)
+
+    def formula(x: Any, w: Any) -> Any:
+        return formulas.blagpt(x, w, num_heads=4, num_kv_heads=2, depth=3, theta=10_000.0)
+
+    compare(found, state, prefix, formula)
+    assert same_bits(write_checkpoint(found.config, found.weights, "blagpt", prefix=prefix), state)
+
+
+@pytest.mark.parametrize("norms", [True, False], ids=["norms", "no-norms"])
+def test_the_second_version_of_blagpt(norms: bool, tmp_path: Path) -> None:
+    shapes = {
+        "q_proj.weight": (32, 20),
+        "kv_proj.weight": (16, 20),
+        "c_proj.weight": (20, 16),
+        "lambda_proj.weight": (4, 20),
+        **({"q_norm.weight": (4,), "k_norm.weight": (4,)} if norms else {}),
+    }
+    prefix = "transformer.h.3.attn."
+    state = random_state(shapes, prefix)
+    found = read(tmp_path, state)
+    assert (found.layout, found.config.qk_norm_eps) == ("blagpt-v2", 1e-8 if norms else None)
+
+    def formula(x: Any, w: Any) -> Any:
+        return formulas.blagpt_v2(x, w, num_heads=4, num_kv_heads=2, theta=10_000.0, norm_eps=1e-8)
+
+    compare(found, state, prefix, formula)
+    assert same_bits(write_checkpoint(found.config, found.weights, "blagpt-v2", prefix=prefix), state)
+
+
+STABLE_AUDIO = {
+    "to_qkv.weight": (5 * 96, 96),
+    "to_out.weight": (96, 96),
+    "q_norm.weight": (48,),
+    "k_norm.weight": (48,),
+}
+
+
+def test_stable_audio(tmp_path: Path) -> None:
+    prefix = "model.transformer.layers.2.self_attn."
+    state = random_state(STABLE_AUDIO, prefix)
+    found = read(tmp_path, state)
+    config = found.config
+    assert (found.layout, config.lambda_kind, config.has_norm, config.value_dim) == ("stable-audio", "fixed", False, 48)
+    compare(found, state, prefix, lambda x, w: formulas.stable_audio(x, w, num_heads=2))
+    assert same_bits(write_checkpoint(config, found.weights, "stable-audio", prefix=prefix), state)
+    (block,) = summarise(tmp_path).blocks
+    assert (block.norm, block.lambda_value) == ("none", 1.0)
+
+
+def test_ordinary_attention_is_not_taken_for_stable_audio(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"to_qkv.weight has 288 rows; accepted are those of q, k, v, q_noise, k_noise"
+    ):
+        read(tmp_path, random_state({**STABLE_AUDIO, "to_qkv.weight": (288, 96)}))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.4])
+def test_heads_without_a_norm(scale: float, tmp_path: Path) -> None:
+    state = random_state({**projections(24, 24, 24, "out_proj", 24, 24), **lambdas(4)}, "blocks.1.attn.")
+    options = CheckpointOptions(causal=False, norm="none", rope="none", gqa_layout="canonical")
+    with pytest.raises(InputError, match="--output-scale is missing: without a norm, nothing says"):
+        read(tmp_path, state, options=options)
+    found = read(tmp_path, state, options=replace(options, output_scale=scale))
+    assert not found.config.has_norm
+
+    def formula(x: Any, w: Any) -> Any:
+        lam = formulas.exponent(w, 1) - formulas.exponent(w, 2) + formulas.decay(1)
+        return formulas.without_norm(x, w, num_heads=3, lam=lam) * scale
+
+    compare(found, state, "blocks.1.attn.", formula)
+    with pytest.raises(InputError, match="layout microsoft has a norm of the heads True, and the block False"):
+        write_checkpoint(replace(found.config, causal=True), found.weights, "microsoft")
+
+
+def test_a_norm_with_a_weight_cannot_be_left_out(tmp_path: Path) -> None:
+    state = random_state({**projections(24, 24, 24, "out_proj", 24, 24), **lambdas(4), "subln.weight": (8,)})
+    with pytest.raises(InputError, match=r"--norm is none, and the block has subln.weight"):
+        read(tmp_path, state, options=CheckpointOptions(norm="none", depth=1, rope="none", output_scale=1.0))
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])

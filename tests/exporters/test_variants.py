@@ -14,7 +14,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.modules import block_class
-from tests.support.blocks import EXPORT_CONFIGS, checkpoint_of
+from tests.support.blocks import EXPORT_CONFIGS, checkpoint_of, make_config
 from tests.support.bundles import BundleCache
 
 
@@ -44,6 +44,15 @@ def test_exports_that_pass(name: str, graph: Variant, opset: int, dtype: DType, 
     assert done.report is not None
     assert done.report.passed
     assert done.facts.attention_ops == 2
+
+
+@pytest.mark.parametrize("name", ["norm_eps", "qk_norm_eps"])
+def test_a_small_epsilon_is_not_left_out(name: str, tmp_path: Path) -> None:
+    """The exporter's optimiser takes an addition of 1e-8 for one of 0, and rows of padding gave NaN."""
+    config = make_config(**{name: 1e-10})
+    done = export_bundle(checkpoint_of(config), tmp_path / "out", options("masked", 18))
+    assert done.report is not None
+    assert done.report.passed
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +121,22 @@ def test_wrong_inputs_are_refused(changes: dict[str, Any], message: str, cached_
 def test_a_cache_too_short_to_trace_is_refused(sample: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="max sequence length is 3; accepted is 4 or more"):
         export_bundle(sample, tmp_path / "out", replace(options("cached"), max_sequence_length=3))
+
+
+def test_masks_may_be_boolean(cached_bundle: Path) -> None:
+    runtime = load(cached_bundle)
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    others = {
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        **{f"past_key_values.{side}": torch.empty(2, 2, 0, 32) for side in ("key", "value")},
+    }
+    expected = runtime(hidden_states=x, attention_mask=mask, **others)["output"]
+    torch.testing.assert_close(
+        runtime(hidden_states=x, attention_mask=mask.bool(), **others)["output"], expected, rtol=0, atol=0
+    )
+    arrays = {name: tensor.numpy() for name, tensor in {"hidden_states": x, **others}.items()}
+    given = runtime(attention_mask=mask.bool().numpy(), **arrays)["output"]
+    np.testing.assert_array_equal(given, expected.numpy())
+    with pytest.raises(InputError, match="position_ids has dtype bool"):
+        runtime(hidden_states=x, attention_mask=mask, **{**others, "position_ids": mask.bool()})

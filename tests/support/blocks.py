@@ -1,5 +1,6 @@
 """Small blocks: their configs, weights, checkpoints and inputs."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,11 +25,26 @@ def make_config(**changes: Any) -> DiffAttentionConfig:
 
 
 ROPE = RopeConfig(style="half", theta=100.0)
+# What further code bases have: lambda by head, a scale and a width of values of their own; heads as they are, a fixed
+# lambda, and a part of the channels turned.
+PER_HEAD = make_config(lambda_kind="head", value_head_dim=10, softmax_scale=0.3, causal=False, rope=None)
+PLAIN_HEADS = make_config(
+    lambda_kind="fixed",
+    lambda_init=1.0,
+    value_head_dim=6,
+    norm_eps=None,
+    norm_affine=False,
+    output_scale=1.0,
+    qk_norm_eps=1e-6,
+    rope=RopeConfig(style="half", theta=100.0, rotary_dim=4),
+)
 BLOCK_CONFIGS: dict[str, AnyConfig] = {
     "v1": make_config(),
     "v1-legacy": make_config(gqa_layout="legacy", rope=ROPE),
     "v1-window": make_config(sliding_window=3),
     "v2": DiffAttentionV2Config(embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, rope=ROPE),
+    "per-head": replace(PER_HEAD, causal=True),
+    "plain-heads": PLAIN_HEADS,
 }
 
 EXPORT_CONFIGS: dict[str, AnyConfig] = {
@@ -36,9 +52,12 @@ EXPORT_CONFIGS: dict[str, AnyConfig] = {
     "legacy-odd": make_config(gqa_layout="legacy", num_heads=3, num_kv_heads=1),
     "window": make_config(sliding_window=4),
     "full": make_config(causal=False, rope=None, qkv_bias=True, out_bias=True),
-    "v2": DiffAttentionV2Config(
-        embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, rope=RopeConfig(style="half", theta=100.0)
+    "v2": DiffAttentionV2Config(embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, rope=ROPE),
+    "v2-norms": DiffAttentionV2Config(
+        embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, rope=ROPE, qk_norm_eps=1e-6
     ),
+    "per-head": PER_HEAD,
+    "plain-heads": PLAIN_HEADS,
 }
 
 

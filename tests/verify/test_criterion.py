@@ -56,6 +56,16 @@ def test_the_figures_are_what_their_names_say() -> None:
     assert report.budget_used == pytest.approx(0.5 / budget.k, rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_eager_is_exact_the_floors_alone_are_allowed(dtype: DType) -> None:
+    expected = np.array([[[3.0, -4.0]]])
+    report = measure("output", expected.astype(dtype), yardstick(expected, dtype))
+    budget, eps = BUDGETS[dtype], epsilon(dtype)
+    assert report.eager_max_error == 0.0
+    assert report.allowed_rmse == pytest.approx(budget.rmse_floor * eps * 12.5**0.5, rel=1e-3)
+    assert report.allowed_max_error == pytest.approx(budget.max_floor * eps * 4.0, rel=1e-3)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
 def test_nan_and_infinity_must_be_where_they_belong(value: float) -> None:
     expected = exact()

@@ -5,10 +5,13 @@ from collections.abc import Set as AbstractSet
 
 from diffdeploy.checkpoints.fields import Fields
 from diffdeploy.checkpoints.layouts.base import Layout, Source
+from diffdeploy.checkpoints.layouts.blagpt import BLAGPT, BLAGPT_V2
 from diffdeploy.checkpoints.layouts.diffclip import DIFFCLIP
 from diffdeploy.checkpoints.layouts.huggingface import AXOLOTL, DIFFLLAMA, MOTIF
 from diffdeploy.checkpoints.layouts.microsoft import DIFFDEPLOY, MICROSOFT, MICROSOFT_V2, SDPADIFF
 from diffdeploy.checkpoints.layouts.phi4flash import PHI4FLASH
+from diffdeploy.checkpoints.layouts.replay import REPLAY
+from diffdeploy.checkpoints.layouts.stable_audio import STABLE_AUDIO
 from diffdeploy.checkpoints.layouts.timm import TIMM, TIMM_DUAL
 
 __all__ = ["LAYOUTS", "UNSUPPORTED", "Layout", "Source"]
@@ -18,15 +21,37 @@ LAYOUTS = {
     layout.name: layout
     for layout in (
         *(DIFFDEPLOY, MICROSOFT, SDPADIFF, MICROSOFT_V2, DIFFLLAMA, MOTIF, AXOLOTL, PHI4FLASH, TIMM, TIMM_DUAL),
-        DIFFCLIP,
+        *(DIFFCLIP, BLAGPT, BLAGPT_V2, REPLAY, STABLE_AUDIO),
     )
 }
+
+
+def _has_all(keys: AbstractSet[str], *endings: str) -> bool:
+    return all(any(key.endswith(ending) for key in keys) for ending in endings)
+
 
 # Differential attention that is recognised and refused: the key that shows it, and why.
 UNSUPPORTED: tuple[tuple[Callable[[AbstractSet[str], Fields], bool], str], ...] = (
     (
         lambda keys, fields: any(key.endswith("wq_b_gate.weight") for key in keys),
         "it is Motif-3 (wq_b_gate): latent attention with grouped noise heads, which has no canonical form",
+    ),
+    (
+        lambda keys, fields: _has_all(keys, "c_q.weight", "lambda_q1"),
+        "it is of the modded-nanogpt family (c_q), whose queries and keys are normalised without a weight in the file, "
+        "and with an epsilon that depends on the dtype",
+    ),
+    (
+        lambda keys, fields: any("diff_attn_heads." in key for key in keys),
+        "it is kyegomez/DifferentialTransformer (diff_attn_heads): each head has projections of its own, and lambda is "
+        "an argument of the call",
+    ),
+    (
+        lambda keys, fields: _has_all(
+            keys, ".attn.o_proj.weight", ".attn.subln.weight", ".norm1.weight", "mlp.0.weight"
+        ),
+        "it is PaddleFormers' DiffTransformer (attn.o_proj beside norm1 and mlp.0), whose norm runs over all heads "
+        "together",
     ),
     (
         lambda keys, fields: any(key.endswith("da.lambda_q1") for key in keys),

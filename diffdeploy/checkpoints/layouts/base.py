@@ -7,10 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffdeploy.checkpoints.fields import Fields, shortened, typed_field
-from diffdeploy.config import LAMBDA_VECTORS, GqaLayout, RopeConfig, RopeScaling
+from diffdeploy.config import LAMBDA_VECTORS, GqaLayout, LambdaKind, RopeConfig, RopeScaling
 from diffdeploy.errors import InputError
 
-__all__ = ["ROTARY_BUFFERS", "Layout", "Source", "UnknownThetaError", "huggingface_rope", "lambda_sources", "no_rope"]
+__all__ = [
+    "ROTARY_BUFFERS",
+    "Layout",
+    "Source",
+    "UnknownThetaError",
+    "UnknownWindowError",
+    "huggingface_rope",
+    "lambda_sources",
+    "no_rope",
+    "packed",
+]
 
 
 @dataclass(frozen=True)
@@ -19,15 +29,33 @@ class Source:
 
     Attributes:
         key: behind the prefix of the block.
-        part: of a projection that packs the rows of q, k and v one after the other.
+        parts: of a projection that packs several, whose rows stand one after the other in `order`; the first letter of
+            each is the projection that it is a part of.
+        order: of all parts in the tensor; empty where it is not packed.
         halves: its heads are those of stream 1 first, then those of stream 2; canonical are pairs.
         scalar: a number that stands for the inner product of two vectors.
     """
 
     key: str
-    part: Literal["q", "k", "v"] | None = None
+    parts: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
     halves: bool = False
     scalar: bool = False
+
+
+def packed(key: str, kind: str, *order: str) -> dict[str, Source]:
+    """Sources of the projections that one tensor packs.
+
+    Args:
+        key: behind the prefix.
+        kind: ``weight`` or ``bias``.
+        order: of its parts.
+    """
+    sources = {}
+    for letter in dict.fromkeys(part[0] for part in order):
+        parts = tuple(part for part in order if part[0] == letter)
+        sources[f"{letter}_proj.{kind}"] = Source(key, parts=parts, order=order, halves=len(parts) > 1)
+    return sources
 
 
 def lambda_sources(prefix: str = "") -> dict[str, Source]:
@@ -54,20 +82,26 @@ class Layout:
         causal: whether the block is; ``None`` where the same keys are used for both.
         causal_by_prefix: whether blocks whose prefix begins with a name are, before `causal`.
         lambda_init: of every layer, where it does not follow from the depth.
-        lambda_init_key: the tensor that holds it, behind the prefix.
+        lambda_kind: how lambda is made, see `DiffAttentionConfig`; ``token`` in the second version.
+        numbers: facts that a block stores as a tensor of one number, ``lambda_init`` or ``softmax_scale``, with its key
+            behind the prefix.
+        values: width of the values: ``pair`` for ``2d``, ``stream`` for ``d``, ``rows`` where their rows say it.
+        norm: of the heads: ``rms``, ``none``, or ``weighted`` for one where its weight is there.
         output_scale: factor behind the norm of the heads; ``None`` for ``1 - lambda_init``.
         noise_repeat: heads that share one noise query, by the fields; their query rows are ``[groups, repeat + 1, d]``,
             the noise last. ``None`` where each head has its own.
         rope: rotary embedding by the fields of config.json and the base that the user gave; ``None`` where the fields
             do not say.
+        turns_back: whether the rotary embedding turns by minus the angle.
         of_others: fields of config.json that are named like a fact about attention and mean another part of the model.
         reads_window: whether `sliding_window` reads the fields of that name.
         class_defaults: fields whose absence means the default of the source's own config class.
         config_class: that class, for the record of where a value came from.
         norm_eps_field: field with the norm's epsilon, 1e-5 where there is none.
         qk_norm_eps: epsilon of the optional norms of queries and keys.
-        head_fields: fields that must agree with the shapes, with the multiple of ``num_heads`` or ``num_kv_heads``.
-        sliding_window: by the fields and the layer.
+        head_fields: fields that must agree with the shapes, with the multiple of ``num_heads`` or ``num_kv_heads``;
+            ``None`` for as many as the values of a head are wide, in streams.
+        sliding_window: by the fields and the layer; raises `UnknownWindowError` where the fields do not say.
         refuse: why a block cannot be deployed, by its keys, the fields and the layer.
     """
 
@@ -84,29 +118,23 @@ class Layout:
     causal: bool | None = True
     causal_by_prefix: Mapping[str, bool] = field(default_factory=dict)
     lambda_init: float | None = None
-    lambda_init_key: str | None = None
+    lambda_kind: LambdaKind = "layer"
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    values: Literal["pair", "stream", "rows"] = "pair"
+    norm: Literal["rms", "weighted", "none"] = "rms"
     output_scale: float | None = None
     noise_repeat: Callable[[Fields], int] | None = None
     rope: Callable[[Fields, float | None], RopeConfig | None] | None = None
+    turns_back: bool = False
     of_others: tuple[str, ...] = ()
     reads_window: bool = False
     class_defaults: Mapping[str, float] = field(default_factory=dict)
     config_class: str = ""
     norm_eps_field: str = "norm_eps"
     qk_norm_eps: float | None = None
-    head_fields: Mapping[str, tuple[Literal["num_heads", "num_kv_heads"], int]] = field(default_factory=dict)
+    head_fields: Mapping[str, tuple[Literal["num_heads", "num_kv_heads"], int | None]] = field(default_factory=dict)
     sliding_window: Callable[[Fields, int | None], int | None] = lambda fields, layer: None
     refuse: Callable[[AbstractSet[str], Fields, int | None], str | None] = lambda keys, fields, layer: None
-
-    @property
-    def has_norm(self) -> bool:
-        """Whether each head's output is normalised."""
-        return self.version == 1
-
-    @property
-    def constant_lambda(self) -> bool:
-        """Whether lambda is one number, in place of one per token and head."""
-        return self.version == 1
 
     @property
     def streams_share_keys(self) -> bool:
@@ -119,10 +147,14 @@ class Layout:
         # Every block has queries, packed or not, and cross-attention layers that are to be refused have nothing else.
         return self.sources["q_proj.weight"].key
 
+    @property
+    def norm_weight(self) -> Source:
+        """Where the weight of the heads' norm stands."""
+        return self.sources.get("subln.weight") or self.optional["subln.weight"]
+
     def required_keys(self) -> list[str]:
         """Keys that every block has."""
-        stored = [] if self.lambda_init_key is None else [self.lambda_init_key]
-        return list(dict.fromkeys([*(source.key for source in self.sources.values()), *stored]))
+        return list(dict.fromkeys([*(source.key for source in self.sources.values()), *self.numbers.values()]))
 
 
 # Older transformers stored what follows from the config.
@@ -131,6 +163,10 @@ ROTARY_BUFFERS = {"rotary_emb.inv_freq": "the frequencies follow from config.jso
 
 class UnknownThetaError(InputError):
     """Nothing says the base of the rotary frequencies."""
+
+
+class UnknownWindowError(InputError):
+    """Nothing says how many keys a position sees."""
 
 
 def no_rope(fields: Fields, theta: float | None) -> RopeConfig | None:

@@ -4,7 +4,6 @@ Source: transformers 5.23 ``DiffLlamaForCausalLM``; Motif-Technologies/Motif-2.6
 stream 1 first, then those of stream 2, in q, k and v alike; Motif stores pairs and counts layers from 1 less.
 """
 
-from collections.abc import Set as AbstractSet
 from functools import partial
 
 from diffdeploy.checkpoints.fields import Fields, typed_field
@@ -93,32 +92,26 @@ MOTIF = Layout(
 )
 
 
-def _refuse_doubled(keys: AbstractSet[str], fields: Fields, layer: int | None) -> str | None:
-    if fields.get("split_heads") is False:
-        return "split_heads is false: values are as wide as one stream, which has no canonical form yet"
-    if "subln.weight" not in keys:
-        return "it has no subln.weight: heads without a norm have no canonical form yet"
-    return None
-
-
 AXOLOTL = Layout(
     name="axolotl",
-    what="axolotl-ai-cloud/diff-transformer with split heads and a norm",
+    what="axolotl-ai-cloud/diff-transformer, with split heads or doubled projections",
     sources={
+        # With split heads half of the file's heads are noise, and values are halves as well; with doubled projections
+        # there are as many differential heads as the file counts, and values have the width of one stream.
         **{f"{name}_proj.weight": Source(f"{name}_proj.weight", halves=True) for name in "qkv"},
         **_OUTPUT,
         **lambda_sources(),
     },
-    # Required by `_refuse_doubled`, which says why.
     optional={"subln.weight": Source("subln.weight")},
     irrelevant=ROTARY_BUFFERS,
+    values="rows",
+    norm="weighted",
     # A parameter here, and no factor behind the norm.
-    lambda_init_key="lambda_init",
+    numbers={"lambda_init": "lambda_init"},
     output_scale=1.0,
     rope=partial(huggingface_rope, default_theta=_LLAMA_DEFAULTS["rope_theta"]),
     class_defaults=_LLAMA_DEFAULTS,
     config_class="LlamaConfig of transformers 5.23, which axolotl's is derived from",
     norm_eps_field="rms_norm_eps",
-    head_fields={"num_attention_heads": ("num_heads", 2), "num_key_value_heads": ("num_kv_heads", 2)},
-    refuse=_refuse_doubled,
+    head_fields={"num_attention_heads": ("num_heads", None), "num_key_value_heads": ("num_kv_heads", None)},
 )

@@ -44,4 +44,7 @@ MICROSOFT_V2 = Layout(
     },
     # No optional keys: neither biases nor a norm exist in this version.
     version=2,
+    lambda_kind="token",
+    values="stream",
+    norm="none",
 )

@@ -7,7 +7,7 @@ to 15 have a sliding window, 17 sees everything, and 19 to 31 read the keys and 
 from collections.abc import Set as AbstractSet
 
 from diffdeploy.checkpoints.fields import Fields, typed_field
-from diffdeploy.checkpoints.layouts.base import Layout, Source, lambda_sources, no_rope
+from diffdeploy.checkpoints.layouts.base import Layout, Source, UnknownWindowError, lambda_sources, no_rope, packed
 
 __all__ = ["PHI4FLASH"]
 
@@ -19,13 +19,15 @@ def _full_layer(fields: Fields) -> int:
 
 
 def _window(fields: Fields, layer: int | None) -> int | None:
-    # 512 as in the published model; its config class alone would say 2047.
-    window: object = fields.get("sliding_window", 512)
+    if layer is None or layer >= _full_layer(fields):
+        return None
+    # 512 in the published model, and 2047 by default in its config class: without the field neither is known.
+    if "sliding_window" not in fields:
+        raise UnknownWindowError("sliding_window is missing")
+    window: object = fields["sliding_window"]
     # Its config class turns the one number into a list with an entry for each layer, and writes the list back.
     if isinstance(window, list):
-        window = window[layer] if layer is not None and layer < len(window) else None
-    if window is None or layer is None or layer >= _full_layer(fields):
-        return None
+        window = window[layer] if layer < len(window) else None
     return typed_field({"sliding_window": window}, "sliding_window", int)
 
 
@@ -45,8 +47,8 @@ PHI4FLASH = Layout(
     name="phi4flash",
     what="Phi-4-mini-flash-reasoning",
     sources={
-        **{f"{part}_proj.weight": Source("Wqkv.weight", part=part) for part in ("q", "k", "v")},
-        **{f"{part}_proj.bias": Source("Wqkv.bias", part=part) for part in ("q", "k", "v")},
+        **packed("Wqkv.weight", "weight", "q", "k", "v"),
+        **packed("Wqkv.bias", "bias", "q", "k", "v"),
         "out_proj.weight": Source("out_proj.weight"),
         "out_proj.bias": Source("out_proj.bias"),
         **lambda_sources(_INNER),

@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from diffdeploy.checkpoints.fields import Fields
-from diffdeploy.checkpoints.layouts.base import Layout, Source, lambda_sources, no_rope
+from diffdeploy.checkpoints.layouts.base import Layout, Source, lambda_sources, no_rope, packed
 
 __all__ = ["TIMM", "TIMM_DUAL"]
 
@@ -24,7 +24,7 @@ def _refuse(keys: AbstractSet[str], fields: Fields, layer: int | None) -> str | 
 
 _SHARED: dict[str, Any] = {
     "optional": {
-        **{f"{part}_proj.bias": Source("qkv.bias", part=part) for part in ("q", "k", "v")},
+        **packed("qkv.bias", "bias", "q", "k", "v"),
         "out_proj.bias": Source("proj.bias"),
         "q_norm.weight": Source("q_norm.weight"),
         "k_norm.weight": Source("k_norm.weight"),
@@ -36,7 +36,7 @@ _SHARED: dict[str, Any] = {
     "refuse": _refuse,
 }
 _PROJECTIONS = {
-    **{f"{part}_proj.weight": Source("qkv.weight", part=part) for part in ("q", "k", "v")},
+    **packed("qkv.weight", "weight", "q", "k", "v"),
     "out_proj.weight": Source("proj.weight"),
     "subln.weight": Source("sub_norm.weight"),
 }

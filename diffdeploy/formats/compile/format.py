@@ -23,6 +23,7 @@ class CompileFormat(Format):
     name = "compile"
     impls = ("two_call", "padded", "paired", "rows")
     compiles = True
+    executes = "machine code and pickles"
     # Python too, since its kernels are extension modules.
     machine = ("torch", "python", "platform", "isa", "gpu")
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from diffdeploy.exclusive import without_warnings
 from diffdeploy.formats.options import RunOptions
+from diffdeploy.formats.pt2.archive import checked_archive
 from diffdeploy.formats.torch_backend import TorchBackend
 
 if TYPE_CHECKING:
@@ -18,11 +19,16 @@ MODEL = "model.pt2"
 
 
 def load_program(directory: Path) -> "ExportedProgram":
-    """The program of a bundle."""
+    """The program of a bundle.
+
+    Raises:
+        IntegrityError: it holds something that could run code when it is loaded.
+    """
     import torch
 
+    archive = checked_archive(directory / MODEL)
     with without_warnings():  # torch before 2.13 warns that it must not write to the bytes which it reads weights from
-        return torch.export.load(directory / MODEL)
+        return torch.export.load(archive)
 
 
 class Pt2Backend(TorchBackend):

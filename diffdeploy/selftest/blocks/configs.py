@@ -9,6 +9,7 @@ from diffdeploy.selftest.blocks.entry import config_fault
 from diffdeploy.selftest.conditions import (
     causal_without_window,
     grouped,
+    has_norm,
     has_rope,
     masked,
     several_pairs,
@@ -72,5 +73,5 @@ config_fault(
     Stage.NORM,
     "a norm without its weight",
     lambda config: replace(config, norm_affine=False),
-    version_1,
+    has_norm,
 )

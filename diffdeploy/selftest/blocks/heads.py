@@ -13,7 +13,7 @@ from diffdeploy.config import DiffAttentionConfig
 from diffdeploy.graphs import Stage
 from diffdeploy.selftest.blocks.entry import faulty
 from diffdeploy.selftest.blocks.steps import Steps
-from diffdeploy.selftest.conditions import float32, several_heads, version_1
+from diffdeploy.selftest.conditions import float32, has_norm, lambda_is_not_one, several_heads
 
 
 @faulty("noise_is_added", "a plus where a minus is due", Stage.DIFFERENCE)
@@ -24,7 +24,7 @@ class NoiseIsAdded(Steps):
         return signal + lam * noise
 
 
-@faulty("lambda_on_signal", "``lambda signal - noise``", Stage.LAMBDA)
+@faulty("lambda_on_signal", "``lambda signal - noise``", Stage.LAMBDA, lambda_is_not_one)
 class LambdaOnSignal(Steps):
     """``lambda signal - noise``."""
 
@@ -60,35 +60,42 @@ def _config(block: Steps) -> DiffAttentionConfig:
     return cast("DiffAttentionConfig", block.config)
 
 
+def _eps(block: Steps) -> float:
+    eps = _config(block).norm_eps
+    assert eps is not None  # each fault of the norm needs one
+    return eps
+
+
 def _gamma(block: Steps) -> Tensor | None:
     return cast("torch.nn.RMSNorm", block.subln).weight
 
 
-@faulty("norm_over_halves", "the norm over ``d`` where it is over ``2d``", Stage.NORM, version_1)
+@faulty("norm_over_halves", "the norm over half of a head", Stage.NORM, has_norm)
 class NormOverHalves(Steps):
-    """The norm over ``d`` where it is over ``2d``."""
+    """The norm over half of a head."""
 
     def normalise(self, heads: Tensor) -> Tensor:
         config = _config(self)
-        halves = heads.reshape(*heads.shape[:-1], 2, config.head_dim)
-        normed = F.rms_norm(halves, (config.head_dim,), None, config.norm_eps).flatten(-2)
+        width = config.value_dim // 2
+        halves = heads.reshape(*heads.shape[:-1], 2, width)
+        normed = F.rms_norm(halves, (width,), None, config.norm_eps).flatten(-2)
         gamma = _gamma(self)
         return (normed if gamma is None else normed * gamma) * config.output_scale
 
 
-@faulty("norm_over_all_heads", "one norm over all heads together", Stage.NORM, version_1, several_heads)
+@faulty("norm_over_all_heads", "one norm over all heads together", Stage.NORM, has_norm, several_heads)
 class NormOverAllHeads(Steps):
     """One norm over all heads together."""
 
     def normalise(self, heads: Tensor) -> Tensor:
         config = _config(self)
         power = heads.square().mean(dim=(1, 3), keepdim=True)
-        normed = heads * torch.rsqrt(power + config.norm_eps)
+        normed = heads * torch.rsqrt(power + _eps(self))
         gamma = _gamma(self)
         return (normed if gamma is None else normed * gamma) * config.output_scale
 
 
-@faulty("layer_norm", "the mean is subtracted", Stage.NORM, version_1)
+@faulty("layer_norm", "the mean is subtracted", Stage.NORM, has_norm)
 class LayerNorm(Steps):
     """The mean is subtracted."""
 
@@ -96,7 +103,7 @@ class LayerNorm(Steps):
         return super().normalise(heads - heads.mean(-1, keepdim=True))
 
 
-@faulty("norm_missing", "no norm at all", Stage.NORM, version_1)
+@faulty("norm_missing", "no norm at all", Stage.NORM, has_norm)
 class NormMissing(Steps):
     """No norm at all."""
 
@@ -105,7 +112,7 @@ class NormMissing(Steps):
         return (heads if gamma is None else heads * gamma) * _config(self).output_scale
 
 
-@faulty("factor_before_norm", "the output factor in front of the norm, which takes it out again", Stage.NORM, version_1)
+@faulty("factor_before_norm", "the output factor in front of the norm, which takes it out again", Stage.NORM, has_norm)
 class FactorBeforeNorm(Steps):
     """The output factor in front of the norm, which takes it out again."""
 
@@ -114,18 +121,18 @@ class FactorBeforeNorm(Steps):
         return super().normalise(heads * factor) / factor
 
 
-@faulty("epsilon_outside", "epsilon added to the root, not under it", Stage.NORM, version_1)
+@faulty("epsilon_outside", "epsilon added to the root, not under it", Stage.NORM, has_norm)
 class EpsilonOutside(Steps):
     """Epsilon added to the root, not under it."""
 
     def normalise(self, heads: Tensor) -> Tensor:
         config = _config(self)
-        root = heads.square().mean(-1, keepdim=True).sqrt() + config.norm_eps
+        root = heads.square().mean(-1, keepdim=True).sqrt() + _eps(self)
         gamma = _gamma(self)
         return (heads / root if gamma is None else heads / root * gamma) * config.output_scale
 
 
-@faulty("norm_before_difference", "each attention is normalised by itself", Stage.NORM, version_1)
+@faulty("norm_before_difference", "each attention is normalised by itself", Stage.NORM, has_norm)
 class NormBeforeDifference(Steps):
     """Each attention is normalised by itself."""
 

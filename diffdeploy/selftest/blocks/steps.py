@@ -10,7 +10,7 @@ from torch import Tensor
 from diffdeploy.modules import AttentionBlock, KeyValueCache
 from diffdeploy.modules.attention import Rotation
 from diffdeploy.ops import Impl
-from diffdeploy.ops.heads import stream_heads
+from diffdeploy.ops.heads import equal_widths, stream_heads
 from diffdeploy.ops.masks import Visibility, visibility
 from diffdeploy.ops.registry import implementation
 
@@ -86,18 +86,15 @@ class Steps(AttentionBlock):
 
     def softmax_attention(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
         """One softmax attention, with equal widths where those of the block's kernels are."""
-        width = q_BHSd.shape[-1]
-        padding = (0, 0 if self.impl == Impl.TWO_CALL else v_BHTe.shape[-1] - width)
+        sides = (q_BHSd, k_BHTd, v_BHTe)
         output = F.scaled_dot_product_attention(
-            F.pad(q_BHSd, padding),
-            F.pad(k_BHTd, padding),
-            v_BHTe,
+            *(sides if self.impl == Impl.TWO_CALL else equal_widths(*sides)),
             attn_mask=seen.mask,
             is_causal=seen.is_causal,
-            scale=width**-0.5,
+            scale=self.config.scale,
             enable_gqa=q_BHSd.shape[1] != k_BHTd.shape[1],
         )
-        return seen.clear_dead(output)
+        return seen.clear_dead(output[..., : v_BHTe.shape[-1]])
 
     def difference(self, signal: Tensor, noise: Tensor, lam: Tensor) -> Tensor:
         """The differential heads."""

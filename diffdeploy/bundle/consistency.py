@@ -1,0 +1,99 @@
+"""A manifest against itself and against the weights: whoever signs one anew can write anything into it."""
+
+from pathlib import Path
+from typing import Any
+
+from diffdeploy.bundle.manifest import Manifest
+from diffdeploy.config import LAMBDA_VECTORS
+from diffdeploy.errors import InputError, IntegrityError
+from diffdeploy.graphs import GraphSpec, graph_spec
+
+__all__ = ["require_consistent"]
+
+# More rows and positions than any model has; tables of so many positions are still made.
+_MOST = {"batch_size": 2**20, "sequence_length": 2**24}
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def require_consistent(manifest: Manifest, weights: Path) -> None:
+    """See that the graph is one that the block has, and that the file holds the weights of that block and no others.
+
+    Args:
+        manifest: of a bundle.
+        weights: its weights file; its header alone is read.
+
+    Raises:
+        IntegrityError: something does not fit.
+    """
+    spec = manifest.graph
+    for axis, most in _MOST.items():
+        given = spec.axes[axis].max if axis in spec.axes else 0
+        if not 1 <= given <= most:
+            raise IntegrityError(f"manifest.json has up to {given} for {axis}; accepted is 1 to {most}")
+    try:
+        implied = graph_spec(
+            spec.variant,
+            manifest.config,
+            dtype=spec.inputs["hidden_states"].dtype if "hidden_states" in spec.inputs else "float32",  # type: ignore[arg-type]
+            max_batch_size=spec.axes["batch_size"].max,
+            max_sequence_length=spec.axes["sequence_length"].max,
+        )
+    except InputError as error:
+        raise IntegrityError(f"manifest.json does not describe a graph: {error}") from error
+    if spec not in (implied, _with_streams_apart(implied, manifest)):
+        raise IntegrityError(
+            f"manifest.json has a graph that its block does not have: {_first_difference(spec, implied)}"
+        )
+    _require_weights(manifest, weights)
+
+
+def _with_streams_apart(spec: GraphSpec, manifest: Manifest) -> GraphSpec:
+    """The graph of earlier versions, whose cache has a head for each key stream."""
+    config, heads = manifest.config, manifest.config.num_key_streams
+
+    def earlier(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: tensor.model_copy(update={"shape": ("batch_size", heads, tensor.shape[2], config.head_dim)})
+            if name in ("past_key_values.key", "present.key")
+            else tensor
+            for name, tensor in tensors.items()
+        }
+
+    return spec.model_copy(update={"inputs": earlier(spec.inputs), "outputs": earlier(spec.outputs)})
+
+
+def _first_difference(spec: GraphSpec, implied: GraphSpec) -> str:
+    given, wanted = spec.model_dump(mode="json"), implied.model_dump(mode="json")
+    for part in given:
+        if given[part] == wanted[part]:
+            continue
+        names = dict.fromkeys([*wanted[part], *given[part]])
+        name = next((each for each in names if given[part].get(each) != wanted[part].get(each)), None)
+        if name is None:
+            return f"the order of its {part} is {', '.join(given[part])}"
+        return f"{name} of its {part} is {given[part].get(name)}, and should be {wanted[part].get(name)}"
+    return "its shapes are other ones"
+
+
+def _require_weights(manifest: Manifest, path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    expected = manifest.config.weight_shapes()
+    dtype = _DTYPES[manifest.graph.dtype]
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = set(file.keys())
+            if odd := sorted(names ^ expected.keys()):
+                where = "lacks" if odd[0] in expected else "also holds"
+                raise IntegrityError(
+                    f"{path} {where} {odd[0]}: its weights are not those of the block in manifest.json"
+                )
+            for name, shape in expected.items():
+                found = file.get_slice(name)
+                wanted = (list(shape), "F32" if name in LAMBDA_VECTORS else dtype)
+                given = (list(found.get_shape()), str(found.get_dtype()))
+                if given != wanted:
+                    was, due = (f"{kind} {sizes}" for sizes, kind in (given, wanted))
+                    raise IntegrityError(f"{name} in {path} is {was}; the block in manifest.json has {due}")
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"{path} cannot be read: {error}") from error

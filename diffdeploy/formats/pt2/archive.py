@@ -1,0 +1,204 @@
+"""What of a ``.pt2`` archive torch gets to see: nothing that could run code when it is loaded.
+
+`torch.export.load` unpickles sample inputs, weights and constants, evaluates expressions, looks operators up by names
+that the file gives, and executes source that it writes from the rest. An exported program needs none of that freedom:
+its weights are bytes, its operators compute, its expressions are arithmetic. So an archive is read here first, and what
+is passed on is written anew from what was checked, without its sample inputs, which nobody needs.
+
+Source: torch 2.11 to 2.14, ``torch/export/pt2_archive`` and ``torch/_export/serde``.
+"""
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffdeploy.errors import IntegrityError
+from diffdeploy.formats.pt2.expressions import is_expression, is_guard, is_name
+
+__all__ = ["checked_archive"]
+
+_SAMPLE_INPUTS = re.compile(r"data/sample_inputs/\w+\.pt")
+_GRAPH = re.compile(r"models/\w+\.json")
+_PAYLOADS = re.compile(r"data/(weights|constants)/model_\1_config\.json|data/(weights|constants)/\w+_config\.json")
+# Numbers as bytes, and words of the archive's own.
+_PLAIN = re.compile(r"data/(weights/weight|constants/tensor)_\d+|archive_format|archive_version|byteorder|version|"
+                    r"\.data/(version|serialization_id)|\.format_version|\.storage_alignment")  # fmt: skip
+
+# All that exports of a block call; every one computes a tensor or a size from tensors and sizes, and does nothing else.
+_ATEN = frozenset(
+    {
+        *("__and__", "__or__", "_assert_scalar", "_assert_tensor_metadata", "_softmax", "_to_copy", "add", "addcmul"),
+        *("alias", "all", "and", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "chunk"),
+        *("clone", "contiguous", "copy", "cumsum", "detach", "detach_", "div", "embedding", "eq", "exp", "expand"),
+        *("expand_as", "flatten", "full", "full_like", "ge", "gelu", "gt", "index", "index_select", "le"),
+        *("lift_fresh_copy", "linear", "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "matmul"),
+        *("max", "maximum", "mean", "min", "minimum", "mul", "narrow", "ne", "neg", "new_zeros", "ones", "ones_like"),
+        *("pad", "constant_pad_nd", "permute", "pow", "reciprocal", "repeat", "repeat_interleave", "reshape"),
+        *("rms_norm", "rsqrt", "rsub", "scalar_tensor", "scaled_dot_product_attention", "select", "sigmoid", "silu"),
+        *("slice", "softmax", "split", "split_with_sizes", "sqrt", "squeeze", "stack", "sub", "sum"),
+        *("sym_constrain_range", "sym_constrain_range_for_size", "sym_numel", "sym_size", "sym_stride", "t", "to"),
+        *("transpose", "tril", "triu", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros", "zeros_like"),
+    }
+)
+_OPERATOR = re.compile(r"torch\.ops\.aten\.(\w+)\.\w+")
+_OF_SIZES = re.compile(
+    r"_operator\.(add|sub|mul|floordiv|truediv|mod|neg|pos|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)|"
+    r"torch\.(sym_(max|min|not|ite|int|float)|sym_sum)|math\.(ceil|floor|trunc)"
+)
+_VERSION = re.compile(r"[0-9A-Za-z.+_-]*")
+# Submodules and objects of classes of its own, which no export of a block has.
+_NEVER = ("as_graph", "as_custom_obj", "as_operator", "class_fqn", "custom_obj", "custom_obj_name")
+_TREES = ("in_spec", "out_spec")
+_CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict")
+
+
+def checked_archive(path: Path) -> io.BytesIO:
+    """The archive as torch may see it.
+
+    Args:
+        path: of the archive.
+
+    Raises:
+        IntegrityError: it holds something that could run code, or is no such archive.
+    """
+    clean = io.BytesIO()
+    try:
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(clean, "w") as kept:
+            names = archive.namelist()
+            if len(set(names)) != len(names):
+                raise _refused(path, "it has two entries of one name")
+            for entry in archive.infolist():
+                # Stored as they are, as torch writes them: what unpacks to more than the file could fill the memory.
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise _refused(path, f"{entry.filename} is compressed")
+                kept.writestr(entry.filename, _content(path, entry.filename, archive.read(entry)))
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, UnicodeError, RuntimeError) as error:
+        raise IntegrityError(f"{path} is not an archive of torch.export ({error}); export it again") from error
+    clean.seek(0)
+    return clean
+
+
+def _refused(path: Path, reason: str) -> IntegrityError:
+    return IntegrityError(f"{path} is not loaded, since that could run code: {reason}; no export makes such a file")
+
+
+def _content(path: Path, name: str, content: bytes) -> bytes:
+    """What is passed on of one entry."""
+    # Below one folder, whose name is that of the file when it was written.
+    below = name.partition("/")[2]
+    if _SAMPLE_INPUTS.fullmatch(below):
+        return b""
+    if _GRAPH.fullmatch(below):
+        _require_graph(path, _json(path, name, content))
+    elif _PAYLOADS.fullmatch(below):
+        _require_no_pickles(path, name, _json(path, name, content))
+    elif not _PLAIN.fullmatch(below):
+        raise _refused(path, f"it holds {name}")
+    return content
+
+
+def _json(path: Path, name: str, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{name} in {path} is not readable JSON; export it again") from error
+
+
+def _require_no_pickles(path: Path, name: str, payloads: Any) -> None:
+    config = payloads.get("config") if isinstance(payloads, dict) else None
+    if not isinstance(config, dict):
+        raise _refused(path, f"{name} does not say how its tensors are stored")
+    for tensor, payload in config.items():
+        if not isinstance(payload, dict) or payload.get("use_pickle") is not False:
+            raise _refused(path, f"{tensor} in {name} is a pickle")
+        # A plain name: with folders in it, torch would look elsewhere.
+        if not re.fullmatch(r"(weight|tensor)_\d+", str(payload.get("path_name"))):
+            raise _refused(path, f"{tensor} in {name} stands in {payload.get('path_name')!r}")
+        _Walk(path).value("", {key: each for key, each in payload.items() if key != "path_name"})
+
+
+def _require_graph(path: Path, model: Any) -> None:
+    if not isinstance(model, dict):
+        raise _refused(path, "its graph is no JSON object")
+    walk = _Walk(path)
+    for key, value in model.items():
+        if key == "guards_code":
+            walk.texts(key, value, is_guard)
+        elif key == "range_constraints":
+            walk.texts(key, list(value) if isinstance(value, dict) else value, is_expression)
+            walk.value(key, list(value.values()))
+        else:
+            walk.value(key, value)
+
+
+class _Walk:
+    """Every text of a graph: an expression, an operator or a name, by where it stands; nothing else is let through."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def value(self, key: str, value: Any) -> None:
+        """What stands under a key."""
+        if key in _NEVER or (key == "custom_obj_values" and value):
+            raise _refused(self._path, f"its graph has {key}")
+        if isinstance(value, dict):
+            for name, each in value.items():
+                if not is_name(name):
+                    raise _refused(self._path, f"its graph has a key {name[:80]!r}")
+                self._field(name, each)
+        elif isinstance(value, list):
+            for each in value:
+                self.value(key, each)
+        elif isinstance(value, str):
+            self._text(key, value)
+
+    def _field(self, name: str, value: Any) -> None:
+        if name == "metadata":
+            self.texts(name, list(value.values()) if isinstance(value, dict) else value, _is_line)
+        elif name in _TREES and isinstance(value, str):
+            self._tree(name, _json(self._path, name, value.encode()))
+        else:
+            self.value(name, value)
+
+    def texts(self, key: str, texts: Any, fits: Callable[[object], bool]) -> None:
+        """A list of texts of one kind."""
+        if not isinstance(texts, list):
+            raise _refused(self._path, f"its {key} is {type(texts).__name__}")
+        for text in texts:
+            if not fits(text):
+                raise _refused(self._path, f"its {key} has {str(text)[:80]!r}")
+
+    def _text(self, key: str, text: str) -> None:
+        if key == "expr_str":
+            fits = is_expression(text)
+        elif key == "target":
+            match = _OPERATOR.fullmatch(text)
+            fits = match[1] in _ATEN if match else _OF_SIZES.fullmatch(text) is not None
+        elif key == "torch_version":
+            fits = _VERSION.fullmatch(text) is not None
+        else:
+            fits = text == "" or is_name(text)
+        if not fits:
+            raise _refused(self._path, f"its graph has {key} {text[:80]!r}")
+
+    def _tree(self, name: str, tree: Any) -> None:
+        """How inputs and outputs are nested: Python's own containers, by names."""
+        if isinstance(tree, dict):
+            kind = tree.get("type")
+            if kind is not None and kind not in _CONTAINERS:
+                raise _refused(self._path, f"its {name} has {str(kind)[:80]!r}")
+            for each in tree.values():
+                self._tree(name, each)
+        elif isinstance(tree, list):
+            for each in tree:
+                self._tree(name, each)
+        elif isinstance(tree, str) and tree not in (*_CONTAINERS, "null", "[]", "") and not is_name(tree):
+            raise _refused(self._path, f"its {name} has {tree[:80]!r}")
+
+
+def _is_line(text: object) -> bool:
+    return isinstance(text, str) and len(text.splitlines()) <= 1

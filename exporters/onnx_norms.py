@@ -1,0 +1,58 @@
+"""RMS norms with an epsilon that torch's ONNX exporter would leave out.
+
+Below opset 23 a norm is written as single operators, and the optimiser that runs behind the exporter removes an
+addition of anything up to 1e-8, as if it were 0: rows of zeros then give NaN (torch 2.13).
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from diffdeploy.modules import AttentionBlock
+
+__all__ = ["small_epsilons_kept"]
+
+# The first opset with an operator for the norm, which holds epsilon as an attribute.
+_HAS_OPERATOR = 23
+# What is larger stays; measured, 1e-6 does and 1e-8 does not.
+_SMALL = 1e-7
+_NORMS = ("subln", "q_norm", "k_norm")
+
+
+class _ScaledNorm(nn.Module):
+    """The same norm of numbers ``c`` times as large, with ``c ** 2`` times the epsilon, which is then near 1.
+
+    ``c`` is a power of 2, so that nothing is rounded otherwise.
+    """
+
+    def __init__(self, norm: nn.RMSNorm, eps: float) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.factor = 2.0 ** round(-math.log2(eps) / 2)
+        self.eps = eps * self.factor**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis, in at least fp32."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)) * self.factor
+        unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (unit if self.weight is None else unit * self.weight.to(unit.dtype)).to(x.dtype)
+
+
+@contextmanager
+def small_epsilons_kept(block: AttentionBlock, opset: int) -> Iterator[None]:
+    """Within it the block has norms that the exporter writes down with their epsilons."""
+    replaced: dict[str, nn.RMSNorm] = {}
+    if opset < _HAS_OPERATOR:
+        for name in _NORMS:
+            norm = getattr(block, name, None)
+            if isinstance(norm, nn.RMSNorm) and norm.eps is not None and norm.eps < _SMALL:
+                replaced[name] = norm
+                setattr(block, name, _ScaledNorm(norm, norm.eps))
+    try:
+        yield
+    finally:
+        for name, norm in replaced.items():
+            setattr(block, name, norm)
