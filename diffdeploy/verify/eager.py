@@ -101,6 +101,7 @@ def for_queries(block: "AttentionBlock", queries: Array | None) -> Iterator[None
             causal=False,
             attn_mask=seen[None, None] if mask is None else mask & seen,
             gqa_layout=config.gqa_layout,
+            scale=config.scale,
             impl=block.impl,
         )
 
