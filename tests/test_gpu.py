@@ -57,3 +57,20 @@ def test_block_with_padding_and_cache(name: str, dtype: torch.dtype) -> None:
     assert torch.isfinite(joined).all()
     error = (joined - expected).square().mean().sqrt()
     assert error < 32 * torch.finfo(dtype).eps * expected.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", ["two_call", "padded", "paired", "rows"])
+def test_a_hidden_key_is_not_seen_whatever_its_score(impl: str, dtype: torch.dtype) -> None:
+    """Hidden keys have the largest scores of all, 1e6 and more; a bias in place of minus infinity lets them through."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 65, 64, generator=generator) for heads in (8, 8, 4))
+    seen = torch.ones(2, 1, 1, 65, dtype=torch.bool)
+    seen[..., 20:40] = False
+    k[:, :, 20:40] = 3e3 * q[:, :, -1:].sign()
+    q = 3e3 * q.sign()
+    sides = [side.to("cuda", dtype) for side in (q, k, v)]
+    with_them = diff_attention(*sides, torch.tensor(0.4), causal=True, attn_mask=seen.cuda(), impl=impl)
+    sides[1][:, :, 20:40] = 0.0
+    without = diff_attention(*sides, torch.tensor(0.4), causal=True, attn_mask=seen.cuda(), impl=impl)
+    torch.testing.assert_close(with_them, without, rtol=0, atol=0)

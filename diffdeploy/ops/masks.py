@@ -11,8 +11,9 @@ from torch import Tensor
 
 from diffdeploy.errors import InputError
 from diffdeploy.ops.heads import as_rows
+from diffdeploy.ops.target import runs_on_cuda
 
-__all__ = ["Visibility", "visibility"]
+__all__ = ["Visibility", "kernel_mask", "visibility"]
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,19 @@ def visibility(
         seen = attn_mask != float("-inf")
         mask, dead = _without_dead_rows(seen if band is None else seen & band, attn_mask)
     return Visibility(mask, dead=dead, offset=offset, window=sliding_window)
+
+
+def kernel_mask(q_BHSd: Tensor, mask: Tensor | None) -> Tensor | None:
+    """A mask as fused kernels take it: additive for half precision on CUDA, else as it is.
+
+    torch makes a finite number of what a boolean mask hides before it calls cuDNN, so that hidden keys with scores from
+    about 3e5 on are seen: 30 to 50 % of the queries were wrong on an H100 with torch 2.11.
+    """
+    if mask is None or mask.dtype != torch.bool or q_BHSd.dtype not in (torch.float16, torch.bfloat16):
+        return mask
+    if not runs_on_cuda(q_BHSd):
+        return mask
+    return torch.zeros((), dtype=q_BHSd.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
 
 
 def _without_dead_rows(seen: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffdeploy.ops.heads import as_rows, equal_widths, from_rows
-from diffdeploy.ops.masks import Visibility
+from diffdeploy.ops.masks import Visibility, kernel_mask
 from diffdeploy.ops.request import Keys, Request
 
 __all__ = ["attend_rows", "padded_queries"]
@@ -48,7 +48,7 @@ def attend_rows(q_BHSe: Tensor, k_BHTe: Tensor, v_BHTe: Tensor, seen: Visibility
     seen = seen.of_rows(q_BHSe, num_kv_heads)
     output = F.scaled_dot_product_attention(
         *equal_widths(as_rows(q_BHSe, num_kv_heads), k_BHTe, v_BHTe),
-        attn_mask=seen.mask,
+        attn_mask=kernel_mask(q_BHSe, seen.mask),
         is_causal=seen.is_causal,
         scale=scale,
     )

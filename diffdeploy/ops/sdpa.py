@@ -11,7 +11,7 @@ from torch import Tensor
 from diffdeploy.errors import InputError
 from diffdeploy.ops.heads import equal_widths, separate_streams
 from diffdeploy.ops.impl import Impl
-from diffdeploy.ops.masks import Visibility
+from diffdeploy.ops.masks import Visibility, kernel_mask
 from diffdeploy.ops.registry import register
 from diffdeploy.ops.request import Keys, Phase, Request
 from diffdeploy.ops.rows import attend_rows, padded_queries
@@ -38,7 +38,7 @@ def attend(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility, sca
         q_BHSd,
         k_BHTd,
         v_BHTe,
-        attn_mask=seen.mask,
+        attn_mask=kernel_mask(q_BHSd, seen.mask),
         is_causal=seen.is_causal,
         scale=scale,
         enable_gqa=grouped,
