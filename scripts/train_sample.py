@@ -13,6 +13,7 @@ import platform
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,17 +30,19 @@ BATCH_SIZE = 16
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 STEPS_PER_LINE = 100
-CONFIG = DecoderConfig(
+ROPE = RopeConfig(style="interleaved", theta=10000.0)
+SIZES: dict[str, Any] = {
     # One for each byte.
-    vocab_size=256,
-    embed_dim=128,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
+    "vocab_size": 256,
+    "embed_dim": 128,
+    "num_layers": 4,
+    "num_heads": 4,
+    "num_kv_heads": 2,
     # 8/3 of the model width, as the paper has it, rounded to a multiple of 8.
-    ffn_dim=344,
-    rope=RopeConfig(style="interleaved", theta=10000.0),
-)
+    "ffn_dim": 344,
+    "norm_eps": 1e-5,
+}
+CONFIG = DecoderConfig.of_paper(**SIZES, rope=ROPE)
 
 
 def read_text() -> tuple[bytes, bytes]:
@@ -143,7 +146,13 @@ def main() -> None:
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), arguments.output / "model.safetensors")
-    config = {"model_type": "diffdeploy", **CONFIG.to_dict(), "gqa_layout": "canonical", "training": record}
+    config = {
+        "model_type": "diffdeploy",
+        **SIZES,
+        "rope": {"style": ROPE.style, "theta": ROPE.theta},
+        "gqa_layout": "canonical",
+        "training": record,
+    }
     (arguments.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 

@@ -8,7 +8,7 @@ from diffdeploy.config.block import (
     lambda_init_at,
 )
 from diffdeploy.config.block_v2 import AnyConfig, DiffAttentionV2Config
-from diffdeploy.config.model import DecoderConfig
+from diffdeploy.config.model import DecoderConfig, LayerConfig, MlpConfig, MlpKind
 from diffdeploy.config.rope import RopeConfig, RopeScaling, RopeStyle
 
 __all__ = [
@@ -19,6 +19,9 @@ __all__ = [
     "DiffAttentionV2Config",
     "GqaLayout",
     "LambdaKind",
+    "LayerConfig",
+    "MlpConfig",
+    "MlpKind",
     "RopeConfig",
     "RopeScaling",
     "RopeStyle",

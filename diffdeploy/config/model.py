@@ -1,57 +1,174 @@
-"""Sizes of a whole decoder, from which each layer's block config follows."""
+"""Every size and flag of a whole decoder: its layers one by one, and what stands around them."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Self, get_args
 
 from diffdeploy.config.block import DiffAttentionConfig, lambda_init_at
+from diffdeploy.config.block_v2 import AnyConfig
+from diffdeploy.config.requirement import require
 from diffdeploy.config.rope import RopeConfig
+from diffdeploy.errors import InputError
 
-__all__ = ["DecoderConfig"]
+__all__ = ["DecoderConfig", "LayerConfig", "MlpConfig", "MlpKind"]
+
+MlpKind = Literal["swiglu", "polynorm"]
+
+# PolyNorm weighs the cube, the square and the number itself.
+_NUM_POWERS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpConfig:
+    """The gated MLP of a layer: ``W_down(act(W_gate x) * W_up x)``.
+
+    Attributes:
+        kind: ``swiglu``, where ``act`` is SiLU (arXiv 2002.05202, section 2); ``polynorm``, where it is
+            `diffdeploy.modules.mlp.PolyNorm`, as in Motif.
+        hidden_dim: width ``I`` between the projections.
+        bias: whether the projections have biases.
+    """
+
+    hidden_dim: int
+    kind: MlpKind = "swiglu"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.kind in get_args(MlpKind), "mlp.kind", self.kind, "swiglu or polynorm")
+        require(self.hidden_dim >= 1, "mlp.hidden_dim", self.hidden_dim, "a positive integer")
+
+    def weight_shapes(self, embed_dim: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights, for a model of that width."""
+        rows = {"gate_proj": self.hidden_dim, "up_proj": self.hidden_dim, "down_proj": embed_dim}
+        columns = {"gate_proj": embed_dim, "up_proj": embed_dim, "down_proj": self.hidden_dim}
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows[name], columns[name]) for name in rows}
+        if self.bias:
+            shapes |= {f"{name}.bias": (rows[name],) for name in rows}
+        if self.kind == "polynorm":
+            shapes |= {"act.weight": (_NUM_POWERS,), "act.bias": (1,)}
+        return shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """One layer: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    attention: AnyConfig
+    mlp: MlpConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes of a decoder-only DIFF Transformer.
+    """A decoder-only language model of pre-norm layers (arXiv 2410.05258, section 2.2).
 
     Attributes:
         vocab_size: number of tokens.
         embed_dim: model width ``D``.
-        num_layers: decoder layers.
-        num_heads: differential heads ``h`` per layer, each ``D / h`` wide at its output.
-        num_kv_heads: differential key/value heads ``h_kv``.
-        ffn_dim: hidden width of the SwiGLU; the paper's is ``8/3 D``.
-        rope: rotary embedding of all layers.
-        norm_eps: epsilon of every RMS norm.
+        layers: from the embedding to the head. Their caches have one shape and their positions one rotary embedding;
+            lambda, windows and MLPs may differ.
+        norm_eps: epsilon of the RMS norms around the blocks, with weights.
+        tied: whether the head is the embedding.
+        version: tells it from the configs of blocks when they are read from JSON.
+
+    Raises:
+        InputError: a field is out of range, or layers do not go together; the message names it.
     """
 
     vocab_size: int
     embed_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    ffn_dim: int
-    rope: RopeConfig
+    layers: tuple[LayerConfig, ...]
     norm_eps: float = 1e-5
+    tied: bool = False
+    version: Literal["decoder"] = "decoder"
 
-    def attention(self, layer: int) -> DiffAttentionConfig:
-        """Config of the attention block in the 0-based ``layer``."""
-        return DiffAttentionConfig(
-            embed_dim=self.embed_dim,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            # A differential head is as wide as two heads of the softmax model of equal size.
-            head_dim=self.embed_dim // self.num_heads // 2,
-            lambda_init=lambda_init_at(layer),
-            output_scale=1 - lambda_init_at(layer),
-            rope=self.rope,
-            norm_eps=self.norm_eps,
-        )
+    def __post_init__(self) -> None:
+        require(self.vocab_size >= 1, "vocab_size", self.vocab_size, "a positive integer")
+        require(len(self.layers) >= 1, "layers", len(self.layers), "at least one layer")
+        eps = self.norm_eps
+        require(math.isfinite(eps) and eps > 0, "norm_eps", eps, "a positive number")
+        first = self.attention
+        for number, layer in enumerate(self.layers):
+            require(layer.attention.embed_dim == self.embed_dim, "embed_dim", self.embed_dim, "that of every layer")
+            require(layer.attention.causal, f"causal of layer {number}", False, "True: a decoder sees no later token")
+            if difference := _difference(first, layer.attention):
+                raise InputError(
+                    f"layer {number} has another {difference} than layer 0; a decoder has layers of one kind, and "
+                    "--layer exports one of them"
+                )
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, read back by `from_dict`."""
-        return asdict(self)
+    @property
+    def attention(self) -> AnyConfig:
+        """The block of the first layer, which stands for all in what their caches and positions are."""
+        return self.layers[0].attention
+
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
+        return len(self.layers)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the canonical weights, as `DiffTransformer.state_dict` has them."""
+        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.vocab_size, self.embed_dim)}
+        for number, layer in enumerate(self.layers):
+            parts = {
+                "attention_norm.weight": (self.embed_dim,),
+                **{f"self_attn.{name}": shape for name, shape in layer.attention.weight_shapes().items()},
+                "ffn_norm.weight": (self.embed_dim,),
+                **{f"ffn.{name}": shape for name, shape in layer.mlp.weight_shapes(self.embed_dim).items()},
+            }
+            shapes |= {f"layers.{number}.{name}": shape for name, shape in parts.items()}
+        shapes["norm.weight"] = (self.embed_dim,)
+        return shapes if self.tied else {**shapes, "lm_head.weight": (self.vocab_size, self.embed_dim)}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
-        return cls(**{**fields, "rope": RopeConfig(**fields["rope"])})
+    def of_paper(
+        cls,
+        *,
+        vocab_size: int,
+        embed_dim: int,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int,
+        ffn_dim: int,
+        rope: RopeConfig,
+        norm_eps: float = 1e-5,
+    ) -> Self:
+        """A decoder as the paper has it: heads as wide as two of the softmax model, lambda_init by depth, SwiGLU.
+
+        Args:
+            vocab_size: number of tokens.
+            embed_dim: model width ``D``.
+            num_layers: decoder layers.
+            num_heads: differential heads ``h`` of a layer, each ``D / h`` wide at its output.
+            num_kv_heads: differential key/value heads ``h_kv``.
+            ffn_dim: hidden width of the SwiGLU; the paper's is ``8/3 D``.
+            rope: rotary embedding of all layers.
+            norm_eps: epsilon of every RMS norm, that of the heads as well.
+        """
+        layers = tuple(
+            LayerConfig(
+                attention=DiffAttentionConfig(
+                    embed_dim=embed_dim,
+                    num_heads=num_heads,
+                    num_kv_heads=num_kv_heads,
+                    head_dim=embed_dim // num_heads // 2,
+                    lambda_init=lambda_init_at(depth),
+                    output_scale=1 - lambda_init_at(depth),
+                    rope=rope,
+                    norm_eps=norm_eps,
+                ),
+                mlp=MlpConfig(hidden_dim=ffn_dim),
+            )
+            for depth in range(num_layers)
+        )
+        return cls(vocab_size=vocab_size, embed_dim=embed_dim, layers=layers, norm_eps=norm_eps)
+
+
+def _difference(one: AnyConfig, other: AnyConfig) -> str | None:
+    """The first field, of those that all layers share, in which two blocks differ."""
+    if isinstance(other, DiffAttentionConfig) and isinstance(one, DiffAttentionConfig):
+        other = replace(other, lambda_init=one.lambda_init, output_scale=one.output_scale)
+    if type(one) is not type(other):
+        return "version of differential attention"
+    other = replace(other, sliding_window=one.sliding_window)
+    return next((name for name in vars(one) if getattr(one, name) != getattr(other, name)), None)

@@ -1,43 +1,73 @@
-"""A DIFF Transformer language model: the setting in which the block was published, and the one of the sample."""
+"""A DIFF Transformer language model: the setting in which the block was published.
 
-import torch.nn.functional as F
+Shape suffixes: B batch, S new tokens, P past tokens, T = P + S, D model width.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, cast
+
+import torch
 from torch import Tensor, nn
 
-from diffdeploy.config import DecoderConfig
-from diffdeploy.modules.attention import DiffAttention
+from diffdeploy.config import DecoderConfig, LayerConfig
+from diffdeploy.errors import InputError
+from diffdeploy.modules.attention import block_class
+from diffdeploy.modules.block import AttentionBlock, KeyValueCache, Rotation
+from diffdeploy.modules.mlp import GatedMlp
+from diffdeploy.modules.rotary import RotaryEmbedding, rotate
 from diffdeploy.ops import Impl
 
-__all__ = ["DiffTransformer"]
+__all__ = ["DecoderLayer", "DiffTransformer"]
 
 
-class _SwiGlu(nn.Module):
-    """``W_down(silu(W_gate x) * W_up x)`` (arXiv 2002.05202, section 2)."""
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each with a residual (arXiv 2410.05258, section 2.2).
 
-    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
+    Args:
+        config: of the layer.
+        embed_dim: model width ``D``.
+        norm_eps: epsilon of both norms.
+        impl: how the two attentions are computed.
+        device: as for any module.
+        dtype: as for any module.
+    """
+
+    def __init__(
+        self,
+        config: LayerConfig,
+        embed_dim: int,
+        norm_eps: float,
+        *,
+        impl: Impl | str = Impl.AUTO,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(embed_dim, hidden_dim, bias=False)
-        self.up_proj = nn.Linear(embed_dim, hidden_dim, bias=False)
-        self.down_proj = nn.Linear(hidden_dim, embed_dim, bias=False)
+        self.attention_norm = nn.RMSNorm(embed_dim, norm_eps, device=device, dtype=dtype)
+        # Turned by the decoder, which looks positions up once for all layers.
+        self.self_attn: AttentionBlock = block_class(config.attention)(
+            config.attention, impl=impl, max_positions=1, device=device, dtype=dtype
+        )
+        self.ffn_norm = nn.RMSNorm(embed_dim, norm_eps, device=device, dtype=dtype)
+        self.ffn = GatedMlp(config.mlp, embed_dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return output
+    def forward(
+        self, x_BSD: Tensor, attention_mask: Tensor | None, rotate: Rotation, past: KeyValueCache | None
+    ) -> tuple[Tensor, KeyValueCache]:
+        """Compute one layer.
 
+        Args:
+            x_BSD: what the layer before gave.
+            attention_mask: see `AttentionBlock.forward`.
+            rotate: turns queries and keys ``[B, H, S, d]``.
+            past: keys and values of past tokens, if there are any.
 
-class _DecoderLayer(nn.Module):
-    """Pre-norm attention and SwiGLU, each with a residual (arXiv 2410.05258, section 2.2)."""
-
-    def __init__(self, config: DecoderConfig, layer: int, impl: Impl | str, max_positions: int) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.embed_dim, config.norm_eps)
-        self.self_attn = DiffAttention(config.attention(layer), impl=impl, max_positions=max_positions)
-        self.ffn_norm = nn.RMSNorm(config.embed_dim, config.norm_eps)
-        self.ffn = _SwiGlu(config.embed_dim, config.ffn_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.attention_norm(x))
-        output: Tensor = x + self.ffn(self.ffn_norm(x))
-        return output
+        Returns:
+            ``[B, S, D]``, and the keys and values that were attended to.
+        """
+        attended, cache = self.self_attn.compute(self.attention_norm(x_BSD), attention_mask, rotate, past)
+        x_BSD = x_BSD + attended
+        return x_BSD + self.ffn(self.ffn_norm(x_BSD)), cache
 
 
 class DiffTransformer(nn.Module):
@@ -46,33 +76,132 @@ class DiffTransformer(nn.Module):
     Args:
         config: sizes.
         impl: how the attentions are computed.
-        max_positions: longest sequence.
+        max_positions: longest sequence, past included.
+        device: as for any module.
+        dtype: float64, float32, float16 or bfloat16; the lambda vectors stay in at least float32.
     """
 
-    def __init__(self, config: DecoderConfig, *, impl: Impl | str = Impl.AUTO, max_positions: int = 4096) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        impl: Impl | str = Impl.AUTO,
+        max_positions: int = 4096,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
-        self.layers = nn.ModuleList(
-            _DecoderLayer(config, layer, impl, max_positions) for layer in range(config.num_layers)
-        )
-        self.norm = nn.RMSNorm(config.embed_dim, config.norm_eps)
-        self.lm_head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        width, eps = config.embed_dim, config.norm_eps
+        self.embedding = nn.Embedding(config.vocab_size, width, device=device, dtype=dtype)
+        layers = [DecoderLayer(layer, width, eps, impl=impl, device=device, dtype=dtype) for layer in config.layers]
+        # What a module list gives has no type of its own.
+        self.layers = cast("Sequence[DecoderLayer]", nn.ModuleList(layers))
+        self.norm = nn.RMSNorm(width, eps, device=device, dtype=dtype)
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False, device=device, dtype=dtype)
+        if config.tied:
+            self.lm_head.weight = self.embedding.weight
+        self.rotary: RotaryEmbedding | None = None
+        self._share_tables(max_positions, device, dtype)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Predict the next token.
+    def _share_tables(self, max_positions: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """One pair of rotary tables for all layers."""
+        attention = self.config.attention
+        if attention.rope is None:
+            return
+        self.rotary = RotaryEmbedding(attention.rope, attention.head_dim, max_positions, device=device, dtype=dtype)
+        for layer in self.layers:
+            # A block that is called by itself turns by the same tables.
+            layer.self_attn.rotary = self.rotary
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: DecoderConfig,
+        weights: Mapping[str, Tensor],
+        *,
+        impl: Impl | str = Impl.AUTO,
+        max_positions: int = 4096,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Build a frozen model, in evaluation mode, that shares the memory of canonical weights of its dtype.
+
+        Args:
+            config: sizes.
+            weights: tensors named and shaped as ``config.weight_shapes()`` says, of any floating dtype.
+            impl: how the attentions are computed.
+            max_positions: longest sequence, past included.
+            dtype: of the model.
+        """
+        with torch.device("meta"):
+            model = cls(config, impl=impl, max_positions=1, dtype=dtype)
+        targets = model.state_dict()
+        # A head that is the embedding has a name of its own in state dicts, and none among the weights.
+        named = {name: "embedding.weight" if config.tied and name == "lm_head.weight" else name for name in targets}
+        cast = {name: weights[name].to(targets[name].dtype) for name in dict.fromkeys(named.values())}
+        model.load_state_dict({name: cast[source] for name, source in named.items()}, assign=True)
+        if config.tied:
+            model.lm_head.weight = model.embedding.weight
+        model._share_tables(max_positions, "cpu", dtype)
+        model.requires_grad_(False)
+        return model.eval().freeze()
+
+    def freeze(self) -> Self:
+        """Compute once what does not depend on the input, for inference."""
+        for layer in self.layers:
+            layer.self_attn.freeze()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Sequence[KeyValueCache] | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Any:
+        """Predict the next token at every position.
 
         Args:
             input_ids: ``[B, S]``, int64.
+            attention_mask: ``[B, T]``, integer or boolean, 1 for tokens and 0 for padding on either side.
+            position_ids: integer ``[B, S]``; by default ``P .. P + S - 1``, whatever the mask.
+            past_key_values: keys and values of each layer, from an earlier call; ``P`` may be 0.
+            last_only: give the logits of the last position alone.
 
         Returns:
-            Logits ``[B, S, vocab_size]``.
+            Logits ``[B, S, vocab_size]``, or ``[B, 1, vocab_size]``; with ``past_key_values`` a pair of those and the
+            cache of ``T`` tokens of each layer.
 
         Raises:
-            InputError: ``S`` exceeds ``max_positions``.
+            InputError: shapes that do not fit, a past without a mask, or positions beyond ``max_positions``.
         """
-        x = self.embedding(input_ids)
-        for layer in self.layers:
-            x = layer(x)
-        logits: Tensor = self.lm_head(self.norm(x))
-        return logits
+        past_length = 0
+        if past_key_values is not None:
+            if len(past_key_values) != self.config.num_layers:
+                raise InputError(
+                    f"past_key_values has {len(past_key_values)} layers; accepted is {self.config.num_layers}"
+                )
+            if attention_mask is None:
+                raise InputError("past_key_values needs an attention_mask [B, P + S], which says what of it are tokens")
+            past_length = past_key_values[0][0].shape[2]
+        turn = self._rotation(input_ids, position_ids, past_length)
+        x_BSD = self.embedding(input_ids)
+        caches: list[KeyValueCache] = []
+        for number, layer in enumerate(self.layers):
+            past = None if past_key_values is None else past_key_values[number]
+            x_BSD, cache = layer(x_BSD, attention_mask, turn, past)
+            caches.append(cache)
+        if last_only:
+            x_BSD = x_BSD[:, -1:]
+        logits: Tensor = self.lm_head(self.norm(x_BSD))
+        return logits if past_key_values is None else (logits, caches)
+
+    def _rotation(self, input_ids: Tensor, position_ids: Tensor | None, past_length: int) -> Rotation:
+        """Turns ``[B, H, S, d]`` by the positions of the new tokens, which are looked up once."""
+        rotary = self.rotary
+        if rotary is None:
+            return lambda x_BHSd: x_BHSd
+        cos, sin = rotary.tables(input_ids.shape[1], position_ids, offset=past_length)
+        return lambda x_BHSd: rotate(x_BHSd, cos, sin, rotary.config.style)

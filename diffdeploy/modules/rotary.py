@@ -69,20 +69,33 @@ class RotaryEmbedding(nn.Module):
         Raises:
             InputError: positions do not fit the tables of ``max_positions``, or are not ``[B, S]``.
         """
-        length = x.shape[-2]
+        cos, sin = self.tables(x.shape[-2], position_ids, offset=offset)
+        return rotate(x, cos, sin, self.config.style)
+
+    def tables(self, length: int, position_ids: Tensor | None = None, *, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions, which `rotate` takes.
+
+        Args:
+            length: number of positions ``S``.
+            position_ids: see `forward`, as for the errors.
+            offset: position of the first row.
+
+        Returns:
+            ``[B, 1, S, r/2]`` each, or ``[S, r/2]`` without ``position_ids``.
+        """
         if position_ids is not None:
             if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.is_floating_point():
                 raise InputError(
                     f"position_ids is {position_ids.dtype} {list(position_ids.shape)}; accepted is an integer "
-                    f"[{x.shape[0]}, {length}]"
+                    f"[B, {length}]"
                 )
-            return rotate(x, self.cos[position_ids][:, None], self.sin[position_ids][:, None], self.config.style)
+            return self.cos[position_ids][:, None], self.sin[position_ids][:, None]
         if offset + length > self.max_positions:
             raise InputError(
                 f"the sequence ends at position {offset + length}, but the rotary tables hold {self.max_positions}"
             )
         rows = slice(offset, offset + length)
-        return rotate(x, self.cos[rows], self.sin[rows], self.config.style)
+        return self.cos[rows], self.sin[rows]
 
 
 def _frequencies(config: RopeConfig, width: int) -> Tensor:
