@@ -69,8 +69,9 @@ def test_a_hidden_key_is_not_seen_whatever_its_score(impl: str, dtype: torch.dty
     seen[..., 20:40] = False
     k[:, :, 20:40] = 3e3 * q[:, :, -1:].sign()
     q = 3e3 * q.sign()
-    sides = [side.to("cuda", dtype) for side in (q, k, v)]
-    with_them = diff_attention(*sides, torch.tensor(0.4), causal=True, attn_mask=seen.cuda(), impl=impl)
-    sides[1][:, :, 20:40] = 0.0
-    without = diff_attention(*sides, torch.tensor(0.4), causal=True, attn_mask=seen.cuda(), impl=impl)
+    q, k, v = (side.to("cuda", dtype) for side in (q, k, v))
+    lam, mask = torch.tensor(0.4), seen.cuda()
+    with_them = diff_attention(q, k, v, lam, causal=True, attn_mask=mask, impl=impl)
+    k[:, :, 20:40] = 0.0
+    without = diff_attention(q, k, v, lam, causal=True, attn_mask=mask, impl=impl)
     torch.testing.assert_close(with_them, without, rtol=0, atol=0)
