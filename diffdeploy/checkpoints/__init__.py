@@ -3,6 +3,7 @@
 from diffdeploy.checkpoints.options import CheckpointOptions
 from diffdeploy.checkpoints.reader import Checkpoint, SourceFile, list_layers, read_checkpoint
 from diffdeploy.checkpoints.summary import BlockSummary, CheckpointSummary, summarise
+from diffdeploy.checkpoints.whole import ModelCheckpoint, holds_model, read_model
 from diffdeploy.checkpoints.writer import write_checkpoint
 
 __all__ = [
@@ -10,9 +11,12 @@ __all__ = [
     "Checkpoint",
     "CheckpointOptions",
     "CheckpointSummary",
+    "ModelCheckpoint",
     "SourceFile",
+    "holds_model",
     "list_layers",
     "read_checkpoint",
+    "read_model",
     "summarise",
     "write_checkpoint",
 ]

@@ -103,6 +103,7 @@ class Layout:
             ``None`` for as many as the values of a head are wide, in streams.
         sliding_window: by the fields and the layer; raises `UnknownWindowError` where the fields do not say.
         refuse: why a block cannot be deployed, by its keys, the fields and the layer.
+        why_no_model: why blocks of this layout make no whole decoder; ``None`` where they do.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Layout:
     head_fields: Mapping[str, tuple[Literal["num_heads", "num_kv_heads"], int | None]] = field(default_factory=dict)
     sliding_window: Callable[[Fields, int | None], int | None] = lambda fields, layer: None
     refuse: Callable[[AbstractSet[str], Fields, int | None], str | None] = lambda keys, fields, layer: None
+    why_no_model: str | None = None
 
     @property
     def streams_share_keys(self) -> bool:

@@ -62,4 +62,8 @@ PHI4FLASH = Layout(
     # Of the norms between the blocks, which are LayerNorms.
     of_others=("layer_norm_eps",),
     refuse=_refuse_cross,
+    why_no_model=(
+        "half of its layers are state-space models or gated memory units, and those behind the middle read the keys "
+        "and values of another layer"
+    ),
 )

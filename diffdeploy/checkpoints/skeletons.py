@@ -1,0 +1,90 @@
+"""What stands around the blocks of a whole model: one table of names for each family of code bases."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+__all__ = ["SKELETONS", "Skeleton", "find_skeleton"]
+
+# Older files carry what follows from the config.
+_TABLES = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """Names of the tensors of a model that are no part of a block, behind what all keys begin with.
+
+    Attributes:
+        name: of the family.
+        embedding: key of the token embedding.
+        layer: what the keys of a layer begin with; ``{}`` stands for its number.
+        block: what those of its attention begin with, behind that.
+        parts: names of the other tensors of a layer, behind the same, by their canonical names.
+        norm: key of the final norm.
+        head: key of the output head.
+    """
+
+    name: str
+    embedding: str
+    layer: str
+    block: str
+    parts: dict[str, str]
+    norm: str
+    head: str
+
+    def stands_around(self, keys: Collection[str]) -> bool:
+        """Whether anything but the embedding is there."""
+        return any(key in keys for key in (self.norm, self.head)) or bool(list(self.layers(keys)))
+
+    def layers(self, keys: Collection[str]) -> Iterator[int]:
+        """Numbers of layers that have anything, ascending."""
+        before, after = self.layer.split("{}")
+        found = {key.removeprefix(before).partition(after)[0] for key in keys if key.startswith(before)}
+        yield from sorted(int(number) for number in found if number.isdecimal())
+
+    def is_irrelevant(self, key: str) -> bool:
+        """Whether a key is known, and nobody needs it."""
+        return key.endswith(_TABLES)
+
+
+def _mlp(prefix: str, act: str) -> dict[str, str]:
+    linear = {
+        f"ffn.{name}_proj.{kind}": f"{prefix}{name}_proj.{kind}"
+        for name in ("gate", "up", "down")
+        for kind in ("weight", "bias")
+    }
+    return {**linear, **{f"ffn.act.{kind}": f"{prefix}{act}.{kind}" for kind in ("weight", "bias")}}
+
+
+SKELETONS = (
+    Skeleton(
+        name="Llama's names, as transformers has them",
+        embedding="model.embed_tokens.weight",
+        layer="model.layers.{}.",
+        block="self_attn.",
+        parts={
+            "attention_norm.weight": "input_layernorm.weight",
+            "ffn_norm.weight": "post_attention_layernorm.weight",
+            **_mlp("mlp.", "act_fn"),
+        },
+        norm="model.norm.weight",
+        head="lm_head.weight",
+    ),
+    Skeleton(
+        name="diffdeploy's names",
+        embedding="embedding.weight",
+        layer="layers.{}.",
+        block="self_attn.",
+        parts={
+            "attention_norm.weight": "attention_norm.weight",
+            "ffn_norm.weight": "ffn_norm.weight",
+            **_mlp("ffn.", "act"),
+        },
+        norm="norm.weight",
+        head="lm_head.weight",
+    ),
+)
+
+
+def find_skeleton(keys: Collection[str]) -> Skeleton | None:
+    """The family whose embedding is there; ``None`` for a checkpoint of blocks."""
+    return next((each for each in SKELETONS if each.embedding in keys), None)
