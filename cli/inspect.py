@@ -11,7 +11,7 @@ from diffdeploy.cli import console
 if TYPE_CHECKING:
     from diffdeploy.bundle import Bundle
     from diffdeploy.checkpoints import BlockSummary
-    from diffdeploy.config import AnyConfig, LambdaKind
+    from diffdeploy.config import AnyConfig, AnyModel, LambdaKind
 
 __all__ = ["inspect"]
 
@@ -54,7 +54,7 @@ def inspect(
 
 def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
     manifest = bundle.manifest
-    config, source = manifest.config, manifest.provenance
+    config, source = manifest.config.attention, manifest.provenance
     rope = "none" if config.rope is None else f"{config.rope.style}, theta {config.rope.theta:g}"
     axes = ", ".join(f"{name} {bounds.min} to {bounds.max}" for name, bounds in manifest.graph.axes.items())
 
@@ -70,6 +70,7 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
         ("inputs", tensors(manifest.graph.inputs)),
         ("outputs", tensors(manifest.graph.outputs)),
         ("ranges", axes),
+        *_model_rows(manifest.config),
         ("width", f"{config.embed_dim}"),
         ("heads", _heads(config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim)),
         ("rope", rope),
@@ -79,6 +80,20 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
         ("from", f"{', '.join(source.files)}{layer}, layout {source.layout}"),
         ("made with", ", ".join(f"{name} {found}" for name, found in manifest.environment.packages.items())),
         ("files", ", ".join(f"{name} ({file.size:,} bytes)" for name, file in manifest.files.items())),
+    ]
+
+
+def _model_rows(config: "AnyModel") -> list[tuple[str, str]]:
+    """What stands around the blocks of a whole model; the rows behind these are of its first layer."""
+    from diffdeploy.config import DecoderConfig
+
+    if not isinstance(config, DecoderConfig):
+        return []
+    mlp = config.layers[0].mlp
+    tied = "the embedding" if config.tied else "of its own"
+    return [
+        ("model", f"{config.num_layers} layers, {config.vocab_size} tokens, head {tied}"),
+        ("mlp", f"{mlp.kind}, width {mlp.hidden_dim}"),
     ]
 
 

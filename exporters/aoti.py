@@ -9,12 +9,12 @@ from diffdeploy.exporters.tracing import trace
 from diffdeploy.files import file_sha256
 from diffdeploy.formats.aoti.backend import MODEL
 from diffdeploy.graphs import GraphSpec
-from diffdeploy.modules import AttentionBlock
+from diffdeploy.modules import AnyModule
 
 __all__ = ["lower"]
 
 
-def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, device: str) -> None:
+def lower(block: AnyModule, spec: GraphSpec, directory: Path, device: str) -> None:
     """Write ``model.pt2``; `torch._inductor.aoti_load_package` reads it.
 
     Its metadata carry the digest of the weights and the torch that compiled it.

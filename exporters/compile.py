@@ -10,12 +10,12 @@ from diffdeploy.exporters.tracing import trace
 from diffdeploy.formats.compile.backend import ARTIFACT, KERNELS, state_tensors
 from diffdeploy.formats.compile.kernels import recorded
 from diffdeploy.graphs import GraphSpec
-from diffdeploy.modules import AttentionBlock
+from diffdeploy.modules import AnyModule
 
 __all__ = ["lower"]
 
 
-def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, device: str) -> None:
+def lower(block: AnyModule, spec: GraphSpec, directory: Path, device: str) -> None:
     """Write ``model.inductor`` and the folder ``kernels``; `diffdeploy.formats.compile.backend` loads them.
 
     The weights are arguments of the artifact, and stay in ``weights.safetensors``.

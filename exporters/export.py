@@ -1,5 +1,6 @@
 """The life of an export: checkpoint, cast weights, lowered artifact, verification, then one rename into place."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ from diffdeploy.bundle import (
     Manifest,
     Provenance,
     cast_weights,
+    frozen_module,
     remember_export,
     staged_bundle,
     write_manifest,
 )
-from diffdeploy.config import AnyConfig
+from diffdeploy.config import AnyModel
 from diffdeploy.errors import DiffDeployError, ExportError, InputError, UnavailableError
 from diffdeploy.exclusive import without_warnings
 from diffdeploy.formats import ArtifactFacts, ExportOptions, Format, RunOptions, distributions, require_format
@@ -40,8 +42,8 @@ from diffdeploy.verify import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffdeploy.checkpoints import Checkpoint
-    from diffdeploy.modules import AttentionBlock
+    from diffdeploy.checkpoints import Checkpoint, ModelCheckpoint
+    from diffdeploy.modules import AnyModule
 
 __all__ = ["Export", "export_bundle", "lower_block", "settled_length"]
 
@@ -79,7 +81,7 @@ def _checked_format(options: ExportOptions) -> Format:
     return found
 
 
-def settled_length(options: ExportOptions, checkpoint: "Checkpoint") -> tuple[int, str | None]:
+def settled_length(options: ExportOptions, checkpoint: "Checkpoint | ModelCheckpoint") -> tuple[int, str | None]:
     """The longest sequence, and a sentence where it is neither what was asked for nor what the checkpoint says.
 
     Left open, it is ``max_position_embeddings`` of ``config.json`` as far as a verification reaches, or 2048.
@@ -87,7 +89,8 @@ def settled_length(options: ExportOptions, checkpoint: "Checkpoint") -> tuple[in
     if options.max_sequence_length is not None:
         return options.max_sequence_length, None
     said = checkpoint.max_positions
-    reached = max(_MAX_SEQUENCE_LENGTH, longest_case(checkpoint.config, decoding=options.graph == "cached"))
+    decodes = options.graph in ("cached", "model")
+    reached = max(_MAX_SEQUENCE_LENGTH, longest_case(checkpoint.config.attention, decoding=decodes))
     taken = _MAX_SEQUENCE_LENGTH if said is None else min(said, reached)
     reason = None
     if said is not None and taken < said:
@@ -102,20 +105,18 @@ def _impl(found: Format, options: ExportOptions) -> str:
     return found.fastest_impl(options.graph) if options.impl == "auto" else str(options.impl)
 
 
-def _write_weights(config: AnyConfig, weights: dict[str, "Tensor"], spec: GraphSpec, seed: int, staging: Path) -> None:
-    import numpy as np
+def _write_weights(config: AnyModel, weights: dict[str, "Tensor"], spec: GraphSpec, seed: int, staging: Path) -> None:
     import safetensors.numpy
 
     arrays = {name: to_array(tensor) for name, tensor in weights.items()}
-    # From the cast weights: the artifact is to compute what it was given, not what the checkpoint held before.
-    exact = {name: array.astype(np.float64) for name, array in arrays.items()}
-    # Serialised first: the library's own file writer hides the reason when a disk is full.
+    # Golden vectors are of the cast weights: the artifact is to compute what it was given, not what the checkpoint held
+    # before. Serialised first: the library's own file writer hides the reason when a disk is full.
     (staging / WEIGHTS).write_bytes(safetensors.numpy.save(arrays))
-    (staging / GOLDEN).write_bytes(safetensors.numpy.save(golden_arrays(config, spec, exact, seed)))
+    (staging / GOLDEN).write_bytes(safetensors.numpy.save(golden_arrays(config, spec, arrays, seed)))
 
 
 def export_bundle(
-    checkpoint: "Checkpoint",
+    checkpoint: "Checkpoint | ModelCheckpoint",
     output: Path,
     options: ExportOptions | None = None,
     *,
@@ -124,10 +125,10 @@ def export_bundle(
     phase: Callable[[str], None] = lambda _: None,
     progress: Progress | None = None,
 ) -> Export:
-    """Lower a block, verify the artifact and put the bundle at ``output``; whatever fails leaves nothing there.
+    """Lower a block or model, verify the artifact, put the bundle at ``output``; whatever fails leaves nothing there.
 
     Args:
-        checkpoint: the block, from `diffdeploy.read_checkpoint`.
+        checkpoint: the block or the model, from `diffdeploy.read_checkpoint` or `diffdeploy.read_model`.
         output: directory of the bundle; made with its parents.
         options: what to make.
         force: replace a bundle that is at ``output``.
@@ -141,6 +142,8 @@ def export_bundle(
         ExportError: the block could not be lowered.
         RejectedError: the artifact does not compute what its weights and config say.
     """
+    import torch
+
     options = options or ExportOptions()
     max_sequence_length, _ = settled_length(options, checkpoint)
     found = _checked_format(options)
@@ -154,6 +157,7 @@ def export_bundle(
         dtype=options.dtype,
         max_batch_size=options.max_batch_size,
         max_sequence_length=max_sequence_length,
+        logits=options.logits,
     )
     weights = cast_weights(checkpoint.weights, options.dtype)
     report = None
@@ -161,7 +165,11 @@ def export_bundle(
         phase("lowering")
         # Before the lowering: aoti writes the digest of this file into its package.
         _write_weights(checkpoint.config, weights, spec, options.seed, staging)
-        block = _block(checkpoint.config, weights, spec, _impl(found, options))
+        for companion in getattr(checkpoint, "companions", ()):
+            shutil.copyfile(companion, staging / companion.name)
+        length, dtype = spec.axes["sequence_length"].max, getattr(torch, spec.dtype)
+        impl = _impl(found, options)
+        block = frozen_module(checkpoint.config, weights, impl=impl, max_positions=length, dtype=dtype)
         recorded = _lower(found, block, spec, staging, options)
         # Signed as not verified, so that the verification opens the directory as any user would.
         manifest = write_manifest(staging, _manifest(checkpoint, spec, options, found, recorded))
@@ -195,7 +203,7 @@ def _accept(bundle: Bundle, run_options: RunOptions, progress: Progress | None) 
     return report
 
 
-def lower_block(block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions) -> None:
+def lower_block(block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> None:
     """Write the artifact of a block into a directory that holds its weights, and nothing else.
 
     Args:
@@ -214,7 +222,7 @@ def lower_block(block: "AttentionBlock", spec: GraphSpec, directory: Path, optio
 
 
 def _lower(
-    found: Format, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
+    found: Format, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions
 ) -> Mapping[str, Any]:
     """Lower a block; what torch raises while it does becomes one sentence."""
     try:
@@ -239,22 +247,12 @@ def _reason(error: Exception) -> str:
     return f"{lines[0]} {details[0]}" if details else lines[-1]
 
 
-def _block(config: AnyConfig, weights: "Mapping[str, Tensor]", spec: GraphSpec, impl: str) -> "AttentionBlock":
-    import torch
-
-    from diffdeploy.modules import block_class
-
-    return block_class(config).from_weights(
-        config,
-        weights,
-        impl=impl,
-        max_positions=spec.axes["sequence_length"].max,
-        dtype=getattr(torch, spec.dtype),
-    )
-
-
 def _manifest(
-    checkpoint: "Checkpoint", spec: GraphSpec, options: ExportOptions, found: Format, recorded: Mapping[str, Any]
+    checkpoint: "Checkpoint | ModelCheckpoint",
+    spec: GraphSpec,
+    options: ExportOptions,
+    found: Format,
+    recorded: Mapping[str, Any],
 ) -> Manifest:
     device = found.device_of(options)
     facts = this_machine(device) if found.machine else {}
@@ -275,7 +273,7 @@ def _manifest(
         provenance=Provenance(
             files={file.name: FileDigest(size=file.size, sha256=file.sha256) for file in checkpoint.files},
             layout=checkpoint.layout,
-            layer=checkpoint.layer,
+            layer=getattr(checkpoint, "layer", None),
             keys=checkpoint.keys,
             options=checkpoint.options.given(),
             defaults=checkpoint.defaults,

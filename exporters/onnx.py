@@ -15,7 +15,7 @@ from diffdeploy.exporters.onnx_ort import OrtGraphModule
 from diffdeploy.exporters.tracing import GraphModule, example
 from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL, ORT
 from diffdeploy.graphs import GraphSpec
-from diffdeploy.modules import AttentionBlock
+from diffdeploy.modules import AnyModule, AttentionBlock
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -26,7 +26,7 @@ __all__ = ["lower"]
 _MAX_INLINE_BYTES = 2_000_000_000
 
 
-def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, *, opset: int, flavor: str) -> None:
+def lower(block: AnyModule, spec: GraphSpec, directory: Path, *, opset: int, flavor: str) -> None:
     """Write ``model.onnx`` into ``directory``; weights above 2 GB go to ``model.onnx.data`` beside it.
 
     Args:
@@ -40,12 +40,15 @@ def lower(block: AttentionBlock, spec: GraphSpec, directory: Path, *, opset: int
         InputError: a block that the operators of the flavor cannot compute.
         ExportError: the block could not be lowered.
     """
+    graph: nn.Module = GraphModule(block, spec)
     if flavor == ORT:
+        if not isinstance(block, AttentionBlock):
+            raise InputError("the flavor ort is for blocks; leave --onnx-flavor out")
         _require_ort(block.config)
-    # A module of its own: which operators are written is decided while the block is traced.
-    graph = OrtGraphModule(block, spec) if flavor == ORT else GraphModule(block, spec)
+        # A module of its own: which operators are written is decided while the block is traced.
+        graph = OrtGraphModule(block, spec)
     with _scores_in_float32(), small_epsilons_kept(block, opset):
-        program = _export(graph.eval(), spec, opset, block.q_proj.weight.dtype)
+        program = _export(graph.eval(), spec, opset, getattr(torch, spec.dtype))
     _name_axes(program, spec)
     _strip_metadata(program)
     _save(program, directory)

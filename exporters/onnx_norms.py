@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from diffdeploy.modules import AttentionBlock
+from diffdeploy.modules import AnyModule
 
 __all__ = ["small_epsilons_kept"]
 
@@ -19,7 +19,6 @@ __all__ = ["small_epsilons_kept"]
 _HAS_OPERATOR = 23
 # What is larger stays; measured, 1e-6 does and 1e-8 does not.
 _SMALL = 1e-7
-_NORMS = ("subln", "q_norm", "k_norm")
 
 
 class _ScaledNorm(nn.Module):
@@ -42,17 +41,17 @@ class _ScaledNorm(nn.Module):
 
 
 @contextmanager
-def small_epsilons_kept(block: AttentionBlock, opset: int) -> Iterator[None]:
+def small_epsilons_kept(block: AnyModule, opset: int) -> Iterator[None]:
     """Within it the block has norms that the exporter writes down with their epsilons."""
-    replaced: dict[str, nn.RMSNorm] = {}
+    replaced: list[tuple[nn.Module, str, nn.RMSNorm]] = []
     if opset < _HAS_OPERATOR:
-        for name in _NORMS:
-            norm = getattr(block, name, None)
-            if isinstance(norm, nn.RMSNorm) and norm.eps is not None and norm.eps < _SMALL:
-                replaced[name] = norm
-                setattr(block, name, _ScaledNorm(norm, norm.eps))
+        for owner in list(block.modules()):
+            for name, norm in list(owner.named_children()):
+                if isinstance(norm, nn.RMSNorm) and norm.eps is not None and norm.eps < _SMALL:
+                    replaced.append((owner, name, norm))
+                    setattr(owner, name, _ScaledNorm(norm, norm.eps))
     try:
         yield
     finally:
-        for name, norm in replaced.items():
-            setattr(block, name, norm)
+        for owner, name, norm in replaced:
+            setattr(owner, name, norm)

@@ -7,12 +7,12 @@ import torch
 from diffdeploy.exporters.tracing import trace
 from diffdeploy.formats.pt2.backend import MODEL
 from diffdeploy.graphs import GraphSpec
-from diffdeploy.modules import AttentionBlock
+from diffdeploy.modules import AnyModule
 
 __all__ = ["lower"]
 
 
-def lower(block: AttentionBlock, spec: GraphSpec, directory: Path) -> None:
+def lower(block: AnyModule, spec: GraphSpec, directory: Path) -> None:
     """Write ``model.pt2``; `torch.export.load` reads it, and its module takes the graph's inputs in their order."""
     program = trace(block, spec)
     # Sample inputs would be a pickle in the file, and are none that anybody needs.

@@ -5,23 +5,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdeploy.graphs import GraphSpec, run_block
-from diffdeploy.modules import AttentionBlock
+from diffdeploy.graphs import GraphSpec, run_graph
+from diffdeploy.modules import AnyModule
 from diffdeploy.ops.target import traced_for
 
 __all__ = ["GraphModule", "example", "trace"]
 
 
 class GraphModule(nn.Module):
-    """A block with the signature of a graph: tensors in the order of its inputs and outputs."""
+    """A block or model with the signature of a graph: tensors in the order of its inputs and outputs."""
 
-    def __init__(self, block: AttentionBlock, spec: GraphSpec) -> None:
+    def __init__(self, block: AnyModule, spec: GraphSpec) -> None:
         super().__init__()
         self.block, self.spec = block, spec
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the block on the inputs of `GraphSpec.inputs`, in that order."""
-        outputs = run_block(self.block, dict(zip(self.spec.inputs, tensors, strict=True)))
+        inputs = dict(zip(self.spec.inputs, tensors, strict=True))
+        outputs = run_graph(self.block, inputs, last_only=self.spec.logits == "last")
         return tuple(outputs[name] for name in self.spec.outputs)
 
 
@@ -45,7 +46,7 @@ def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tu
     return tuple(tensors), tuple(dynamic)
 
 
-def trace(block: AttentionBlock, spec: GraphSpec, device: str = "cpu") -> torch.export.ExportedProgram:
+def trace(block: AnyModule, spec: GraphSpec, device: str = "cpu") -> torch.export.ExportedProgram:
     """The block as an exported program with the declared ranges, and without traces of this machine.
 
     It is traced on the CPU and moved: on CUDA, torch compares strides to choose a kernel, and takes what it finds for a
@@ -59,7 +60,7 @@ def trace(block: AttentionBlock, spec: GraphSpec, device: str = "cpu") -> torch.
     from torch.export.passes import move_to_device_pass
     from torch.utils._sympy.value_ranges import ValueRanges
 
-    tensors, dynamic = example(spec, block.q_proj.weight.dtype)
+    tensors, dynamic = example(spec, getattr(torch, spec.dtype))
     # Implementations ask where they will run, and would find the CPU that they are traced on.
     with traced_for(device):
         program = torch.export.export(GraphModule(block, spec), tensors, dynamic_shapes=(dynamic,))

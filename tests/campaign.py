@@ -147,7 +147,7 @@ def runs_of_export(number: int, seeds: int, formats: tuple[str, ...] = FORMATS) 
 
 def _more_runs(path: Path, format_name: str, report: Report, seeds: range) -> Iterator[Run]:
     bundle = open_bundle(path)
-    config, spec = bundle.manifest.config, bundle.manifest.graph
+    config, spec = bundle.manifest.block, bundle.manifest.graph
     exact: dict[str, Array] = {
         name: array.astype(np.float64) for name, array in read_safetensors(path / WEIGHTS).items()
     }

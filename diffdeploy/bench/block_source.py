@@ -158,13 +158,13 @@ def _of_bundle(bundle: Bundle) -> Checkpoint:
     from safetensors.torch import load_file
 
     weights = load_file(bundle.path / WEIGHTS)
-    return Checkpoint(config=bundle.manifest.config, weights=weights, layout="bundle", layer=None, keys=[])
+    return Checkpoint(config=bundle.manifest.block, weights=weights, layout="bundle", layer=None, keys=[])
 
 
 def _require_same(checkpoint: Checkpoint, bundle: Bundle, name: str, source: str) -> None:
     """Ratios between blocks of different sizes would say nothing, and the outputs are held against one exact result."""
     weights = _of_bundle(bundle).weights
-    same = bundle.manifest.config == checkpoint.config and all(
+    same = bundle.manifest.block == checkpoint.config and all(
         # In the dtype of the bundle, whose weights were cast when it was made.
         bool((checkpoint.weights[key].to(tensor.dtype) == tensor).all())
         for key, tensor in weights.items()

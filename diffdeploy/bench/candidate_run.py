@@ -8,7 +8,7 @@ from diffdeploy.arrays import to_tensor
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
 from diffdeploy.config import AnyConfig
 from diffdeploy.formats import RunOptions
-from diffdeploy.graphs import GraphSpec, graph_spec, run_block
+from diffdeploy.graphs import GraphSpec, graph_spec, run_graph
 from diffdeploy.modules import block_class
 from diffdeploy.modules.softmax import SoftmaxAttention, as_second_version
 from diffdeploy.runtime import open_runtime
@@ -47,12 +47,12 @@ def open_candidate(plan: Plan, candidate: Candidate, weights: Mapping[str, "Tens
     dtype = getattr(torch, plan.dtype)
     if candidate.impl == SOFTMAX:
         softmax = SoftmaxAttention(plan.config, weights, max_positions=plan.max_positions, dtype=dtype)
-        return partial(run_block, softmax.to(plan.device).eval())
+        return partial(run_graph, softmax.to(plan.device).eval())
     assert candidate.impl is not None
     block = block_class(plan.config).from_weights(
         plan.config, weights, impl=candidate.impl, max_positions=plan.max_positions, dtype=dtype
     )
-    return partial(run_block, block.to(plan.device))
+    return partial(run_graph, block.to(plan.device))
 
 
 def formula_of(

@@ -1,6 +1,6 @@
 """Bundles: one directory with the artifact, its weights, its report and a manifest that ties them together."""
 
-from diffdeploy.bundle.block import eager_block
+from diffdeploy.bundle.block import eager_module, frozen_module
 from diffdeploy.bundle.manifest import Environment, ExportRecord, FileDigest, Manifest, Provenance
 from diffdeploy.bundle.store import (
     GOLDEN,
@@ -30,7 +30,8 @@ __all__ = [
     "Provenance",
     "cast_weights",
     "default_output",
-    "eager_block",
+    "eager_module",
+    "frozen_module",
     "is_bundle",
     "is_own_export",
     "open_bundle",

@@ -1,17 +1,42 @@
-"""The eager block of a bundle, rebuilt from its weights and its config."""
+"""The eager block or model of a bundle, rebuilt from its weights and its config."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from diffdeploy.bundle.store import WEIGHTS, Bundle
+from diffdeploy.config import AnyModel, DecoderConfig
 
 if TYPE_CHECKING:
-    from diffdeploy.modules import AttentionBlock
+    import torch
+    from torch import Tensor
 
-__all__ = ["eager_block"]
+    from diffdeploy.modules import AnyModule
+
+__all__ = ["eager_module", "frozen_module"]
 
 
-def eager_block(bundle: Bundle, *, impl: str, device: str = "cpu") -> "AttentionBlock":
-    """A frozen block in the dtype of the graph, for all its positions.
+def frozen_module(
+    config: AnyModel, weights: "Mapping[str, Tensor]", *, impl: str, max_positions: int, dtype: "torch.dtype"
+) -> "AnyModule":
+    """The block or the model that a config describes, frozen, on the CPU.
+
+    Args:
+        config: of a block or a decoder.
+        weights: canonical weights.
+        impl: how the two attentions are computed; see `diffdeploy.ops.Impl`.
+        max_positions: rows of the rotary tables.
+        dtype: of the module.
+    """
+    from diffdeploy.modules import DiffTransformer, block_class
+
+    options: dict[str, Any] = {"impl": impl, "max_positions": max_positions, "dtype": dtype}
+    if isinstance(config, DecoderConfig):
+        return DiffTransformer.from_weights(config, weights, **options)
+    return block_class(config).from_weights(config, weights, **options)
+
+
+def eager_module(bundle: Bundle, *, impl: str, device: str = "cpu") -> "AnyModule":
+    """A frozen block or model in the dtype of the graph, for all its positions.
 
     Args:
         bundle: an opened bundle.
@@ -21,15 +46,13 @@ def eager_block(bundle: Bundle, *, impl: str, device: str = "cpu") -> "Attention
     import torch
     from safetensors.torch import load_file
 
-    from diffdeploy.modules import block_class
-
-    manifest = bundle.manifest
-    block = block_class(manifest.config).from_weights(
-        manifest.config,
+    spec = bundle.manifest.graph
+    module = frozen_module(
+        bundle.manifest.config,
         load_file(bundle.path / WEIGHTS),
         impl=impl,
         # As many rows as the tables in the artifact have.
-        max_positions=manifest.graph.axes["sequence_length"].max,
-        dtype=getattr(torch, manifest.graph.dtype),
+        max_positions=spec.axes["sequence_length"].max,
+        dtype=getattr(torch, spec.dtype),
     )
-    return block.to(device)
+    return module.to(device)

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from diffdeploy.bundle.manifest import Manifest
-from diffdeploy.config import LAMBDA_VECTORS
+from diffdeploy.config import is_lambda_vector
 from diffdeploy.errors import InputError, IntegrityError
-from diffdeploy.graphs import GraphSpec, graph_spec
+from diffdeploy.graphs import DType, GraphSpec, graph_spec
 
 __all__ = ["require_consistent"]
 
@@ -34,9 +34,10 @@ def require_consistent(manifest: Manifest, weights: Path) -> None:
         implied = graph_spec(
             spec.variant,
             manifest.config,
-            dtype=spec.inputs["hidden_states"].dtype if "hidden_states" in spec.inputs else "float32",  # type: ignore[arg-type]
+            dtype=_dtype(spec),
             max_batch_size=spec.axes["batch_size"].max,
             max_sequence_length=spec.axes["sequence_length"].max,
+            logits=spec.logits if spec.main_output in spec.outputs else "all",
         )
     except InputError as error:
         raise IntegrityError(f"manifest.json does not describe a graph: {error}") from error
@@ -47,9 +48,15 @@ def require_consistent(manifest: Manifest, weights: Path) -> None:
     _require_weights(manifest, weights)
 
 
+def _dtype(spec: GraphSpec) -> DType:
+    """What a graph says of its dtype, whatever else it says."""
+    output = spec.outputs.get(spec.main_output)
+    return "float32" if output is None or output.dtype == "int64" else output.dtype
+
+
 def _with_streams_apart(spec: GraphSpec, manifest: Manifest) -> GraphSpec:
     """The graph of earlier versions, whose cache has a head for each key stream."""
-    config, heads = manifest.config, manifest.config.num_key_streams
+    config, heads = manifest.config.attention, manifest.config.attention.num_key_streams
 
     def earlier(tensors: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -90,7 +97,7 @@ def _require_weights(manifest: Manifest, path: Path) -> None:
                 )
             for name, shape in expected.items():
                 found = file.get_slice(name)
-                wanted = (list(shape), "F32" if name in LAMBDA_VECTORS else dtype)
+                wanted = (list(shape), "F32" if is_lambda_vector(name) else dtype)
                 given = (list(found.get_shape()), str(found.get_dtype()))
                 if given != wanted:
                     was, due = (f"{kind} {sizes}" for sizes, kind in (given, wanted))

@@ -10,7 +10,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 
 from diffdeploy import __version__
 from diffdeploy.bundle.migration import migrated
-from diffdeploy.config import AnyConfig
+from diffdeploy.config import AnyConfig, AnyModel, DecoderConfig
 from diffdeploy.errors import IntegrityError
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.records import Record
@@ -101,7 +101,7 @@ class Manifest(Record):
     Attributes:
         schema_version: of this file.
         format: deployment format.
-        config: canonical config of the block.
+        config: canonical config of the block, or of the decoder.
         graph: interface of the graph.
         options: what the exporter was asked for.
         made_for: what of a machine the artifact needs, for compiled ones; see `diffdeploy.runtime.machine`.
@@ -113,7 +113,7 @@ class Manifest(Record):
 
     schema_version: Literal[2] = SCHEMA_VERSION
     format: str
-    config: Annotated[AnyConfig, Field(discriminator="version")]
+    config: Annotated[AnyModel, Field(discriminator="version")]
     graph: GraphSpec
     options: ExportRecord
     made_for: dict[str, str] = Field(default_factory=dict)
@@ -121,6 +121,12 @@ class Manifest(Record):
     environment: Environment
     provenance: Provenance
     files: dict[str, FileDigest]
+
+    @property
+    def block(self) -> AnyConfig:
+        """The config of a bundle that holds a block."""
+        assert not isinstance(self.config, DecoderConfig)
+        return self.config
 
     def to_bytes(self) -> bytes:
         """JSON with a digest of itself, always the same bytes for the same content."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from diffdeploy.arrays import Array, read_safetensors
 from diffdeploy.bundle.store import WEIGHTS, Bundle
-from diffdeploy.config import LAMBDA_VECTORS
+from diffdeploy.config import is_lambda_vector
 from diffdeploy.errors import InputError
 from diffdeploy.graphs import DType
 
@@ -29,7 +29,7 @@ def cast_weights(weights: "Mapping[str, Tensor]", dtype: DType) -> "dict[str, Te
 
     cast = {}
     for name, tensor in weights.items():
-        target = torch.float32 if name in LAMBDA_VECTORS else getattr(torch, dtype)
+        target = torch.float32 if is_lambda_vector(name) else getattr(torch, dtype)
         cast[name] = tensor.to(target).contiguous()
         # A cast makes infinity of what is too large (65,504 is the last in float16), and says nothing.
         if not bool(torch.isfinite(cast[name]).all()):

@@ -5,15 +5,17 @@ from diffdeploy.config.block import (
     DiffAttentionConfig,
     GqaLayout,
     LambdaKind,
+    is_lambda_vector,
     lambda_init_at,
 )
 from diffdeploy.config.block_v2 import AnyConfig, DiffAttentionV2Config
-from diffdeploy.config.model import DecoderConfig, LayerConfig, MlpConfig, MlpKind
+from diffdeploy.config.model import AnyModel, DecoderConfig, LayerConfig, MlpConfig, MlpKind
 from diffdeploy.config.rope import RopeConfig, RopeScaling, RopeStyle
 
 __all__ = [
     "LAMBDA_VECTORS",
     "AnyConfig",
+    "AnyModel",
     "DecoderConfig",
     "DiffAttentionConfig",
     "DiffAttentionV2Config",
@@ -25,5 +27,6 @@ __all__ = [
     "RopeConfig",
     "RopeScaling",
     "RopeStyle",
+    "is_lambda_vector",
     "lambda_init_at",
 ]

@@ -16,6 +16,7 @@ __all__ = [
     "GqaLayout",
     "LambdaKind",
     "check_sizes",
+    "is_lambda_vector",
     "lambda_init_at",
 ]
 
@@ -25,6 +26,11 @@ LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 GqaLayout = Literal["canonical", "legacy"]
 LambdaKind = Literal["layer", "head", "token", "fixed"]
+
+
+def is_lambda_vector(name: str) -> bool:
+    """Whether a weight of a block or a model, by its canonical name, is one of the vectors of lambda."""
+    return name.rpartition(".")[2] in LAMBDA_VECTORS
 
 
 def lambda_init_at(depth: int) -> float:
@@ -145,6 +151,16 @@ class DiffAttentionConfig:
         )
         require(self.lambda_kind in ("layer", "head", "fixed"), "lambda_kind", self.lambda_kind, "layer, head or fixed")
         require(self.gqa_layout in get_args(GqaLayout), "gqa_layout", self.gqa_layout, "canonical or legacy")
+
+    @property
+    def attention(self) -> "DiffAttentionConfig":
+        """The block itself, as that of a decoder stands for all of its layers."""
+        return self
+
+    @property
+    def blocks(self) -> dict[str, "DiffAttentionConfig"]:
+        """Blocks by what the names of their weights begin with: this one, and nothing."""
+        return {"": self}
 
     @property
     def value_dim(self) -> int:

@@ -46,6 +46,16 @@ class DiffAttentionV2Config:
         check_sizes(self)
 
     @property
+    def attention(self) -> "DiffAttentionV2Config":
+        """The block itself, as that of a decoder stands for all of its layers."""
+        return self
+
+    @property
+    def blocks(self) -> dict[str, "DiffAttentionV2Config"]:
+        """Blocks by what the names of their weights begin with: this one, and nothing."""
+        return {"": self}
+
+    @property
     def value_dim(self) -> int:
         """Width of one head's value and output, ``d``."""
         return self.head_dim

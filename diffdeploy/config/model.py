@@ -10,7 +10,7 @@ from diffdeploy.config.requirement import require
 from diffdeploy.config.rope import RopeConfig
 from diffdeploy.errors import InputError
 
-__all__ = ["DecoderConfig", "LayerConfig", "MlpConfig", "MlpKind"]
+__all__ = ["AnyModel", "DecoderConfig", "LayerConfig", "MlpConfig", "MlpKind"]
 
 MlpKind = Literal["swiglu", "polynorm"]
 
@@ -102,6 +102,11 @@ class DecoderConfig:
         return self.layers[0].attention
 
     @property
+    def blocks(self) -> dict[str, AnyConfig]:
+        """The blocks of the layers, by what the names of their weights begin with."""
+        return {f"layers.{number}.self_attn.": layer.attention for number, layer in enumerate(self.layers)}
+
+    @property
     def num_layers(self) -> int:
         """Layers."""
         return len(self.layers)
@@ -162,6 +167,9 @@ class DecoderConfig:
             for depth in range(num_layers)
         )
         return cls(vocab_size=vocab_size, embed_dim=embed_dim, layers=layers, norm_eps=norm_eps)
+
+
+AnyModel = AnyConfig | DecoderConfig
 
 
 def _difference(one: AnyConfig, other: AnyConfig) -> str | None:

@@ -16,7 +16,7 @@ from diffdeploy.formats.options import Device, ExportOptions, RunOptions
 from diffdeploy.graphs import DType, GraphSpec, Variant
 
 if TYPE_CHECKING:
-    from diffdeploy.modules import AttentionBlock
+    from diffdeploy.modules import AnyModule
 
 __all__ = ["EVERY_DTYPE", "Format"]
 
@@ -140,9 +140,7 @@ class Format(ABC):
             raise InputError(f"the reference runtime interprets ONNX, and format {options.format} is another")
 
     @abstractmethod
-    def lower(
-        self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
-    ) -> Mapping[str, Any]:
+    def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """Write the artifact of a block into a directory that holds its weights.
 
         Args:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from diffdeploy.arrays import Array, epsilon, to_array
-from diffdeploy.bundle import Bundle, Manifest, eager_block
-from diffdeploy.config import LAMBDA_VECTORS
+from diffdeploy.bundle import Bundle, Manifest, eager_module
+from diffdeploy.config import LAMBDA_VECTORS, is_lambda_vector
 from diffdeploy.exact import lambda_of_heads, rope_tables
 from diffdeploy.formats.artifact import ArtifactFacts, Check
 
@@ -54,7 +54,7 @@ def attentions(bundle: Bundle) -> int:
 
 def state_checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     """Checks of a bundle that runs on the state of the block, rebuilt when it is loaded."""
-    block = eager_block(bundle, impl=bundle.manifest.options.attention_impl)
+    block = eager_module(bundle, impl=bundle.manifest.options.attention_impl)
     state = {name: to_array(tensor) for name, tensor in (*block.named_parameters(), *block.named_buffers())}
     return [
         weights_bit_for_bit(state, weights),
@@ -77,7 +77,7 @@ def weights_bit_for_bit(
     left = dict(constants)
     problems = []
     for name, weight in weights.items():
-        if name in LAMBDA_VECTORS or _take(left, weight):
+        if is_lambda_vector(name) or _take(left, weight):
             continue
         paired = stream_width is not None and name.startswith(("q_proj", "k_proj"))
         if not paired or not all(_take(left, stream) for stream in _by_stream(weight, stream_width)):
@@ -110,20 +110,24 @@ def _same_bits(constant: Array, weight: Array) -> bool:
 
 def lambda_constant(constants: Mapping[str, Array], manifest: Manifest, weights: Mapping[str, Array]) -> Check:
     """Lambda must be a constant of the artifact: one number, or one for each head; the second version computes it."""
-    config = manifest.config
-    if config.lambda_kind == "token":
+    blocks = manifest.config.blocks
+    if manifest.config.attention.lambda_kind == "token":
         return make_check("lambda", [], "one per token and head")
-    expected = lambda_of_heads(config, weights)[: 1 if config.constant_lambda else None]
-    near = [c for c in constants.values() if c.size == expected.size and _is_floating(c) and _is_lambda(c, expected)]
-    # A product with 1 computes nothing, and optimisers leave it out; that there is no other is what the cases show.
-    if not near and (expected.astype(manifest.graph.dtype) == 1).all():
-        return make_check("lambda", [], "1, and left out of the product")
-    shown = ", ".join(f"{number:.7g}" for number in expected)
-    problems = [] if near else [f"no constant of the graph is lambda, {shown}"]
-    return make_check("lambda", problems, f"folded to one constant, {shown}")
+    problems, shown = [], []
+    for prefix, config in blocks.items():
+        own = {name: weights[prefix + name] for name in config.weight_shapes() if name in LAMBDA_VECTORS}
+        expected = lambda_of_heads(config, own)[: 1 if config.constant_lambda else None]
+        shown.append(", ".join(f"{number:.7g}" for number in expected))
+        # A product with 1 computes nothing, and optimisers leave it out; that there is no other is what the cases show.
+        left_out = (expected.astype(manifest.graph.dtype) == 1).all()
+        if not left_out and not any(_is_lambda(constant, expected) for constant in constants.values()):
+            problems.append(f"no constant of the graph is lambda{' of ' * bool(prefix)}{prefix[:-1]}, {shown[-1]}")
+    return make_check("lambda", problems, f"folded to constants: {'; '.join(shown)}")
 
 
 def _is_lambda(constant: Array, expected: Array) -> bool:
+    if constant.size != expected.size or not _is_floating(constant):
+        return False
     # A few roundings of fp32 in exp(.) - exp(.) + lambda_init, then one to the dtype of the graph.
     size = np.abs(expected)
     allowed = epsilon(constant.dtype) * size + _ROUNDINGS_OF_LAMBDA * epsilon("float32") * (1 + size)
@@ -136,13 +140,14 @@ def _is_floating(constant: Array) -> bool:
 
 def rope_constants(constants: Mapping[str, Array], manifest: Manifest) -> Check:
     """The rotary tables must stand in the artifact, for all declared positions."""
-    rope, spec = manifest.config.rope, manifest.graph
+    attention, spec = manifest.config.attention, manifest.graph
+    rope = attention.rope
     if rope is None:
         return make_check("rope", [], "none")
     length = spec.axes["sequence_length"].max
-    dtype = np.dtype(spec.inputs["hidden_states"].dtype)
+    dtype = np.dtype(spec.dtype)
     problems = []
-    for name, table in zip(("cosine", "sine"), rope_tables(rope, manifest.config.head_dim, length), strict=True):
+    for name, table in zip(("cosine", "sine"), rope_tables(rope, attention.head_dim, length), strict=True):
         # Both sides come from fp64, and rounding numbers up to 1 costs half of this at most.
         tolerance = epsilon(dtype)
         if not any(

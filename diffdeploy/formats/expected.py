@@ -16,10 +16,10 @@ __all__ = ["expected_constants", "held_constants"]
 def expected_constants(manifest: Manifest, weights: Mapping[str, Array]) -> dict[str, Array]:
     """What a right artifact can hold: weights in its dtype, and all numbers and tables in float64."""
     expected = {name: array for name, array in weights.items() if name not in LAMBDA_VECTORS}
-    numbers = {name: np.asarray(value, np.float64) for name, value in _numbers(manifest.config, weights).items()}
-    if manifest.config.rope is not None:
+    numbers = {name: np.asarray(value, np.float64) for name, value in _numbers(manifest.block, weights).items()}
+    if manifest.block.rope is not None:
         length = manifest.graph.axes["sequence_length"].max
-        cos, sin = rope_tables(manifest.config.rope, manifest.config.head_dim, length)
+        cos, sin = rope_tables(manifest.block.rope, manifest.block.head_dim, length)
         numbers |= {"rope.cos": cos, "rope.sin": sin}
     return {**expected, **numbers}
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from diffdeploy.graphs import DType, Variant
+from diffdeploy.graphs import DType, Logits, Variant
 
 __all__ = ["Device", "ExportOptions", "RunOptions"]
 
@@ -28,6 +28,7 @@ class ExportOptions:
         impl: how the two attentions are written down.
         seed: random seed for the inputs that the artifact is verified with.
         reference: verify ONNX with `onnx.reference` in place of onnxruntime.
+        logits: of a model: at ``all`` new positions, or at the ``last`` alone.
     """
 
     format: str = "onnx"
@@ -41,6 +42,7 @@ class ExportOptions:
     impl: str = "auto"
     seed: int = 0
     reference: bool = False
+    logits: Logits = "all"
 
 
 @dataclass(frozen=True, kw_only=True)

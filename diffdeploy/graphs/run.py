@@ -8,28 +8,35 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.graphs.spec import GraphSpec
 
-__all__ = ["run_block", "zero_inputs"]
+__all__ = ["run_graph", "zero_inputs"]
 
 
-def run_block(block: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Call an eager block by the names of a graph.
+def run_graph(module: Any, inputs: Mapping[str, Any], *, last_only: bool = False) -> dict[str, Any]:
+    """Call an eager block or model by the names of its graph.
 
     Args:
-        block: a `diffdeploy.modules.AttentionBlock`.
+        module: a `diffdeploy.modules.AttentionBlock` or `diffdeploy.modules.DiffTransformer`.
         inputs: tensors by the names of `GraphSpec.inputs`.
+        last_only: whether a model gives the logits of the last position alone.
 
     Returns:
         Tensors by the names of `GraphSpec.outputs`.
     """
-    past = None
-    if "past_key_values.key" in inputs:
-        past = (inputs["past_key_values.key"], inputs["past_key_values.value"])
+    names = [name for name in inputs if name.startswith("past_key_values.")]
+    past = [(inputs[key], inputs[value]) for key, value in zip(names[::2], names[1::2], strict=True)]
     # A graph has no mask where it is plain, and no positions where nothing is turned.
-    result = block(inputs["hidden_states"], inputs.get("attention_mask"), inputs.get("position_ids"), past)
-    if past is None:
-        return {"output": result}
-    output, (key, value) = result
-    return {"output": output, "present.key": key, "present.value": value}
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    present = []
+    if "input_ids" in inputs:
+        output, present = module(inputs["input_ids"], mask, positions, past, last_only=last_only)
+    elif past:
+        output, cache = module(inputs["hidden_states"], mask, positions, past[0])
+        present = [cache]
+    else:
+        output = module(inputs["hidden_states"], mask, positions)
+    sides = [side for cache in present for side in cache]
+    given = {name.replace("past_key_values.", "present."): side for name, side in zip(names, sides, strict=True)}
+    return {"logits" if "input_ids" in inputs else "output": output, **given}
 
 
 def zero_inputs(spec: GraphSpec, **sizes: int) -> dict[str, Array]:

@@ -76,7 +76,7 @@ def by_values(bundle: Bundle, artifact: _Runs, inputs: Mapping[str, Array], show
 
     manifest, weights = bundle.manifest, read_weights(bundle)
     dtype = getattr(torch, manifest.graph.dtype)
-    exact, eager = (stage_values(manifest.config, weights, inputs, kind) for kind in (torch.float64, dtype))
+    exact, eager = (stage_values(manifest.block, weights, inputs, kind) for kind in (torch.float64, dtype))
     matcher = Matcher(exact, eager, manifest.graph.dtype, by_stream=shown.by_stream, hidden=shown.hidden)
     try:
         for node, value in shown.values(inputs):

@@ -94,7 +94,7 @@ class Prober:
     """
 
     def __init__(self, bundle: Bundle, artifact: Runs) -> None:
-        self.config, self._spec = bundle.manifest.config, bundle.manifest.graph
+        self.config, self._spec = bundle.manifest.block, bundle.manifest.graph
         stored = read_safetensors(bundle.path / WEIGHTS)
         self.weights = {name: array.astype(np.float64) for name, array in stored.items()}
         self.tolerance = _ROUNDINGS * epsilon(self._spec.dtype)

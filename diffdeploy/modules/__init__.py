@@ -5,7 +5,11 @@ from diffdeploy.modules.decoder import DecoderLayer, DiffTransformer
 from diffdeploy.modules.mlp import GatedMlp, PolyNorm
 from diffdeploy.modules.rotary import RotaryEmbedding
 
+# What an artifact can be made of.
+AnyModule = AttentionBlock | DiffTransformer
+
 __all__ = [
+    "AnyModule",
     "AttentionBlock",
     "DecoderLayer",
     "DiffAttention",

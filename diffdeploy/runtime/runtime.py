@@ -59,7 +59,7 @@ class Runtime:
                 mask may be boolean.
 
         Returns:
-            Outputs by name: torch tensors, where ``hidden_states`` is, if that is one; else numpy arrays.
+            Outputs by name: torch tensors, where the first input is, if that is one; else numpy arrays.
 
         Raises:
             InputError: a name, dtype, shape or value is not what `spec` accepts, or the runtime is closed. Values of
@@ -75,7 +75,7 @@ class Runtime:
         inputs = as_integers(self.spec, inputs)
         check_inputs(self.spec, inputs)
         # Asked of numpy, since torch may not be installed.
-        as_torch = not isinstance(inputs["hidden_states"], np.ndarray)
+        as_torch = not isinstance(inputs[self.spec.main_input], np.ndarray)
         # Backends take positions, and callers may name inputs in any order.
         outputs = backend.run([inputs[name] for name in self.spec.inputs], as_torch=as_torch)
         return dict(zip(self.spec.outputs, outputs, strict=True))

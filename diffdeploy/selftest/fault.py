@@ -39,7 +39,7 @@ class FaultTarget:
     @property
     def config(self) -> AnyConfig:
         """Of the block."""
-        return self.manifest.config
+        return self.manifest.block
 
     @property
     def format(self) -> Format:

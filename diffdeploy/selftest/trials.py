@@ -126,7 +126,7 @@ class Trials:
 
     def _is_held_against_the_same(self, copy: Path) -> bool:
         manifest = Manifest.from_bytes((copy / MANIFEST).read_bytes())
-        promised = (manifest.config, manifest.graph) == (self._target.config, self._target.spec)
+        promised = (manifest.block, manifest.graph) == (self._target.config, self._target.spec)
         weights = copy / WEIGHTS
         # The fault may have taken the file away.
         return promised and weights.exists() and file_sha256(weights) == self._digests[WEIGHTS]

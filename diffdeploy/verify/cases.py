@@ -7,7 +7,7 @@ import numpy as np
 
 from diffdeploy.arrays import Array
 from diffdeploy.graphs import GraphSpec
-from diffdeploy.verify.values import EXTREME_KINDS, Kind, Mask, draw_past, draw_states, draw_tokens
+from diffdeploy.verify.values import EXTREME_KINDS, Kind, Mask, draw_ids, draw_past, draw_states, draw_tokens
 
 __all__ = ["AnyCase", "Case", "Kind", "Mask", "Positions", "UserCase"]
 
@@ -131,20 +131,26 @@ class Case:
         # All that names a case, so that no two share their inputs, and the name alone gives them again.
         entropy = [self.seed, *numbers, kinds.index(self.kind), masks.index(self.mask), *more]
         generator, of_masks = np.random.default_rng(entropy), np.random.default_rng([*entropy, 1])
-        hidden = spec.inputs["hidden_states"]
-        states = draw_states(self.kind, generator, num_rows, self.sequence_length, int(hidden.shape[-1]))
-        inputs = {"hidden_states": states.astype(hidden.dtype)}
+        inputs = {spec.main_input: self._main(spec, generator, num_rows)}
         if "attention_mask" in spec.inputs:
             tokens = draw_tokens(self.mask, of_masks, num_rows, total)
             inputs["attention_mask"] = tokens
             if "position_ids" in spec.inputs:
                 inputs["position_ids"] = self._position_ids(spec, tokens, of_masks)
-        for name in ("past_key_values.key", "past_key_values.value"):
-            if name in spec.inputs:
-                _, heads, _, width = spec.inputs[name].shape
-                shape = (num_rows, int(heads), self.past_length, int(width))
-                inputs[name] = draw_past(self.kind, generator, shape).astype(spec.inputs[name].dtype)
+        for name in spec.caches:
+            _, heads, _, width = spec.inputs[name].shape
+            shape = (num_rows, int(heads), self.past_length, int(width))
+            inputs[name] = draw_past(self.kind, generator, shape).astype(spec.inputs[name].dtype)
         return {name: array[sources] for name, array in inputs.items()} if self.repeats else inputs
+
+    def _main(self, spec: GraphSpec, generator: np.random.Generator, num_rows: int) -> Array:
+        """Hidden states, or tokens."""
+        tensor = spec.inputs[spec.main_input]
+        if tensor.dtype == "int64":
+            assert tensor.values is not None
+            return draw_ids(self.kind, generator, num_rows, self.sequence_length, tensor.values.max + 1)
+        states = draw_states(self.kind, generator, num_rows, self.sequence_length, int(tensor.shape[-1]))
+        return states.astype(tensor.dtype)
 
     def _position_ids(self, spec: GraphSpec, tokens_BT: Array, generator: np.random.Generator) -> Array:
         if self.positions == "drawn":
@@ -186,9 +192,13 @@ class UserCase:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Rows, positions, and tokens in the cache."""
-        past = self.arrays.get("past_key_values.key")
-        batch_size, length, _ = self.arrays["hidden_states"].shape
+        batch_size, length = self._main.shape[:2]
+        past = next((array for name, array in self.arrays.items() if name.startswith("past_key_values.")), None)
         return batch_size, length, 0 if past is None else past.shape[2]
+
+    @property
+    def _main(self) -> Array:
+        return self.arrays["input_ids" if "input_ids" in self.arrays else "hidden_states"]
 
     def inputs(self, spec: GraphSpec) -> dict[str, Array]:  # noqa: ARG002 - they were checked when they were read
         """The inputs of a single call, by name."""
@@ -200,7 +210,7 @@ class UserCase:
 
     def sources(self) -> Array:
         """Every row is one of its own."""
-        return np.arange(len(self.arrays["hidden_states"]))
+        return np.arange(len(self._main))
 
 
 AnyCase = Case | UserCase

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffdeploy.arrays import Array, to_array, to_tensor
-from diffdeploy.graphs import DType, run_block
+from diffdeploy.graphs import DType, run_graph
 from diffdeploy.verify.metrics import Yardstick
 
 if TYPE_CHECKING:
     import torch
 
-    from diffdeploy.modules import AttentionBlock
+    from diffdeploy.modules import AnyModule
 
 __all__ = ["RunArrays", "eager_error", "eager_errors", "for_queries", "run_arrays"]
 
@@ -26,13 +26,16 @@ _MAX_STACKED = 2**22
 _UP_OR_DOWN = 0.5
 
 
-def run_arrays(block: "AttentionBlock", *, device: str = "cpu", dtype: "torch.dtype | None" = None) -> RunArrays:
+def run_arrays(
+    block: "AnyModule", *, device: str = "cpu", dtype: "torch.dtype | None" = None, last_only: bool = False
+) -> RunArrays:
     """The eager block as a function of arrays by the names of a graph, without gradients.
 
     Args:
         block: block on the device.
         device: where the inputs go.
         dtype: dtype that floating-point inputs are given in; by default their own.
+        last_only: see `run_graph`.
     """
     import torch
 
@@ -42,7 +45,7 @@ def run_arrays(block: "AttentionBlock", *, device: str = "cpu", dtype: "torch.dt
             name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in tensors.items()
         }
         with torch.no_grad(), _fast_products(device):
-            return {name: to_array(tensor) for name, tensor in run_block(block, moved).items()}
+            return {name: to_array(tensor) for name, tensor in run_graph(block, moved, last_only=last_only).items()}
 
     return run
 
@@ -70,7 +73,7 @@ def _fast_products(device: str) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def for_queries(block: "AttentionBlock", queries: Array | None) -> Iterator[None]:
+def for_queries(block: "AnyModule", queries: Array | None) -> Iterator[None]:
     """Within it the block computes the output of these positions alone, from all keys and values.
 
     Args:
@@ -83,9 +86,11 @@ def for_queries(block: "AttentionBlock", queries: Array | None) -> Iterator[None
     import torch
     from torch import Tensor
 
+    from diffdeploy.modules import AttentionBlock
     from diffdeploy.ops import diff_attention
 
-    chosen, config = torch.from_numpy(queries), block.config
+    assert isinstance(block, AttentionBlock)
+    chosen, config, impl = torch.from_numpy(queries), block.config, block.impl
 
     def attend(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
         age = (k.shape[2] - q.shape[2] + chosen)[:, None] - torch.arange(k.shape[2])
@@ -102,7 +107,7 @@ def for_queries(block: "AttentionBlock", queries: Array | None) -> Iterator[None
             attn_mask=seen[None, None] if mask is None else mask & seen,
             gqa_layout=config.gqa_layout,
             scale=config.scale,
-            impl=block.impl,
+            impl=impl,
         )
 
     # On the instance, since all other steps are those of its class.
@@ -141,7 +146,7 @@ def eager_errors(
         For each group a yardstick for each output, by name.
     """
     yardsticks = [{name: Yardstick(array[rows], dtype) for name, array in expected.items()} for rows in groups]
-    batch_size = len(inputs["hidden_states"])
+    batch_size = len(next(iter(inputs.values())))
     for stack in _stacks(inputs):
         outputs = eager(stack)
         for name, stacked in outputs.items():
@@ -155,6 +160,8 @@ def eager_errors(
 def _stacks(inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
     """The input, then its neighbours, several in one batch where that is small, since calls cost more than numbers."""
     yield dict(inputs)
+    if "hidden_states" not in inputs:  # tokens have no neighbours; a model has more numbers to average over
+        return
     x_BSD = inputs["hidden_states"]
     # The same neighbours each time, so that a verification that is repeated gives the same figures.
     generator = np.random.default_rng(0)

@@ -5,44 +5,53 @@ from collections.abc import Mapping
 import numpy as np
 
 from diffdeploy.arrays import Array
+from diffdeploy.graphs import GraphSpec
 from diffdeploy.verify.cases import AnyCase
 from diffdeploy.verify.worker import Artifact
 
 __all__ = ["feed"]
 
 
-def feed(case: AnyCase, artifact: Artifact, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def feed(case: AnyCase, artifact: Artifact, inputs: Mapping[str, Array], spec: GraphSpec) -> dict[str, Array]:
     """Outputs by name, of all calls together. A case of one call must have been started.
 
     Raises:
         ExportError: the artifact did not run.
     """
     if case.chunks:
-        return _in_chunks(case.chunks, artifact, inputs)
+        return _in_chunks(case.chunks, artifact, inputs, last_only=spec.logits == "last")
     if case.row_by_row:
         return _row_by_row(artifact, inputs)
     return artifact.result()
 
 
-def _in_chunks(chunks: tuple[int, ...], artifact: Artifact, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    key, value = inputs["past_key_values.key"], inputs["past_key_values.value"]
-    outputs, done = [], 0
+def _in_chunks(
+    chunks: tuple[int, ...], artifact: Artifact, inputs: Mapping[str, Array], *, last_only: bool
+) -> dict[str, Array]:
+    caches = {name: array for name, array in inputs.items() if name.startswith("past_key_values.")}
+    present = {name: name.replace("past_key_values.", "present.") for name in caches}
+    outputs: list[Array] = []
+    done = 0
     for chunk in chunks:
         part = {
-            name: inputs[name][:, done : done + chunk] for name in ("hidden_states", "position_ids") if name in inputs
+            name: inputs[name][:, done : done + chunk]
+            for name in ("hidden_states", "input_ids", "position_ids")
+            if name in inputs
         }
         # Grows with the cache: it speaks of all tokens so far.
         part["attention_mask"] = inputs["attention_mask"][:, : done + chunk]
-        result = artifact.run({**part, "past_key_values.key": key, "past_key_values.value": value})
-        key, value = result["present.key"], result["present.value"]
-        outputs.append(result["output"])
+        result = artifact.run({**part, **caches})
+        caches = {name: result[output] for name, output in present.items()}
+        (main,) = result.keys() - present.values()
+        outputs.append(result[main])
         done += chunk
-    return {"output": np.concatenate(outputs, axis=1), "present.key": key, "present.value": value}
+    whole = outputs[-1] if last_only else np.concatenate(outputs, axis=1)
+    return {main: whole, **{present[name]: array for name, array in caches.items()}}
 
 
 def _row_by_row(artifact: Artifact, inputs: Mapping[str, Array]) -> dict[str, Array]:
     rows = [
         artifact.run({name: array[row : row + 1] for name, array in inputs.items()})
-        for row in range(len(inputs["hidden_states"]))
+        for row in range(len(next(iter(inputs.values()))))
     ]
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}

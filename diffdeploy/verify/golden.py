@@ -9,15 +9,15 @@ import numpy as np
 from diffdeploy.arrays import Array, read_safetensors
 from diffdeploy.budgets import BUDGETS
 from diffdeploy.bundle import GOLDEN, REPORT, Bundle, Environment, open_bundle
-from diffdeploy.config import AnyConfig
+from diffdeploy.config import AnyModel
 from diffdeploy.errors import InputError
 from diffdeploy.formats import Check, RunOptions, distributions
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.runtime import Runtime, load
 from diffdeploy.verify.cases import Case
 from diffdeploy.verify.coverage import covered
+from diffdeploy.verify.decoder import exact_outputs
 from diffdeploy.verify.metrics import Yardstick, measure
-from diffdeploy.verify.oracle import oracle
 from diffdeploy.verify.report import CaseReport, Report
 from diffdeploy.verify.sweep import golden_cases
 
@@ -28,13 +28,13 @@ __all__ = ["golden_arrays", "golden_check", "verify_golden"]
 _RELATIVE_ERROR = 1e-10
 
 
-def golden_arrays(config: AnyConfig, spec: GraphSpec, weights: Mapping[str, Array], seed: int) -> dict[str, Array]:
+def golden_arrays(config: AnyModel, spec: GraphSpec, weights: Mapping[str, Array], seed: int) -> dict[str, Array]:
     """Inputs and exact outputs of `golden_cases`, named ``CASE.NAME``."""
     arrays: dict[str, Array] = {}
     for case in golden_cases(spec, seed):
         inputs = case.inputs(spec)
         arrays |= {f"{case.id}.{name}": array for name, array in inputs.items()}
-        arrays |= {f"{case.id}.{name}": array for name, array in oracle(config, weights, inputs).items()}
+        arrays |= {f"{case.id}.{name}": array for name, array in exact_outputs(config, weights, inputs, spec).items()}
     return arrays
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.config import AnyConfig
+from diffdeploy.config import AnyModel
 from diffdeploy.errors import DiffDeployError
 from diffdeploy.formats import Check
 from diffdeploy.graphs import GraphSpec
@@ -46,7 +46,7 @@ class _Pair:
     kept: dict[str, Array]
 
 
-def property_checks(artifact: Artifact, config: AnyConfig, spec: GraphSpec, seed: int) -> list[Check]:
+def property_checks(artifact: Artifact, config: AnyModel, spec: GraphSpec, seed: int) -> list[Check]:
     """Determinism, batch invariance, and where they apply causality, padding invariance and the handing on of a cache.
 
     Args:
@@ -59,8 +59,9 @@ def property_checks(artifact: Artifact, config: AnyConfig, spec: GraphSpec, seed
         _check("determinism", artifact, _determinism(spec, seed), "the same bits when an input comes again"),
         _check("batch invariance", artifact, _other_rows(spec, seed), "other rows do not change a bit of a row"),
     ]
-    checks.append(_nan_stays_in_its_row(artifact, spec, seed))
-    if config.causal:
+    if spec.main_input == "hidden_states":  # tokens are no numbers
+        checks.append(_nan_stays_in_its_row(artifact, spec, seed))
+    if config.attention.causal:
         checks.append(
             _check("causality", artifact, _later_tokens(spec, seed), "later tokens do not change a bit before them")
         )
@@ -68,7 +69,7 @@ def property_checks(artifact: Artifact, config: AnyConfig, spec: GraphSpec, seed
         checks.append(
             _check("padding invariance", artifact, _padding(spec, seed), "what padding holds does not change a bit")
         )
-    if spec.variant == "cached":
+    if spec.caches:
         checks.append(_cache_is_handed_on(artifact, spec, seed))
     return checks
 
@@ -106,7 +107,7 @@ def _difference(one: Array, other: Array, kept: Array) -> str | None:
 
 def _base(spec: GraphSpec, seed: int, length: int, mask: Mask = "none") -> Case:
     total = spec.axes["sequence_length"].max
-    past = min(5, total - length) if spec.variant == "cached" else 0
+    past = min(5, total - length) if spec.caches else 0
     return Case(
         batch_size=min(3, spec.axes["batch_size"].max), sequence_length=length, past_length=past, mask=mask, seed=seed
     )
@@ -124,7 +125,7 @@ def _bases(spec: GraphSpec, seed: int, mask: Mask | None = None) -> Iterator[tup
 
 def _everywhere(spec: GraphSpec, kept: Array, past_length: int) -> dict[str, Array]:
     """Of all outputs, where ``kept [B, P + S]`` says so; ``output`` has no past."""
-    return {name: kept[:, past_length:] if name == "output" else kept for name in spec.outputs}
+    return {name: kept[:, past_length:] if name == spec.main_output else kept for name in spec.outputs}
 
 
 def _determinism(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
@@ -151,8 +152,8 @@ def _later_tokens(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
         # A change right behind the first token, in the middle, and of the last token alone.
         for first in sorted({1, length // 2, length - 1} - {0, length}):
             changed = dict(inputs)
-            changed["hidden_states"] = inputs["hidden_states"].copy()
-            changed["hidden_states"][:, first:] = others["hidden_states"][:, first:]
+            changed[spec.main_input] = inputs[spec.main_input].copy()
+            changed[spec.main_input][:, first:] = others[spec.main_input][:, first:]
             kept = np.arange(case.past_length + length)[None] < case.past_length + first
             name = f"{case.id}, tokens from {first} on"
             yield _Pair(name, inputs, changed, _everywhere(spec, kept, case.past_length))
@@ -163,10 +164,11 @@ def _padding(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
         for case, inputs, others in _bases(spec, seed, mask):
             tokens, past = inputs["attention_mask"] == 1, case.past_length
             changed = dict(inputs)
-            changed["hidden_states"] = _where(tokens[:, past:, None], inputs, others, "hidden_states")
-            for name in ("past_key_values.key", "past_key_values.value"):
-                if name in inputs:
-                    changed[name] = _where(tokens[:, None, :past, None], inputs, others, name)
+            new = tokens[:, past:]
+            wide = new.reshape(*new.shape, *[1] * (inputs[spec.main_input].ndim - new.ndim))
+            changed[spec.main_input] = _where(wide, inputs, others, spec.main_input)
+            for name in spec.caches:
+                changed[name] = _where(tokens[:, None, :past, None], inputs, others, name)
             if "position_ids" in inputs:
                 # What position a padding token is said to have must not count either.
                 changed["position_ids"] = np.where(tokens[:, past:], inputs["position_ids"], 0)
@@ -206,9 +208,9 @@ def _cache_is_handed_on(artifact: Artifact, spec: GraphSpec, seed: int) -> Check
         outputs = artifact.run(inputs)
     except DiffDeployError as error:
         return Check(name=name, passed=False, detail=f"{case.id}: the artifact did not run: {error}")
-    for side in ("key", "value"):
-        past, present = inputs[f"past_key_values.{side}"], outputs[f"present.{side}"]
+    for name_in, name_out in spec.caches.items():
+        past, present = inputs[name_in], outputs[name_out]
         kept = np.ones((case.batch_size, case.past_length), dtype=bool)
         if difference := _difference(past, present[:, :, : case.past_length], kept):
-            return Check(name=name, passed=False, detail=f"{case.id}: the past of present.{side} changed, {difference}")
+            return Check(name=name, passed=False, detail=f"{case.id}: the past of {name_out} changed, {difference}")
     return Check(name=name, passed=True, detail="the past comes out bit for bit")

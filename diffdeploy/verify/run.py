@@ -145,7 +145,7 @@ def _require_paired_cache(bundle: Bundle) -> None:
 
     It runs, but the formula that it would be held against takes and gives them side by side.
     """
-    config, inputs = bundle.manifest.config, bundle.manifest.graph.inputs
+    config, inputs = bundle.manifest.config.attention, bundle.manifest.graph.inputs
     if "past_key_values.key" not in inputs:
         return
     given, wanted = inputs["past_key_values.key"].shape[1::2], (config.num_kv_heads, config.key_cache_dim)
@@ -224,12 +224,12 @@ def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, yardsticks: Yard
         artifact.start(inputs)
     held = yardsticks.of(case, inputs)
     try:
-        actual = feed(case, artifact, inputs)
+        actual = feed(case, artifact, inputs, spec)
     except DiffDeployError as error:
         return CaseReport.did_not_run(case.id, case.group, str(error))
     queries = case.queries()
     # An output of another shape stays whole, and fails by its shape.
-    if queries is not None and actual["output"].shape == inputs["hidden_states"].shape:
+    if queries is not None and actual["output"].shape == inputs[spec.main_input].shape:
         actual = {**actual, "output": actual["output"][:, queries]}
     reports = [_judged(name, case, actual[name], held) for name in spec.outputs]
     if not all(np.isfinite(array.astype(np.float64)).all() for array in inputs.values()):

@@ -7,10 +7,11 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from diffdeploy.config import AnyConfig
+from diffdeploy.config import AnyConfig, AnyModel, DecoderConfig
 from diffdeploy.errors import InputError
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.verify.cases import Case, Kind, Mask
+from diffdeploy.verify.model_sweep import full_model_cases, quick_model_cases, random_model_cases
 from diffdeploy.verify.ranges import (
     MAX_ELEMENTS,
     MAX_SCORES,
@@ -45,7 +46,7 @@ _MAX_RANDOM_BATCH, _MAX_RANDOM_TOKENS = 8, 2048
 _SHARE_WITH_A_PAST, _SHARE_WITH_DRAWN_POSITIONS = 0.5, 0.25
 
 
-def select_cases(selection: Selection, config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
+def select_cases(selection: Selection, config: AnyModel, spec: GraphSpec, seed: int) -> list[Case]:
     """The cases of a graph.
 
     Args:
@@ -60,17 +61,25 @@ def select_cases(selection: Selection, config: AnyConfig, spec: GraphSpec, seed:
     Raises:
         InputError: the number is not positive.
     """
-    quick = [*golden_cases(spec, seed), *_quick(config, spec, seed)]
+    quick, full, drawn = _parts(config, spec, seed)
+    quick = [*golden_cases(spec, seed), *quick]
     # Short ranges make several cases the same one, which is run once.
     if selection == "quick":
         return list(dict.fromkeys(quick))
-    drawn = random_cases(config, spec, seed)
-    ordered = list(dict.fromkeys([*quick, *_full(config, spec, seed), *islice(drawn, _NUM_RANDOM)]))
+    ordered = list(dict.fromkeys([*quick, *full, *islice(drawn, _NUM_RANDOM)]))
     if selection == "full":
         return ordered
     if selection < 1:
         raise InputError(f"the number of cases is {selection}; accepted is 1 or more, quick or full")
     return [*ordered[:selection], *islice(drawn, max(0, selection - len(ordered)))]
+
+
+def _parts(config: AnyModel, spec: GraphSpec, seed: int) -> tuple[list[Case], list[Case], Iterator[Case]]:
+    """Quick cases, those of a full sweep beside them, and endless random ones."""
+    if isinstance(config, DecoderConfig):
+        quick, full = quick_model_cases(spec, seed), full_model_cases(spec, config, seed)
+        return quick, full, random_model_cases(spec, config, seed)
+    return _quick(config, spec, seed), _full(config, spec, seed), random_cases(config, spec, seed)
 
 
 def longest_case(config: AnyConfig, *, decoding: bool = False) -> int:
@@ -93,7 +102,7 @@ def golden_cases(spec: GraphSpec, seed: int) -> list[Case]:
     cases = [Case(batch_size=1, sequence_length=1, seed=seed), Case(batch_size=2, sequence_length=length, seed=seed)]
     if spec.variant != "plain":
         cases.append(replace(cases[1], mask="left"))
-    if spec.variant == "cached":
+    if spec.caches:
         cases.append(Case(batch_size=2, sequence_length=1, past_length=min(5, length - 1), seed=seed, mask="left"))
     return cases
 

@@ -45,8 +45,7 @@ def read_inputs(path: Path, spec: GraphSpec) -> list[UserCase]:
 
 
 def _sizes(inputs: dict[str, Array]) -> str:
-    batch, length, _ = inputs["hidden_states"].shape
-    past = inputs["past_key_values.key"].shape[2] if "past_key_values.key" in inputs else 0
+    batch, length, past = UserCase(name="", arrays=inputs).sizes
     return "-".join([f"B{batch}", *([f"P{past}"] if past else []), f"S{length}"])
 
 

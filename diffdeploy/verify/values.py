@@ -9,7 +9,7 @@ import numpy as np
 
 from diffdeploy.arrays import Array
 
-__all__ = ["EXTREME_KINDS", "Kind", "Mask", "draw_past", "draw_states", "draw_tokens"]
+__all__ = ["EXTREME_KINDS", "Kind", "Mask", "draw_ids", "draw_past", "draw_states", "draw_tokens"]
 
 Kind = Literal[
     "normal",
@@ -74,6 +74,16 @@ def draw_states(kind: Kind, generator: np.random.Generator, batch_size: int, len
         place = 0, generator.integers(length), generator.integers(width)
         x[place] = np.nan if kind == "nan" else np.inf
     return x
+
+
+def draw_ids(kind: Kind, generator: np.random.Generator, batch_size: int, length: int, num_tokens: int) -> Array:
+    """Token ids ``[B, S]``, int64, out of ``num_tokens``: any, one alone (``constant``), or a few (``repeated``)."""
+    shape = (batch_size, 1 if kind == "constant" else length)
+    ids: Array = generator.integers(0, num_tokens, shape)
+    if kind == "repeated":
+        places: Array = generator.integers(0, min(_DISTINCT_TOKENS, length), shape)
+        ids = np.take_along_axis(ids, places, axis=1)
+    return np.ascontiguousarray(np.broadcast_to(ids, (batch_size, length)))
 
 
 def draw_past(kind: Kind, generator: np.random.Generator, shape: tuple[int, int, int, int]) -> Array:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.bundle import Bundle, eager_block
+from diffdeploy.bundle import Bundle, eager_module
+from diffdeploy.config import DecoderConfig
 from diffdeploy.verify.cases import AnyCase
+from diffdeploy.verify.decoder import exact_outputs
 from diffdeploy.verify.eager import eager_errors, for_queries, run_arrays
 from diffdeploy.verify.metrics import Yardstick
 from diffdeploy.verify.oracle import exact_and_stored
@@ -29,7 +31,7 @@ class Held:
 
 
 class Yardsticks:
-    """Computes yardsticks.
+    """Computes yardsticks of a block or a model.
 
     Args:
         bundle: whose config and weights count.
@@ -37,16 +39,19 @@ class Yardsticks:
     """
 
     def __init__(self, bundle: Bundle, exact_weights: Mapping[str, Array]) -> None:
-        self._config, self._dtype = bundle.manifest.config, bundle.manifest.graph.dtype
+        self._config, self._spec = bundle.manifest.config, bundle.manifest.graph
+        self._dtype = self._spec.dtype
         self._weights = exact_weights
         # The formula as it is written, which no format ships.
-        self._block = eager_block(bundle, impl="naive")
-        self._eager = run_arrays(self._block)
+        self._block = eager_module(bundle, impl="naive")
+        self._eager = run_arrays(self._block, last_only=self._spec.logits == "last")
         # Only float16 ends before the scores of outliers do.
-        self._fused = eager_block(bundle, impl="two_call") if self._dtype == "float16" else None
+        self._fused = eager_module(bundle, impl="two_call") if self._dtype == "float16" else None
 
     def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
         """Of all outputs of a case: for the batch, or for each row where rows are judged by themselves."""
+        if isinstance(self._config, DecoderConfig):
+            return [self._of_model(self._config, inputs)]
         sources, queries = case.sources(), case.queries()
         distinct = int(sources.max()) + 1
         inputs = {name: array[:distinct] for name, array in inputs.items()}
@@ -69,3 +74,11 @@ class Yardsticks:
         if not case.by_row:
             return [Held(np.arange(distinct), found[0])]
         return [Held(np.array([row]), found[source]) for row, source in enumerate(sources)]
+
+    def _of_model(self, config: DecoderConfig, inputs: Mapping[str, Array]) -> Held:
+        """Eager's error over all layers, and that of storing the streams of each."""
+        expected = exact_outputs(config, self._weights, inputs, self._spec)
+        (yardsticks,) = eager_errors(self._eager, inputs, expected, self._dtype, [slice(None)])
+        for name, stored in exact_outputs(config, self._weights, inputs, self._spec, self._dtype).items():
+            yardsticks[name].add_stored(stored)
+        return Held(np.arange(len(inputs["input_ids"])), yardsticks)

@@ -26,11 +26,12 @@ def diffllama(directory: Path, **changes: Any) -> tuple[Any, Tensor, Tensor]:
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 128}
     fields = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "initializer_range": 0.2}
-    model = DiffLlamaForCausalLM(DiffLlamaConfig(**{**sizes, **heads, **fields, **changes})).eval()
+    model = DiffLlamaForCausalLM(DiffLlamaConfig(**{**sizes, **heads, **fields, **changes}))
+    model.requires_grad_(False)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("norm.weight"):
-                weight += 0.2 * torch.randn_like(weight)
+                weight.add_(0.2 * torch.randn_like(weight))
     model.save_pretrained(directory)
     ids = torch.randint(0, 96, (2, 23))
     with torch.no_grad():

@@ -70,7 +70,7 @@ def test_export_of_a_bare_half_precision_block_and_its_use_from_python(tmp_path:
 
     runtime = load(output, threads=1)
     x = np.random.default_rng(0).standard_normal((2, 5, 24)).astype(np.float16)
-    expected = oracle(runtime.bundle.manifest.config, load_file(output / "weights.safetensors"), {"hidden_states": x})[
+    expected = oracle(runtime.bundle.manifest.block, load_file(output / "weights.safetensors"), {"hidden_states": x})[
         "output"
     ]
     np.testing.assert_allclose(runtime(hidden_states=x)["output"], expected, rtol=0, atol=0.02)

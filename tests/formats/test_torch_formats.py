@@ -11,7 +11,7 @@ import torch
 
 from diffdeploy import load
 from diffdeploy.arrays import read_safetensors
-from diffdeploy.bundle import open_bundle, write_manifest
+from diffdeploy.bundle import frozen_module, open_bundle, write_manifest
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.errors import InputError, UnavailableError
 from diffdeploy.exporters import ExportOptions, export, export_bundle
@@ -90,16 +90,16 @@ def test_no_local_path_is_left(name: str, format_bundle: FormatBundle) -> None:
 
 
 def test_a_faulty_program_is_refused(sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = export._block
+    build = frozen_module
 
-    def spoiled(*arguments: Any) -> Any:
-        block = build(*arguments)
+    def spoiled(*arguments: Any, **options: Any) -> Any:
+        block = build(*arguments, **options)
         assert isinstance(block, DiffAttention)
         block.v_proj.weight = torch.nn.Parameter(block.v_proj.weight.clone(), requires_grad=False)
         block.v_proj.weight[5, 7] *= 1.001
         return block
 
-    monkeypatch.setattr(export, "_block", spoiled)
+    monkeypatch.setattr(export, "frozen_module", spoiled)
     with pytest.raises(RejectedError) as refused:
         export_bundle(sample, tmp_path / "out", ExportOptions(format="pt2", max_sequence_length=70))
     report = refused.value.report

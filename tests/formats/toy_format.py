@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffdeploy.arrays import Array, read_safetensors, to_array
-from diffdeploy.bundle import Bundle, Manifest, eager_block
+from diffdeploy.bundle import Bundle, Manifest, eager_module
 from diffdeploy.formats import ArtifactFacts, Check, ExportOptions, Format, RunOptions
 from diffdeploy.formats.checks import declared_facts, lambda_constant, make_check, rope_constants, weights_bit_for_bit
 from diffdeploy.formats.torch_backend import TorchBackend
-from diffdeploy.graphs import GraphSpec, Variant, run_block
+from diffdeploy.graphs import GraphSpec, Variant, run_graph
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffdeploy.modules import AttentionBlock
+    from diffdeploy.modules import AnyModule
 
 _FILE = "state.safetensors"
 
@@ -29,13 +29,13 @@ class _ToyBackend(TorchBackend):
     def load(self, options: RunOptions) -> Callable[..., "Sequence[Tensor]"]:
         from safetensors.torch import load_file
 
-        block = eager_block(self.bundle, impl=self.bundle.manifest.options.attention_impl)
+        block = eager_module(self.bundle, impl=self.bundle.manifest.options.attention_impl)
         stored = load_file(self.bundle.path / _FILE)
         for name, tensor in (*block.named_parameters(), *block.named_buffers()):
             tensor.copy_(stored[name])
 
         def call(*tensors: "Tensor") -> "Sequence[Tensor]":
-            outputs = run_block(block, dict(zip(self.spec.inputs, tensors, strict=True)))
+            outputs = run_graph(block, dict(zip(self.spec.inputs, tensors, strict=True)))
             return [outputs[name] for name in self.spec.outputs]
 
         return call
@@ -47,9 +47,7 @@ class ToyFormat(Format):
     def fastest_impl(self, variant: Variant) -> str:
         return "padded"
 
-    def lower(
-        self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
-    ) -> Mapping[str, Any]:
+    def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         import safetensors.numpy
 
         state = {name: to_array(tensor) for name, tensor in (*block.named_parameters(), *block.named_buffers())}

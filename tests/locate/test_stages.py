@@ -13,7 +13,7 @@ from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.config import AnyConfig, DiffAttentionV2Config, RopeConfig
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.formats import Check, require_format
-from diffdeploy.graphs import GraphSpec, Stage, Variant, graph_spec, run_block
+from diffdeploy.graphs import GraphSpec, Stage, Variant, graph_spec, run_graph
 from diffdeploy.locate.locate import by_values, locate
 from diffdeploy.locate.matching import Matcher
 from diffdeploy.locate.probes import by_probes
@@ -112,11 +112,11 @@ class Eager:
     def __init__(self, bundle: Bundle, kind: type[AttentionBlock], weights: Mapping[str, Array] | None = None) -> None:
         stored = load_file(bundle.path / WEIGHTS) if weights is None else weights
         self.block = kind.from_weights(
-            bundle.manifest.config, {name: torch.from_numpy(array) for name, array in stored.items()}, max_positions=64
+            bundle.manifest.block, {name: torch.from_numpy(array) for name, array in stored.items()}, max_positions=64
         )
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        outputs = run_block(self.block, {name: torch.from_numpy(array) for name, array in inputs.items()})
+        outputs = run_graph(self.block, {name: torch.from_numpy(array) for name, array in inputs.items()})
         return {name: tensor.numpy() for name, tensor in outputs.items()}
 
 
@@ -142,7 +142,7 @@ TOLD_BY_OUTPUTS = {
 
 @pytest.mark.parametrize("step", TOLD_BY_OUTPUTS, ids=lambda step: step.__name__)
 def test_what_outputs_tell_of_a_wrong_step(step: Any, pt2_bundle: Bundle) -> None:
-    kind: Any = type(step.__name__, (step, block_class(pt2_bundle.manifest.config)), {})
+    kind: Any = type(step.__name__, (step, block_class(pt2_bundle.manifest.block)), {})
     finding = by_probes(pt2_bundle, Eager(pt2_bundle, kind))
     assert finding.stage == TOLD_BY_OUTPUTS[step], finding.detail
 
@@ -165,7 +165,7 @@ def test_what_outputs_tell_of_a_wrong_weight(name: str, stage: Stage, pt2_bundle
     weights[name] = weights[name] + 0.3 * weights[name].std() * generator.standard_normal(
         weights[name].shape, dtype=np.float32
     )
-    artifact = Eager(pt2_bundle, block_class(pt2_bundle.manifest.config), weights)
+    artifact = Eager(pt2_bundle, block_class(pt2_bundle.manifest.block), weights)
     finding = by_probes(pt2_bundle, artifact)
     assert finding.stage == stage, finding.detail
 
@@ -176,7 +176,7 @@ def test_a_named_constant_is_the_first_evidence(pt2_bundle: Bundle) -> None:
         Check(name="weights", passed=False, detail="k_proj.weight is other; q_proj.weight is other"),
         Check(name="lambda", passed=False, detail="none"),
     ]
-    artifact = Eager(pt2_bundle, block_class(pt2_bundle.manifest.config))
+    artifact = Eager(pt2_bundle, block_class(pt2_bundle.manifest.block))
     finding = locate(pt2_bundle, artifact, checks, [])
     assert finding is not None
     assert (finding.stage, finding.found_by) == ("q projection", "constants")
@@ -210,7 +210,7 @@ def test_every_step_is_right_before_one_is_replaced() -> None:
 def test_what_outputs_narrower_than_the_heads_tell(name: str, stage: Stage | None, narrow_bundle: Bundle) -> None:
     weights = load_file(narrow_bundle.path / WEIGHTS)
     weights[name] = weights[name] + np.random.default_rng(0).standard_normal(weights[name].shape, dtype=np.float32)
-    finding = by_probes(narrow_bundle, Eager(narrow_bundle, block_class(narrow_bundle.manifest.config), weights))
+    finding = by_probes(narrow_bundle, Eager(narrow_bundle, block_class(narrow_bundle.manifest.block), weights))
     assert finding.stage == stage, finding.detail
 
 

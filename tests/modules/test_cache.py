@@ -8,7 +8,7 @@ import torch
 
 from diffdeploy.config import GqaLayout, RopeConfig
 from diffdeploy.exporters.tracing import trace
-from diffdeploy.graphs import Stage, graph_spec, run_block
+from diffdeploy.graphs import Stage, graph_spec, run_graph
 from diffdeploy.locate.values import stage_values
 from diffdeploy.modules import DiffAttention
 from diffdeploy.verify.cases import Case
@@ -53,7 +53,7 @@ def test_blocks(impl: str, layout: GqaLayout, heads: tuple[int, int], style: str
     block = DiffAttention.from_weights(
         formula.config, formula.weights, impl=impl, max_positions=30, dtype=torch.float64
     )
-    outputs = run_block(block, {name: _exact(torch.from_numpy(array)) for name, array in formula.inputs.items()})
+    outputs = run_graph(block, {name: _exact(torch.from_numpy(array)) for name, array in formula.inputs.items()})
     for name, expected in formula.expected.items():
         np.testing.assert_allclose(outputs[name].numpy(), expected, rtol=0, atol=1e-12)
 

@@ -28,7 +28,7 @@ def poly(z: Array, w: Array, b: Array) -> Array:
     return total
 
 
-def formula(config: DecoderConfig, weights: dict[str, Array], ids: Array) -> Array:
+def formula(config: DecoderConfig, weights: dict[str, Array], ids: Any) -> Array:
     """Logits of one sequence."""
     x = weights["embedding.weight"][ids]
     for number, layer in enumerate(config.layers):

@@ -8,7 +8,7 @@ import torch
 
 from diffdeploy.config import AnyConfig, DiffAttentionConfig
 from diffdeploy.exact import lambda_value
-from diffdeploy.graphs import graph_spec, run_block
+from diffdeploy.graphs import graph_spec, run_graph
 from diffdeploy.modules import block_class
 from diffdeploy.verify import eager, oracle
 from diffdeploy.verify.cases import Case
@@ -94,7 +94,7 @@ def test_products_of_float16_accumulate_in_float32() -> None:
     fast = eager.run_arrays(block)(half)["output"]
     with torch.no_grad():
         tensors = {name: torch.from_numpy(array) for name, array in half.items()}
-        own = run_block(block, tensors)["output"].numpy()
+        own = run_graph(block, tensors)["output"].numpy()
     errors = [float(np.sqrt(np.mean((output.astype(np.float64) - exact) ** 2))) for output in (fast, own)]
     assert errors[0] == pytest.approx(errors[1], rel=0.2)
 

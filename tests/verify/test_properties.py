@@ -9,7 +9,7 @@ import torch
 
 from diffdeploy.arrays import Array, to_array, to_tensor
 from diffdeploy.errors import ExportError
-from diffdeploy.graphs import Variant, graph_spec, run_block
+from diffdeploy.graphs import Variant, graph_spec, run_graph
 from diffdeploy.modules import DiffAttention
 from diffdeploy.verify.properties import property_checks
 from diffdeploy.verify.worker import ArtifactProcess
@@ -30,7 +30,7 @@ class InProcess(ArtifactProcess):
 
     def run(self, inputs: Mapping[str, Array]) -> Outputs:
         with torch.no_grad():
-            tensors = run_block(self._block, {name: to_tensor(array) for name, array in inputs.items()})
+            tensors = run_graph(self._block, {name: to_tensor(array) for name, array in inputs.items()})
         outputs = {name: to_array(tensor).copy() for name, tensor in tensors.items()}
         self._fault(inputs, outputs)
         return outputs

@@ -13,7 +13,7 @@ import numpy as np
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import WEIGHTS, Bundle
-from diffdeploy.config import LAMBDA_VECTORS
+from diffdeploy.config import is_lambda_vector
 from diffdeploy.errors import IntegrityError
 from diffdeploy.formats.aoti.backend import MODEL
 from diffdeploy.formats.artifact import ArtifactFacts, Check
@@ -61,7 +61,7 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
 
 def _missing_weights(bundle: Bundle, weights: Mapping[str, Array]) -> list[str]:
     library = _member(bundle, ".so")
-    held = {name: array for name, array in weights.items() if name not in LAMBDA_VECTORS}
+    held = {name: array for name, array in weights.items() if not is_lambda_vector(name)}
     missing = {name: array for name, array in held.items() if array.tobytes() not in library}
     if any(array.size <= _MOST_INLINE for array in missing.values()):
         # Printed so that reading them back gives the same float.

@@ -12,7 +12,7 @@ from diffdeploy.formats.options import ExportOptions, RunOptions
 from diffdeploy.graphs import GraphSpec, Variant
 
 if TYPE_CHECKING:
-    from diffdeploy.modules import AttentionBlock
+    from diffdeploy.modules import AnyModule
 
 __all__ = ["AotiFormat"]
 
@@ -34,9 +34,7 @@ class AotiFormat(Format):
         # at 2,048 positions.
         return "rows" if variant == "cached" else "padded"
 
-    def lower(
-        self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
-    ) -> Mapping[str, Any]:
+    def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """See `Format.lower`."""
         from diffdeploy.exporters.aoti import lower
 

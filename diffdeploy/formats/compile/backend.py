@@ -4,16 +4,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from diffdeploy.bundle import eager_block
+from diffdeploy.bundle import eager_module
 from diffdeploy.formats.compile.kernels import shipped
 from diffdeploy.formats.options import RunOptions
 from diffdeploy.formats.torch_backend import TorchBackend
-from diffdeploy.graphs import run_block
+from diffdeploy.graphs import run_graph
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffdeploy.modules import AttentionBlock
+    from diffdeploy.modules import AnyModule
 
 __all__ = ["ARTIFACT", "KERNELS", "CompiledBackend", "state_tensors"]
 
@@ -21,7 +21,7 @@ ARTIFACT = "model.inductor"
 KERNELS = "kernels"
 
 
-def state_tensors(block: "AttentionBlock") -> "list[Tensor]":
+def state_tensors(block: "AnyModule") -> "list[Tensor]":
     """The arguments of the artifact before the graph's inputs: the block's parameters, then its buffers."""
     return [*block.parameters(), *block.buffers()]
 
@@ -40,22 +40,22 @@ class CompiledBackend(TorchBackend):
     def load(self, options: RunOptions) -> Callable[..., Sequence["Tensor"]]:
         """See `TorchBackend.load`."""
         self._afresh = options.recompile
-        block = eager_block(self.bundle, impl=self.bundle.manifest.options.attention_impl, device=self.device)
+        block = eager_module(self.bundle, impl=self.bundle.manifest.options.attention_impl, device=self.device)
         return self._compile(block) if options.recompile else self._warm_start(block)
 
-    def _compile(self, block: "AttentionBlock") -> Callable[..., Sequence["Tensor"]]:
+    def _compile(self, block: "AnyModule") -> Callable[..., Sequence["Tensor"]]:
         import torch
 
         inputs, outputs = tuple(self.spec.inputs), tuple(self.spec.outputs)
 
         def forward(*tensors: "Tensor") -> list["Tensor"]:
-            results = run_block(block, dict(zip(inputs, tensors, strict=True)))
+            results = run_graph(block, dict(zip(inputs, tensors, strict=True)))
             return [results[name] for name in outputs]
 
         # One graph for all sizes, or an error: no compilation for each size, and no part that runs eagerly unseen.
         return torch.compile(forward, fullgraph=True, dynamic=True)
 
-    def _warm_start(self, block: "AttentionBlock") -> Callable[..., Sequence["Tensor"]]:
+    def _warm_start(self, block: "AnyModule") -> Callable[..., Sequence["Tensor"]]:
         from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
         from torch._inductor.standalone_compile import CompiledArtifact
 

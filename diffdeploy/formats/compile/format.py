@@ -12,7 +12,7 @@ from diffdeploy.formats.options import ExportOptions, RunOptions
 from diffdeploy.graphs import GraphSpec, Variant
 
 if TYPE_CHECKING:
-    from diffdeploy.modules import AttentionBlock
+    from diffdeploy.modules import AnyModule
 
 __all__ = ["CompileFormat"]
 
@@ -32,9 +32,7 @@ class CompileFormat(Format):
         # As in the format aoti, whose compiler it shares.
         return "rows" if variant == "cached" else "padded"
 
-    def lower(
-        self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
-    ) -> Mapping[str, Any]:
+    def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """See `Format.lower`."""
         from diffdeploy.exporters.compile import lower
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from diffdeploy.bundle import eager_block
+from diffdeploy.bundle import eager_module
 from diffdeploy.formats.options import RunOptions
 from diffdeploy.formats.torch_backend import TorchBackend
-from diffdeploy.graphs import run_block
+from diffdeploy.graphs import run_graph
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,10 +28,10 @@ class Flash2Backend(TorchBackend):
 
     def load(self, options: RunOptions) -> Callable[..., Sequence["Tensor"]]:
         """See `TorchBackend.load`."""
-        block = eager_block(self.bundle, impl=self.bundle.manifest.options.attention_impl, device=self.device)
+        block = eager_module(self.bundle, impl=self.bundle.manifest.options.attention_impl, device=self.device)
 
         def call(*tensors: "Tensor") -> Sequence["Tensor"]:
-            outputs = run_block(block, dict(zip(self.spec.inputs, tensors, strict=True)))
+            outputs = run_graph(block, dict(zip(self.spec.inputs, tensors, strict=True)))
             return [outputs[name] for name in self.spec.outputs]
 
         return call

@@ -12,7 +12,7 @@ __all__ = ["checks", "facts"]
 
 
 def _calls(bundle: Bundle) -> int:
-    config = bundle.manifest.config
+    config = bundle.manifest.block
     return num_calls(config.head_dim, config.value_dim)
 
 

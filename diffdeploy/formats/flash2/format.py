@@ -13,7 +13,7 @@ from diffdeploy.formats.options import ExportOptions, RunOptions
 from diffdeploy.graphs import DType, GraphSpec, Variant
 
 if TYPE_CHECKING:
-    from diffdeploy.modules import AttentionBlock
+    from diffdeploy.modules import AnyModule
 
 __all__ = ["Flash2Format"]
 
@@ -46,9 +46,7 @@ class Flash2Format(Format):
                 f"graph is {options.graph}, and FlashAttention-2 takes no mask; accepted for flash2 is plain"
             )
 
-    def lower(
-        self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
-    ) -> Mapping[str, Any]:
+    def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """See `Format.lower`."""
         return {}
 

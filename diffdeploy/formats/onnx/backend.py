@@ -158,7 +158,7 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
         tensors = dict(zip(self.spec.inputs, (t.detach().to(self.device).contiguous() for t in given), strict=True))
         # Made by torch, so that they stay on the device: a plain run gives arrays on the CPU.
         outputs = {
-            name: torch.empty(shape, dtype=tensors["hidden_states"].dtype, device=self.device)
+            name: torch.empty(shape, dtype=getattr(torch, self.spec.dtype), device=self.device)
             for name, shape in self._output_shapes(tensors).items()
         }
         binding = self._session.io_binding()

@@ -47,7 +47,7 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     model = onnx.load(path)
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     manifest = bundle.manifest
-    stream_width = manifest.config.head_dim if manifest.options.flavor == ORT else None
+    stream_width = manifest.config.attention.head_dim if manifest.options.flavor == ORT else None
     return [
         _is_valid(path),
         _standard_operators(model, manifest),
@@ -101,9 +101,10 @@ def _standard_operators(model: "onnx.ModelProto", manifest: Manifest) -> Check:
 def _attention_operators(model: "onnx.ModelProto", manifest: Manifest) -> Check:
     if manifest.options.flavor == ORT:
         # One for each stream.
-        expected = (0, 2, 0)
+        per_layer = (0, 2, 0)
     else:
-        expected = (2, 0, 0) if (_opset(model) or 0) >= FIRST_OPSET_WITH_ATTENTION else (0, 0, 2)
+        per_layer = (2, 0, 0) if (_opset(model) or 0) >= FIRST_OPSET_WITH_ATTENTION else (0, 0, 2)
+    expected = tuple(count * len(manifest.config.blocks) for count in per_layer)
     counts = _attention_counts(model)
     found = ", ".join(
         f"{count} {name}" for count, name in zip(counts, ("Attention", ORT_ATTENTION, "Softmax"), strict=True)

@@ -15,7 +15,7 @@ from diffdeploy.graphs import DType, GraphSpec, Variant
 from diffdeploy.versions import installed_versions
 
 if TYPE_CHECKING:
-    from diffdeploy.modules import AttentionBlock
+    from diffdeploy.modules import AnyModule
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "OnnxFormat"]
 
@@ -72,9 +72,7 @@ class OnnxFormat(Format):
         if options.opset is not None and options.opset not in OPSETS:
             raise InputError(f"opset is {options.opset}; accepted is {OPSETS.start} to {OPSETS.stop - 1}")
 
-    def lower(
-        self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
-    ) -> Mapping[str, Any]:
+    def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """See `Format.lower`."""
         from diffdeploy.exporters.onnx import lower
 

@@ -12,7 +12,7 @@ from diffdeploy.formats.options import ExportOptions, RunOptions
 from diffdeploy.graphs import GraphSpec, Variant
 
 if TYPE_CHECKING:
-    from diffdeploy.modules import AttentionBlock
+    from diffdeploy.modules import AnyModule
 
 __all__ = ["Pt2Format"]
 
@@ -28,9 +28,7 @@ class Pt2Format(Format):
         # As in the format aoti; two attentions for a cache too, as this format promises them.
         return "padded"
 
-    def lower(
-        self, block: "AttentionBlock", spec: GraphSpec, directory: Path, options: ExportOptions
-    ) -> Mapping[str, Any]:
+    def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """See `Format.lower`."""
         from diffdeploy.exporters.pt2 import lower
 

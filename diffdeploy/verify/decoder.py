@@ -1,0 +1,141 @@
+"""The formula of a whole decoder in numpy fp64, one layer at a time, and that of a graph, whatever it holds.
+
+Shape suffixes: B batch, S new tokens, D model width.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from diffdeploy.arrays import Array
+from diffdeploy.config import AnyModel, DecoderConfig, LayerConfig, MlpConfig
+from diffdeploy.graphs import DType, GraphSpec
+from diffdeploy.verify.oracle import exact_and_stored, oracle
+
+__all__ = ["exact_embedding", "exact_head", "exact_layer", "exact_outputs", "inputs_of_layer"]
+
+# Of PolyNorm; see `diffdeploy.modules.mlp`.
+_POLYNORM_EPS = 1e-6
+
+
+def exact_outputs(
+    config: AnyModel,
+    weights: Mapping[str, Array],
+    inputs: Mapping[str, Array],
+    spec: GraphSpec,
+    stored_as: DType | None = None,
+) -> dict[str, Array]:
+    """What a graph must give: the formula of a block, or of a decoder.
+
+    Args:
+        config: of the block or the decoder.
+        weights: canonical weights, any floating dtype.
+        inputs: by the names of the graph.
+        spec: interface of the graph.
+        stored_as: of a decoder, the dtype that the streams of every layer are rounded to on the way; ``None`` for
+            exact ones.
+
+    Returns:
+        float64 arrays by the names of the graph.
+    """
+    if not isinstance(config, DecoderConfig):
+        return oracle(config, weights, inputs)
+    x_BSD = exact_embedding(weights, inputs)
+    outputs: dict[str, Array] = {}
+    for number, layer in enumerate(config.layers):
+        own, given = _below(weights, f"layers.{number}."), inputs_of_layer(inputs, number)
+        x_BSD, caches = exact_layer(layer, config.norm_eps, own, x_BSD, given, stored_as)
+        outputs |= {f"present.{number}.{side}": array for side, array in caches.items()}
+    if spec.logits == "last":
+        x_BSD = x_BSD[:, -1:]
+    return {spec.main_output: exact_head(config, weights, x_BSD), **outputs}
+
+
+def exact_embedding(weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> Array:
+    """What enters the first layer, ``[B, S, D]``."""
+    return np.asarray(weights["embedding.weight"][inputs["input_ids"]], dtype=np.float64)
+
+
+def inputs_of_layer(inputs: Mapping[str, Array], number: int) -> dict[str, Array]:
+    """Inputs of a graph as the block of one layer takes them, all but the hidden states."""
+    shared = {name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs}
+    past = {f"past_key_values.{side}": inputs[f"past_key_values.{number}.{side}"] for side in ("key", "value")}
+    return {**shared, **past}
+
+
+def exact_layer(
+    config: LayerConfig,
+    norm_eps: float,
+    weights: Mapping[str, Array],
+    x_BSD: Array,
+    inputs: Mapping[str, Array],
+    stored_as: DType | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """One layer: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
+
+    Args:
+        config: of the layer.
+        norm_eps: epsilon of both norms.
+        weights: of the layer, by their names in it.
+        x_BSD: what the layer before gave.
+        inputs: see `inputs_of_layer`.
+        stored_as: see `exact_outputs`.
+
+    Returns:
+        ``[B, S, D]``, and ``key`` and ``value`` of past and present; float64.
+    """
+    x_BSD = np.asarray(x_BSD, dtype=np.float64)
+    given = {"hidden_states": _rms_norm(x_BSD, weights["attention_norm.weight"], norm_eps), **inputs}
+    of_block = _below(weights, "self_attn.")
+    if stored_as is None:
+        outputs = oracle(config.attention, of_block, given)
+        attended = outputs["output"]
+    else:
+        outputs, stored = exact_and_stored(config.attention, of_block, given, stored_as)
+        attended = stored[0]
+    x_BSD = x_BSD + attended
+    x_BSD = x_BSD + _mlp(config.mlp, _below(weights, "ffn."), _rms_norm(x_BSD, weights["ffn_norm.weight"], norm_eps))
+    return x_BSD, {side: outputs[f"present.{side}"] for side in ("key", "value")}
+
+
+def exact_head(config: DecoderConfig, weights: Mapping[str, Array], x_BSD: Array) -> Array:
+    """Logits ``[B, S, V]`` of what the last layer gave."""
+    head = weights["embedding.weight" if config.tied else "lm_head.weight"]
+    logits: Array = _rms_norm(np.asarray(x_BSD, np.float64), weights["norm.weight"], config.norm_eps) @ _wide(head).T
+    return logits
+
+
+def _below(weights: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    """Weights whose names begin so, without it."""
+    return {name.removeprefix(prefix): array for name, array in weights.items() if name.startswith(prefix)}
+
+
+def _wide(weight: Array) -> Array:
+    return np.asarray(weight, dtype=np.float64)
+
+
+def _rms_norm(x: Array, weight: Array | float, eps: float) -> Array:
+    normed: Array = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps) * np.asarray(weight, np.float64)
+    return normed
+
+
+def _mlp(config: MlpConfig, w: Mapping[str, Array], x_BSD: Array) -> Array:
+    gate, up = (x_BSD @ _wide(w[f"{n}_proj.weight"]).T + _bias(w, f"{n}_proj.bias") for n in ("gate", "up"))
+    product: Array = _activation(config, w, gate) * up
+    down: Array = product @ _wide(w["down_proj.weight"]).T + _bias(w, "down_proj.bias")
+    return down
+
+
+def _bias(w: Mapping[str, Array], name: str) -> Array | float:
+    return _wide(w[name]) if name in w else 0.0
+
+
+def _activation(config: MlpConfig, w: Mapping[str, Array], gate: Array) -> Array:
+    """SiLU, or PolyNorm as `diffdeploy.modules.mlp.PolyNorm` has it."""
+    if config.kind == "swiglu":
+        with np.errstate(over="ignore"):  # the exponential of a large negative gate, which gives 0
+            return np.asarray(gate / (1.0 + np.exp(-gate)))
+    cube, square, plain = (float(weight) for weight in _wide(w["act.weight"]))
+    parts = ((cube, gate**3), (square, gate**2), (plain, gate))
+    total: Array = sum(factor * _rms_norm(power, 1.0, _POLYNORM_EPS) for factor, power in parts) + _wide(w["act.bias"])
+    return total

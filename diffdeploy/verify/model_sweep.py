@@ -1,0 +1,128 @@
+"""Which cases a verification of a whole model runs: tokens, masks and caches over the declared ranges."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+
+from diffdeploy.config import DecoderConfig
+from diffdeploy.graphs import GraphSpec
+from diffdeploy.verify.cases import Case, Kind, Mask
+from diffdeploy.verify.ranges import octaves
+
+__all__ = ["full_model_cases", "quick_model_cases", "random_model_cases"]
+
+_PADDINGS: tuple[Mask, ...] = ("left", "right", "ragged", "hidden")
+_LENGTHS = (1, 2, 3, 7, 13, 31, 64, 65, 129)
+_CHUNKS = ((1, 1, 1, 1, 1), (4, 1, 4), (7, 2))
+_EVERY_BATCH = 8
+_KINDS: tuple[Kind, ...] = ("constant", "repeated")
+# Products of the formula for one case, in fp64: about ten seconds of two cores.
+_MAX_PRODUCTS = 2e11
+# Numbers in the caches of one case: 256 MiB in fp32, and the formula holds them in fp64.
+_MAX_CACHED = 2**26
+_LONG_BATCH = 3
+
+
+def longest_model_case(config: DecoderConfig) -> int:
+    """New tokens of the longest case whose formula is computed in seconds."""
+    return max(1, int(_MAX_PRODUCTS / sum(prod(shape) for shape in config.weight_shapes().values())))
+
+
+def _longest_past(config: DecoderConfig, batch_size: int) -> int:
+    block = config.attention
+    width = block.num_kv_heads * (block.key_cache_dim + block.value_dim)
+    return max(1, _MAX_CACHED // (config.num_layers * width * batch_size))
+
+
+def quick_model_cases(spec: GraphSpec, seed: int) -> list[Case]:
+    """A case for each thing that can go wrong."""
+    longest, rows = min(33, spec.axes["sequence_length"].max), spec.axes["batch_size"].max
+    length, past = min(17, longest), longest // 2
+    cases = [
+        Case(batch_size=1, sequence_length=longest, seed=seed),
+        Case(batch_size=2, sequence_length=length, seed=seed, row_by_row=True),
+        *(Case(batch_size=2, sequence_length=min(7, longest), seed=seed, mask=mask) for mask in _PADDINGS),
+        Case(batch_size=min(4, rows), sequence_length=length, seed=seed, mask="mixed"),
+        Case(batch_size=min(3, rows), sequence_length=1, past_length=past, seed=seed, mask="mixed"),
+        Case(batch_size=2, sequence_length=longest - past, past_length=past, seed=seed, mask="ragged"),
+        *_in_chunks(spec, seed, (2,))[:2],
+    ]
+    if "position_ids" in spec.inputs:
+        cases.append(Case(batch_size=2, sequence_length=min(7, longest), seed=seed, mask="mixed", positions="drawn"))
+    return cases
+
+
+def full_model_cases(spec: GraphSpec, config: DecoderConfig, seed: int) -> list[Case]:
+    """Every batch up to 8 and the largest, lengths and pasts of every octave as far as the formula reaches."""
+    max_length, max_batch = spec.axes["sequence_length"].max, spec.axes["batch_size"].max
+    longest, drawn = min(max_length, longest_model_case(config)), np.random.default_rng([seed, 3])
+    cases = [
+        Case(batch_size=1 + number % 2, sequence_length=length, seed=seed)
+        for number, length in enumerate(_LENGTHS)
+        if length <= longest
+    ]
+    cases += [
+        Case(batch_size=1, sequence_length=length, seed=seed, mask="mixed") for length in octaves(16, longest, drawn)
+    ]
+    cases.append(Case(batch_size=1, sequence_length=longest, seed=seed))
+    for size in (*range(3, min(_EVERY_BATCH, max_batch) + 1), max_batch):
+        length = max(1, min(int(drawn.integers(2, 8)), longest // size))
+        case = Case(batch_size=size, sequence_length=length, seed=seed, mask="mixed")
+        cases += [case, replace(case, sequence_length=1, past_length=min(9, max_length - 1))]
+    cases += [Case(batch_size=2, sequence_length=min(7, longest), seed=seed, kind=kind) for kind in _KINDS]
+    cases += [
+        Case(batch_size=2, sequence_length=1, past_length=min(5, max_length - 1), seed=seed, mask=mask)
+        for mask in _PADDINGS
+    ]
+    cases += _pasts(spec, config, seed, drawn)
+    return [*cases, *_in_chunks(spec, seed, (1, 2))]
+
+
+def _pasts(spec: GraphSpec, config: DecoderConfig, seed: int, drawn: np.random.Generator) -> list[Case]:
+    """One token, and a few, behind pasts of every octave."""
+    longest = min(spec.axes["total_sequence_length"].max, _longest_past(config, 1))
+    cases = []
+    for number, past in enumerate((*octaves(2, longest - 1, drawn), longest - 1)):
+        fits = past * _LONG_BATCH <= _longest_past(config, 1)
+        batch = min(_LONG_BATCH, spec.axes["batch_size"].max) if number % 2 and fits else 1
+        cases.append(Case(batch_size=batch, sequence_length=1, past_length=past, seed=seed, mask="mixed"))
+        room = min(longest - past, 8)
+        if room > 1:
+            cases.append(Case(batch_size=1, sequence_length=room, past_length=past, seed=seed))
+    return cases
+
+
+def _in_chunks(spec: GraphSpec, seed: int, batch_sizes: tuple[int, ...]) -> list[Case]:
+    max_total = spec.axes["total_sequence_length"].max
+    return [
+        Case(batch_size=batch, sequence_length=sum(chunks), chunks=chunks, seed=seed)
+        for chunks in _CHUNKS
+        for batch in batch_sizes
+        if sum(chunks) <= max_total
+    ]
+
+
+def random_model_cases(spec: GraphSpec, config: DecoderConfig, seed: int) -> Iterator[Case]:
+    """Endless cases with sizes that are log-uniform as far as the formula reaches."""
+    choose = np.random.default_rng(seed)
+    masks: tuple[Mask, ...] = ("none", *_PADDINGS, "mixed")
+    kinds: tuple[Kind, ...] = ("normal", *_KINDS)
+    longest = min(spec.axes["sequence_length"].max, longest_model_case(config))
+
+    def log_uniform(most: int) -> int:
+        return min(most, int(np.exp(choose.uniform(0.0, np.log(most + 1)))))
+
+    for number in range(1, 1_000_000_000):
+        total = log_uniform(longest)
+        past = min(total - 1, log_uniform(total)) if choose.random() < 0.5 else 0  # noqa: PLR2004 - half of them
+        yield Case(
+            batch_size=log_uniform(max(1, min(_EVERY_BATCH, spec.axes["batch_size"].max, longest // total))),
+            sequence_length=total - past,
+            past_length=past,
+            kind=kinds[choose.integers(len(kinds))],
+            mask=masks[choose.integers(len(masks))],
+            seed=seed,
+            number=number,
+        )
