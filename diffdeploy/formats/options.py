@@ -5,9 +5,11 @@ from typing import Literal
 
 from diffdeploy.graphs import DType, Variant
 
-__all__ = ["Device", "ExportOptions", "RunOptions"]
+__all__ = ["Device", "ExportOptions", "RunOptions", "Selection"]
 
 Device = Literal["cpu", "cuda"]
+# Of the cases that a verification runs; see `diffdeploy.verify.sweep.select_cases`.
+Selection = Literal["quick", "full"] | int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class ExportOptions:
         impl: how the two attentions are written down.
         seed: random seed for the inputs that the artifact is verified with.
         reference: verify ONNX with `onnx.reference` in place of onnxruntime.
+        cases: what it is verified on; the report says which parts of the declared ranges that leaves out.
     """
 
     format: str = "onnx"
@@ -41,6 +44,7 @@ class ExportOptions:
     impl: str = "auto"
     seed: int = 0
     reference: bool = False
+    cases: Selection = "full"
 
 
 @dataclass(frozen=True, kw_only=True)
