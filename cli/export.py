@@ -9,7 +9,7 @@ from diffdeploy.cli import console
 from diffdeploy.cli.all_formats import export_formats
 from diffdeploy.cli.checkpoint_options import takes_checkpoint_options
 from diffdeploy.cli.export_job import Job, export_all
-from diffdeploy.cli.shared_options import AsJson
+from diffdeploy.cli.shared_options import AsJson, Cases, selection_of
 from diffdeploy.errors import InputError
 from diffdeploy.formats import format_names
 
@@ -84,6 +84,7 @@ def export(
         Literal["native", "reference"], typer.Option(help="Verify ONNX with onnx.reference: slow, every dtype.")
     ] = "native",
     seed: Annotated[int, typer.Option(help="Of the inputs used to verify.")] = 0,
+    cases: Cases = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle at --output.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the verification, and say so.")] = False,
     as_json: AsJson = False,
@@ -114,6 +115,7 @@ def export(
         reference=runtime == "reference",
         impl=attention_impl,
         seed=seed,
+        cases=selection_of(cases) or "full",
     )
     number = None if layer in (None, "all") else _layer_number(layer)
     job = Job(checkpoint, CheckpointOptions(layer=number, **reading), options, force=force, verify=not no_verify)

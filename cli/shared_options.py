@@ -1,10 +1,15 @@
 """Options that several commands share."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-__all__ = ["AsJson", "Device", "Recompile", "RuntimeName", "Threads", "Trust"]
+from diffdeploy.errors import InputError
+
+if TYPE_CHECKING:
+    from diffdeploy.formats import Selection
+
+__all__ = ["AsJson", "Cases", "Device", "Recompile", "RuntimeName", "Threads", "Trust", "selection_of"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Result as one JSON object.")]
 Device = Annotated[
@@ -21,3 +26,22 @@ Recompile = Annotated[
 Trust = Annotated[
     bool, typer.Option("--trust", help="Load a bundle from elsewhere although its format runs code when it is loaded.")
 ]
+Cases = Annotated[str | None, typer.Option(help="Inputs to verify on: quick, full or a number.", show_default="full")]
+
+
+def selection_of(cases: str | None) -> "Selection | None":
+    """What ``--cases`` says; ``None`` where it was not given.
+
+    Raises:
+        InputError: it is none of the three.
+    """
+    if cases is None:
+        return None
+    if cases == "quick":
+        return "quick"
+    if cases == "full":
+        return "full"
+    # Not int() in a try, which accepts -3, +3 and 1_000.
+    if cases.isdecimal() and int(cases) > 0:
+        return int(cases)
+    raise InputError(f"--cases is {cases!r}; accepted is quick, full or a number above 0")

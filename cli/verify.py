@@ -7,13 +7,13 @@ import typer
 
 from diffdeploy.cli import console
 from diffdeploy.cli.report_output import finish
-from diffdeploy.cli.shared_options import AsJson, Device, Recompile, RuntimeName, Trust
+from diffdeploy.cli.shared_options import AsJson, Device, Recompile, RuntimeName, Trust, selection_of
 from diffdeploy.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from diffdeploy.verify import Check, Report, Selection
+    from diffdeploy.verify import Check, Report
 
 __all__ = ["verify"]
 
@@ -111,7 +111,7 @@ def verify(
             report = verify_bundle(
                 bundle,
                 seed=seed,
-                cases=_selection(cases),
+                cases=selection_of(cases),
                 load_inputs=load_inputs,
                 save_inputs=save_inputs,
                 progress=activity.progress,
@@ -141,19 +141,6 @@ def _origin(bundle: Path, checkpoint: Path) -> "Check":
     from diffdeploy.verify.checkpoint_match import matches_checkpoint
 
     return matches_checkpoint(bundle, checkpoint)
-
-
-def _selection(cases: str | None) -> "Selection | None":
-    if cases is None:
-        return None
-    if cases == "quick":
-        return "quick"
-    if cases == "full":
-        return "full"
-    # Not int() in a try, which accepts -3, +3 and 1_000.
-    if cases.isdecimal() and int(cases) > 0:
-        return int(cases)
-    raise InputError(f"--cases is {cases!r}; accepted is quick, full or a number above 0")
 
 
 def _judged_again(path: Path, bundle: Path | None, k: float | None) -> "Report":

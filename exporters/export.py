@@ -26,7 +26,15 @@ from diffdeploy.bundle import (
 from diffdeploy.config import AnyModel
 from diffdeploy.errors import DiffDeployError, ExportError, InputError, UnavailableError
 from diffdeploy.exclusive import without_warnings
-from diffdeploy.formats import ArtifactFacts, ExportOptions, Format, RunOptions, distributions, require_format
+from diffdeploy.formats import (
+    ArtifactFacts,
+    ExportOptions,
+    Format,
+    RunOptions,
+    Selection,
+    distributions,
+    require_format,
+)
 from diffdeploy.graphs import GraphSpec, graph_spec
 from diffdeploy.runtime.machine import this_machine
 from diffdeploy.verify import (
@@ -179,18 +187,18 @@ def export_bundle(
             phase("verifying")
             # Made by this process, and not remembered before it is whole.
             run_options = RunOptions(device=device, reference=options.reference, trust=True)
-            report = _accept(Bundle(staging, manifest), run_options, progress)
+            report = _accept(Bundle(staging, manifest), run_options, options.cases, progress)
     remember_export(output)
     return Export(output, facts, report)
 
 
-def _accept(bundle: Bundle, run_options: RunOptions, progress: Progress | None) -> Report:
+def _accept(bundle: Bundle, run_options: RunOptions, cases: Selection, progress: Progress | None) -> Report:
     """Verify a bundle, and sign it as verified.
 
     Raises:
         RejectedError: it failed.
     """
-    report = verify_bundle(bundle.path, progress=progress, run_options=run_options)
+    report = verify_bundle(bundle.path, cases=cases, progress=progress, run_options=run_options)
     if not report.passed:
         raise RejectedError(
             f"the exported {bundle.manifest.format} artifact failed verification and was not kept: "

@@ -74,7 +74,7 @@ def sample() -> Checkpoint:
 @pytest.fixture(scope="session")
 def sample_bundle(sample: Checkpoint, bundles: BundleCache) -> Path:
     """Layer 1 of the sample, verified. Shared: copy before changing."""
-    return bundles.bundle(sample, ExportOptions(max_sequence_length=256))
+    return bundles.bundle(sample, ExportOptions(max_sequence_length=256, cases="quick"))
 
 
 @pytest.fixture(scope="session")

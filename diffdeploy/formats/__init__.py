@@ -11,7 +11,7 @@ from diffdeploy.formats.rows import format_names
 if TYPE_CHECKING:
     from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates
     from diffdeploy.formats.base import Format
-    from diffdeploy.formats.options import Device, ExportOptions, RunOptions
+    from diffdeploy.formats.options import Device, ExportOptions, RunOptions, Selection
     from diffdeploy.formats.registry import (
         Target,
         distributions,
@@ -31,6 +31,7 @@ __all__ = [
     "Format",
     "Intermediates",
     "RunOptions",
+    "Selection",
     "Target",
     "distributions",
     "export_targets",
@@ -43,7 +44,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("ArtifactFacts", "Backend", "Check", "FileFault", "Intermediates"), "artifact"),
     "Format": "base",
-    **dict.fromkeys(("Device", "ExportOptions", "RunOptions"), "options"),
+    **dict.fromkeys(("Device", "ExportOptions", "RunOptions", "Selection"), "options"),
 }
 
 

@@ -5,9 +5,11 @@ from typing import Literal
 
 from diffdeploy.graphs import DType, Logits, Variant
 
-__all__ = ["Device", "ExportOptions", "RunOptions"]
+__all__ = ["Device", "ExportOptions", "RunOptions", "Selection"]
 
 Device = Literal["cpu", "cuda"]
+# Of the cases that a verification runs; see `diffdeploy.verify.sweep.select_cases`.
+Selection = Literal["quick", "full"] | int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class ExportOptions:
         seed: random seed for the inputs that the artifact is verified with.
         reference: verify ONNX with `onnx.reference` in place of onnxruntime.
         logits: of a model: at ``all`` new positions, or at the ``last`` alone.
+        cases: what it is verified on; the report says which parts of the declared ranges that leaves out.
     """
 
     format: str = "onnx"
@@ -43,6 +46,7 @@ class ExportOptions:
     seed: int = 0
     reference: bool = False
     logits: Logits = "all"
+    cases: Selection = "full"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from diffdeploy.verify.golden import golden_arrays, verify_golden
 from diffdeploy.verify.metrics import rejudge
 from diffdeploy.verify.report import CaseReport, OutputReport, RejectedError, Report, read_report
 from diffdeploy.verify.run import Progress, verify_bundle
-from diffdeploy.verify.sweep import Selection, longest_case
+from diffdeploy.verify.sweep import longest_case
 
 __all__ = [
     "BUDGETS",
@@ -18,7 +18,6 @@ __all__ = [
     "Progress",
     "RejectedError",
     "Report",
-    "Selection",
     "artifact_checks",
     "artifact_facts",
     "golden_arrays",

@@ -11,7 +11,7 @@ from diffdeploy.arrays import Array
 from diffdeploy.budgets import BUDGETS
 from diffdeploy.bundle import Bundle, Environment, open_bundle, read_weights
 from diffdeploy.errors import DiffDeployError, ExportError, InputError
-from diffdeploy.formats import Check, RunOptions, distributions
+from diffdeploy.formats import Check, RunOptions, Selection, distributions
 from diffdeploy.locate import Finding, locate
 from diffdeploy.runtime import require_runnable, require_trusted
 from diffdeploy.verify.artifact_checks import artifact_checks, artifact_facts
@@ -23,7 +23,7 @@ from diffdeploy.verify.metrics import measure
 from diffdeploy.verify.properties import property_checks
 from diffdeploy.verify.reduction import smallest_failing
 from diffdeploy.verify.report import CaseReport, OutputReport, Report, files_judged
-from diffdeploy.verify.sweep import Selection, select_cases, telling_case
+from diffdeploy.verify.sweep import select_cases, telling_case
 from diffdeploy.verify.user_inputs import read_inputs, write_inputs
 from diffdeploy.verify.worker import Artifact, ArtifactProcess
 from diffdeploy.verify.yardsticks import Held, Yardsticks

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from diffdeploy.config import AnyConfig, AnyModel, DecoderConfig
 from diffdeploy.errors import InputError
+from diffdeploy.formats import Selection
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.verify.cases import Case, Kind, Mask
 from diffdeploy.verify.model_sweep import full_model_cases, quick_model_cases, random_model_cases
@@ -21,9 +22,7 @@ from diffdeploy.verify.ranges import (
     octaves,
 )
 
-__all__ = ["Selection", "golden_cases", "longest_case", "random_cases", "select_cases", "telling_case"]
-
-Selection = Literal["quick", "full"] | int
+__all__ = ["golden_cases", "longest_case", "random_cases", "select_cases", "telling_case"]
 
 # Primes, and powers of two with their neighbours, where the blocks of kernels begin and end.
 _LENGTHS = (1, 2, 3, 7, 13, 31, 63, 64, 65, 127, 128, 129)

@@ -27,7 +27,7 @@ def states(**changes: Any) -> dict[str, np.ndarray[Any, Any]]:
 @pytest.mark.xdist_group("program")
 def test_all_formats_of_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
     """The sizes are those of the shared bundles, so that inductor finds in its cache what the same worker compiled."""
-    sizes = ["--layer", "1", "--max-sequence-length", "70", "--max-batch-size", "4"]
+    sizes = ["--layer", "1", "--max-sequence-length", "70", "--max-batch-size", "4", "--cases", "quick"]
     assert main(["export", "--format", "all", *sizes, "-o", "out", "--json"]) == 0
     said = capsys.readouterr()
     result = json.loads(said.out)

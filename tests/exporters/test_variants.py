@@ -15,11 +15,11 @@ from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.modules import block_class
 from tests.support.blocks import EXPORT_CONFIGS, checkpoint_of, make_config
-from tests.support.bundles import BundleCache
+from tests.support.bundles import BundleCache, options_of
 
 
 def options(graph: Variant, opset: int = 23, dtype: DType = "float32") -> ExportOptions:
-    return ExportOptions(graph=graph, opset=opset, dtype=dtype, max_batch_size=4, max_sequence_length=70)
+    return replace(options_of("onnx"), graph=graph, opset=opset, dtype=dtype)
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,12 @@ def test_a_format_of_one_module_is_exported_verified_self_tested_and_measured(
     install(installed, "toy_format:ToyFormat")
     assert list(export_targets())[-1] == "toy"
     bundle = tmp_path / "bundle"
-    small = ["--max-sequence-length", "16", "--max-batch-size", "3"]
+    small = ["--max-sequence-length", "16", "--max-batch-size", "3", "--cases", "quick"]
     assert main(["export", "--format", "toy", "-o", str(bundle), *small]) == 0
     with diffdeploy.load(bundle) as runtime:
         assert runtime.description.startswith("toy")
         assert runtime(hidden_states=np.ones((1, 3, 128), np.float32))["output"].shape == (1, 3, 128)
-    assert main(["verify", str(bundle)]) == 0
+    assert main(["verify", str(bundle), "--cases", "quick"]) == 0
     capsys.readouterr()
     assert main(["verify", str(bundle), "--self-test", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)["self_test"]

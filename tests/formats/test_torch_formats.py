@@ -21,7 +21,7 @@ from diffdeploy.modules import DiffAttention, block_class
 from diffdeploy.selftest.constant_fault import next_bit
 from diffdeploy.verify import RejectedError, artifact_checks, verify_bundle
 from tests.support.blocks import make_config, random_weights
-from tests.support.bundles import FormatBundle
+from tests.support.bundles import FormatBundle, options_of
 from tests.support.pairwise import each_value
 
 ALONE = """
@@ -41,7 +41,9 @@ LOADERS = {
 
 @each_value(graph=["masked", "cached"], dtype=["float16", "float32"])
 def test_pt2_of_every_variant(graph: Variant, dtype: DType, sample: Checkpoint, tmp_path: Path) -> None:
-    options = ExportOptions(format="pt2", graph=graph, dtype=dtype, max_batch_size=4, max_sequence_length=70)
+    options = ExportOptions(
+        format="pt2", graph=graph, dtype=dtype, max_batch_size=4, max_sequence_length=70, cases="quick"
+    )
     done = export_bundle(sample, tmp_path / "out", options)
     assert done.report is not None
     assert done.report.passed
@@ -52,7 +54,9 @@ def test_pt2_of_every_variant(graph: Variant, dtype: DType, sample: Checkpoint, 
 @pytest.mark.parametrize("graph", ["masked", "cached"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_aoti_of_every_variant(graph: Variant, dtype: DType, sample: Checkpoint, tmp_path: Path) -> None:
-    options = ExportOptions(format="aoti", graph=graph, dtype=dtype, max_batch_size=4, max_sequence_length=70)
+    options = ExportOptions(
+        format="aoti", graph=graph, dtype=dtype, max_batch_size=4, max_sequence_length=70, cases="quick"
+    )
     done = export_bundle(sample, tmp_path / "out", options)
     assert done.report is not None
     assert done.report.passed
@@ -78,7 +82,7 @@ def test_the_runtime_holds_the_ranges(name: str, format_bundle: FormatBundle) ->
 
 
 def test_pt2_has_the_same_bytes_twice(format_bundle: FormatBundle, sample: Checkpoint, tmp_path: Path) -> None:
-    options = ExportOptions(format="pt2", max_batch_size=4, max_sequence_length=70)
+    options = options_of("pt2")
     again = export_bundle(sample, tmp_path / "again", options).path
     for file in again.iterdir():
         assert file.read_bytes() == (format_bundle("pt2") / file.name).read_bytes(), file.name
@@ -101,7 +105,7 @@ def test_a_faulty_program_is_refused(sample: Checkpoint, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(export, "frozen_module", spoiled)
     with pytest.raises(RejectedError) as refused:
-        export_bundle(sample, tmp_path / "out", ExportOptions(format="pt2", max_sequence_length=70))
+        export_bundle(sample, tmp_path / "out", ExportOptions(format="pt2", max_sequence_length=70, cases="quick"))
     report = refused.value.report
     assert [check.name for check in report.contract if not check.passed] == ["weights"]
     assert list(tmp_path.iterdir()) == []

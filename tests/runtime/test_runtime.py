@@ -169,7 +169,7 @@ def test_bfloat16(sample: Checkpoint, tmp_path: Path) -> None:
 
 
 def check_half_precision(name: str, dtype: DType, sample: Checkpoint, tmp_path: Path) -> None:
-    options = ExportOptions(format=name, dtype=dtype, max_batch_size=4, max_sequence_length=70)
+    options = ExportOptions(format=name, dtype=dtype, max_batch_size=4, max_sequence_length=70, cases="quick")
     done = export_bundle(sample, tmp_path / "out", options)
     assert done.report is not None
     assert done.report.passed

@@ -34,7 +34,9 @@ _DAY_S = 24 * 60 * 60
 def options_of(name: str, **changes: object) -> ExportOptions:
     """Options of a format by the name that it has among `CPU_FORMATS`, for small bundles."""
     format_name, _, flavor = name.partition("-")
-    options = ExportOptions(format=format_name, onnx_flavor=flavor or None, max_batch_size=4, max_sequence_length=70)
+    options = ExportOptions(
+        format=format_name, onnx_flavor=flavor or None, max_batch_size=4, max_sequence_length=70, cases="quick"
+    )
     return replace(options, **changes)  # type: ignore[arg-type]
 
 

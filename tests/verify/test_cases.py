@@ -9,11 +9,12 @@ import pytest
 from diffdeploy.arrays import Array
 from diffdeploy.errors import InputError
 from diffdeploy.files import write_arrays
+from diffdeploy.formats import Selection
 from diffdeploy.graphs import GraphSpec, Range, Variant, graph_spec
 from diffdeploy.runtime import check_inputs
 from diffdeploy.verify.cases import Case, Kind
 from diffdeploy.verify.coverage import covered
-from diffdeploy.verify.sweep import Selection, golden_cases, select_cases
+from diffdeploy.verify.sweep import golden_cases, select_cases
 from diffdeploy.verify.user_inputs import read_inputs, write_inputs
 from tests.support.blocks import make_config
 
