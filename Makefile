@@ -5,8 +5,9 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test slow campaign fuzz benchmarks clean
 
-demo: $(INSTALLED) ## Export the bundled sample to ONNX and verify it.
+demo: $(INSTALLED) ## Export the bundled sample to ONNX, verify it, and let it write some Python.
 	$(BIN)/diffdeploy export --format onnx --output artifacts/demo --force
+	$(BIN)/diffdeploy generate artifacts/demo --prompt "def main(argv=None):" --max-new-tokens 160
 
 # Each worker computes in one thread, see tests/conftest.py, so there should be as many as cores.
 WORKERS ?= 2

@@ -23,9 +23,11 @@ def export_formats(job: Job, output: Path | None, *, as_json: bool) -> int:
     # Here, as in all commands: torch comes with it, and --help answers without it.
     from diffdeploy.bench.every_format import export_every_format, measure_formats
     from diffdeploy.bundle import default_output
+    from diffdeploy.checkpoints import Checkpoint
 
     with console.activity("reading the checkpoint") as activity:
         found = job.read()
+        assert isinstance(found, Checkpoint)  # `export` refuses a model
         job = job.settled(found)
         parent = output or default_output(job.name, found.layer, "all")
         results = export_every_format(

@@ -27,6 +27,7 @@ __all__ = [
     "print_faults",
     "print_figures",
     "print_json",
+    "print_part",
     "print_report",
     "print_rows",
     "print_table",
@@ -72,6 +73,12 @@ def print_json(fields: Any) -> None:
 def print_text(text: str) -> None:
     """A line of result on standard output."""
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def print_part(text: str) -> None:
+    """A part of a line of result on standard output."""
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

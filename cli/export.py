@@ -49,14 +49,23 @@ def export(
     ] = None,
     layer: Annotated[
         str | None,
-        typer.Option(help="0-based layer to export, or all.", show_default="the only one; 0 of the sample"),
+        typer.Option(
+            help="0-based layer whose block to export, or all.", show_default="the whole model, or the only block"
+        ),
     ] = None,
     *,
     reading: dict[str, Any],
     graph: Annotated[
-        Literal["plain", "masked", "cached"],
-        typer.Option(help="Inputs: hidden states; with a padding mask; with a key/value cache."),
-    ] = "plain",
+        Literal["plain", "masked", "cached"] | None,
+        typer.Option(
+            help="Inputs of a block: hidden states; with a padding mask; with a key/value cache.",
+            show_default="plain",
+        ),
+    ] = None,
+    logits: Annotated[
+        Literal["all", "last"] | None,
+        typer.Option(help="Of a model: at all new positions, or at the last.", show_default="all"),
+    ] = None,
     dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of weights and graph.")] = "float32",
     device: Annotated[
         Literal["cpu", "cuda"] | None,
@@ -89,23 +98,29 @@ def export(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the verification, and say so.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Package a differential-attention block as a bundle that has proved itself.
+    """Package a whole model, or a differential-attention block, as a bundle that has proved itself.
 
-    Without CHECKPOINT, the trained sample that comes with diffdeploy.
+    Without CHECKPOINT, the trained sample that comes with diffdeploy. A checkpoint with a token embedding is a model;
+    --layer exports a block of it.
 
     Nothing is left at --output unless the artifact passes.
     """
     with console.activity("loading torch"):
-        from diffdeploy.checkpoints import CheckpointOptions
+        from diffdeploy.checkpoints import CheckpointOptions, holds_model
         from diffdeploy.checkpoints.files import SAMPLE
         from diffdeploy.formats import ExportOptions
 
-    if checkpoint is None:
-        # It has four layers, so that one has to be chosen; the first command that one tries must not ask.
-        checkpoint, layer = SAMPLE, layer or "0"
+    checkpoint = SAMPLE if checkpoint is None else checkpoint
+    is_model = layer is None and holds_model(checkpoint)
+    if is_model and format_name == "all":
+        raise InputError("--format all compares the formats of one block; give --layer, or the name of a format")
+    if is_model and graph is not None:
+        raise InputError(f"--graph is {graph}, which is for a block, and {checkpoint} is a whole model; give --layer")
+    if not is_model and logits is not None:
+        raise InputError("--logits is of whole models, and this is a block; leave it out")
     options = ExportOptions(
         format=format_name,
-        graph=graph,
+        graph="model" if is_model else graph or "plain",
         dtype=dtype,
         max_batch_size=max_batch_size,
         max_sequence_length=max_sequence_length,
@@ -116,6 +131,7 @@ def export(
         impl=attention_impl,
         seed=seed,
         cases=selection_of(cases) or "full",
+        logits=logits or "all",
     )
     number = None if layer in (None, "all") else _layer_number(layer)
     job = Job(checkpoint, CheckpointOptions(layer=number, **reading), options, force=force, verify=not no_verify)

@@ -9,7 +9,7 @@ from diffdeploy.cli.report_output import finish, report_fields
 from diffdeploy.errors import DiffDeployError, VerificationError
 
 if TYPE_CHECKING:
-    from diffdeploy.checkpoints import Checkpoint, CheckpointOptions
+    from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, ModelCheckpoint
     from diffdeploy.exporters import Export, ExportOptions
     from diffdeploy.verify import RejectedError, Report
 
@@ -81,13 +81,15 @@ class Job:
         # Resolved, so that `.` has a name.
         return self.checkpoint.resolve().name.removesuffix(self.checkpoint.suffix)
 
-    def read(self) -> "Checkpoint":
-        """The block."""
-        from diffdeploy.checkpoints import read_checkpoint
+    def read(self) -> "Checkpoint | ModelCheckpoint":
+        """The block, or the whole model."""
+        from diffdeploy.checkpoints import read_checkpoint, read_model
 
+        if self.options.graph == "model":
+            return read_model(self.checkpoint, self.reading)
         return read_checkpoint(self.checkpoint, self.reading)
 
-    def settled(self, found: "Checkpoint") -> "Job":
+    def settled(self, found: "Checkpoint | ModelCheckpoint") -> "Job":
         """With what the checkpoint says in place of options that were left open."""
         from diffdeploy.exporters import settled_length
 
@@ -102,10 +104,10 @@ class Job:
 
         with console.activity("reading the checkpoint") as activity:
             found = self.read()
-            target = output or default_output(self.name, found.layer, self.options.format)
+            target = output or default_output(self.name, getattr(found, "layer", None), self.options.format)
             return self.settled(found).export(found, target, activity)
 
-    def export(self, found: "Checkpoint", target: Path, activity: console.Activity) -> Outcome:
+    def export(self, found: "Checkpoint | ModelCheckpoint", target: Path, activity: console.Activity) -> Outcome:
         """Export and verify a block that has been read."""
         from diffdeploy.exporters import export_bundle
         from diffdeploy.verify import RejectedError

@@ -17,6 +17,7 @@ from diffdeploy.cli.bench import bench
 from diffdeploy.cli.diff import diff
 from diffdeploy.cli.env import env
 from diffdeploy.cli.export import export
+from diffdeploy.cli.generate import generate
 from diffdeploy.cli.inspect import inspect
 from diffdeploy.cli.run import run as run_bundle
 from diffdeploy.cli.verify import verify
@@ -68,7 +69,7 @@ def _ended_by_interrupts(command: Callable[..., int]) -> Callable[..., int]:
     return run_command
 
 
-for command in (export, verify, diff, run_bundle, inspect, bench, env):
+for command in (export, generate, verify, diff, run_bundle, inspect, bench, env):
     # A command without arguments runs: export takes the sample, bench a random block.
     app.command(command.__name__, no_args_is_help=False)(_ended_by_interrupts(command))
 

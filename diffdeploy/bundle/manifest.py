@@ -11,7 +11,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 from diffdeploy import __version__
 from diffdeploy.bundle.migration import migrated
 from diffdeploy.config import AnyConfig, AnyModel, DecoderConfig
-from diffdeploy.errors import IntegrityError
+from diffdeploy.errors import InputError, IntegrityError
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.records import Record
 from diffdeploy.versions import installed_versions
@@ -124,8 +124,15 @@ class Manifest(Record):
 
     @property
     def block(self) -> AnyConfig:
-        """The config of a bundle that holds a block."""
-        assert not isinstance(self.config, DecoderConfig)
+        """The config of a bundle that holds a block.
+
+        Raises:
+            InputError: it holds a whole model.
+        """
+        if isinstance(self.config, DecoderConfig):
+            raise InputError(
+                "the bundle holds a whole model, and what was asked for is of single blocks; export one with --layer"
+            )
         return self.config
 
     def to_bytes(self) -> bytes:

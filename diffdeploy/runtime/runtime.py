@@ -1,15 +1,16 @@
 """`Runtime`: one interface to every format, with the input checks that backends do not make."""
 
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
-from diffdeploy.arrays import Array
+from diffdeploy.arrays import Array, to_array, to_tensor
 from diffdeploy.bundle import REPORT, Bundle
 from diffdeploy.errors import InputError
 from diffdeploy.formats import Backend
 from diffdeploy.graphs import GraphSpec, zero_inputs
+from diffdeploy.runtime.generation import GenerationOptions, Streamer, stream
 from diffdeploy.runtime.inputs import as_integers, check_inputs
 
 if TYPE_CHECKING:
@@ -79,6 +80,49 @@ class Runtime:
         # Backends take positions, and callers may name inputs in any order.
         outputs = backend.run([inputs[name] for name in self.spec.inputs], as_torch=as_torch)
         return dict(zip(self.spec.outputs, outputs, strict=True))
+
+    def generate(
+        self,
+        input_ids: "Tensor | Array",
+        attention_mask: "Tensor | Array | None" = None,
+        *,
+        max_new_tokens: int,
+        streamer: Streamer | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Any:
+        """Continue prompts, in the terms of Hugging Face's ``generate``; of a bundle that holds a whole model.
+
+        Args:
+            input_ids: prompts ``[B, S]``, int64, padded at the left.
+            attention_mask: ``[B, S]``, 0 for padding; by default there is none.
+            max_new_tokens: most tokens to come.
+            streamer: gets the prompt and every token as they come.
+            **options: see `diffdeploy.runtime.generation.GenerationOptions`.
+
+        Returns:
+            Prompts and new tokens ``[B, S + new]``, int64: a torch tensor if ``input_ids`` is one, else an array.
+
+        Raises:
+            InputError: tokens, a mask, lengths or an option that are not accepted.
+        """
+
+        def as_given(array: Array) -> Any:
+            return array if isinstance(input_ids, np.ndarray) else to_tensor(array).to(input_ids.device)
+
+        prompt, mask = (side if side is None or isinstance(side, np.ndarray) else to_array(side)
+                        for side in (input_ids, attention_mask))  # fmt: skip
+        assert prompt is not None
+        columns = [prompt]
+        steps = stream(self, prompt, mask, max_new_tokens=max_new_tokens, **options)
+        if streamer is not None:
+            streamer.put(as_given(prompt))
+        for chosen in steps:
+            columns.append(chosen[:, None])
+            if streamer is not None:
+                streamer.put(as_given(chosen))
+        if streamer is not None:
+            streamer.end()
+        return as_given(np.concatenate(columns, axis=1))
 
     def warmup(self, **sizes: int) -> None:
         """Make one call, so that the first one in production does not pay for what backends put off until then.

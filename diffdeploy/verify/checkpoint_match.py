@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from diffdeploy.bundle import WEIGHTS, cast_weights, open_bundle
-from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint
+from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint, read_model
+from diffdeploy.config import DecoderConfig
 from diffdeploy.formats import Check
 
 __all__ = ["matches_checkpoint"]
@@ -20,7 +21,8 @@ def matches_checkpoint(bundle: str | Path, checkpoint: str | Path) -> Check:
 
     manifest = open_bundle(bundle).manifest
     options = CheckpointOptions.from_given(manifest.provenance.options)
-    found = read_checkpoint(checkpoint, options)
+    is_model = isinstance(manifest.config, DecoderConfig)
+    found = read_model(checkpoint, options) if is_model else read_checkpoint(checkpoint, options)
     # Cast as for the export, since a bundle holds weights in the artifact's dtype.
     read, stored = cast_weights(found.weights, manifest.graph.dtype), load_file(Path(bundle) / WEIGHTS)
     problems = [] if found.config == manifest.config else ["its config is another"]
