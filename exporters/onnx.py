@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffdeploy.config import AnyConfig
@@ -13,9 +13,9 @@ from diffdeploy.errors import ExportError, InputError
 from diffdeploy.exporters.onnx_norms import small_epsilons_kept
 from diffdeploy.exporters.onnx_ort import OrtGraphModule
 from diffdeploy.exporters.tracing import GraphModule, example
-from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL, ORT
+from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL, ORT, layer_output
 from diffdeploy.graphs import GraphSpec
-from diffdeploy.modules import AnyModule, AttentionBlock
+from diffdeploy.modules import AnyModule, AttentionBlock, DiffTransformer
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -41,6 +41,8 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, *, opset: int, fla
         ExportError: the block could not be lowered.
     """
     graph: nn.Module = GraphModule(block, spec)
+    if isinstance(block, DiffTransformer):
+        graph = _WithLayers(block, spec)
     if flavor == ORT:
         if not isinstance(block, AttentionBlock):
             raise InputError("the flavor ort is for blocks; leave --onnx-flavor out")
@@ -49,9 +51,34 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, *, opset: int, fla
         graph = OrtGraphModule(block, spec)
     with _scores_in_float32(), small_epsilons_kept(block, opset):
         program = _export(graph.eval(), spec, opset, getattr(torch, spec.dtype))
+    # Named while they were outputs; between layers, verification looks at them.
+    del program.graph.outputs[len(spec.outputs) :]
     _name_axes(program, spec)
     _strip_metadata(program)
     _save(program, directory)
+
+
+class _WithLayers(GraphModule):
+    """A model whose layers' outputs are outputs of the graph as well."""
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the model, and take what each layer gives."""
+        given: list[Tensor] = []
+        assert isinstance(self.block, DiffTransformer)
+        hooks = [
+            layer.register_forward_hook(lambda _layer, _inputs, outputs: given.append(outputs[0]))
+            for layer in self.block.layers
+        ]
+        try:
+            outputs = super().forward(*tensors)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return (*outputs, *given)
+
+
+def _num_layers(graph: nn.Module) -> int:
+    return len(graph.block.layers) if isinstance(graph, _WithLayers) else 0  # type: ignore[arg-type]
 
 
 def _scores_in_float32() -> TorchFunctionMode:
@@ -110,7 +137,7 @@ def _export(graph: nn.Module, spec: GraphSpec, opset: int, dtype: torch.dtype) -
             dynamo=True,
             opset_version=opset,
             input_names=list(spec.inputs),
-            output_names=list(spec.outputs),
+            output_names=[*spec.outputs, *(layer_output(n) for n in range(_num_layers(graph)))],
             dynamic_shapes=(dynamic,),
             verbose=False,
         )

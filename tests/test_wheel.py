@@ -50,7 +50,7 @@ def test_one_top_level_name_and_every_package(wheel: Path) -> None:
 def test_the_command_line_works_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = "import diffdeploy.cli.main as m; print(m.__file__); raise SystemExit(m.main())"
-    arguments = ["export", "--max-sequence-length", "16", "-o", "out"]
+    arguments = ["export", "--layer", "0", "--max-sequence-length", "16", "-o", "out"]
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(
         command, cwd=tmp_path, env={"PYTHONPATH": "site"}, capture_output=True, text=True, check=False

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from diffdeploy.formats.rows import format_names
 
 if TYPE_CHECKING:
-    from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates
+    from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
     from diffdeploy.formats.base import Format
     from diffdeploy.formats.options import Device, ExportOptions, RunOptions, Selection
     from diffdeploy.formats.registry import (
@@ -30,6 +30,7 @@ __all__ = [
     "FileFault",
     "Format",
     "Intermediates",
+    "LayerValues",
     "RunOptions",
     "Selection",
     "Target",
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("ArtifactFacts", "Backend", "Check", "FileFault", "Intermediates"), "artifact"),
+    **dict.fromkeys(("ArtifactFacts", "Backend", "Check", "FileFault", "Intermediates", "LayerValues"), "artifact"),
     "Format": "base",
     **dict.fromkeys(("Device", "ExportOptions", "RunOptions", "Selection"), "options"),
 }

@@ -15,7 +15,11 @@ from diffdeploy.records import Record
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ArtifactFacts", "Backend", "Check", "FileFault", "Intermediates"]
+__all__ = ["ArtifactFacts", "Backend", "Check", "FileFault", "Intermediates", "LayerValues"]
+
+# From inputs of a model by name to its outputs, and to what each layer N gives, ``layers.N.output [B, S, D]``.
+# It raises ExportError where the artifact does not run.
+LayerValues = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
 class Check(Record):

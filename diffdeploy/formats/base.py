@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
 from diffdeploy.errors import InputError
-from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates
+from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
 from diffdeploy.formats.options import Device, ExportOptions, RunOptions
 from diffdeploy.graphs import DType, GraphSpec, Variant
 
@@ -199,6 +199,10 @@ class Format(ABC):
 
     def intermediates(self, bundle: Bundle) -> Intermediates | None:
         """The values inside; ``None`` where only outputs can be seen."""
+        return None
+
+    def layer_values(self, bundle: Bundle) -> LayerValues | None:
+        """What the layers of a model give; ``None`` where only outputs can be seen."""
         return None
 
     # Self-test

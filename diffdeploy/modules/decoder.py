@@ -186,7 +186,7 @@ class DiffTransformer(nn.Module):
             if attention_mask is None:
                 raise InputError("past_key_values needs an attention_mask [B, P + S], which says what of it are tokens")
             past_length = past_key_values[0][0].shape[2]
-        turn = self._rotation(input_ids, position_ids, past_length)
+        turn = self.rotation(input_ids.shape[1], position_ids, past_length)
         x_BSD = self.embedding(input_ids)
         caches: list[KeyValueCache] = []
         for number, layer in enumerate(self.layers):
@@ -198,10 +198,10 @@ class DiffTransformer(nn.Module):
         logits: Tensor = self.lm_head(self.norm(x_BSD))
         return logits if past_key_values is None else (logits, caches)
 
-    def _rotation(self, input_ids: Tensor, position_ids: Tensor | None, past_length: int) -> Rotation:
+    def rotation(self, length: int, position_ids: Tensor | None, past_length: int) -> Rotation:
         """Turns ``[B, H, S, d]`` by the positions of the new tokens, which are looked up once."""
         rotary = self.rotary
         if rotary is None:
             return lambda x_BHSd: x_BHSd
-        cos, sin = rotary.tables(input_ids.shape[1], position_ids, offset=past_length)
+        cos, sin = rotary.tables(length, position_ids, offset=past_length)
         return lambda x_BHSd: rotate(x_BHSd, cos, sin, rotary.config.style)

@@ -20,6 +20,7 @@ from diffdeploy.verify.cases import AnyCase, Case
 from diffdeploy.verify.coverage import Coverage, covered
 from diffdeploy.verify.feeding import feed
 from diffdeploy.verify.golden import golden_check
+from diffdeploy.verify.layers import guilty_layer, layer_reports
 from diffdeploy.verify.metrics import measure
 from diffdeploy.verify.properties import property_checks
 from diffdeploy.verify.reduction import smallest_failing
@@ -137,6 +138,8 @@ def _examine(
     else:  # a run that stopped has failed already, and needs no properties
         checks += property_checks(artifact, bundle.manifest.config, bundle.manifest.graph, seed)
     tried = covered(bundle.manifest.graph, chosen[: len(reports)])
+    if isinstance(bundle.manifest.config, DecoderConfig):
+        reports += layer_reports(bundle, bundle.manifest.config, weights, seed)
     guilty = _guilty_stage(bundle, artifact, checks, chosen, reports, yardsticks)
     return _Findings(backend, checks, reports, tried, guilty)
 
@@ -178,9 +181,9 @@ def _guilty_stage(
     reports: list[CaseReport],
     yardsticks: Yardsticks,
 ) -> Finding | None:
-    """Where the artifact goes wrong, if it does, and where it is a block."""
+    """Where the artifact goes wrong, if it does: the stage of a block, or the layer of a model."""
     if isinstance(bundle.manifest.config, DecoderConfig):
-        return None
+        return guilty_layer(reports)
     failed = {report.id for report in reports if not report.passed}
     if not failed and all(check.passed for check in checks):
         return None

@@ -29,7 +29,8 @@ pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 
 COMMAND = [sys.executable, "-c", "from diffdeploy.cli.main import run; run()"]
 GIVEN = ["--depth", "1", "--rope", "interleaved", "--rope-theta", "100", "--gqa-layout", "canonical"]
-SMALL = ["--max-sequence-length", "16", "--max-batch-size", "2"]
+SIZES = ["--max-sequence-length", "16", "--max-batch-size", "2"]
+SMALL = ["--layer", "0", *SIZES]
 
 
 def weights_file(path: Path, **changes: Any) -> Path:
@@ -65,7 +66,7 @@ def test_export_without_a_checkpoint_verifies_the_sample(capsys: pytest.CaptureF
 def test_export_of_a_bare_half_precision_block_and_its_use_from_python(tmp_path: Path) -> None:
     file = weights_file(tmp_path / "block.safetensors")
     output = tmp_path / "out"
-    assert main(["export", str(file), *GIVEN, *SMALL, "--dtype", "float16", "--opset", "18", "-o", str(output)]) == 0
+    assert main(["export", str(file), *GIVEN, *SIZES, "--dtype", "float16", "--opset", "18", "-o", str(output)]) == 0
     from safetensors.numpy import load_file
 
     runtime = load(output, threads=1)
@@ -299,7 +300,7 @@ def test_a_runtime_needs_no_torch(sample_bundle: Path) -> None:
 
 def test_force_replaces_a_bundle(bundle_copy: Path) -> None:
     shutil.copytree(bundle_copy, "old")
-    assert main(["export", "--layer", "3", *SMALL, "-o", "old", "--force"]) == 0
+    assert main(["export", "--layer", "3", *SIZES, "-o", "old", "--force"]) == 0
     assert json.loads(Path("old/manifest.json").read_text())["provenance"]["layer"] == 3
     assert [path.name for path in Path.cwd().iterdir()] == ["old"]
 
@@ -309,7 +310,7 @@ def test_every_layer_of_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None
 
     Path("out/layer2").mkdir(parents=True)
     Path("out/layer2/mine").write_text("precious")
-    assert main(["export", str(SAMPLE), "--layer", "all", *SMALL, "-o", "out", "--json"]) == 2
+    assert main(["export", str(SAMPLE), "--layer", "all", *SIZES, "-o", "out", "--json"]) == 2
     said = capsys.readouterr()
     result = json.loads(said.out)
     assert result["status"] == "failed"

@@ -48,7 +48,7 @@ def test_a_format_of_one_module_is_exported_verified_self_tested_and_measured(
     assert list(export_targets())[-1] == "toy"
     bundle = tmp_path / "bundle"
     small = ["--max-sequence-length", "16", "--max-batch-size", "3", "--cases", "quick"]
-    assert main(["export", "--format", "toy", "-o", str(bundle), *small]) == 0
+    assert main(["export", "--format", "toy", "--layer", "0", "-o", str(bundle), *small]) == 0
     with diffdeploy.load(bundle) as runtime:
         assert runtime.description.startswith("toy")
         assert runtime(hidden_states=np.ones((1, 3, 128), np.float32))["output"].shape == (1, 3, 128)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
 from diffdeploy.errors import InputError
-from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates
+from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
 from diffdeploy.formats.base import EVERY_DTYPE, Format
 from diffdeploy.formats.onnx.names import FIRST_OPSET_WITH_ATTENTION, ORT, STANDARD
 from diffdeploy.formats.options import ExportOptions, RunOptions
@@ -113,6 +113,12 @@ class OnnxFormat(Format):
         from diffdeploy.formats.onnx.intermediates import intermediates
 
         return intermediates(bundle.path)
+
+    def layer_values(self, bundle: Bundle) -> LayerValues:
+        """See `Format.layer_values`."""
+        from diffdeploy.formats.onnx.intermediates import layer_values
+
+        return layer_values(bundle.path, len(bundle.manifest.config.blocks), list(bundle.manifest.graph.outputs))
 
     def read_constants(self, directory: Path, expected: Mapping[str, Array]) -> set[str]:
         """See `Format.read_constants`."""

@@ -1,18 +1,19 @@
 """Intermediate values of an ONNX model: every one becomes an output, and one at a time is asked for."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from diffdeploy.arrays import Array, to_tensor
 from diffdeploy.errors import ExportError
-from diffdeploy.formats.artifact import Intermediates
-from diffdeploy.formats.onnx.names import MODEL, ORT_ATTENTION
+from diffdeploy.formats.artifact import Intermediates, LayerValues
+from diffdeploy.formats.onnx.names import MODEL, ORT_ATTENTION, layer_output
 from diffdeploy.graphs import Stage
 
-__all__ = ["intermediates"]
+__all__ = ["intermediates", "layer_values"]
 
 _FLOATING = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 
@@ -48,12 +49,10 @@ def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str,
     declared = {value.name for value in model.graph.output}
     nodes = {name: node for node in model.graph.node for name in node.output if name}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes if name not in declared)
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 4  # what it would log it also raises
-    # Weights in a file of their own are looked for beside the model.
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), _settings(directory), providers=["CPUExecutionProvider"]
+        )
         shown = [value.name for value in session.get_outputs() if value.type in _FLOATING]
     except Exception as error:
         raise ExportError(str(error)) from error
@@ -65,3 +64,34 @@ def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str,
             raise ExportError(str(error)) from error
         node = nodes[name]
         yield f"{node.op_type} {node.name}", to_tensor(array)
+
+
+def layer_values(directory: Path, num_layers: int, outputs: Sequence[str]) -> LayerValues:
+    """What the layers of a model give, beside its outputs."""
+    names = [*outputs, *map(layer_output, range(num_layers))]
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        import onnx
+        import onnxruntime
+
+        try:
+            model = onnx.load(directory / MODEL, load_external_data=False)
+            model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), _settings(directory), providers=["CPUExecutionProvider"]
+            )
+            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        except Exception as error:
+            raise ExportError(str(error)) from error
+
+    return run
+
+
+def _settings(directory: Path) -> Any:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4  # what it would log it also raises
+    # Weights in a file of their own are looked for beside the model.
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
+    return settings

@@ -1,6 +1,15 @@
 """Names that ONNX bundles use: files, flavors and onnxruntime's own operator."""
 
-__all__ = ["EXTERNAL_DATA", "FIRST_OPSET_WITH_ATTENTION", "MODEL", "ORT", "ORT_ATTENTION", "ORT_DOMAIN", "STANDARD"]
+__all__ = [
+    "EXTERNAL_DATA",
+    "FIRST_OPSET_WITH_ATTENTION",
+    "MODEL",
+    "ORT",
+    "ORT_ATTENTION",
+    "ORT_DOMAIN",
+    "STANDARD",
+    "layer_output",
+]
 
 MODEL = "model.onnx"
 # Where weights go that do not fit into a protobuf message.
@@ -11,3 +20,8 @@ STANDARD, ORT = "standard", "ort"
 ORT_DOMAIN, ORT_ATTENTION = "com.microsoft", "GroupQueryAttention"
 
 FIRST_OPSET_WITH_ATTENTION = 23
+
+
+def layer_output(number: int) -> str:
+    """Name of the value that a layer of a model gives, which every export keeps."""
+    return f"layers.{number}.output"

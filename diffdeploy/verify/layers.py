@@ -1,0 +1,138 @@
+"""Each layer of a model on what enters it in the artifact, by the criterion of blocks; and the head behind them.
+
+Errors of a layer do not add up with those of the layers before, so that a fault of one layer is as visible as in a
+block, and the layer is named.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from diffdeploy.arrays import Array
+from diffdeploy.bundle import Bundle, eager_module
+from diffdeploy.config import DecoderConfig
+from diffdeploy.errors import ExportError
+from diffdeploy.formats import LayerValues, require_format
+from diffdeploy.locate import Finding
+from diffdeploy.verify.cases import Case
+from diffdeploy.verify.decoder import exact_embedding, exact_head, exact_layer, inputs_of_layer
+from diffdeploy.verify.eager import eager_error
+from diffdeploy.verify.metrics import Yardstick, measure
+from diffdeploy.verify.report import CaseReport
+
+__all__ = ["guilty_layer", "layer_reports"]
+
+_GROUP, _HEAD = "each layer", "head"
+
+
+def layer_reports(bundle: Bundle, config: DecoderConfig, weights: Mapping[str, Array], seed: int) -> list[CaseReport]:
+    """A report for each layer, and one for the head; none for a format that does not show what is between them.
+
+    Args:
+        bundle: of a model.
+        config: its config.
+        weights: canonical weights in the artifact's dtype.
+        seed: of the tokens.
+    """
+    values = require_format(bundle.manifest.format).layer_values(bundle)
+    if values is None:
+        return []
+    spec = bundle.manifest.graph
+    longest = spec.axes["sequence_length"].max
+    past = min(5, longest - 2)
+    case = Case(
+        batch_size=2, sequence_length=min(17, longest - past), past_length=past, mask="left", seed=seed, kind="normal"
+    )
+    return _Layers(bundle, config, weights).reports(case, values)
+
+
+class _Layers:
+    def __init__(self, bundle: Bundle, config: DecoderConfig, weights: Mapping[str, Array]) -> None:
+        from diffdeploy.modules import DiffTransformer
+
+        self._bundle, self._config, self._weights = bundle, config, weights
+        self._dtype = bundle.manifest.graph.dtype
+        model = eager_module(bundle, impl="naive")
+        assert isinstance(model, DiffTransformer)
+        self._model = model
+
+    def reports(self, case: Case, values: LayerValues) -> list[CaseReport]:
+        spec = self._bundle.manifest.graph
+        inputs = case.inputs(spec)
+        try:
+            shown = values(inputs)
+        except ExportError as error:
+            return [CaseReport.did_not_run(f"layers-{case.id}", _GROUP, str(error))]
+        reports = []
+        # A row of the embedding is copied, and no rounding comes between.
+        x_BSD = exact_embedding(self._weights, inputs).astype(self._dtype)
+        for number in range(self._config.num_layers):
+            reports.append(self._layer(number, x_BSD, inputs, shown))
+            x_BSD = shown[f"layers.{number}.output"]
+        return [*reports, self._head(x_BSD, shown[spec.main_output])]
+
+    def _layer(self, number: int, x_BSD: Array, inputs: Mapping[str, Array], shown: Mapping[str, Array]) -> CaseReport:
+        own = {name: array for name, array in self._weights.items() if name.startswith(f"layers.{number}.")}
+        weights = {name.removeprefix(f"layers.{number}."): array for name, array in own.items()}
+        given, layer, eps = inputs_of_layer(inputs, number), self._config.layers[number], self._config.norm_eps
+        exact, caches = exact_layer(layer, eps, weights, x_BSD, given)
+        expected = {"output": exact, **{f"present.{side}": array for side, array in caches.items()}}
+        yardsticks = eager_error(self._run(number), {"hidden_states": x_BSD, **given}, expected, self._dtype)
+        yardsticks["output"].add_stored(exact_layer(layer, eps, weights, x_BSD, given, self._dtype)[0])
+        actual = {
+            "output": shown[f"layers.{number}.output"],
+            **{f"present.{side}": shown[f"present.{number}.{side}"] for side in ("key", "value")},
+        }
+        outputs = [measure(name, actual[name], yardsticks[name]) for name in expected]
+        return CaseReport.of(f"layer{number}", _GROUP, outputs)
+
+    def _run(self, number: int) -> "_EagerLayer":
+        return _EagerLayer(self._model, number)
+
+    def _head(self, x_BSD: Array, logits: Array) -> CaseReport:
+        import torch
+
+        from diffdeploy.arrays import to_array, to_tensor
+
+        if logits.shape[1] == 1:
+            x_BSD = x_BSD[:, -1:]
+        yardstick = Yardstick(exact_head(self._config, self._weights, x_BSD), self._dtype)
+        with torch.no_grad():
+            yardstick.add(to_array(self._model.lm_head(self._model.norm(to_tensor(np.ascontiguousarray(x_BSD))))))
+        return CaseReport.of(_HEAD, _GROUP, [measure("logits", logits, yardstick)])
+
+
+class _EagerLayer:
+    """One eager layer as a function of arrays by the names of a block's graph."""
+
+    def __init__(self, model: object, number: int) -> None:
+        from diffdeploy.modules import DiffTransformer
+
+        assert isinstance(model, DiffTransformer)
+        self._model, self._number = model, number
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        import torch
+
+        from diffdeploy.arrays import to_array, to_tensor
+
+        given = {name: to_tensor(np.ascontiguousarray(array)) for name, array in inputs.items()}
+        past = given["past_key_values.key"], given["past_key_values.value"]
+        x_BSD = given["hidden_states"]
+        turn = self._model.rotation(x_BSD.shape[1], given.get("position_ids"), past[0].shape[2])
+        with torch.no_grad():
+            output, (key, value) = self._model.layers[self._number](x_BSD, given["attention_mask"], turn, past)
+        return {"output": to_array(output), "present.key": to_array(key), "present.value": to_array(value)}
+
+
+def guilty_layer(reports: list[CaseReport]) -> Finding | None:
+    """The first layer that is off on its own inputs, or the head; ``None`` where none is."""
+    guilty = next((report for report in reports if report.group == _GROUP and not report.passed), None)
+    if guilty is None:
+        return None
+    output = "" if guilty.id == _HEAD else f" in its {guilty.output}"
+    return Finding(
+        stage=guilty.id.replace("layer", "layer "),
+        found_by="intermediate values",
+        detail=f"on what enters it in the artifact it is off{output}: {guilty.failure}",
+    )
