@@ -49,7 +49,8 @@ def attentions(bundle: Bundle) -> int:
     from diffdeploy.ops import Impl
     from diffdeploy.ops.registry import implementation
 
-    return implementation(Impl(bundle.manifest.options.attention_impl)).num_attentions
+    of_block = implementation(Impl(bundle.manifest.options.attention_impl)).num_attentions
+    return of_block * len(bundle.manifest.config.blocks)
 
 
 def state_checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:

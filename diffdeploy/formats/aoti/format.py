@@ -32,7 +32,7 @@ class AotiFormat(Format):
         # rows reads the cache once: in one attention or, for one token, in two products. Elsewhere padded, since the
         # fused attention of torch on the CPU wants equal widths: with wide values two_call takes 1.7 to 2 times as long
         # at 2,048 positions.
-        return "rows" if variant == "cached" else "padded"
+        return "rows" if variant in ("cached", "model") else "padded"
 
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """See `Format.lower`."""

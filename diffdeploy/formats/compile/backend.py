@@ -23,7 +23,9 @@ KERNELS = "kernels"
 
 def state_tensors(block: "AnyModule") -> "list[Tensor]":
     """The arguments of the artifact before the graph's inputs: the block's parameters, then its buffers."""
-    return [*block.parameters(), *block.buffers()]
+    # What modules share has a name, and is an argument, in each of them.
+    named = (*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False))
+    return [tensor for _, tensor in named]
 
 
 class CompiledBackend(TorchBackend):

@@ -30,7 +30,7 @@ class CompileFormat(Format):
     def fastest_impl(self, variant: Variant) -> str:
         """See `Format.fastest_impl`."""
         # As in the format aoti, whose compiler it shares.
-        return "rows" if variant == "cached" else "padded"
+        return "rows" if variant in ("cached", "model") else "padded"
 
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """See `Format.lower`."""

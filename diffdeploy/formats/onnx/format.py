@@ -55,7 +55,7 @@ class OnnxFormat(Format):
         """See `Format.fastest_impl`."""
         # padded reads the paired cache as it is. Elsewhere Attention takes values that are wider than keys without
         # padding, and is faster so: 310 ms against 423 for a block with D 512 and h 4 at 2 x 2,048 positions.
-        return "padded" if variant == "cached" else "two_call"
+        return "padded" if variant in ("cached", "model") else "two_call"
 
     def check_options(self, options: ExportOptions) -> None:
         """Refuse an opset outside 18 to 24, and what the operators of a flavor do not have.

@@ -30,8 +30,9 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     constants = {name: to_array(tensor) for name, tensor in tensors.items() if hasattr(tensor, "detach")}
     found = _counts(bundle)
     said = f"{found[0]} scaled_dot_product_attention and {found[1]} softmax calls"
+    expected = 2 * len(bundle.manifest.config.blocks)
     return [
-        make_check("attention", [] if found == (2, 0) else [f"{said}; expected 2 and 0"], said),
+        make_check("attention", [] if found == (expected, 0) else [f"{said}; expected {expected} and 0"], said),
         _ranges(program, bundle.manifest.graph),
         weights_bit_for_bit(constants, weights),
         lambda_constant(constants, bundle.manifest, weights),
