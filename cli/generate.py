@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["generate"]
 
+_MAX_NEW_TOKENS = 128
 # What stands for a token whose last bytes are still to come.
 _UNFINISHED = "\ufffd"
 
@@ -24,7 +25,9 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
     input_ids: Annotated[str | None, typer.Option(help="Tokens to continue, such as 1,2,3.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to come.")] = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens to come.", show_default="128, or as many as fit")
+    ] = None,
     min_new_tokens: Annotated[int, typer.Option(help="Least tokens to come.")] = 0,
     temperature: Annotated[
         float | None, typer.Option(help="Draw tokens; logits are divided by this.", show_default="the most probable")
@@ -66,7 +69,10 @@ def generate(
     }
     with runtime:
         run = _Run(tokenizer, stop or [], quiet=as_json)
-        run.take(runtime, ids, max_new_tokens, options)
+        room = runtime.spec.axes["sequence_length"].max - len(ids) + 1
+        # Without a number nobody asked for more than there is room for; the prompt itself may be too long.
+        most = max(1, min(_MAX_NEW_TOKENS, room)) if max_new_tokens is None else max_new_tokens
+        run.take(runtime, ids, most, options)
     if as_json:
         console.print_json(run.fields(ids))
     else:

@@ -12,6 +12,7 @@ from diffdeploy.config import AnyConfig
 from diffdeploy.errors import ExportError, InputError
 from diffdeploy.exporters.onnx_norms import small_epsilons_kept
 from diffdeploy.exporters.onnx_ort import OrtGraphModule
+from diffdeploy.exporters.onnx_ties import tie_head
 from diffdeploy.exporters.tracing import GraphModule, example
 from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL, ORT, layer_output
 from diffdeploy.graphs import GraphSpec
@@ -53,6 +54,8 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, *, opset: int, fla
         program = _export(graph.eval(), spec, opset, getattr(torch, spec.dtype))
     # Named while they were outputs; between layers, verification looks at them.
     del program.graph.outputs[len(spec.outputs) :]
+    if isinstance(block, DiffTransformer) and block.config.tied:
+        tie_head(program, block.config.vocab_size, block.config.embed_dim)
     _name_axes(program, spec)
     _strip_metadata(program)
     _save(program, directory)

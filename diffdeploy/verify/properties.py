@@ -125,7 +125,10 @@ def _bases(spec: GraphSpec, seed: int, mask: Mask | None = None) -> Iterator[tup
 
 def _everywhere(spec: GraphSpec, kept: Array, past_length: int) -> dict[str, Array]:
     """Of all outputs, where ``kept [B, P + S]`` says so; ``output`` has no past."""
-    return {name: kept[:, past_length:] if name == spec.main_output else kept for name in spec.outputs}
+    new = kept[:, past_length:]
+    if spec.variant == "model" and spec.logits == "last":
+        new = new[:, -1:]
+    return {name: new if name == spec.main_output else kept for name in spec.outputs}
 
 
 def _determinism(spec: GraphSpec, seed: int) -> Iterator[_Pair]:

@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from diffdeploy.checkpoints import Checkpoint
+from diffdeploy.checkpoints import Checkpoint, ModelCheckpoint
 from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.files import file_sha256
 from diffdeploy.runtime.machine import this_machine
@@ -56,7 +56,7 @@ class BundleCache:
                 shutil.rmtree(other, ignore_errors=True)
         self._lent: set[Path] = set()
 
-    def bundle(self, checkpoint: Checkpoint, options: ExportOptions, *, verify: bool = True) -> Path:
+    def bundle(self, checkpoint: Checkpoint | ModelCheckpoint, options: ExportOptions, *, verify: bool = True) -> Path:
         """A bundle as `export_bundle` makes it. It is shared: copy before changing."""
         whole = hashlib.sha256(safetensors.torch.save({n: t.contiguous() for n, t in checkpoint.weights.items()}))
         for part in (replace(checkpoint, weights={}), options, verify, torch.get_num_threads()):

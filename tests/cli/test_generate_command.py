@@ -1,0 +1,90 @@
+"""``diffdeploy generate``, and models on the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diffdeploy.checkpoints import read_model
+from diffdeploy.checkpoints.files import SAMPLE
+from diffdeploy.cli.main import main
+from tests.exporters.test_models import SMALL
+from tests.support.bundles import BundleCache
+from tests.support.commands import refused
+
+
+@pytest.fixture(scope="module")
+def model(bundles: BundleCache) -> str:
+    return str(bundles.bundle(read_model(SAMPLE), SMALL))
+
+
+def test_text_is_streamed_and_its_speed_is_said(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", model, "--prompt", "def main(", "--max-new-tokens", "12"]) == 0
+    shown = capsys.readouterr()
+    assert main(["generate", model, "--prompt", "def main(", "--max-new-tokens", "12", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert shown.out == result["text"] + "\n"
+    assert bytes(result["input_ids"]).decode() == "def main("
+    assert bytes(result["output_ids"]).decode() == result["text"]
+    assert result["prefill_tokens_per_second"] > 0
+    assert result["decode_tokens_per_second"] > 0
+    assert "9 tokens of prompt at" in shown.err
+    # The same from a file, and from tokens.
+    Path("prompt.txt").write_text("def main(")
+    assert main(["generate", model, "--prompt-file", "prompt.txt", "--max-new-tokens", "12"]) == 0
+    assert capsys.readouterr().out == shown.out
+    ids = ",".join(map(str, result["input_ids"]))
+    assert main(["generate", model, "--input-ids", ids, "--max-new-tokens", "12"]) == 0
+    assert capsys.readouterr().out == ",".join(map(str, result["output_ids"])) + "\n"
+
+
+def test_a_stop_is_not_shown(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", model, "--prompt", "def main(", "--max-new-tokens", "30"]) == 0
+    whole = capsys.readouterr().out.rstrip("\n")
+    stop = whole[5:9]
+    assert main(["generate", model, "--prompt", "def main(", "--max-new-tokens", "30", "--stop", stop]) == 0
+    assert capsys.readouterr().out == whole[: whole.index(stop)] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of --prompt, --prompt-file and --input-ids"),
+        (["--prompt", "a", "--input-ids", "1"], "give one of --prompt, --prompt-file and --input-ids"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--input-ids", "1,x"], "--input-ids is '1,x'; accepted are numbers"),
+        (["--input-ids", "1,999"], "input_ids holds numbers from 1 to 999; accepted are 0 to 255"),
+        (["--prompt", "a", "--max-new-tokens", "100"], "exported for 48"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt cannot be read as text"),
+    ],
+)
+def test_bad_prompts_get_one_sentence(
+    arguments: list[str], message: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(["generate", model, *arguments], capsys)
+
+
+def test_a_bundle_without_a_tokenizer_takes_tokens(bundles: BundleCache, capsys: pytest.CaptureFixture[str]) -> None:
+    from dataclasses import replace
+
+    bare = str(bundles.bundle(replace(read_model(SAMPLE), companions=()), SMALL, verify=False))
+    with pytest.warns(match="exported without verification"):
+        assert "has no tokenizer.json" in refused(["generate", bare, "--prompt", "a"], capsys)
+    with pytest.warns(match="exported without verification"):
+        assert main(["generate", bare, "--input-ids", "97", "--max-new-tokens", "2"]) == 0
+
+
+def test_options_of_blocks_and_models_do_not_mix(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--graph is cached, which is for a block" in refused(["export", "--graph", "cached"], capsys)
+    assert "--logits is of whole models" in refused(["export", "--layer", "0", "--logits", "last"], capsys)
+    assert "--format all compares the formats of one block" in refused(["export", "--format", "all"], capsys)
+    assert "the flavor ort is for blocks" in refused(["export", "--onnx-flavor", "ort"], capsys)
+
+
+def test_a_model_is_inspected_and_matched_with_its_checkpoint(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", model]) == 0
+    assert "4 layers, 256 tokens, head of its own" in capsys.readouterr().out
+    assert main(["verify", model, "--cases", "1", "--checkpoint", str(SAMPLE)]) == 0
+    assert "bit for bit" in capsys.readouterr().err
+    assert "holds a whole model" in refused(["verify", model, "--self-test"], capsys)
+    assert "holds a whole model" in refused(["bench", model], capsys)
