@@ -3,7 +3,7 @@
 from diffdeploy.graphs import DType
 from diffdeploy.records import Record
 
-__all__ = ["BUDGETS", "Budget"]
+__all__ = ["BUDGETS", "CEILINGS", "Budget"]
 
 
 class Budget(Record):
@@ -38,3 +38,7 @@ BUDGETS: dict[DType, Budget] = {
     "float16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
     "bfloat16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
 }
+
+# Of eager's own error, as a share of the root mean square of the exact result: what is further off is no yardstick. On
+# ordinary inputs of 43,000 outputs of right exports the largest were 1.2e-5, 1.7e-3 and 1.4e-2.
+CEILINGS: dict[DType, float] = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}

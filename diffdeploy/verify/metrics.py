@@ -9,7 +9,7 @@ be: so the error of storing those results counts too.
 import numpy as np
 
 from diffdeploy.arrays import Array, epsilon, smallest_normal
-from diffdeploy.budgets import BUDGETS, Budget
+from diffdeploy.budgets import BUDGETS, CEILINGS, Budget
 from diffdeploy.graphs import DType
 from diffdeploy.verify.report import CaseReport, OutputReport, Report
 
@@ -112,6 +112,8 @@ def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: boo
     num_unjudged = int(yardstick.unjudged.sum())
     if not yardstick.finite or (num_unjudged and not is_extreme):
         return OutputReport.failed(output, "there is no yardstick: the eager block gives NaN or infinity")
+    if not is_extreme and (reason := _no_yardstick(yardstick)):
+        return OutputReport.failed(output, reason)
     if reason := _non_finite_differs(actual, yardstick):
         return OutputReport.failed(output, reason)
     # Nothing but NaN and infinity, and those agree.
@@ -138,6 +140,22 @@ def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: boo
         num_unjudged=num_unjudged,
     )
     return judge(figures, BUDGETS[dtype], dtype)
+
+
+def _no_yardstick(yardstick: Yardstick) -> str | None:
+    """Why eager's error says nothing of what a right artifact may do: it is no rounding any more.
+
+    Results that vanish, where both streams cancel, have no size that an error could be a share of.
+    """
+    exact = yardstick.expected[yardstick.counts]
+    size = float(np.sqrt(np.mean(np.square(exact)))) if exact.size else 0.0
+    ceiling = CEILINGS[yardstick.dtype]
+    if size < epsilon(yardstick.dtype) or yardstick.rmse <= ceiling * size:
+        return None
+    return (
+        f"there is no yardstick: the eager block itself is off by {yardstick.rmse / size:.2g} of the exact result, and "
+        f"{yardstick.dtype} explains at most {ceiling:g}"
+    )
 
 
 def _non_finite_differs(actual: Array, yardstick: Yardstick) -> str | None:

@@ -130,6 +130,20 @@ def test_where_eager_overflows_on_extreme_inputs_nothing_is_asked() -> None:
         assert not measure("output", actual, held, is_extreme=True).passed
 
 
+def test_an_eager_block_that_is_far_off_is_no_yardstick() -> None:
+    expected = exact()
+    held = yardstick(expected, eager=(1.002 * expected).astype(np.float32))
+    report = measure("output", (1.001 * expected).astype(np.float32), held)
+    assert not report.passed
+    assert str(report.reason).startswith("there is no yardstick: the eager block itself is off by 0.002 of the exact")
+    # What overflows on the way is judged by its own rules.
+    assert measure("output", (1.001 * expected).astype(np.float32), held, is_extreme=True).passed
+    # Where the streams cancel, nothing is left that an error could be a share of.
+    vanishing = 1e-12 * expected
+    held = yardstick(vanishing, eager=(vanishing + 1e-9).astype(np.float32))
+    assert measure("output", (vanishing + 1e-9).astype(np.float32), held).passed
+
+
 def test_a_later_run_that_overflows_counts_too() -> None:
     expected = exact()
     held = yardstick(expected)
