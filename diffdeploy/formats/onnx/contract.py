@@ -9,6 +9,7 @@ from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
 from diffdeploy.formats.artifact import ArtifactFacts, Check
 from diffdeploy.formats.checks import lambda_constant, make_check, rope_constants, weights_bit_for_bit
+from diffdeploy.formats.onnx.external import load_model
 from diffdeploy.formats.onnx.names import (
     FIRST_OPSET_WITH_ATTENTION,
     MODEL,
@@ -26,10 +27,8 @@ __all__ = ["checks", "facts"]
 
 def facts(bundle: Bundle) -> ArtifactFacts:
     """See `Format.facts`."""
-    import onnx
-
     # Facts are read from nodes; weights may be gigabytes.
-    model = onnx.load(bundle.path / MODEL, load_external_data=False)
+    model = load_model(bundle.path, weights=False)
     return ArtifactFacts(
         variant=bundle.manifest.graph.variant,
         attention_ops=sum(_attention_counts(model)),
@@ -44,7 +43,7 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     import onnx
 
     path = bundle.path / MODEL
-    model = onnx.load(path)
+    model = load_model(bundle.path)
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     manifest = bundle.manifest
     stream_width = manifest.config.head_dim if manifest.options.flavor == ORT else None
