@@ -1,6 +1,6 @@
 """Checks that the contracts of several formats share: weights, lambda and rotary tables, bit for bit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,7 @@ __all__ = [
     "declared_facts",
     "lambda_constant",
     "make_check",
+    "norm_epsilons",
     "rope_constants",
     "state_checks",
     "weights_bit_for_bit",
@@ -22,6 +23,9 @@ __all__ = [
 
 
 _BYTES_OF_HALF = 2
+
+# Formats that hold a number in float32 round it by 6e-8 at most.
+_RELATIVE_ERROR = 1e-6
 
 # Of fp32, in exp(.) - exp(.) + lambda_init: right blocks are off by up to 5 of them, with vectors of any size.
 _ROUNDINGS_OF_LAMBDA = 8
@@ -128,6 +132,24 @@ def _is_lambda(constant: Array, expected: Array) -> bool:
     size = np.abs(expected)
     allowed = epsilon(constant.dtype) * size + _ROUNDINGS_OF_LAMBDA * epsilon("float32") * (1 + size)
     return bool((np.abs(constant.astype(np.float64).reshape(-1) - expected) <= allowed).all())
+
+
+def norm_epsilons(found: Sequence[float], manifest: Manifest) -> Check:
+    """Norms that stand in the graph as operators must have the epsilons of the config.
+
+    Args:
+        found: the epsilon of each, in the order of the graph: those of queries and keys, then that of the heads.
+        manifest: of the bundle.
+    """
+    config = manifest.config
+    num_heads = 1 if found and config.has_norm else 0
+    expected = [config.qk_norm_eps] * (len(found) - num_heads) + [config.norm_eps] * num_heads
+    problems = [
+        f"the epsilon of a norm is {given:.7g}, and should be {wanted}"
+        for given, wanted in zip(found, expected, strict=True)
+        if wanted is None or not np.isclose(given, wanted, rtol=_RELATIVE_ERROR, atol=0.0)
+    ]
+    return make_check("epsilon", problems, ", ".join(f"{eps:.7g}" for eps in found) or "no norm is one operator")
 
 
 def _is_floating(constant: Array) -> bool:
