@@ -16,6 +16,7 @@ __all__ = [
     "lambda_constant",
     "make_check",
     "norm_epsilons",
+    "other_torch",
     "rope_constants",
     "state_checks",
     "weights_bit_for_bit",
@@ -132,6 +133,14 @@ def _is_lambda(constant: Array, expected: Array) -> bool:
     size = np.abs(expected)
     allowed = epsilon(constant.dtype) * size + _ROUNDINGS_OF_LAMBDA * epsilon("float32") * (1 + size)
     return bool((np.abs(constant.astype(np.float64).reshape(-1) - expected) <= allowed).all())
+
+
+def other_torch(version: str, manifest: Manifest) -> list[str]:
+    """What is wrong where another torch wrote the artifact than the manifest says."""
+    said = manifest.environment.packages.get("torch", "none")
+    # Without what is behind the plus, in which a build and its distribution may differ.
+    same = version.partition("+")[0] == said.partition("+")[0]
+    return [] if same else [f"torch {version} wrote it, and the manifest says {said}"]
 
 
 def norm_epsilons(found: Sequence[float], manifest: Manifest) -> Check:

@@ -1,6 +1,8 @@
 """What a contract must refuse although every number of the artifact is right."""
 
+import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,16 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch.export import ExportedProgram
 
 from diffdeploy.bundle import Bundle, open_bundle, read_weights, write_manifest
 from diffdeploy.checkpoints import Checkpoint
+from diffdeploy.errors import IntegrityError
+from diffdeploy.formats.pt2.backend import load_program
+from diffdeploy.formats.pt2.constants import save
+from diffdeploy.formats.pt2.faults import _after_output
 from diffdeploy.verify import artifact_checks, verify_bundle
 from tests.support.bundles import BundleCache, FormatBundle, options_of
 
@@ -231,9 +239,13 @@ WRONG: dict[str, tuple[Edit, str, str]] = {
     "another producer": (
         lambda model: setattr(model, "producer_name", "somebody"),
         "traces",
-        "produced by 'somebody ",
+        "produced by 'somebody', not by pytorch",
     ),
-    "another version": (lambda model: setattr(model, "producer_version", "1.0"), "traces", "produced by 'pytorch 1.0'"),
+    "another version": (
+        lambda model: setattr(model, "producer_version", "1.0"),
+        "traces",
+        "torch 1.0 wrote it, and the manifest says",
+    ),
     "axis of a meaning": (
         lambda model: setattr(model.graph.input[0].type.tensor_type.shape.dim[0], "denotation", "DATA_BATCH"),
         "operators",
@@ -271,6 +283,117 @@ def test_an_exponential_more_is_seen_where_a_softmax_is_expected(
     assert failed(open_bundle(tmp_path / "bundle")) == {}
     found = failed(edited(tmp_path / "bundle", written_out))
     assert "3 Softmax or Exp nodes; expected 0, 0, 2" in found["attention"]
+
+
+@pytest.fixture
+def pt2_copy(format_bundle: FormatBundle, tmp_path: Path) -> Path:
+    shutil.copytree(format_bundle("pt2"), tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def with_program(bundle: Path, edit: Callable[[ExportedProgram], Any]) -> Bundle:
+    """A bundle with another program, and the digest of that."""
+    manifest, program = open_bundle(bundle).manifest, load_program(bundle)
+    edit(program)
+    program.graph_module.recompile()
+    save(program, bundle)
+    write_manifest(bundle, manifest)
+    return open_bundle(bundle)
+
+
+def with_json(bundle: Path, edit: Callable[[dict[str, Any]], Any]) -> Bundle:
+    """A bundle whose program says something else."""
+    manifest = open_bundle(bundle).manifest
+    with zipfile.ZipFile(bundle / "model.pt2") as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    model = json.loads(entries["model/models/model.json"])
+    edit(model)
+    entries["model/models/model.json"] = json.dumps(model).encode()
+    with zipfile.ZipFile(bundle / "model.pt2", "w") as new:
+        for name, content in entries.items():
+            new.writestr(name, content)
+    write_manifest(bundle, manifest)
+    return open_bundle(bundle)
+
+
+def exp_and_sum(program: ExportedProgram) -> None:
+    _after_output(program, torch.ops.aten.exp.default)
+    _after_output(program, torch.ops.aten.sum.dim_IntList, [-1], True)
+
+
+def call_through_float16(program: ExportedProgram) -> None:
+    _after_output(program, torch.ops.aten.to.dtype, torch.float16)
+    _after_output(program, torch.ops.aten.to.dtype, torch.float32)
+
+
+def another_epsilon(program: ExportedProgram) -> None:
+    norm = next(node for node in program.graph.nodes if "rms_norm" in str(node.target))
+    norm.args = (*norm.args[:3], 1.1e-5)
+
+
+WRONG_PROGRAMS: dict[str, tuple[Callable[[ExportedProgram], Any], str, str]] = {
+    "exp": (exp_and_sum, "attention", "1 softmax or exp calls"),
+    "softmax": (
+        lambda program: _after_output(program, torch.ops.aten._softmax.default, -1, False),
+        "attention",
+        "1 softmax or exp calls",
+    ),
+    "float16": (call_through_float16, "precision", "is float16"),
+    "epsilon": (another_epsilon, "epsilon", "is 1.1e-05, and should be 1e-05"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PROGRAMS)
+def test_a_program_calls_what_an_export_does(name: str, pt2_copy: Path) -> None:
+    edit, check, message = WRONG_PROGRAMS[name]
+    assert message in failed(with_program(pt2_copy, edit))[check]
+
+
+def metadata_of(model: dict[str, Any]) -> Any:
+    return next(node["metadata"] for node in model["graph_module"]["graph"]["nodes"] if node["metadata"])
+
+
+@pytest.mark.parametrize(
+    ("edit", "check", "message"),
+    [
+        (lambda model: metadata_of(model).update(note="/home/someone"), "traces", "'/home/someone' looks like a path"),
+        (lambda model: metadata_of(model).update(stack_trace="File x"), "traces", "a stack trace on"),
+        (lambda model: model.update(torch_version="2.0.0"), "traces", "torch 2.0.0 wrote it, and the manifest says 2."),
+        (
+            lambda model: [
+                meta.update(dtype=6)
+                for name, meta in model["graph_module"]["graph"]["tensor_values"].items()
+                if name == "tensors_0"
+            ],
+            "interface",
+            "hidden_states is float16 of 3 axes, declared is float32",
+        ),
+    ],
+    ids=["path", "stack trace", "torch", "dtype"],
+)
+def test_a_program_says_what_an_export_does(
+    edit: Callable[[dict[str, Any]], Any], check: str, message: str, pt2_copy: Path
+) -> None:
+    assert message in failed(with_json(pt2_copy, edit))[check]
+
+
+class Branches(torch.nn.Module):
+    """One attention in a branch, where counts of the calls of a graph would not see it."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.cond(x.sum() > 0, lambda y: y.softmax(-1), lambda y: y.clone(), (x,)),)
+
+
+def test_a_program_with_subgraphs_is_refused(pt2_copy: Path) -> None:
+    manifest = open_bundle(pt2_copy).manifest
+    program = torch.export.export(Branches(), (torch.ones(2, 3, 128),))
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # refused before the branches are seen
+    save(program, pt2_copy)
+    write_manifest(pt2_copy, manifest)
+    with pytest.raises(IntegrityError, match="its graph has (as_graph|target 'torch.ops.higher_order.cond')"):
+        failed(open_bundle(pt2_copy))
 
 
 def test_a_program_must_have_the_declared_ranges(format_bundle: FormatBundle) -> None:

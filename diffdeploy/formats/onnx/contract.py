@@ -13,6 +13,7 @@ from diffdeploy.formats.checks import (
     lambda_constant,
     make_check,
     norm_epsilons,
+    other_torch,
     rope_constants,
     weights_bit_for_bit,
 )
@@ -204,12 +205,7 @@ def _epsilons(model: "onnx.ModelProto", manifest: Manifest) -> Check:
 def _no_traces(model: "onnx.ModelProto", manifest: Manifest, notes: list[str]) -> Check:
     # The names that torch gives to nodes have no slashes, so that one is part of a path.
     problems = notes + [f"{text!r} looks like a path" for text in strings(model) if "/" in text or "\\" in text]
-    producer, torch = (model.producer_name, model.producer_version), manifest.environment.packages.get("torch", "")
-    # Without what is behind the plus, in which a build and its distribution may differ.
-    if (producer[0], _public(producer[1])) != (_PRODUCER, _public(torch)):
-        problems.append(f"it was produced by {' '.join(producer)!r}, and the manifest says {_PRODUCER} {torch}")
-    return make_check("traces", problems, f"no path, metadata or doc string, and produced by {' '.join(producer)}")
-
-
-def _public(version: str) -> str:
-    return version.partition("+")[0]
+    if model.producer_name != _PRODUCER:
+        problems.append(f"it was produced by {model.producer_name!r}, not by {_PRODUCER}")
+    problems += other_torch(model.producer_version, manifest)
+    return make_check("traces", problems, "no path, metadata or doc string")
