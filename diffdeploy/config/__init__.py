@@ -9,11 +9,12 @@ from diffdeploy.config.block import (
     lambda_init_at,
 )
 from diffdeploy.config.block_v2 import AnyConfig, DiffAttentionV2Config
-from diffdeploy.config.model import AnyModel, DecoderConfig, LayerConfig, MlpConfig, MlpKind
+from diffdeploy.config.model import POLYNORM_EPS, AnyModel, DecoderConfig, LayerConfig, MlpConfig, MlpKind
 from diffdeploy.config.rope import RopeConfig, RopeScaling, RopeStyle
 
 __all__ = [
     "LAMBDA_VECTORS",
+    "POLYNORM_EPS",
     "AnyConfig",
     "AnyModel",
     "DecoderConfig",

@@ -10,9 +10,12 @@ from diffdeploy.config.requirement import require
 from diffdeploy.config.rope import RopeConfig
 from diffdeploy.errors import InputError
 
-__all__ = ["AnyModel", "DecoderConfig", "LayerConfig", "MlpConfig", "MlpKind"]
+__all__ = ["POLYNORM_EPS", "AnyModel", "DecoderConfig", "LayerConfig", "MlpConfig", "MlpKind"]
 
 MlpKind = Literal["swiglu", "polynorm"]
+
+# Of PolyNorm; fixed in Motif's code, and in no config.
+POLYNORM_EPS = 1e-6
 
 # PolyNorm weighs the cube, the square and the number itself.
 _NUM_POWERS = 3

@@ -1,12 +1,12 @@
 """Checks that the contracts of several formats share: weights, lambda and rotary tables, bit for bit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from diffdeploy.arrays import Array, epsilon, to_array
 from diffdeploy.bundle import Bundle, Manifest, eager_module
-from diffdeploy.config import LAMBDA_VECTORS, is_lambda_vector
+from diffdeploy.config import LAMBDA_VECTORS, POLYNORM_EPS, DecoderConfig, is_lambda_vector
 from diffdeploy.exact import lambda_of_heads, rope_tables
 from diffdeploy.formats.artifact import ArtifactFacts, Check
 
@@ -15,6 +15,8 @@ __all__ = [
     "declared_facts",
     "lambda_constant",
     "make_check",
+    "norm_epsilons",
+    "other_torch",
     "rope_constants",
     "state_checks",
     "weights_bit_for_bit",
@@ -22,6 +24,9 @@ __all__ = [
 
 
 _BYTES_OF_HALF = 2
+
+# Formats that hold a number in float32 round it by 6e-8 at most.
+_RELATIVE_ERROR = 1e-6
 
 # Of fp32, in exp(.) - exp(.) + lambda_init: right blocks are off by up to 5 of them, with vectors of any size.
 _ROUNDINGS_OF_LAMBDA = 8
@@ -133,6 +138,50 @@ def _is_lambda(constant: Array, expected: Array) -> bool:
     size = np.abs(expected)
     allowed = epsilon(constant.dtype) * size + _ROUNDINGS_OF_LAMBDA * epsilon("float32") * (1 + size)
     return bool((np.abs(constant.astype(np.float64).reshape(-1) - expected) <= allowed).all())
+
+
+def other_torch(version: str, manifest: Manifest) -> list[str]:
+    """What is wrong where another torch wrote the artifact than the manifest says."""
+    said = manifest.environment.packages.get("torch", "none")
+    # Without what is behind the plus, in which a build and its distribution may differ.
+    same = version.partition("+")[0] == said.partition("+")[0]
+    return [] if same else [f"torch {version} wrote it, and the manifest says {said}"]
+
+
+def norm_epsilons(found: Sequence[float], manifest: Manifest) -> Check:
+    """Norms that stand in the graph as operators must have the epsilons of the config.
+
+    Args:
+        found: the epsilon of each, in the order of the graph: those of queries and keys, then that of the heads.
+        manifest: of the bundle.
+    """
+    config = manifest.config
+    expected: list[float | None]
+    if isinstance(config, DecoderConfig):
+        found, expected = sorted(found), list(sorted(_epsilons_of(config)) if found else [])
+        if len(found) != len(expected):
+            return make_check("epsilon", [f"{len(found)} norms, and the layers have {len(expected)}"], "")
+    else:
+        num_heads = 1 if found and config.has_norm else 0
+        expected = [config.qk_norm_eps] * (len(found) - num_heads) + [config.norm_eps] * num_heads
+    problems = [
+        f"the epsilon of a norm is {given:.7g}, and should be {wanted}"
+        for given, wanted in zip(found, expected, strict=True)
+        if wanted is None or not np.isclose(given, wanted, rtol=_RELATIVE_ERROR, atol=0.0)
+    ]
+    said = ", ".join(f"{eps:.7g}" for eps in dict.fromkeys(found))
+    return make_check("epsilon", problems, said or "no norm is one operator")
+
+
+def _epsilons_of(config: DecoderConfig) -> list[float]:
+    """Those of all norms of a decoder: around its blocks, of queries and keys, of heads, in PolyNorm, and the last."""
+    found = [config.norm_eps]
+    for layer in config.layers:
+        found += [config.norm_eps] * 2
+        found += [] if layer.attention.qk_norm_eps is None else [layer.attention.qk_norm_eps] * 2
+        found += [] if layer.attention.norm_eps is None else [layer.attention.norm_eps]
+        found += [POLYNORM_EPS] * 3 if layer.mlp.kind == "polynorm" else []
+    return found
 
 
 def _is_floating(constant: Array) -> bool:

@@ -4,12 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffdeploy.config import MlpConfig
+from diffdeploy.config import POLYNORM_EPS, MlpConfig
 
 __all__ = ["GatedMlp", "PolyNorm"]
-
-# Fixed in Motif's code, and in no config.
-_EPS = 1e-6
 
 
 class PolyNorm(nn.Module):
@@ -29,7 +26,9 @@ class PolyNorm(nn.Module):
         dtype = torch.promote_types(z.dtype, torch.float32)
         wide, w = z.to(dtype), self.weight.to(dtype)
         powers = (wide * wide * wide, wide * wide, wide)
-        total = sum((w[i] * F.rms_norm(u, u.shape[-1:], eps=_EPS) for i, u in enumerate(powers)), self.bias.to(dtype))
+        total = sum(
+            (w[i] * F.rms_norm(u, u.shape[-1:], eps=POLYNORM_EPS) for i, u in enumerate(powers)), self.bias.to(dtype)
+        )
         return total.to(z.dtype)
 
 

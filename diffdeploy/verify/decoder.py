@@ -8,14 +8,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.config import AnyModel, DecoderConfig, LayerConfig, MlpConfig
+from diffdeploy.config import POLYNORM_EPS, AnyModel, DecoderConfig, LayerConfig, MlpConfig
 from diffdeploy.graphs import DType, GraphSpec
 from diffdeploy.verify.oracle import exact_and_stored, oracle
 
 __all__ = ["exact_embedding", "exact_head", "exact_layer", "exact_outputs", "inputs_of_layer"]
-
-# Of PolyNorm; see `diffdeploy.modules.mlp`.
-_POLYNORM_EPS = 1e-6
 
 
 def exact_outputs(
@@ -137,5 +134,5 @@ def _activation(config: MlpConfig, w: Mapping[str, Array], gate: Array) -> Array
             return np.asarray(gate / (1.0 + np.exp(-gate)))
     cube, square, plain = (float(weight) for weight in _wide(w["act.weight"]))
     parts = ((cube, gate**3), (square, gate**2), (plain, gate))
-    total: Array = sum(factor * _rms_norm(power, 1.0, _POLYNORM_EPS) for factor, power in parts) + _wide(w["act.bias"])
+    total: Array = sum(factor * _rms_norm(power, 1.0, POLYNORM_EPS) for factor, power in parts) + _wide(w["act.bias"])
     return total

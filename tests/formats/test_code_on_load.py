@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,10 @@ def test_no_command_runs_the_code(
     assert not Path(MARKER).exists()
 
 
+def to_target(model: dict[str, Any], *, target: str) -> None:
+    model["graph_module"]["graph"]["nodes"][0]["target"] = target
+
+
 def raw(archive: Path, name: str, content: bytes, **settings: Any) -> None:
     with zipfile.ZipFile(archive, "a") as opened, pytest.MonkeyPatch.context():
         opened.writestr(name, content, **settings)
@@ -208,6 +213,7 @@ def raw(archive: Path, name: str, content: bytes, **settings: Any) -> None:
     ("inject", "message"),
     [
         (lambda path: raw(path, "model/extra/x.py", b""), "it holds model/extra/x.py"),
+        (lambda path: raw(path, "other/models/model.json", b"{}"), "it has two folders"),
         (lambda path: raw(path, "model/data/weights/weight_99", b"x" * 99, compress_type=8), "is compressed"),
         (of_graph(lambda model: model["graph_module"]["graph"]["nodes"][0].update(name="a; b")), "has name 'a; b'"),
         (
@@ -217,6 +223,14 @@ def raw(archive: Path, name: str, content: bytes, **settings: Any) -> None:
                 )
             ),
             "target 'torch.ops.aten.from_file.default'",
+        ),
+        *(
+            (of_graph(partial(to_target, target=f"torch.ops.aten.{name}")), f"target 'torch.ops.aten.{name}'")
+            for name in ("add.__class__", "add.overloads", "add.op", "add.Tensor.__call__", "__class__.__base__", "add")
+        ),
+        *(
+            (of_graph(partial(to_target, target=name)), f"target '{name}'")
+            for name in ("torch.ops.higher_order.cond", "torch.ops.higher_order.while_loop", "_operator.attrgetter")
         ),
         (of_graph(lambda model: model.update(guards_code="x")), "its guards_code is str"),
         (
@@ -229,7 +243,10 @@ def raw(archive: Path, name: str, content: bytes, **settings: Any) -> None:
         (lambda path: path.write_bytes(b"no archive"), "is not an archive of torch.export"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is not an archive of torch.export"),
     ],
-    ids=["entry", "compressed", "name", "operator", "guards", "ranges", "nested", "list", "weights", "text", "cut"],
+    ids=[
+        *("entry", "folders", "compressed", "name", "operator", "class", "overloads", "op", "call", "base", "packet"),
+        *("cond", "while", "attrgetter", "guards", "ranges", "nested", "list", "weights", "text", "cut"),
+    ],
 )
 def test_other_archives_are_refused_in_one_sentence(inject: Callable[[Path], None], message: str, pt2: Path) -> None:
     inject(pt2 / "model.pt2")

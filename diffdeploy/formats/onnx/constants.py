@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from diffdeploy.arrays import Array, epsilon
+from diffdeploy.formats.onnx.external import load_model
 from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL
 
 if TYPE_CHECKING:
@@ -33,14 +34,14 @@ class _Place(NamedTuple):
 
 def read(directory: Path, expected: Mapping[str, Array]) -> set[str]:
     """Names of the constants that are in the model."""
-    return set(_places(_load(directory), expected))
+    return set(_places(load_model(directory), expected))
 
 
 def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
     """Replace constants, and save the model."""
     import onnx
 
-    model = _load(directory)
+    model = load_model(directory)
     places = _places(model, expected)
     for name, array in changes.items():
         tensor, transposed, attributes = places[name]
@@ -53,12 +54,6 @@ def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, 
     # The model is saved in one piece, and nothing refers to this file any more.
     (directory / EXTERNAL_DATA).unlink(missing_ok=True)
     onnx.save(model, directory / MODEL)
-
-
-def _load(directory: Path) -> "onnx.ModelProto":
-    import onnx
-
-    return onnx.load(directory / MODEL)
 
 
 def _places(model: "onnx.ModelProto", expected: Mapping[str, Array]) -> dict[str, _Place]:

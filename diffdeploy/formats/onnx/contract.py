@@ -1,21 +1,30 @@
 """The contract of ``model.onnx``: two attentions, dynamic axes, the bundle's weights bit for bit, nothing to fold."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
 from diffdeploy.formats.artifact import ArtifactFacts, Check
-from diffdeploy.formats.checks import lambda_constant, make_check, rope_constants, weights_bit_for_bit
+from diffdeploy.formats.checks import (
+    lambda_constant,
+    make_check,
+    norm_epsilons,
+    other_torch,
+    rope_constants,
+    weights_bit_for_bit,
+)
+from diffdeploy.formats.onnx.external import load_model
+from diffdeploy.formats.onnx.messages import strings, unwritten
 from diffdeploy.formats.onnx.names import (
     FIRST_OPSET_WITH_ATTENTION,
     MODEL,
     ORT,
     ORT_ATTENTION,
     ORT_DOMAIN,
-    STANDARD,
 )
 
 if TYPE_CHECKING:
@@ -23,13 +32,21 @@ if TYPE_CHECKING:
 
 __all__ = ["checks", "facts"]
 
+_STANDARD_DOMAIN = {"", "ai.onnx"}
+# What a softmax is, or is written out with; lambda is folded, and a sigmoid is an operator of its own.
+_EXPONENTIALS = ("Softmax", "LogSoftmax", "Exp", "ReduceLogSumExp")
+# Dtypes beside that of the graph: of sums, of sizes and positions, and of masks.
+_ELSE = ("FLOAT", "INT64", "INT32", "BOOL")
+# Attributes of operators that may round more than their inputs and outputs do.
+_COMPUTES_IN = ("stash_type", "softmax_precision")
+# How torch's exporter signs.
+_PRODUCER = "pytorch"
+
 
 def facts(bundle: Bundle) -> ArtifactFacts:
     """See `Format.facts`."""
-    import onnx
-
     # Facts are read from nodes; weights may be gigabytes.
-    model = onnx.load(bundle.path / MODEL, load_external_data=False)
+    model = load_model(bundle.path, weights=False)
     return ArtifactFacts(
         variant=bundle.manifest.graph.variant,
         attention_ops=sum(_attention_counts(model)),
@@ -43,32 +60,37 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     """See `Format.contract`."""
     import onnx
 
-    path = bundle.path / MODEL
-    model = onnx.load(path)
-    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    manifest = bundle.manifest
-    stream_width = manifest.config.attention.head_dim if manifest.options.flavor == ORT else None
-    return [
-        _is_valid(path),
-        _standard_operators(model, manifest),
+    model, manifest = load_model(bundle.path, weights=False), bundle.manifest
+    notes, others = unwritten(model)
+    structure = [
+        _is_valid(bundle.path / MODEL),
+        _standard_operators(model, manifest, others),
         _attention_operators(model, manifest),
         _interface(model, manifest),
+        _precision(model, manifest),
+        _epsilons(model, manifest),
         _nothing_to_fold(model),
+        _no_traces(model, manifest, notes),
+    ]
+    # Last, since it reads weights in a file of their own into the model.
+    constants = {t.name: onnx.numpy_helper.to_array(t, str(bundle.path)) for t in model.graph.initializer}
+    stream_width = manifest.config.attention.head_dim if manifest.options.flavor == ORT else None
+    return [
+        *structure,
         weights_bit_for_bit(constants, weights, stream_width),
         lambda_constant(constants, manifest, weights),
         rope_constants(constants, manifest),
-        _no_traces(model),
     ]
 
 
 def _opset(model: "onnx.ModelProto") -> int | None:
-    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
+    return next((entry.version for entry in model.opset_import if entry.domain in _STANDARD_DOMAIN), None)
 
 
 def _attention_counts(model: "onnx.ModelProto") -> tuple[int, int, int]:
     """Attentions of the standard, those of onnxruntime, and softmaxes that stand for decomposed ones."""
     counts = Counter(node.op_type for node in model.graph.node)
-    return counts["Attention"], counts[ORT_ATTENTION], counts["Softmax"] + counts["LogSoftmax"]
+    return counts["Attention"], counts[ORT_ATTENTION], sum(counts[name] for name in _EXPONENTIALS)
 
 
 def _is_valid(path: Path) -> Check:
@@ -82,18 +104,18 @@ def _is_valid(path: Path) -> Check:
     return Check(name="valid", passed=True, detail="accepted by onnx.checker with full shape inference")
 
 
-def _standard_operators(model: "onnx.ModelProto", manifest: Manifest) -> Check:
+def _standard_operators(model: "onnx.ModelProto", manifest: Manifest, others: list[str]) -> Check:
     operators = {(node.domain, node.op_type) for node in model.graph.node}
     domains = {domain for domain, _ in operators} | {entry.domain for entry in model.opset_import}
-    own = set() if manifest.options.flavor == STANDARD else {ORT_DOMAIN}
-    problems = [f"operators of domain {domain!r}" for domain in sorted(domains - {"", "ai.onnx"} - own)]
+    own = {ORT_DOMAIN} if manifest.options.flavor == ORT else set()
+    problems = [f"operators of domain {domain!r}" for domain in sorted(domains - _STANDARD_DOMAIN - own)]
     contributed = {name for domain, name in operators if domain == ORT_DOMAIN}
     problems += [f"operator {name} of onnxruntime" for name in sorted(contributed - {ORT_ATTENTION}) if own]
-    # Operators in them would escape the counts.
-    if model.functions:
-        problems.append(f"{len(model.functions)} local functions")
-    if _opset(model) != manifest.options.opset:
-        problems.append(f"opset {_opset(model)}, but the manifest says {manifest.options.opset}")
+    # Subgraphs and functions among them: operators in those would escape the counts.
+    problems += [f"{other}, which no export writes" for other in others]
+    opsets = [entry.version for entry in model.opset_import if entry.domain in _STANDARD_DOMAIN]
+    if opsets != [manifest.options.opset]:
+        problems.append(f"opset {', '.join(map(str, opsets))}, but the manifest says {manifest.options.opset}")
     fine = f"{ORT_ATTENTION} of onnxruntime, else the standard domain" if own else "standard domain only"
     return make_check("operators", problems, f"{fine}, opset {_opset(model)}")
 
@@ -107,7 +129,7 @@ def _attention_operators(model: "onnx.ModelProto", manifest: Manifest) -> Check:
     expected = tuple(count * len(manifest.config.blocks) for count in per_layer)
     counts = _attention_counts(model)
     found = ", ".join(
-        f"{count} {name}" for count, name in zip(counts, ("Attention", ORT_ATTENTION, "Softmax"), strict=True)
+        f"{count} {name}" for count, name in zip(counts, ("Attention", ORT_ATTENTION, "Softmax or Exp"), strict=True)
     )
     wanted = ", ".join(map(str, expected))
     problems = [] if counts == expected else [f"{found} nodes; expected {wanted}"]
@@ -150,29 +172,41 @@ def _nothing_to_fold(model: "onnx.ModelProto") -> Check:
     return make_check("folded", foldable + unused, "every node depends on the input, every constant is used")
 
 
-def _strings(model: "onnx.ModelProto") -> Iterator[str]:
-    graph = model.graph
-    yield from (graph.name, model.producer_name, model.domain)
-    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        yield value.name
-        if hasattr(value, "external_data"):
-            yield from (entry.value for entry in value.external_data)
-    for node in graph.node:
-        yield from (node.name, *node.input, *node.output)
-        for attribute in node.attribute:
-            yield from (text.decode(errors="replace") for text in (attribute.s, *attribute.strings))
+def _precision(model: "onnx.ModelProto", manifest: Manifest) -> Check:
+    """No number may be narrower than the dtype of the graph, on its way neither."""
+    import onnx
+
+    types = onnx.TensorProto.DataType
+    # Half-precision graphs compute attentions and norms in float32.
+    accepted = {types.Value(name) for name in (manifest.graph.dtype.upper().replace("FLOAT32", "FLOAT"), *_ELSE)}
+    values = list(model.graph.value_info)
+    # A model with types that do not fit is not valid, which another check says.
+    with suppress(onnx.shape_inference.InferenceError):
+        # What a graph says itself of its inner values is no more than a claim.
+        values += onnx.shape_inference.infer_shapes(model).graph.value_info
+    found = {value.name: value.type.tensor_type.elem_type for value in values}
+    found |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    problems = [f"{name} is {types.Name(kind)}" for name, kind in found.items() if kind not in accepted]
+    problems += [
+        f"{node.op_type} {node.name} computes in {types.Name(attribute.i)}"
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.name in _COMPUTES_IN and attribute.i != types.FLOAT
+    ]
+    return make_check("precision", problems, f"nothing narrower than {manifest.graph.dtype}")
 
 
-def _no_traces(model: "onnx.ModelProto") -> Check:
-    graph = model.graph
-    parts = (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer)
-    problems = [f"metadata or a doc string on {part.name or 'the graph'}" for part in parts[1:] if _annotated(part)]
-    if _annotated(model):
-        problems.append("metadata or a doc string on the model")
+def _epsilons(model: "onnx.ModelProto", manifest: Manifest) -> Check:
+    norms = [node for node in model.graph.node if node.op_type == "RMSNormalization"]
+    # The standard's default, where there is no attribute.
+    found = [next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5) for node in norms]
+    return norm_epsilons(found, manifest)
+
+
+def _no_traces(model: "onnx.ModelProto", manifest: Manifest, notes: list[str]) -> Check:
     # The names that torch gives to nodes have no slashes, so that one is part of a path.
-    problems += [f"{text!r} looks like a path" for text in _strings(model) if "/" in text or "\\" in text]
+    problems = notes + [f"{text!r} looks like a path" for text in strings(model) if "/" in text or "\\" in text]
+    if model.producer_name != _PRODUCER:
+        problems.append(f"it was produced by {model.producer_name!r}, not by {_PRODUCER}")
+    problems += other_torch(model.producer_version, manifest)
     return make_check("traces", problems, "no path, metadata or doc string")
-
-
-def _annotated(part: Any) -> bool:
-    return bool(part.doc_string) or bool(getattr(part, "metadata_props", ()))

@@ -8,6 +8,7 @@ import numpy as np
 
 from diffdeploy.bundle import Manifest
 from diffdeploy.formats.artifact import FileFault
+from diffdeploy.formats.onnx.external import load_model
 from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def _fault(name: str, breaks: str, edit: "Callable[[onnx.ModelProto], None]") ->
     def edit_file(directory: Path) -> None:
         import onnx
 
-        model = onnx.load(directory / MODEL)
+        model = load_model(directory)
         edit(model)
         (directory / EXTERNAL_DATA).unlink(missing_ok=True)
         onnx.save(model, directory / MODEL)
@@ -32,7 +33,7 @@ def _stale_external_data(directory: Path) -> None:
     """The model is newer than the file with its weights, where an earlier export's lie."""
     import onnx
 
-    model = onnx.load(directory / MODEL)
+    model = load_model(directory)
     # Every tensor with more than a few dozen numbers goes to the file, so that weights do.
     onnx.save(model, directory / MODEL, save_as_external_data=True, location=EXTERNAL_DATA, size_threshold=256)
     data = np.fromfile(directory / EXTERNAL_DATA, dtype=np.float32)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
-from diffdeploy.errors import InputError
+from diffdeploy.errors import ExportError, InputError
 from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
 from diffdeploy.formats.base import EVERY_DTYPE, Format
-from diffdeploy.formats.onnx.names import FIRST_OPSET_WITH_ATTENTION, ORT, STANDARD
+from diffdeploy.formats.onnx.names import FIRST_OPSET_WITH_ATTENTION, MODEL, ORT, STANDARD
 from diffdeploy.formats.options import ExportOptions, RunOptions
 from diffdeploy.graphs import DType, GraphSpec, Variant
 from diffdeploy.versions import installed_versions
@@ -90,7 +90,12 @@ class OnnxFormat(Format):
     def open(self, bundle: Bundle, options: RunOptions, device: str) -> Backend:
         """See `Format.open`."""
         from diffdeploy.formats.onnx.backend import OnnxCudaBackend, OnnxReferenceBackend, OnnxRuntimeBackend
+        from diffdeploy.formats.onnx.external import require_own_data
 
+        try:
+            require_own_data(bundle.path)
+        except (ValueError, OSError) as error:
+            raise ExportError(f"{MODEL} in {bundle.path} is no ONNX model: {error}") from error
         if options.reference:
             return OnnxReferenceBackend(bundle, options, device)
         kind = OnnxRuntimeBackend if device == "cpu" else OnnxCudaBackend

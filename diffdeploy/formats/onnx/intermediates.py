@@ -10,7 +10,8 @@ from torch import Tensor
 from diffdeploy.arrays import Array, to_tensor
 from diffdeploy.errors import ExportError
 from diffdeploy.formats.artifact import Intermediates, LayerValues
-from diffdeploy.formats.onnx.names import MODEL, ORT_ATTENTION, layer_output
+from diffdeploy.formats.onnx.external import load_model
+from diffdeploy.formats.onnx.names import ORT_ATTENTION, layer_output
 from diffdeploy.graphs import Stage
 
 __all__ = ["intermediates", "layer_values"]
@@ -20,10 +21,8 @@ _FLOATING = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 
 def intermediates(directory: Path) -> Intermediates:
     """What can be seen of the model in a bundle: onnxruntime's own operator takes each stream by itself."""
-    import onnx
-
     try:
-        graph = onnx.load(directory / MODEL, load_external_data=False).graph
+        graph = load_model(directory, weights=False).graph
     except Exception as error:
         raise ExportError(str(error)) from error
     own = [node for node in graph.node if node.op_type == ORT_ATTENTION]
@@ -44,8 +43,7 @@ def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str,
     import onnx
     import onnxruntime
 
-    path = directory / MODEL
-    model = onnx.load(path, load_external_data=False)
+    model = load_model(directory, weights=False)
     declared = {value.name for value in model.graph.output}
     nodes = {name: node for node in model.graph.node for name in node.output if name}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes if name not in declared)
@@ -75,7 +73,7 @@ def layer_values(directory: Path, num_layers: int, outputs: Sequence[str]) -> La
         import onnxruntime
 
         try:
-            model = onnx.load(directory / MODEL, load_external_data=False)
+            model = load_model(directory, weights=False)
             model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
             session = onnxruntime.InferenceSession(
                 model.SerializeToString(), _settings(directory), providers=["CPUExecutionProvider"]

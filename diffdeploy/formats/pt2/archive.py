@@ -45,7 +45,7 @@ _ATEN = frozenset(
         *("transpose", "tril", "triu", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros", "zeros_like"),
     }
 )
-_OPERATOR = re.compile(r"torch\.ops\.aten\.(\w+)\.\w+")
+_OPERATOR = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)")
 _OF_SIZES = re.compile(
     r"_operator\.(add|sub|mul|floordiv|truediv|mod|neg|pos|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)|"
     r"torch\.(sym_(max|min|not|ite|int|float)|sym_sum)|math\.(ceil|floor|trunc)"
@@ -72,6 +72,8 @@ def checked_archive(path: Path) -> io.BytesIO:
             names = archive.namelist()
             if len(set(names)) != len(names):
                 raise _refused(path, "it has two entries of one name")
+            if len({name.partition("/")[0] for name in names}) > 1:
+                raise _refused(path, "it has two folders, and readers may each take another one")
             for entry in archive.infolist():
                 # Stored as they are, as torch writes them: what unpacks to more than the file could fill the memory.
                 if entry.compress_type != zipfile.ZIP_STORED:
@@ -178,7 +180,7 @@ class _Walk:
             fits = is_expression(text)
         elif key == "target":
             match = _OPERATOR.fullmatch(text)
-            fits = match[1] in _ATEN if match else _OF_SIZES.fullmatch(text) is not None
+            fits = _is_overload(*match.groups()) if match else _OF_SIZES.fullmatch(text) is not None
         elif key == "torch_version":
             fits = _VERSION.fullmatch(text) is not None
         else:
@@ -199,6 +201,13 @@ class _Walk:
                 self._tree(name, each)
         elif isinstance(tree, str) and tree not in (*_CONTAINERS, "null", "[]", "") and not is_name(tree):
             raise _refused(self._path, f"its {name} has {tree[:80]!r}")
+
+
+def _is_overload(name: str, overload: str) -> bool:
+    """Whether it is one of the operators, and not some other attribute of what torch knows by its name."""
+    import torch
+
+    return name in _ATEN and overload in getattr(torch.ops.aten, name).overloads()
 
 
 def _is_line(text: object) -> bool:
