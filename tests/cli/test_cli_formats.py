@@ -49,12 +49,13 @@ def test_all_formats_of_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
 
 @without_gpu
 def test_what_cannot_be_made_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", "--format", "flash2", "--no-verify", "--dtype", "bfloat16", "-o", "out"]) == 0
+    flash2 = ["--layer", "0", "--format", "flash2"]
+    assert main(["export", *flash2, "--no-verify", "--dtype", "bfloat16", "-o", "out"]) == 0
     said = capsys.readouterr()
     assert said.out == "unverified: out; run diffdeploy verify out before it is used\n"
     assert json.loads(Path("out/manifest.json").read_text())["verified"] is False
     assert "needs a GPU that torch" in refused(["verify", "out"], capsys, code=3)
-    message = refused(["export", "--format", "flash2", "--dtype", "float16", "-o", "other"], capsys, code=3)
+    message = refused(["export", *flash2, "--dtype", "float16", "-o", "other"], capsys, code=3)
     assert "--no-verify exports without running it" in message
     assert "compiles for the GPU of this machine" in refused(
         ["export", "--format", "aoti", "--device", "cuda"], capsys, code=3
@@ -80,7 +81,8 @@ def test_what_cannot_be_made_is_said(capsys: pytest.CaptureFixture[str]) -> None
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_options_that_do_not_fit(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert message in refused(["export", *arguments], capsys)
+    layer = [] if "--layer" in arguments else ["--layer", "0"]
+    assert message in refused(["export", *layer, *arguments], capsys)
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])

@@ -12,6 +12,8 @@ from tests.exporters.test_models import SMALL
 from tests.support.bundles import BundleCache
 from tests.support.commands import refused
 
+pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
+
 
 @pytest.fixture(scope="module")
 def model(bundles: BundleCache) -> str:
