@@ -8,7 +8,14 @@ __all__ = [
     "UnavailableError",
     "UnverifiedWarning",
     "VerificationError",
+    "on_one_line",
 ]
+
+
+def on_one_line(text: str) -> str:
+    """The text in one line that changes nothing on a terminal, whatever names out of files it holds."""
+    line = " ".join(text.splitlines())
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 class DiffDeployError(Exception):
@@ -22,8 +29,7 @@ class DiffDeployError(Exception):
 
     # Not when it is made, since torch.compile traces how errors are made that are never raised.
     def __str__(self) -> str:
-        line = " ".join(super().__str__().splitlines())
-        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+        return on_one_line(super().__str__())
 
 
 class VerificationError(DiffDeployError):

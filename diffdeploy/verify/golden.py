@@ -10,7 +10,7 @@ from diffdeploy.arrays import Array, read_safetensors
 from diffdeploy.budgets import BUDGETS
 from diffdeploy.bundle import GOLDEN, REPORT, Bundle, Environment, open_bundle
 from diffdeploy.config import AnyModel
-from diffdeploy.errors import InputError
+from diffdeploy.errors import InputError, IntegrityError
 from diffdeploy.formats import Check, RunOptions, distributions
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.runtime import Runtime, load
@@ -65,7 +65,7 @@ def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Re
 
     Raises:
         InputError: no bundle there, or one that was never verified.
-        IntegrityError: the bundle is not what was exported.
+        IntegrityError: the bundle is not what was exported, or its report is of other cases.
         UnavailableError: this machine cannot run the format.
         ExportError: the backend cannot load the artifact.
     """
@@ -106,7 +106,9 @@ def _run_case(runtime: Runtime, case: Case, stored: Mapping[str, Array], accepte
         outputs = runtime(**{name: stored[f"{case.id}.{name}"] for name in spec.inputs})
     except Exception as error:  # noqa: BLE001 - whatever a backend raises is the finding
         return CaseReport.did_not_run(case.id, case.group, f"{type(error).__name__}: {error}")
-    recorded = next(report for report in accepted.cases if report.id == case.id)
+    recorded = next((report for report in accepted.cases if report.id == case.id), None)
+    if recorded is None:
+        raise IntegrityError(f"{REPORT} in {runtime.bundle.path} has no case {case.id}, whose inputs the bundle holds")
     reports = []
     for eager in recorded.outputs:
         yardstick = Yardstick(stored[f"{case.id}.{eager.output}"], spec.dtype)

@@ -1,6 +1,7 @@
 """``verify`` and ``diff`` as a user meets them: parts of a verification, files of inputs and reports, bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,19 @@ def test_golden_judges_as_the_whole_sweep_does(sample_bundle: Path, capsys: pyte
     swept = {case["id"]: case for case in json.loads((sample_bundle / "verification.json").read_text())["cases"]}
     for case in golden:
         assert case == swept[case["id"]]
+
+
+def test_golden_says_that_vectors_match_and_no_more(
+    sample_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said_by(["verify", str(sample_bundle), "--golden"], capsys)[0].startswith("golden vectors match: ")
+    # A report without the cases whose inputs are there, signed anew.
+    copy = tmp_path / "bundle"
+    shutil.copytree(sample_bundle, copy)
+    report = json.loads((copy / "verification.json").read_text())
+    (copy / "verification.json").write_text(json.dumps({**report, "cases": []}))
+    write_manifest(copy, open_bundle(sample_bundle).manifest)
+    assert "verification.json in" in said_by(["verify", str(copy), "--golden"], capsys, code=5)[1]
 
 
 def test_golden_fails_on_a_wrong_artifact(wrong_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,3 +254,16 @@ def test_diff_of_what_is_neither(sample_bundle: Path, tmp_path: Path, capsys: py
     for path, message in ((tmp_path / "nowhere", "cannot be read"), (tmp_path, "is not a bundle")):
         _, err = said_by(["diff", str(sample_bundle), str(path)], capsys, code=2)
         assert message in err
+
+
+def test_what_a_manifest_holds_changes_nothing_on_a_terminal(
+    sample_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(sample_bundle, copy)
+    manifest = open_bundle(copy).manifest
+    source = manifest.provenance.model_copy(update={"layout": "\x1b[2Jmicrosoft\nverified"})
+    write_manifest(copy, manifest.model_copy(update={"provenance": source}))
+    said = said_by(["inspect", str(copy)], capsys)[0]
+    assert "\x1b" not in said
+    assert "\\x1b[2Jmicrosoft verified" in said
