@@ -1,5 +1,6 @@
 """Checks that the contracts of several formats share: weights, lambda and rotary tables, bit for bit."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -72,18 +73,22 @@ def state_checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
 def weights_bit_for_bit(
     constants: Mapping[str, Array], weights: Mapping[str, Array], stream_width: int | None = None
 ) -> Check:
-    """Each weight stands in the graph once, bit for bit, as it is or transposed.
+    """Each weight stands in the graph, bit for bit, as it is or transposed; equal ones at least once.
 
     Args:
         constants: of the graph.
         weights: canonical weights in the artifact's dtype.
         stream_width: ``d``, where the graph may hold the rows ``[heads, 2, d]`` of queries and keys stream by stream.
     """
-    # What one weight is found in is gone for the next: two equal weights need two constants.
-    left = dict(constants)
+    # What one weight is found in is gone for the next, unless that is equal: exporters store equal constants once, such
+    # as the norms of a model that are all 1.
+    left, taken = dict(constants), set[str]()
     problems = []
     for name, weight in weights.items():
         if is_lambda_vector(name) or _take(left, weight):
+            taken.add(_digest(weight))
+            continue
+        if _digest(weight) in taken:
             continue
         paired = stream_width is not None and name.startswith(("q_proj", "k_proj"))
         if not paired or not all(_take(left, stream) for stream in _by_stream(weight, stream_width)):
@@ -95,6 +100,10 @@ def _by_stream(weight: Array, width: int | None) -> list[Array]:
     assert width is not None
     pairs = weight.reshape(-1, 2, width, *weight.shape[1:])
     return [pairs[:, stream].reshape(-1, *weight.shape[1:]) for stream in (0, 1)]
+
+
+def _digest(weight: Array) -> str:
+    return hashlib.sha256(weight.tobytes()).hexdigest()
 
 
 def _take(constants: dict[str, Array], weight: Array) -> bool:

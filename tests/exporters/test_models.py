@@ -179,6 +179,16 @@ def test_logits_of_the_last_position_alone(tmp_path: Path) -> None:
         assert runtime.generate(np.ones((2, 3), np.int64), max_new_tokens=3).shape == (2, 6)
 
 
+def test_norms_that_are_all_1_may_be_one_constant(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    found = read_model(SAMPLE)
+    ones = {n: torch.ones_like(w) if n.endswith("norm.weight") else w for n, w in found.weights.items()}
+    done = export_bundle(replace(found, weights=ones), tmp_path / "ones", SMALL)
+    assert done.report is not None
+    assert done.report.passed
+
+
 @pytest.mark.parametrize("dtype", ["float16"])
 def test_half_precision(dtype: Any, tmp_path: Path) -> None:
     from dataclasses import replace
