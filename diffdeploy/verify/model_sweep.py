@@ -18,7 +18,7 @@ _LENGTHS = (1, 2, 3, 7, 13, 31, 64, 65, 129)
 _CHUNKS = ((1, 1, 1, 1, 1), (4, 1, 4), (7, 2))
 _EVERY_BATCH = 8
 _KINDS: tuple[Kind, ...] = ("constant", "repeated")
-# Products of the formula for one case, in fp64: about ten seconds of two cores.
+# Products of the formula for one case, in fp64, which are what a long case costs.
 _MAX_PRODUCTS = 2e11
 # Numbers in the caches of one case: 256 MiB in fp32, and the formula holds them in fp64.
 _MAX_CACHED = 2**26
@@ -26,7 +26,7 @@ _LONG_BATCH = 3
 
 
 def longest_model_case(config: DecoderConfig) -> int:
-    """New tokens of the longest case whose formula is computed in seconds."""
+    """New tokens of the longest case whose formula is within `_MAX_PRODUCTS`."""
     return max(1, int(_MAX_PRODUCTS / sum(prod(shape) for shape in config.weight_shapes().values())))
 
 
