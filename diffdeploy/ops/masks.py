@@ -181,7 +181,8 @@ def _checked(attn_mask: Tensor, q_BHSd: Tensor, key_length: int) -> Tensor:
         raise InputError(f"attn_mask has shape {shape}; accepted is at most 4 axes, [B, heads, S, T]")
     attn_mask = attn_mask.reshape(*(1,) * (4 - attn_mask.ndim), *shape)
     wanted = ((1, batch), (1, half_heads // 2, half_heads), (1, length), (1, key_length))
-    if not all(size in sizes for size, sizes in zip(attn_mask.shape, wanted, strict=True)):
+    # Not by `in`: where sizes are symbols, torch.compile looks for the same symbol and not for an equal one.
+    if not all(any(size == each for each in sizes) for size, sizes in zip(attn_mask.shape, wanted, strict=True)):
         raise InputError(
             f"attn_mask has shape {shape}; accepted is what broadcasts to "
             f"[{batch}, 1 or {half_heads // 2} or {half_heads}, {length}, {key_length}]"

@@ -199,3 +199,18 @@ def test_weights_are_shared_not_copied() -> None:
     assert model.lm_head.weight.data_ptr() == weights["embedding.weight"].data_ptr()
     assert model.layers[1].self_attn.q_proj.weight.data_ptr() == weights["layers.1.self_attn.q_proj.weight"].data_ptr()
     assert len({layer.self_attn.rotary for layer in model.layers}) == 1
+
+
+def test_a_batch_as_large_as_the_number_of_heads_compiles() -> None:
+    config, ids = CONFIGS["plain"], tokens(2, 3)
+    assert config.attention.num_kv_heads == len(ids)
+    model, mask = model_of(config), torch.ones(2, 3, dtype=torch.int64)
+
+    def run(ids: Tensor, mask: Tensor, *sides: Tensor) -> Tensor:
+        caches = list(zip(sides[::2], sides[1::2], strict=True))
+        logits: Tensor = model(ids, mask, past_key_values=caches)[0]
+        return logits
+
+    sides = [side for cache in empty_caches(config, 2) for side in cache]
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, mask, *sides), model(ids))
