@@ -199,6 +199,26 @@ def test_half_precision(dtype: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_compiled_afresh_gives_the_last_position_too(bundles: BundleCache) -> None:
+    from dataclasses import replace
+
+    path = bundles.bundle(read_model(SAMPLE), replace(SMALL, format="compile", logits="last"))
+    with diffdeploy.load(path, recompile=True) as runtime:
+        inputs = {name: np.zeros((2, *shape[1:]), dtype) for name, (dtype, shape) in _empty_past(runtime).items()}
+        inputs["attention_mask"][:] = 1
+        assert runtime(**inputs)["logits"].shape == (2, 1, 256)
+
+
+def _empty_past(runtime: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each input, of three tokens behind an empty past."""
+    sizes = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 0, "total_sequence_length": 3}
+    return {
+        name: (tensor.dtype, tuple(sizes.get(axis, axis) for axis in tensor.shape))
+        for name, tensor in runtime.spec.inputs.items()
+    }
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pt2", "aoti", "compile"])
 def test_every_format_writes_the_same_text(name: str, sample_model: Path, bundles: BundleCache) -> None:
     from dataclasses import replace

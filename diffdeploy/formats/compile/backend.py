@@ -48,10 +48,10 @@ class CompiledBackend(TorchBackend):
     def _compile(self, block: "AnyModule") -> Callable[..., Sequence["Tensor"]]:
         import torch
 
-        inputs, outputs = tuple(self.spec.inputs), tuple(self.spec.outputs)
+        inputs, outputs, last_only = tuple(self.spec.inputs), tuple(self.spec.outputs), self.spec.logits == "last"
 
         def forward(*tensors: "Tensor") -> list["Tensor"]:
-            results = run_graph(block, dict(zip(inputs, tensors, strict=True)))
+            results = run_graph(block, dict(zip(inputs, tensors, strict=True)), last_only=last_only)
             return [results[name] for name in outputs]
 
         # One graph for all sizes, or an error: no compilation for each size, and no part that runs eagerly unseen.
