@@ -104,7 +104,7 @@ class Job:
 
         with console.activity("reading the checkpoint") as activity:
             found = self.read()
-            target = output or default_output(self.name, getattr(found, "layer", None), self.options.format)
+            target = output or default_output(self.name, found.layer, self.options.format)
             return self.settled(found).export(found, target, activity)
 
     def export(self, found: "Checkpoint | ModelCheckpoint", target: Path, activity: console.Activity) -> Outcome:

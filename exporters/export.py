@@ -173,7 +173,7 @@ def export_bundle(
         phase("lowering")
         # Before the lowering: aoti writes the digest of this file into its package.
         _write_weights(checkpoint.config, weights, spec, options.seed, staging)
-        for companion in getattr(checkpoint, "companions", ()):
+        for companion in checkpoint.companions:
             shutil.copyfile(companion, staging / companion.name)
         length, dtype = spec.axes["sequence_length"].max, getattr(torch, spec.dtype)
         impl = _impl(found, options)
@@ -281,7 +281,7 @@ def _manifest(
         provenance=Provenance(
             files={file.name: FileDigest(size=file.size, sha256=file.sha256) for file in checkpoint.files},
             layout=checkpoint.layout,
-            layer=getattr(checkpoint, "layer", None),
+            layer=checkpoint.layer,
             keys=checkpoint.keys,
             options=checkpoint.options.given(),
             defaults=checkpoint.defaults,

@@ -42,8 +42,10 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, *, opset: int, fla
         ExportError: the block could not be lowered.
     """
     graph: nn.Module = GraphModule(block, spec)
+    names = list(spec.outputs)
     if isinstance(block, DiffTransformer):
         graph = _WithLayers(block, spec)
+        names += map(layer_output, range(block.config.num_layers))
     if flavor == ORT:
         if not isinstance(block, AttentionBlock):
             raise InputError("the flavor ort is for blocks; leave --onnx-flavor out")
@@ -51,7 +53,7 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, *, opset: int, fla
         # A module of its own: which operators are written is decided while the block is traced.
         graph = OrtGraphModule(block, spec)
     with _scores_in_float32(), small_epsilons_kept(block, opset):
-        program = _export(graph.eval(), spec, opset, getattr(torch, spec.dtype))
+        program = _export(graph.eval(), spec, names, opset)
     # Named while they were outputs; between layers, verification looks at them.
     del program.graph.outputs[len(spec.outputs) :]
     if isinstance(block, DiffTransformer) and block.config.tied:
@@ -78,10 +80,6 @@ class _WithLayers(GraphModule):
             for hook in hooks:
                 hook.remove()
         return (*outputs, *given)
-
-
-def _num_layers(graph: nn.Module) -> int:
-    return len(graph.block.layers) if isinstance(graph, _WithLayers) else 0  # type: ignore[arg-type]
 
 
 def _scores_in_float32() -> TorchFunctionMode:
@@ -127,8 +125,8 @@ def _save(model: "onnx_ir.Model", directory: Path) -> None:
     onnx_ir.save(model, directory / MODEL, external_data=EXTERNAL_DATA if size > _MAX_INLINE_BYTES else None)
 
 
-def _export(graph: nn.Module, spec: GraphSpec, opset: int, dtype: torch.dtype) -> "onnx_ir.Model":
-    tensors, dynamic = example(spec, dtype)
+def _export(graph: nn.Module, spec: GraphSpec, outputs: list[str], opset: int) -> "onnx_ir.Model":
+    tensors, dynamic = example(spec, getattr(torch, spec.dtype))
     # At each export it warns of the operators that it skips because torchvision is not installed.
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -140,7 +138,7 @@ def _export(graph: nn.Module, spec: GraphSpec, opset: int, dtype: torch.dtype) -
             dynamo=True,
             opset_version=opset,
             input_names=list(spec.inputs),
-            output_names=[*spec.outputs, *(layer_output(n) for n in range(_num_layers(graph)))],
+            output_names=outputs,
             dynamic_shapes=(dynamic,),
             verbose=False,
         )

@@ -45,6 +45,7 @@ class Checkpoint:
         files: the files that were read.
         options: what was asked for.
         max_positions: ``max_position_embeddings`` of the config.json, if it is there.
+        companions: files that travel with it; a block has none.
         defaults: fields that the file leaves to the source's own config class, see `BlockSettings.defaults`.
     """
 
@@ -57,6 +58,7 @@ class Checkpoint:
     options: CheckpointOptions = field(default_factory=CheckpointOptions)
     defaults: dict[str, str] = field(default_factory=dict)
     max_positions: int | None = None
+    companions: tuple[Path, ...] = ()
 
 
 class BlockReader:

@@ -31,10 +31,6 @@ class Skeleton:
     norm: str
     head: str
 
-    def stands_around(self, keys: Collection[str]) -> bool:
-        """Whether anything but the embedding is there."""
-        return any(key in keys for key in (self.norm, self.head)) or bool(list(self.layers(keys)))
-
     def layers(self, keys: Collection[str]) -> Iterator[int]:
         """Numbers of layers that have anything, ascending."""
         before, after = self.layer.split("{}")

@@ -56,6 +56,7 @@ class ModelCheckpoint:
         weights: canonical weights in the checkpoint's dtypes, named as ``config.weight_shapes()`` says and read when
             they are asked for, one layer at a time.
         layout: name of the layout of the blocks.
+        layer: none, since it is all of them.
         keys: the keys that are read.
         files: the files that they are in.
         options: what was asked for.
@@ -68,6 +69,7 @@ class ModelCheckpoint:
     weights: Mapping[str, Tensor]
     layout: str
     keys: list[str]
+    layer: None = None
     files: tuple[SourceFile, ...] = ()
     options: CheckpointOptions = field(default_factory=CheckpointOptions)
     defaults: dict[str, str] = field(default_factory=dict)
@@ -157,8 +159,7 @@ class _Reader:
         self._require_shapes(config, plain)
         read = [*plain.values(), *(key for block in blocks for key in block.tensors.keys)]
         self._require_all_read({*read, *(key for key in self.keys if config.tied and key == self.skeleton.head)})
-        for block in blocks[:1]:
-            self.defaults |= block.settings.defaults()
+        self.defaults |= blocks[0].settings.defaults()
         holders = dict.fromkeys(self.file.holder(key) for key in read)
         directory = self.file.path.parent
         return ModelCheckpoint(
@@ -197,7 +198,7 @@ class _Reader:
 
     def _plain_keys(self, num_layers: int) -> dict[str, str]:
         """Keys of all tensors that are no part of a block, by their canonical names."""
-        plain, absent = {"embedding.weight": self.skeleton.embedding, "norm.weight": self.skeleton.norm}, []
+        plain = {"embedding.weight": self.skeleton.embedding, "norm.weight": self.skeleton.norm}
         if not self._tied():
             plain["lm_head.weight"] = self.skeleton.head
         for number in range(num_layers):

@@ -12,7 +12,7 @@ from diffdeploy.config import POLYNORM_EPS, AnyModel, DecoderConfig, LayerConfig
 from diffdeploy.graphs import DType, GraphSpec
 from diffdeploy.verify.oracle import exact_and_stored, oracle
 
-__all__ = ["exact_embedding", "exact_head", "exact_layer", "exact_outputs", "inputs_of_layer"]
+__all__ = ["below", "exact_embedding", "exact_head", "exact_layer", "exact_outputs", "inputs_of_layer"]
 
 
 def exact_outputs(
@@ -40,7 +40,7 @@ def exact_outputs(
     x_BSD = exact_embedding(weights, inputs)
     outputs: dict[str, Array] = {}
     for number, layer in enumerate(config.layers):
-        own, given = _below(weights, f"layers.{number}."), inputs_of_layer(inputs, number)
+        own, given = below(weights, f"layers.{number}."), inputs_of_layer(inputs, number)
         x_BSD, caches = exact_layer(layer, config.norm_eps, own, x_BSD, given, stored_as)
         outputs |= {f"present.{number}.{side}": array for side, array in caches.items()}
     if spec.logits == "last":
@@ -83,7 +83,7 @@ def exact_layer(
     """
     x_BSD = np.asarray(x_BSD, dtype=np.float64)
     given = {"hidden_states": _rms_norm(x_BSD, weights["attention_norm.weight"], norm_eps), **inputs}
-    of_block = _below(weights, "self_attn.")
+    of_block = below(weights, "self_attn.")
     if stored_as is None:
         outputs = oracle(config.attention, of_block, given)
         attended = outputs["output"]
@@ -91,7 +91,7 @@ def exact_layer(
         outputs, stored = exact_and_stored(config.attention, of_block, given, stored_as)
         attended = stored[0]
     x_BSD = x_BSD + attended
-    x_BSD = x_BSD + _mlp(config.mlp, _below(weights, "ffn."), _rms_norm(x_BSD, weights["ffn_norm.weight"], norm_eps))
+    x_BSD = x_BSD + _mlp(config.mlp, below(weights, "ffn."), _rms_norm(x_BSD, weights["ffn_norm.weight"], norm_eps))
     return x_BSD, {side: outputs[f"present.{side}"] for side in ("key", "value")}
 
 
@@ -102,7 +102,7 @@ def exact_head(config: DecoderConfig, weights: Mapping[str, Array], x_BSD: Array
     return logits
 
 
-def _below(weights: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+def below(weights: Mapping[str, Array], prefix: str) -> dict[str, Array]:
     """Weights whose names begin so, without it."""
     return {name.removeprefix(prefix): array for name, array in weights.items() if name.startswith(prefix)}
 

@@ -19,34 +19,30 @@ def feed(case: AnyCase, artifact: Artifact, inputs: Mapping[str, Array], spec: G
         ExportError: the artifact did not run.
     """
     if case.chunks:
-        return _in_chunks(case.chunks, artifact, inputs, last_only=spec.logits == "last")
+        return _in_chunks(case.chunks, artifact, inputs, spec)
     if case.row_by_row:
         return _row_by_row(artifact, inputs)
     return artifact.result()
 
 
 def _in_chunks(
-    chunks: tuple[int, ...], artifact: Artifact, inputs: Mapping[str, Array], *, last_only: bool
+    chunks: tuple[int, ...], artifact: Artifact, inputs: Mapping[str, Array], spec: GraphSpec
 ) -> dict[str, Array]:
-    caches = {name: array for name, array in inputs.items() if name.startswith("past_key_values.")}
-    present = {name: name.replace("past_key_values.", "present.") for name in caches}
+    caches = {name: inputs[name] for name in spec.caches}
     outputs: list[Array] = []
     done = 0
     for chunk in chunks:
         part = {
-            name: inputs[name][:, done : done + chunk]
-            for name in ("hidden_states", "input_ids", "position_ids")
-            if name in inputs
+            name: inputs[name][:, done : done + chunk] for name in (spec.main_input, "position_ids") if name in inputs
         }
         # Grows with the cache: it speaks of all tokens so far.
         part["attention_mask"] = inputs["attention_mask"][:, : done + chunk]
         result = artifact.run({**part, **caches})
-        caches = {name: result[output] for name, output in present.items()}
-        (main,) = result.keys() - present.values()
-        outputs.append(result[main])
+        caches = {name: result[present] for name, present in spec.caches.items()}
+        outputs.append(result[spec.main_output])
         done += chunk
-    whole = outputs[-1] if last_only else np.concatenate(outputs, axis=1)
-    return {main: whole, **{present[name]: array for name, array in caches.items()}}
+    whole = outputs[-1] if spec.logits == "last" else np.concatenate(outputs, axis=1)
+    return {spec.main_output: whole, **{spec.caches[name]: array for name, array in caches.items()}}
 
 
 def _row_by_row(artifact: Artifact, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -5,32 +5,37 @@ block, and the layer is named.
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.bundle import Bundle, eager_module
-from diffdeploy.config import DecoderConfig
+from diffdeploy.bundle import Bundle
 from diffdeploy.errors import ExportError
 from diffdeploy.formats import LayerValues, require_format
 from diffdeploy.locate import Finding
 from diffdeploy.verify.cases import Case
-from diffdeploy.verify.decoder import exact_embedding, exact_head, exact_layer, inputs_of_layer
+from diffdeploy.verify.decoder import below, exact_embedding, exact_head, exact_layer, inputs_of_layer
 from diffdeploy.verify.eager import eager_error
 from diffdeploy.verify.metrics import Yardstick, measure
 from diffdeploy.verify.report import CaseReport
+
+if TYPE_CHECKING:
+    from diffdeploy.modules import DiffTransformer
 
 __all__ = ["guilty_layer", "layer_reports"]
 
 _GROUP, _HEAD = "each layer", "head"
 
 
-def layer_reports(bundle: Bundle, config: DecoderConfig, weights: Mapping[str, Array], seed: int) -> list[CaseReport]:
+def layer_reports(
+    bundle: Bundle, model: "DiffTransformer", weights: Mapping[str, Array], seed: int
+) -> list[CaseReport]:
     """A report for each layer, and one for the head; none for a format that does not show what is between them.
 
     Args:
         bundle: of a model.
-        config: its config.
+        model: eager, with the formula as it is written.
         weights: canonical weights in the artifact's dtype.
         seed: of the tokens.
     """
@@ -43,18 +48,13 @@ def layer_reports(bundle: Bundle, config: DecoderConfig, weights: Mapping[str, A
     case = Case(
         batch_size=2, sequence_length=min(17, longest - past), past_length=past, mask="left", seed=seed, kind="normal"
     )
-    return _Layers(bundle, config, weights).reports(case, values)
+    return _Layers(bundle, model, weights).reports(case, values)
 
 
 class _Layers:
-    def __init__(self, bundle: Bundle, config: DecoderConfig, weights: Mapping[str, Array]) -> None:
-        from diffdeploy.modules import DiffTransformer
-
-        self._bundle, self._config, self._weights = bundle, config, weights
-        self._dtype = bundle.manifest.graph.dtype
-        model = eager_module(bundle, impl="naive")
-        assert isinstance(model, DiffTransformer)
-        self._model = model
+    def __init__(self, bundle: Bundle, model: "DiffTransformer", weights: Mapping[str, Array]) -> None:
+        self._bundle, self._model, self._weights = bundle, model, weights
+        self._config, self._dtype = model.config, bundle.manifest.graph.dtype
 
     def reports(self, case: Case, values: LayerValues) -> list[CaseReport]:
         spec = self._bundle.manifest.graph
@@ -72,12 +72,13 @@ class _Layers:
         return [*reports, self._head(x_BSD, shown[spec.main_output])]
 
     def _layer(self, number: int, x_BSD: Array, inputs: Mapping[str, Array], shown: Mapping[str, Array]) -> CaseReport:
-        own = {name: array for name, array in self._weights.items() if name.startswith(f"layers.{number}.")}
-        weights = {name.removeprefix(f"layers.{number}."): array for name, array in own.items()}
+        weights = below(self._weights, f"layers.{number}.")
         given, layer, eps = inputs_of_layer(inputs, number), self._config.layers[number], self._config.norm_eps
         exact, caches = exact_layer(layer, eps, weights, x_BSD, given)
         expected = {"output": exact, **{f"present.{side}": array for side, array in caches.items()}}
-        yardsticks = eager_error(self._run(number), {"hidden_states": x_BSD, **given}, expected, self._dtype)
+        yardsticks = eager_error(
+            _EagerLayer(self._model, number), {"hidden_states": x_BSD, **given}, expected, self._dtype
+        )
         yardsticks["output"].add_stored(exact_layer(layer, eps, weights, x_BSD, given, self._dtype)[0])
         actual = {
             "output": shown[f"layers.{number}.output"],
@@ -85,9 +86,6 @@ class _Layers:
         }
         outputs = [measure(name, actual[name], yardsticks[name]) for name in expected]
         return CaseReport.of(f"layer{number}", _GROUP, outputs)
-
-    def _run(self, number: int) -> "_EagerLayer":
-        return _EagerLayer(self._model, number)
 
     def _head(self, x_BSD: Array, logits: Array) -> CaseReport:
         import torch
@@ -105,10 +103,7 @@ class _Layers:
 class _EagerLayer:
     """One eager layer as a function of arrays by the names of a block's graph."""
 
-    def __init__(self, model: object, number: int) -> None:
-        from diffdeploy.modules import DiffTransformer
-
-        assert isinstance(model, DiffTransformer)
+    def __init__(self, model: "DiffTransformer", number: int) -> None:
         self._model, self._number = model, number
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -9,14 +9,11 @@ import numpy as np
 from diffdeploy.config import DecoderConfig
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.verify.cases import Case, Kind, Mask
-from diffdeploy.verify.ranges import octaves
+from diffdeploy.verify.ranges import EVERY_BATCH, PADDINGS, in_chunks, log_uniform, octaves
 
 __all__ = ["full_model_cases", "quick_model_cases", "random_model_cases"]
 
-_PADDINGS: tuple[Mask, ...] = ("left", "right", "ragged", "hidden")
 _LENGTHS = (1, 2, 3, 7, 13, 31, 64, 65, 129)
-_CHUNKS = ((1, 1, 1, 1, 1), (4, 1, 4), (7, 2))
-_EVERY_BATCH = 8
 _KINDS: tuple[Kind, ...] = ("constant", "repeated")
 # Products of the formula for one case, in fp64, which are what a long case costs.
 _MAX_PRODUCTS = 2e11
@@ -43,11 +40,11 @@ def quick_model_cases(spec: GraphSpec, seed: int) -> list[Case]:
     cases = [
         Case(batch_size=1, sequence_length=longest, seed=seed),
         Case(batch_size=2, sequence_length=length, seed=seed, row_by_row=True),
-        *(Case(batch_size=2, sequence_length=min(7, longest), seed=seed, mask=mask) for mask in _PADDINGS),
+        *(Case(batch_size=2, sequence_length=min(7, longest), seed=seed, mask=mask) for mask in PADDINGS),
         Case(batch_size=min(4, rows), sequence_length=length, seed=seed, mask="mixed"),
         Case(batch_size=min(3, rows), sequence_length=1, past_length=past, seed=seed, mask="mixed"),
         Case(batch_size=2, sequence_length=longest - past, past_length=past, seed=seed, mask="ragged"),
-        *_in_chunks(spec, seed, (2,))[:2],
+        *in_chunks(spec, seed, (2,))[:2],
     ]
     if "position_ids" in spec.inputs:
         cases.append(Case(batch_size=2, sequence_length=min(7, longest), seed=seed, mask="mixed", positions="drawn"))
@@ -67,17 +64,17 @@ def full_model_cases(spec: GraphSpec, config: DecoderConfig, seed: int) -> list[
         Case(batch_size=1, sequence_length=length, seed=seed, mask="mixed") for length in octaves(16, longest, drawn)
     ]
     cases.append(Case(batch_size=1, sequence_length=longest, seed=seed))
-    for size in (*range(3, min(_EVERY_BATCH, max_batch) + 1), max_batch):
+    for size in (*range(3, min(EVERY_BATCH, max_batch) + 1), max_batch):
         length = max(1, min(int(drawn.integers(2, 8)), longest // size))
         case = Case(batch_size=size, sequence_length=length, seed=seed, mask="mixed")
         cases += [case, replace(case, sequence_length=1, past_length=min(9, max_length - 1))]
     cases += [Case(batch_size=2, sequence_length=min(7, longest), seed=seed, kind=kind) for kind in _KINDS]
     cases += [
         Case(batch_size=2, sequence_length=1, past_length=min(5, max_length - 1), seed=seed, mask=mask)
-        for mask in _PADDINGS
+        for mask in PADDINGS
     ]
     cases += _pasts(spec, config, seed, drawn)
-    return [*cases, *_in_chunks(spec, seed, (1, 2))]
+    return [*cases, *in_chunks(spec, seed, (1, 2))]
 
 
 def _pasts(spec: GraphSpec, config: DecoderConfig, seed: int, drawn: np.random.Generator) -> list[Case]:
@@ -94,31 +91,18 @@ def _pasts(spec: GraphSpec, config: DecoderConfig, seed: int, drawn: np.random.G
     return cases
 
 
-def _in_chunks(spec: GraphSpec, seed: int, batch_sizes: tuple[int, ...]) -> list[Case]:
-    max_total = spec.axes["total_sequence_length"].max
-    return [
-        Case(batch_size=batch, sequence_length=sum(chunks), chunks=chunks, seed=seed)
-        for chunks in _CHUNKS
-        for batch in batch_sizes
-        if sum(chunks) <= max_total
-    ]
-
-
 def random_model_cases(spec: GraphSpec, config: DecoderConfig, seed: int) -> Iterator[Case]:
     """Endless cases with sizes that are log-uniform as far as the formula reaches."""
     choose = np.random.default_rng(seed)
-    masks: tuple[Mask, ...] = ("none", *_PADDINGS, "mixed")
+    masks: tuple[Mask, ...] = ("none", *PADDINGS, "mixed")
     kinds: tuple[Kind, ...] = ("normal", *_KINDS)
     longest = min(spec.axes["sequence_length"].max, longest_model_case(config))
 
-    def log_uniform(most: int) -> int:
-        return min(most, int(np.exp(choose.uniform(0.0, np.log(most + 1)))))
-
     for number in range(1, 1_000_000_000):
-        total = log_uniform(longest)
-        past = min(total - 1, log_uniform(total)) if choose.random() < 0.5 else 0  # noqa: PLR2004 - half of them
+        total = log_uniform(choose, longest)
+        past = min(total - 1, log_uniform(choose, total)) if choose.random() < 0.5 else 0  # noqa: PLR2004 - half of them
         yield Case(
-            batch_size=log_uniform(max(1, min(_EVERY_BATCH, spec.axes["batch_size"].max, longest // total))),
+            batch_size=log_uniform(choose, max(1, min(EVERY_BATCH, spec.axes["batch_size"].max, longest // total))),
             sequence_length=total - past,
             past_length=past,
             kind=kinds[choose.integers(len(kinds))],

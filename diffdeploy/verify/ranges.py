@@ -1,13 +1,32 @@
-"""How far into the declared ranges a sweep reaches, and how it spreads over them."""
+"""What sweeps of blocks and of models share: how far into the declared ranges they reach, and how they spread there."""
 
 from dataclasses import replace
 
 import numpy as np
 
 from diffdeploy.config import AnyConfig
-from diffdeploy.verify.cases import Case
+from diffdeploy.graphs import GraphSpec
+from diffdeploy.verify.cases import Case, Mask
 
-__all__ = ["MAX_ELEMENTS", "MAX_SCORES", "compared", "longest_decoding", "longest_run", "octaves"]
+__all__ = [
+    "EVERY_BATCH",
+    "MAX_ELEMENTS",
+    "MAX_SCORES",
+    "PADDINGS",
+    "compared",
+    "in_chunks",
+    "log_uniform",
+    "longest_decoding",
+    "longest_run",
+    "octaves",
+]
+
+# Of the last row, where the other rows have none.
+PADDINGS: tuple[Mask, ...] = ("left", "right", "ragged", "hidden")
+# Every size of a batch up to here; of larger ones a few.
+EVERY_BATCH = 8
+# Token by token; a token between longer steps; a step that is shorter than the one before.
+_CHUNKS = ((1, 1, 1, 1, 1), (4, 1, 4), (7, 2))
 
 # Scores of all heads of one case: 128 MiB in fp32, and the eager block holds a few such tensors.
 MAX_SCORES = 2**25
@@ -46,3 +65,19 @@ def octaves(least: int, most: int, drawn: np.random.Generator) -> list[int]:
         starts.append(least)
         least *= 2
     return [int(drawn.integers(start, min(2 * start, most + 1))) for start in starts]
+
+
+def log_uniform(choose: np.random.Generator, most: int) -> int:
+    """A number up to ``most``, as often between 10 and 100 as between 100 and 1,000."""
+    return min(most, int(np.exp(choose.uniform(0.0, np.log(most + 1)))))
+
+
+def in_chunks(spec: GraphSpec, seed: int, batch_sizes: tuple[int, ...]) -> list[Case]:
+    """Sequences that are fed in steps, each with the cache of the one before."""
+    max_total = spec.axes["total_sequence_length"].max
+    return [
+        Case(batch_size=batch, sequence_length=sum(chunks), chunks=chunks, seed=seed)
+        for chunks in _CHUNKS
+        for batch in batch_sizes
+        if sum(chunks) <= max_total
+    ]

@@ -120,7 +120,9 @@ def _examine(
     """Contract, cases, properties and, where something failed, the guilty stage."""
     weights = read_weights(bundle)
     checks = artifact_checks(bundle, weights)
-    exact_weights = {name: array.astype(np.float64) for name, array in weights.items()}
+    # Of a model a layer at a time, where the formula needs it: all of them are gigabytes.
+    is_model = isinstance(bundle.manifest.config, DecoderConfig)
+    exact_weights = weights if is_model else {name: array.astype(np.float64) for name, array in weights.items()}
     checks.append(golden_check(bundle, exact_weights))
     yardsticks = yardsticks or Yardsticks(bundle, exact_weights)
     reports: list[CaseReport] = []
@@ -138,8 +140,8 @@ def _examine(
     else:  # a run that stopped has failed already, and needs no properties
         checks += property_checks(artifact, bundle.manifest.config, bundle.manifest.graph, seed)
     tried = covered(bundle.manifest.graph, chosen[: len(reports)])
-    if isinstance(bundle.manifest.config, DecoderConfig):
-        reports += layer_reports(bundle, bundle.manifest.config, weights, seed)
+    if yardsticks.model is not None:
+        reports += layer_reports(bundle, yardsticks.model, weights, seed)
     guilty = _guilty_stage(bundle, artifact, checks, chosen, reports, yardsticks)
     return _Findings(backend, checks, reports, tried, guilty)
 

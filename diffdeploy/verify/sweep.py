@@ -14,9 +14,13 @@ from diffdeploy.graphs import GraphSpec
 from diffdeploy.verify.cases import Case, Kind, Mask
 from diffdeploy.verify.model_sweep import full_model_cases, quick_model_cases, random_model_cases
 from diffdeploy.verify.ranges import (
+    EVERY_BATCH,
     MAX_ELEMENTS,
     MAX_SCORES,
+    PADDINGS,
     compared,
+    in_chunks,
+    log_uniform,
     longest_decoding,
     longest_run,
     octaves,
@@ -28,18 +32,13 @@ __all__ = ["golden_cases", "longest_case", "random_cases", "select_cases", "tell
 _LENGTHS = (1, 2, 3, 7, 13, 31, 63, 64, 65, 127, 128, 129)
 _SPECIAL_LENGTHS = (1, 7, 65)
 _MASKED_LENGTHS = (2, 7, 65)
-_PADDINGS: tuple[Mask, ...] = ("left", "right", "ragged", "hidden")
 # Past and present: empty, one step, steps across powers of two, chunks.
 _PASTS = ((0, 1), (0, 7), (1, 1), (5, 1), (64, 1), (63, 2), (31, 33), (128, 1))
-# Token by token; a token between longer steps; a step that is shorter than the one before.
-_CHUNKS = ((1, 1, 1, 1, 1), (4, 1, 4), (7, 2))
 # As activations of models are, and worse: each at two lengths, so that a scale of every token finds narrow ranges.
 _KINDS: tuple[Kind, ...] = ("zeros", "repeated", "offset", "outliers", "heavy", "scales", "nan", "infinity")
 _KIND_LENGTHS = (7, 65)
 # Rows of eight scales each, from 1e-6 to 1e4: a factor of 2 from one to the next.
 _SCALED_LENGTHS = (1, 3, 7, 33)
-# Every size of a batch up to here; beyond it one of each octave.
-_EVERY_BATCH = 8
 _NUM_RANDOM = 12
 _MAX_RANDOM_BATCH, _MAX_RANDOM_TOKENS = 8, 2048
 _SHARE_WITH_A_PAST, _SHARE_WITH_DRAWN_POSITIONS = 0.5, 0.25
@@ -117,7 +116,7 @@ def _quick(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
         Case(batch_size=min(8, max_batch), sequence_length=short, seed=seed, kind="scaled"),
     ]
     if spec.variant != "plain":
-        cases += [Case(batch_size=2, sequence_length=short, seed=seed, mask=mask) for mask in _PADDINGS]
+        cases += [Case(batch_size=2, sequence_length=short, seed=seed, mask=mask) for mask in PADDINGS]
         cases.append(Case(batch_size=min(4, max_batch), sequence_length=length, seed=seed, mask=mask))
         cases += [replace(cases[-1], sequence_length=short, positions="drawn")] if _positions(spec) else []
     if spec.variant == "cached":
@@ -126,7 +125,7 @@ def _quick(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
             Case(batch_size=min(3, max_batch), sequence_length=1, past_length=past, seed=seed, mask=mask),
             Case(batch_size=2, sequence_length=longest - past, past_length=past, seed=seed, mask="ragged"),
         ]
-        cases += _in_chunks(config, spec, seed, batch_sizes=(2,))[:2]
+        cases += _steps(config, spec, seed, (2,))[:2]
     return cases
 
 
@@ -170,13 +169,13 @@ def _batches(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
     """Every batch up to 8 and beyond, each behind another past, where rows have masks of their own."""
     max_batch, max_length = spec.axes["batch_size"].max, spec.axes["sequence_length"].max
     drawn = np.random.default_rng([seed, 1])
-    sizes = [*range(3, min(_EVERY_BATCH, max_batch) + 1), *octaves(_EVERY_BATCH + 1, max_batch, drawn), max_batch]
+    sizes = [*range(3, min(EVERY_BATCH, max_batch) + 1), *octaves(EVERY_BATCH + 1, max_batch, drawn), max_batch]
     cases = []
     for size in sizes:
         length = int(drawn.integers(1, min(9, max_length) + 1))
         while length > 1 and size * length * config.embed_dim > MAX_ELEMENTS:
             length -= 1
-        case = Case(batch_size=size, sequence_length=length, seed=seed, mask=_mixed(spec), repeats=size > _EVERY_BATCH)
+        case = Case(batch_size=size, sequence_length=length, seed=seed, mask=_mixed(spec), repeats=size > EVERY_BATCH)
         cases.append(case)
         if spec.variant == "cached":
             past = int(drawn.integers(1, min(33, max_length)))
@@ -201,7 +200,7 @@ def _kinds(spec: GraphSpec, seed: int) -> list[Case]:
                 Case(batch_size=min(3, max_batch), sequence_length=length, past_length=past, seed=seed, kind=kind,
                      mask=_mixed(spec))
             )  # fmt: skip
-    rows = min(_EVERY_BATCH, max_batch)
+    rows = min(EVERY_BATCH, max_batch)
     return cases + [
         Case(
             batch_size=rows,
@@ -219,7 +218,7 @@ def _masked(spec: GraphSpec, seed: int) -> list[Case]:
     max_batch, max_length = spec.axes["batch_size"].max, spec.axes["sequence_length"].max
     lengths = [length for length in _MASKED_LENGTHS if length <= max_length]
     cases = [
-        Case(batch_size=2, sequence_length=length, seed=seed, mask=mask) for mask in _PADDINGS for length in lengths
+        Case(batch_size=2, sequence_length=length, seed=seed, mask=mask) for mask in PADDINGS for length in lengths
     ]
     # The last is the longest with a hidden row: alone, a batch of nothing but padding.
     cases += [replace(cases[-1], batch_size=1), replace(cases[-1], mask="left", kind="constant")]
@@ -243,10 +242,10 @@ def _cached(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
     cases += [
         Case(batch_size=2, sequence_length=length, past_length=past, seed=seed, mask=mask)
         for past, length in ((5, 1), (31, 33))
-        for mask in _PADDINGS
+        for mask in PADDINGS
         if past + length <= max_total
     ]
-    return cases + _long_pasts(config, spec, seed, max_batch) + _in_chunks(config, spec, seed, batch_sizes=(1, 2))
+    return cases + _long_pasts(config, spec, seed, max_batch) + _steps(config, spec, seed, (1, 2))
 
 
 def _long_pasts(config: AnyConfig, spec: GraphSpec, seed: int, max_batch: int) -> list[Case]:
@@ -267,16 +266,9 @@ def _long_pasts(config: AnyConfig, spec: GraphSpec, seed: int, max_batch: int) -
     return [*cases, replace(cases[-1], mask="none", batch_size=min(2, max_batch), sequence_length=1)]
 
 
-def _in_chunks(config: AnyConfig, spec: GraphSpec, seed: int, batch_sizes: tuple[int, ...]) -> list[Case]:
-    if not config.causal:  # earlier steps would miss later tokens
-        return []
-    max_total = spec.axes["total_sequence_length"].max
-    return [
-        Case(batch_size=batch, sequence_length=sum(chunks), chunks=chunks, seed=seed)
-        for chunks in _CHUNKS
-        for batch in batch_sizes
-        if sum(chunks) <= max_total
-    ]
+def _steps(config: AnyConfig, spec: GraphSpec, seed: int, batch_sizes: tuple[int, ...]) -> list[Case]:
+    # Earlier steps would miss later tokens.
+    return in_chunks(spec, seed, batch_sizes) if config.causal else []
 
 
 def random_cases(config: AnyConfig, spec: GraphSpec, seed: int) -> Iterator[Case]:
@@ -286,17 +278,14 @@ def random_cases(config: AnyConfig, spec: GraphSpec, seed: int) -> Iterator[Case
     longest = min(spec.axes["sequence_length"].max, longest_run(config))
     number = 0
 
-    def log_uniform(most: int) -> int:
-        return min(most, int(np.exp(choose.uniform(0.0, np.log(most + 1)))))
-
     while True:
         number += 1
-        total = log_uniform(longest)
+        total = log_uniform(choose, longest)
         rows = min(_MAX_RANDOM_BATCH, spec.axes["batch_size"].max, max(1, _MAX_RANDOM_TOKENS // total))
         has_past = spec.variant == "cached" and choose.random() < _SHARE_WITH_A_PAST
-        past = min(total - 1, log_uniform(total)) if has_past else 0
+        past = min(total - 1, log_uniform(choose, total)) if has_past else 0
         case = Case(
-            batch_size=log_uniform(rows),
+            batch_size=log_uniform(choose, rows),
             sequence_length=total - past,
             past_length=past,
             kind=kinds[choose.integers(len(kinds))],

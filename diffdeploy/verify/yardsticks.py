@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from diffdeploy.verify.decoder import exact_outputs
 from diffdeploy.verify.eager import eager_errors, for_queries, run_arrays
 from diffdeploy.verify.metrics import Yardstick
 from diffdeploy.verify.oracle import exact_and_stored
+
+if TYPE_CHECKING:
+    from diffdeploy.modules import DiffTransformer
 
 __all__ = ["Held", "Yardsticks"]
 
@@ -47,6 +51,13 @@ class Yardsticks:
         self._eager = run_arrays(self._block, last_only=self._spec.logits == "last")
         # Only float16 ends before the scores of outliers do.
         self._fused = eager_module(bundle, impl="two_call") if self._dtype == "float16" else None
+
+    @property
+    def model(self) -> "DiffTransformer | None":
+        """The eager model that the errors are of; ``None`` for a block."""
+        from diffdeploy.modules import DiffTransformer
+
+        return self._block if isinstance(self._block, DiffTransformer) else None
 
     def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
         """Of all outputs of a case: for the batch, or for each row where rows are judged by themselves."""
