@@ -23,7 +23,7 @@ def _fault(
     inject: Callable[[FaultTarget], None],
     *conditions: When,
     stage: Stage | None = None,
-    signed: bool = True,
+    new_digests: bool = True,
 ) -> Fault:
     return Fault(
         name=name,
@@ -32,7 +32,7 @@ def _fault(
         stage=stage,
         inject=inject,
         applies=all_of(*conditions),
-        signed=signed,
+        new_digests=new_digests,
     )
 
 
@@ -82,7 +82,7 @@ def _edit_arrays(target: FaultTarget, file: str, edit: Callable[[dict[str, Array
 
 def _one_bit_in_the_weights_file(target: FaultTarget) -> None:
     def edit(arrays: dict[str, Array]) -> None:
-        # Signed again, so that only a comparison with the artifact can see it.
+        # With new digests, so that only a comparison with the artifact can see it.
         arrays["v_proj.weight"] = next_bit(arrays["v_proj.weight"])
 
     _edit_arrays(target, WEIGHTS, edit)
@@ -104,7 +104,7 @@ def _golden_output_off(target: FaultTarget) -> None:
 
 
 def _edit_manifest(target: FaultTarget, manifest: Manifest) -> None:
-    # Not by `write_manifest`, which comes after every fault that is signed.
+    # Not by `write_manifest`, which comes after every fault with new digests.
     (target.path / MANIFEST).write_bytes(manifest.to_bytes())
 
 
@@ -134,10 +134,10 @@ def _artifact_holds_ranges(target: FaultTarget) -> bool:
 
 
 BUNDLE_FILE_FAULTS = [
-    _fault("byte_changed", "one bit of the artifact, with the old digests", _change_a_byte, signed=False),
-    _fault("weights_missing", "weights.safetensors is not there", _remove_weights, signed=False),
-    _fault("file_left_over", "a file that the manifest does not list", _leave_a_file, signed=False),
-    _fault("weights_are_a_link", "weights.safetensors leads out of the bundle", _link_weights, signed=False),
+    _fault("byte_changed", "one bit of the artifact, with the old digests", _change_a_byte, new_digests=False),
+    _fault("weights_missing", "weights.safetensors is not there", _remove_weights, new_digests=False),
+    _fault("file_left_over", "a file that the manifest does not list", _leave_a_file, new_digests=False),
+    _fault("weights_are_a_link", "weights.safetensors leads out of the bundle", _link_weights, new_digests=False),
     _fault("artifact_truncated", "half of the artifact", _truncate),
     _fault(
         "weights_file_off_by_one_bit",

@@ -78,7 +78,7 @@ class Fault:
         inject: puts it into a copy of a bundle.
         applies: whether it would be a fault of this bundle at all.
         wrap: what it does to a loaded runtime instead.
-        signed: whether the manifest is written again afterwards, so that the digests do not give it away.
+        new_digests: whether the manifest is written again afterwards, so that the digests do not give it away.
         family: what kind of inputs or of damage shows it; by default its place.
         provable: whether a sweep can be expected to see it; one that a single exact value triggers is seen by chance.
     """
@@ -90,8 +90,8 @@ class Fault:
     inject: Callable[[FaultTarget], None] = field(default=lambda _: None)
     applies: When = _always
     wrap: Wrap | None = None
-    # Without a new signature the digests alone would catch every fault, and nothing else would be tried.
-    signed: bool = True
+    # The old digests would catch every fault, and nothing else would be tried.
+    new_digests: bool = True
     family: str = ""
     provable: bool = True
 

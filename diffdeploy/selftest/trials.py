@@ -99,7 +99,7 @@ class Trials:
             fault.inject(target)
         except DiffDeployError as error:  # a format that does not have what the faulty block needs
             raise ExportError(str(error)) from error
-        if fault.signed:
+        if fault.new_digests:
             manifest = Manifest.from_bytes((target.path / MANIFEST).read_bytes())
             write_manifest(target.path, manifest)
         # A fault that changes nothing would count as not caught, against a verification that is right.

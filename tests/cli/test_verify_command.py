@@ -33,7 +33,7 @@ def json_of(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int 
 
 @pytest.fixture
 def wrong_bundle(bundle_copy: Path) -> Path:
-    """Signed anew after the sign of lambda was turned, so that only verification can tell."""
+    """With new digests after the sign of lambda was turned, so that only verification can tell."""
     import onnx
 
     manifest = open_bundle(bundle_copy).manifest
