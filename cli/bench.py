@@ -10,7 +10,7 @@ import typer
 from diffdeploy.cli import console
 from diffdeploy.cli.bench_view import json_fields, print_bench, print_changes
 from diffdeploy.cli.checkpoint_options import takes_checkpoint_options
-from diffdeploy.cli.shared_options import AsJson, Trust
+from diffdeploy.cli.shared_options import AsJson, PublicKey, Trust
 from diffdeploy.errors import DiffDeployError, InputError, VerificationError
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def bench(
     *,
     reading: dict[str, Any],
     trust: Trust = False,
+    public_key: PublicKey = None,
     as_json: AsJson = False,
     csv: Annotated[Path | None, typer.Option(help="Also write a table to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw latency over length: .svg or .png.")] = None,
@@ -118,6 +119,7 @@ def bench(
         rounds=rounds,
         reading=CheckpointOptions(layer=layer, **reading),
         trust=True if trust else None,
+        public_key=public_key,
     )
     # Before the bundles are exported, which takes minutes, as the measuring does.
     old = outputs.check()

@@ -24,15 +24,18 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON object.")] = False,
 ) -> int:
     """Say what a bundle or a checkpoint holds, without running it."""
-    from diffdeploy.bundle import is_bundle, open_bundle
+    from diffdeploy.bundle import SIGNATURE, is_bundle, open_bundle
 
     # Both may be folders; only a bundle has a manifest.
     if is_bundle(path):
         bundle = open_bundle(path)
+        signed = (path / SIGNATURE).exists()
         if as_json:
-            console.print_json({"kind": "bundle", "path": str(path), **bundle.manifest.model_dump(mode="json")})
+            fields = {"signature": SIGNATURE if signed else None, **bundle.manifest.model_dump(mode="json")}
+            console.print_json({"kind": "bundle", "path": str(path), **fields})
         else:
-            console.print_rows(_bundle_rows(bundle))
+            checked = "signed; checked only with verify --public-key" if signed else "none"
+            console.print_rows([*_bundle_rows(bundle), ("signature", checked)])
         return 0
     with console.activity("reading the checkpoint"):
         # Checkpoints need torch; bundles are described without it.

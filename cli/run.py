@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffdeploy.cli import console
-from diffdeploy.cli.shared_options import AsJson, Device, Recompile, RuntimeName, Threads, Trust
+from diffdeploy.cli.shared_options import AsJson, Device, PublicKey, Recompile, RuntimeName, Threads, Trust
 
 if TYPE_CHECKING:
     from diffdeploy.arrays import Array
@@ -25,6 +25,7 @@ def run(
     runtime: RuntimeName = "native",
     recompile: Recompile = False,
     trust: Trust = False,
+    public_key: PublicKey = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file at --output.")] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -41,7 +42,12 @@ def run(
 
         arrays = read_arrays(inputs)
         options = RunOptions(
-            device=device, threads=threads, reference=runtime == "reference", recompile=recompile, trust=trust
+            device=device,
+            threads=threads,
+            reference=runtime == "reference",
+            recompile=recompile,
+            trust=trust,
+            public_key=public_key,
         )
         with open_runtime(bundle, options) as loaded:
             if not loaded.verified:

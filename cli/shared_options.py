@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -9,7 +10,7 @@ from diffdeploy.errors import InputError
 if TYPE_CHECKING:
     from diffdeploy.formats import Selection
 
-__all__ = ["AsJson", "Cases", "Device", "Recompile", "RuntimeName", "Threads", "Trust", "selection_of"]
+__all__ = ["AsJson", "Cases", "Device", "PublicKey", "Recompile", "RuntimeName", "Threads", "Trust", "selection_of"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Result as one JSON object.")]
 Device = Annotated[
@@ -25,6 +26,10 @@ Recompile = Annotated[
 ]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Load a bundle from elsewhere although its format runs code when it is loaded.")
+]
+PublicKey = Annotated[
+    Path | None,
+    typer.Option(help="Load a bundle only if this key (PEM) signed it; it is trusted then.", show_default="any bundle"),
 ]
 Cases = Annotated[str | None, typer.Option(help="Inputs to verify on: quick, full or a number.", show_default="full")]
 

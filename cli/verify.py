@@ -7,7 +7,7 @@ import typer
 
 from diffdeploy.cli import console
 from diffdeploy.cli.report_output import finish
-from diffdeploy.cli.shared_options import AsJson, Device, Recompile, RuntimeName, Trust, selection_of
+from diffdeploy.cli.shared_options import AsJson, Device, PublicKey, Recompile, RuntimeName, Trust, selection_of
 from diffdeploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def verify(
     runtime: RuntimeName = "native",
     recompile: Recompile = False,
     trust: Trust = False,
+    public_key: PublicKey = None,
     warn_only: Annotated[bool, typer.Option("--warn-only", help="Exit with 0 also when verification fails.")] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -68,6 +69,8 @@ def verify(
     The exact result is computed in fp64 from the weights in the bundle; the checkpoint is not needed.
 
     With --checkpoint, its block is read again as for the export, and must give the same weights bit for bit.
+
+    With --public-key, the signature is checked first, before anything in the bundle is used.
 
     With --self-test, the verification itself is tried: wrong copies of the bundle, each of which must be refused.
     """
@@ -82,6 +85,7 @@ def verify(
         "--runtime": runtime == "reference" or None,
         "--recompile": recompile or None,
         "--trust": trust or None,
+        "--public-key": public_key,
     }
     if from_report is not None:
         alone = {"--golden": golden or None, "--self-test": self_test or None}
@@ -91,19 +95,20 @@ def verify(
     _refuse("verify without --from-report", "judges by its own table", {"--k": k})
     if bundle is None:
         raise InputError("no bundle was given; give a directory that diffdeploy exported, or --from-report")
+    from diffdeploy.formats import RunOptions
+
+    run_options = RunOptions(
+        device=device, reference=runtime == "reference", recompile=recompile, trust=trust, public_key=public_key
+    )
     if self_test:
         others = {"--golden": golden or None, "--save-report": save_report, "--warn-only": warn_only or None}
         _refuse("--self-test", "verifies copies with faults in them", {**sweep, **others})
         from diffdeploy.cli.selftest import run_self_test
-        from diffdeploy.formats import RunOptions
 
-        options = RunOptions(device=device, reference=runtime == "reference", recompile=recompile, trust=trust)
-        return run_self_test(bundle, options, as_json=as_json)
+        return run_self_test(bundle, run_options, as_json=as_json)
     with console.activity("opening the bundle") as activity:
-        from diffdeploy.formats import RunOptions
-        from diffdeploy.verify import verify_bundle, verify_golden
+        from diffdeploy.verify import Check, verify_bundle, verify_golden
 
-        run_options = RunOptions(device=device, reference=runtime == "reference", recompile=recompile, trust=trust)
         if golden:
             _refuse("--golden", "runs the stored inputs alone", sweep)
             report = verify_golden(bundle, run_options)
@@ -117,6 +122,10 @@ def verify(
                 progress=activity.progress,
                 run_options=run_options,
             )
+        if public_key is not None:
+            # Without it the bundle would not have been opened.
+            signed = Check(name="signature", passed=True, detail=f"every file is signed by the key {public_key}")
+            report = report.with_check(signed)
         if checkpoint is not None:
             activity.phase("reading the checkpoint")
             report = report.with_check(_origin(bundle, checkpoint))

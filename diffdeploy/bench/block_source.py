@@ -115,25 +115,30 @@ def _agreed(option: str, asked: T | None, found: Sequence[T], names: Sequence[st
     return wanted
 
 
-def open_sources(paths: Sequence[Path], reading: CheckpointOptions, sizes: RandomSizes) -> BlockSource:
+def open_sources(
+    paths: Sequence[Path], reading: CheckpointOptions, sizes: RandomSizes, public_key: Path | None = None
+) -> BlockSource:
     """Open what was given.
 
     Args:
         paths: at most one checkpoint, and any number of bundles.
         reading: what the checkpoint cannot say.
         sizes: of the block, when nothing is given.
+        public_key: key that must have signed every bundle.
 
     Raises:
         InputError: what cannot be opened, or does not hold the same block.
-        IntegrityError: a bundle is damaged.
+        IntegrityError: a bundle is damaged, or not signed by the key.
     """
-    bundles = tuple(open_bundle(path) for path in paths if is_bundle(path))
+    bundles = tuple(open_bundle(path, public_key) for path in paths if is_bundle(path))
     checkpoints = [path for path in paths if not is_bundle(path)]
     if len(checkpoints) > 1:
         raise InputError(f"{checkpoints[0]} and {checkpoints[1]} are two checkpoints; give one, and bundles of it")
     if paths and sizes.given:
         raise InputError(f"sizes are those of a random block, and {paths[0]} has its own; leave out one of them")
-    # Such an option would change nothing, and its user would not know.
+    # Such options would change nothing, and their user would not know.
+    if public_key is not None and not bundles:
+        raise InputError("--public-key is for checking bundles, and none is given")
     if not checkpoints and reading.given():
         raise InputError(
             f"--{next(iter(reading.given())).replace('_', '-')} is for reading a checkpoint, and none is given"

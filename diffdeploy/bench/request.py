@@ -56,6 +56,7 @@ class BenchRequest:
     reading: CheckpointOptions
     # None, not False, which would be an option of the command that measures again.
     trust: Literal[True] | None = None
+    public_key: Path | None = None
 
     @property
     def command(self) -> str:
@@ -121,7 +122,7 @@ def _source(request: BenchRequest) -> BlockSource:
         num_kv_heads=request.num_kv_heads,
         head_dim=request.head_dim,
     )
-    return open_sources(request.sources, request.reading, sizes)
+    return open_sources(request.sources, request.reading, sizes, request.public_key)
 
 
 def _targets(request: BenchRequest, source: BlockSource, dtype: DType, note: Say) -> dict[str, Target]:

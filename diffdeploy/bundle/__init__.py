@@ -2,6 +2,7 @@
 
 from diffdeploy.bundle.block import eager_module, frozen_module
 from diffdeploy.bundle.manifest import Environment, ExportRecord, FileDigest, Manifest, Provenance
+from diffdeploy.bundle.signature import SIGNATURE, sign_bundle
 from diffdeploy.bundle.store import (
     GOLDEN,
     MANIFEST,
@@ -21,6 +22,7 @@ __all__ = [
     "GOLDEN",
     "MANIFEST",
     "REPORT",
+    "SIGNATURE",
     "WEIGHTS",
     "Bundle",
     "Environment",
@@ -37,6 +39,7 @@ __all__ = [
     "open_bundle",
     "read_weights",
     "remember_export",
+    "sign_bundle",
     "staged_bundle",
     "write_manifest",
 ]

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from diffdeploy.bundle.consistency import require_consistent
 from diffdeploy.bundle.manifest import FileDigest, Manifest
+from diffdeploy.bundle.signature import SIGNATURE, require_signature
 from diffdeploy.errors import InputError, IntegrityError, UnavailableError
 from diffdeploy.files import file_sha256
 
@@ -46,10 +47,17 @@ _YOUNG_S = 60
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose digests have been checked."""
+    """A bundle whose digests have been checked.
+
+    Attributes:
+        path: its directory.
+        manifest: what it says about itself.
+        signature_checked: whether it is also signed by the key that its user named.
+    """
 
     path: Path
     manifest: Manifest
+    signature_checked: bool = False
 
 
 def default_output(name: str, layer: int | None, format_name: str) -> Path:
@@ -91,24 +99,29 @@ def is_bundle(directory: Path) -> bool:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
-    """Write ``manifest.json`` with the digests of all other files that are in ``directory`` now."""
+    """Write ``manifest.json`` with the digests of all other files that are in ``directory`` now, except a signature."""
     digests = {
         name: FileDigest(size=(directory / name).stat().st_size, sha256=file_sha256(directory / name))
         for name in _files_in(directory)
-        if name != MANIFEST
+        if name not in (MANIFEST, SIGNATURE)
     }
     complete = manifest.model_copy(update={"files": digests})
     (directory / MANIFEST).write_bytes(complete.to_bytes())
     return complete
 
 
-def open_bundle(path: str | Path) -> Bundle:
+def open_bundle(path: str | Path, public_key: str | Path | None = None) -> Bundle:
     """Read a bundle and check every file in it.
 
+    Args:
+        path: the bundle's directory.
+        public_key: key that must have signed it, see `require_signature`; by default a signature is not looked at.
+
     Raises:
-        InputError: there is no bundle at ``path``.
-        IntegrityError: a byte changed, a file is missing, extra or no plain file, a path leads out of the bundle, or
-            the manifest contradicts itself or the weights.
+        InputError: there is no bundle at ``path``, or the key cannot be used.
+        IntegrityError: a byte changed, a file is missing, extra or no plain file, a path leads out of the bundle, the
+            manifest contradicts itself or the weights, or the bundle is not signed by the key.
+        UnavailableError: a key is given, and model-signing is not installed.
     """
     directory = Path(path)
     if not is_bundle(directory):
@@ -117,19 +130,13 @@ def open_bundle(path: str | Path) -> Bundle:
         )
     try:
         present = set(_files_in(directory))
+        # Before the manifest is parsed, which may be anybody's.
+        if public_key is not None:
+            require_signature(directory, public_key)
         manifest = _read_manifest(directory)
     except OSError as error:
         raise IntegrityError(f"{directory} cannot be read ({error.strerror or error})") from error
-    # Names before anything else: no file is looked at that a name leads to from outside.
-    for name in manifest.files:
-        relative = PurePosixPath(name)
-        if relative.is_absolute() or ".." in relative.parts:
-            raise IntegrityError(f"the manifest of {directory} names {name!r}, a path that leaves the bundle")
-    expected = {MANIFEST, *manifest.files}
-    if missing := sorted(expected - present):
-        raise IntegrityError(f"{directory} lacks {', '.join(missing)}; copy the bundle again")
-    if extra := sorted(present - expected):
-        raise IntegrityError(f"{directory} holds files that its manifest does not list: {', '.join(extra)}")
+    _require_listed_files(directory, manifest, present)
     for name, digest in manifest.files.items():
         file = directory / name
         # The size first, since a digest reads the whole file.
@@ -138,7 +145,21 @@ def open_bundle(path: str | Path) -> Bundle:
     if WEIGHTS not in manifest.files:
         raise IntegrityError(f"the manifest of {directory} lists no {WEIGHTS}, which every bundle has")
     require_consistent(manifest, directory / WEIGHTS)
-    return Bundle(directory, manifest)
+    return Bundle(directory, manifest, signature_checked=public_key is not None)
+
+
+def _require_listed_files(directory: Path, manifest: Manifest, present: set[str]) -> None:
+    """Check names, before any file is looked at that a name leads to from outside."""
+    for name in manifest.files:
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise IntegrityError(f"the manifest of {directory} names {name!r}, a path that leaves the bundle")
+    expected = {MANIFEST, *manifest.files}
+    if missing := sorted(expected - present):
+        raise IntegrityError(f"{directory} lacks {', '.join(missing)}; copy the bundle again")
+    # The signature covers the manifest, which cannot hold its digest.
+    if extra := sorted(present - expected - {SIGNATURE}):
+        raise IntegrityError(f"{directory} holds files that its manifest does not list: {', '.join(extra)}")
 
 
 def _read_manifest(directory: Path) -> Manifest:

@@ -1,6 +1,7 @@
 """What a user can choose when a block is exported, and when a bundle is run."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from diffdeploy.graphs import DType, Logits, Variant
@@ -59,6 +60,7 @@ class RunOptions:
         reference: run ONNX with `onnx.reference`, which is slow and knows every dtype, in place of onnxruntime.
         recompile: compile a ``compile`` bundle afresh, on a machine other than the one that it was made for.
         trust: load a bundle that runs code when it is loaded, although no export of this user made it here.
+        public_key: file of the key that must have signed the bundle, which is trusted then.
     """
 
     device: str | None = None
@@ -66,3 +68,4 @@ class RunOptions:
     reference: bool = False
     recompile: bool = False
     trust: bool = False
+    public_key: str | Path | None = None

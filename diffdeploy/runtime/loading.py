@@ -55,18 +55,23 @@ def require_runnable(manifest: Manifest, options: RunOptions) -> None:
 
 
 def require_trusted(bundle: Bundle, options: RunOptions) -> None:
-    """See that what a bundle runs when it is loaded comes from here, or that the user trusts it.
+    """See that what a bundle runs when it is loaded comes from here, or that the user trusts it or its signer.
 
     Raises:
-        IntegrityError: it runs code, no export of this user on this machine made it, and nobody said to trust it.
+        IntegrityError: it runs code, no export of this user on this machine made it, it was not opened with the key of
+            its signer, and nobody said to trust it.
     """
     executes = _format_of(bundle.manifest).executes
     # Compiled afresh, nothing that the bundle brought runs.
-    if executes is None or options.trust or options.recompile or is_own_export(bundle.path):
+    if executes is None or options.trust or options.recompile:
+        return
+    # Not the option, which says what is asked for and not that it was checked.
+    if bundle.signature_checked or is_own_export(bundle.path):
         return
     raise IntegrityError(
         f"{bundle.path} is a bundle of format {bundle.manifest.format}, whose {executes} would run with your rights, "
-        "and no export of yours on this machine made it; give --trust, or trust=True, if you trust whoever did"
+        "and no export of yours on this machine made it; give --trust, or trust=True, if you trust whoever did, or "
+        "--public-key with the key that signed it"
     )
 
 
@@ -100,6 +105,7 @@ def load(
     reference: bool = False,
     recompile: bool = False,
     trust: bool = False,
+    public_key: str | Path | None = None,
 ) -> Runtime:
     """Open a bundle for running; its digests are checked first. One that was never verified gives a warning.
 
@@ -110,14 +116,23 @@ def load(
         reference: run ONNX with `onnx.reference`.
         recompile: compile afresh.
         trust: run what a bundle from elsewhere brings: the machine code or pickles of some formats.
+        public_key: file of the key that must have signed the bundle; one that it signed is trusted.
 
     Raises:
-        InputError: no bundle there, or an option that it does not have.
-        IntegrityError: the bundle is not what was exported, or it runs code and is not trusted.
-        UnavailableError: the backend or the device is not here, or the bundle was made for another machine.
+        InputError: no bundle there, an option that it does not have, or a file that is no key.
+        IntegrityError: the bundle is not what was exported, or signed by the key, or it runs code and is not trusted.
+        UnavailableError: the backend or the device is not here, the bundle was made for another machine, or a key is
+            given without model-signing.
         ExportError: the backend cannot load the artifact.
     """
-    options = RunOptions(device=device, threads=threads, reference=reference, recompile=recompile, trust=trust)
+    options = RunOptions(
+        device=device,
+        threads=threads,
+        reference=reference,
+        recompile=recompile,
+        trust=trust,
+        public_key=public_key,
+    )
     runtime = open_runtime(path, options)
     if not runtime.verified:
         warnings.warn(
@@ -135,7 +150,7 @@ def open_runtime(path: str | Path, options: RunOptions) -> Runtime:
     Raises:
         DiffDeployError: see `load`.
     """
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, options.public_key)
     require_runnable(bundle.manifest, options)
     require_trusted(bundle, options)
     where = device_of(bundle.manifest, options)

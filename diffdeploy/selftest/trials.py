@@ -45,7 +45,7 @@ class Trials:
 
     Args:
         path: the bundle's directory.
-        run_options: device and backend that artifacts are run with.
+        run_options: device and backend that artifacts are run with, and the key that must have signed the bundle.
 
     Attributes:
         faults: faults that the bundle could have, and that can be put in.
@@ -53,16 +53,16 @@ class Trials:
 
     Raises:
         InputError: no bundle there.
-        IntegrityError: the bundle is not what was exported.
+        IntegrityError: the bundle is not what was exported, or signed by the key.
         UnavailableError: this machine cannot run the format.
         VerificationError: the bundle fails verification as it is, so that nothing could be proved with it.
     """
 
     def __init__(self, path: str | Path, run_options: RunOptions | None = None) -> None:
-        bundle = open_bundle(path)
+        self._options = run_options or RunOptions()
+        bundle = open_bundle(path, self._options.public_key)
         weights = read_weights(bundle)
         self._target = FaultTarget(bundle.path, bundle.manifest, held_constants(bundle, weights), weights)
-        self._options = run_options or RunOptions()
         exact = {name: array.astype(np.float64) for name, array in weights.items()}
         self._yardsticks = _Remembered(bundle, exact)
         self._digests = _digests(bundle.path)
@@ -113,8 +113,8 @@ class Trials:
             report = verify_bundle(
                 copy,
                 cases="full" if same else "quick",
-                # A copy of a bundle that was loaded already, but for the fault.
-                run_options=replace(self._options, trust=True),
+                # A copy of a bundle that was loaded already, but for the fault, which its key would refuse unseen.
+                run_options=replace(self._options, trust=True, public_key=None),
                 open_artifact=partial(LocalArtifact, wrap=fault.wrap),
                 yardsticks=self._yardsticks if same else None,
                 # Caught is caught; the rest of the sweep would take most of the time.

@@ -61,18 +61,19 @@ def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Re
 
     Args:
         path: the bundle's directory.
-        run_options: device and backend that the artifact is run with.
+        run_options: device and backend that the artifact is run with, and the key that must have signed it.
 
     Raises:
         InputError: no bundle there, or one that was never verified.
-        IntegrityError: the bundle is not what was exported, or its report is of other cases.
+        IntegrityError: the bundle is not what was exported, its report is of other cases, or the key did not sign it.
         UnavailableError: this machine cannot run the format.
         ExportError: the backend cannot load the artifact.
     """
-    bundle = open_bundle(path)
+    run_options = run_options or RunOptions()
+    bundle = open_bundle(path, run_options.public_key)
     accepted = _accepting_report(bundle)
     stored = read_safetensors(bundle.path / GOLDEN)
-    with load(path, **asdict(run_options or RunOptions())) as runtime:
+    with load(path, **asdict(run_options)) as runtime:
         cases = [
             _run_case(runtime, case, stored, accepted) for case in golden_cases(bundle.manifest.graph, accepted.seed)
         ]

@@ -60,7 +60,7 @@ def verify_bundle(
         load_inputs: file with inputs to verify on, see `read_inputs`.
         save_inputs: file that the inputs of all cases are written to before they run.
         progress: called with cases done, cases in all, and the name of the next one.
-        run_options: device and backend that the artifact is run with.
+        run_options: device and backend that the artifact is run with, and the key that must have signed it.
         open_artifact: runs it; by default in a process of its own.
         yardsticks: what it is held against, where that is known already.
         first_failure_only: stop at the first case that fails.
@@ -68,11 +68,11 @@ def verify_bundle(
     Raises:
         InputError: no bundle there, one whose cache keeps the key streams apart, or inputs that its graph does not
             accept.
-        IntegrityError: the bundle is not what was exported, or it runs code and is not trusted.
+        IntegrityError: the bundle is not what was exported, or signed by the key, or it runs code and is not trusted.
         UnavailableError: this machine cannot run the format.
     """
     run_options = run_options or RunOptions()
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, run_options.public_key)
     manifest, spec = bundle.manifest, bundle.manifest.graph
     _require_paired_cache(bundle)
     require_runnable(manifest, run_options)

@@ -83,7 +83,8 @@ class ArtifactProcess:
     """
 
     def __init__(self, bundle: Path, options: RunOptions) -> None:
-        self._process = WorkerProcess(__name__, [str(bundle.absolute()), json.dumps(asdict(options))], takes_input=True)
+        given = json.dumps(asdict(options), default=str)  # the key's path
+        self._process = WorkerProcess(__name__, [str(bundle.absolute()), given], takes_input=True)
         self._backend: str | None = None
 
     def __enter__(self) -> Self:

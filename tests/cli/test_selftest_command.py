@@ -1,15 +1,18 @@
 """``diffdeploy verify BUNDLE --self-test`` as a user meets it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from diffdeploy.bundle import open_bundle, sign_bundle
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.cli.main import main
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.selftest import Fault, all_faults, trials
 from tests.support.bundles import BundleCache, FormatBundle
+from tests.support.keys import key_pair
 
 CHOSEN = ("lambda_negated", "run_nan_at_length_one", "byte_changed")
 
@@ -36,6 +39,22 @@ def test_json_names_counts_and_faults(bundle: Path, capsys: pytest.CaptureFixtur
     assert by_name["lambda_negated"]["by"][0] == "check lambda"
     assert by_name["run_nan_at_length_one"]["by"] == ["case B1-S1-normal"]
     assert by_name["byte_changed"]["by"] == ["opening"]
+
+
+def test_faults_are_put_behind_the_signature(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The key is for the bundle as it is: it would refuse every copy, and nothing else would be tried."""
+    shutil.copytree(bundle, tmp_path / "bundle")
+    keys = key_pair(tmp_path)
+    sign_bundle(open_bundle(tmp_path / "bundle"), keys.private)
+    command = ["verify", str(tmp_path / "bundle"), "--self-test", "--json", "--public-key"]
+    assert main([*command, str(keys.public)]) == 0
+    faults = json.loads(capsys.readouterr().out)["self_test"]["faults"]
+    assert {fault["name"]: fault["by"][0] for fault in faults} == {
+        "lambda_negated": "check lambda",
+        "run_nan_at_length_one": "case B1-S1-normal",
+        "byte_changed": "opening",
+    }
+    assert main([*command, str(key_pair(tmp_path, "other").public)]) == 5
 
 
 def test_the_table_is_for_people_and_the_verdict_for_the_shell(

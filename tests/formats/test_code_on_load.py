@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from diffdeploy import load
-from diffdeploy.bundle import is_own_export, open_bundle, write_manifest
+from diffdeploy.bundle import SIGNATURE, is_own_export, open_bundle, sign_bundle, write_manifest
 from diffdeploy.bundle.trust import _MOST, remember_export
 from diffdeploy.cli.main import main
 from diffdeploy.errors import IntegrityError
@@ -29,6 +29,7 @@ from diffdeploy.formats.pt2.archive import checked_archive
 from diffdeploy.formats.pt2.expressions import is_expression, is_guard
 from diffdeploy.verify import verify_bundle
 from tests.support.bundles import FormatBundle
+from tests.support.keys import key_pair
 
 MARKER = "MARKER"
 
@@ -336,6 +337,38 @@ def test_formats_that_run_code_ask_for_trust(
     # Reading it runs nothing.
     assert main(["inspect", "bundle"]) == 0
     load("bundle", trust=True).close()
+
+
+@pytest.mark.parametrize("name", ["aoti", "compile"])
+def test_the_key_of_its_signer_is_trust(
+    name: str, format_bundle: FormatBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    shutil.copytree(format_bundle(name), "bundle")
+    keys, other = key_pair(Path(), "key"), key_pair(Path(), "other")
+    sign_bundle(open_bundle("bundle"), keys.private)
+    np.savez("x.npz", hidden_states=np.zeros((1, 2, 128), np.float32))
+    commands = [
+        ["run", "bundle", "-i", "x.npz", "-o", "y.npz", "--force"],
+        ["verify", "bundle", "--golden"],
+        ["verify", "bundle", "--cases", "1"],
+        ["bench", "bundle", "--impl", "none", "--seq", "8", "--rounds", "1"],
+    ]
+    for command in commands:
+        # A signature that nobody asked about is no trust, whoever made it.
+        assert main(command) == 5
+        assert main([*command, "--public-key", "other.pub"]) == 5
+        assert main([*command, "--public-key", "key.pub"]) == 0
+    load("bundle", public_key=keys.public).close()
+    with pytest.raises(IntegrityError, match="give --trust"):
+        load("bundle")
+    # Trust is no reason to overlook the key.
+    with pytest.raises(IntegrityError, match="is not what the key"):
+        load("bundle", public_key=str(other.public), trust=True)
+    (Path("bundle") / SIGNATURE).unlink()
+    with pytest.raises(IntegrityError, match="has no signature"):
+        load("bundle", public_key=keys.public)
 
 
 def test_what_was_changed_is_not_an_export_of_ours(format_bundle: FormatBundle, tmp_path: Path) -> None:
