@@ -113,7 +113,8 @@ class Trials:
             report = verify_bundle(
                 copy,
                 cases="full" if same else "quick",
-                # A copy of a bundle that was loaded already, but for the fault, which its key would refuse unseen.
+                # A copy of a bundle that was loaded already, but for the fault. Nobody signed the copy: with the key,
+                # each would be refused before anything else is tried.
                 run_options=replace(self._options, trust=True, public_key=None),
                 open_artifact=partial(LocalArtifact, wrap=fault.wrap),
                 yardsticks=self._yardsticks if same else None,
