@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffdeploy.cli import console
-from diffdeploy.cli.shared_options import AsJson, Device, Recompile, Threads, Trust
+from diffdeploy.cli.shared_options import AsJson, Device, PublicKey, Recompile, Threads, Trust
 from diffdeploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def generate(
     threads: Threads = None,
     recompile: Recompile = False,
     trust: Trust = False,
+    public_key: PublicKey = None,
     as_json: AsJson = False,
 ) -> int:
     """Continue a prompt, and say how fast."""
@@ -52,7 +53,7 @@ def generate(
     given = [option for option in (prompt, prompt_file, input_ids) if option is not None]
     if len(given) != 1:
         raise InputError("give one of --prompt, --prompt-file and --input-ids")
-    runtime = load(bundle, device=device, threads=threads, recompile=recompile, trust=trust)
+    runtime = load(bundle, device=device, threads=threads, recompile=recompile, trust=trust, public_key=public_key)
     tokenizer = None
     if input_ids is None or stop:
         tokenizer = Tokenizer(runtime.bundle)

@@ -21,7 +21,7 @@ def sign(
 ) -> int:
     """Sign every file of a bundle, in the format of OpenSSF model-signing, without going online.
 
-    Whoever has the public key checks it with --public-key of verify, run and bench, or with load(public_key=...).
+    Whoever has the public key checks it with --public-key of verify, run, generate and bench, or in load().
     """
     from diffdeploy.bundle import MANIFEST, open_bundle, sign_bundle
 
