@@ -2,15 +2,14 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from diffdeploy.arrays import Array
-from diffdeploy.bundle import MANIFEST, WEIGHTS, Bundle, Manifest, open_bundle, read_weights, write_manifest
+from diffdeploy.bundle import MANIFEST, WEIGHTS, Manifest, open_bundle, read_weights, write_manifest
 from diffdeploy.errors import DiffDeployError, ExportError, VerificationError
 from diffdeploy.files import file_sha256
 from diffdeploy.formats import ExportOptions, RunOptions
@@ -19,25 +18,10 @@ from diffdeploy.selftest.fault import Fault, FaultTarget
 from diffdeploy.selftest.local_artifact import LocalArtifact
 from diffdeploy.selftest.registry import faults_of
 from diffdeploy.selftest.results import FaultResult, SelfTest, Skipped
-from diffdeploy.verify.cases import AnyCase
 from diffdeploy.verify.run import verify_bundle
-from diffdeploy.verify.yardsticks import Held, Yardsticks
+from diffdeploy.verify.yardsticks import RememberedYardsticks
 
 __all__ = ["Trials", "self_test"]
-
-
-class _Remembered(Yardsticks):
-    """Yardsticks that are computed once per case: the cases are the same for every fault."""
-
-    def __init__(self, bundle: Bundle, exact_weights: Mapping[str, Array]) -> None:
-        super().__init__(bundle, exact_weights)
-        self._known: dict[str, list[Held]] = {}
-
-    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
-        # A name stands for its inputs, since every case has the seed of the bundle.
-        if case.id not in self._known:
-            self._known[case.id] = super().of(case, inputs)
-        return self._known[case.id]
 
 
 class Trials:
@@ -64,7 +48,7 @@ class Trials:
         weights = read_weights(bundle)
         self._target = FaultTarget(bundle.path, bundle.manifest, held_constants(bundle, weights), weights)
         exact = {name: array.astype(np.float64) for name, array in weights.items()}
-        self._yardsticks = _Remembered(bundle, exact)
+        self._yardsticks = RememberedYardsticks(bundle, exact)
         self._digests = _digests(bundle.path)
         report = verify_bundle(
             path, run_options=self._options, open_artifact=LocalArtifact, yardsticks=self._yardsticks

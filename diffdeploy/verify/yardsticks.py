@@ -18,7 +18,7 @@ from diffdeploy.verify.oracle import exact_and_stored
 if TYPE_CHECKING:
     from diffdeploy.modules import DiffTransformer
 
-__all__ = ["Held", "Yardsticks"]
+__all__ = ["Held", "RememberedYardsticks", "Yardsticks"]
 
 
 @dataclass(frozen=True)
@@ -93,3 +93,23 @@ class Yardsticks:
         for name, stored in exact_outputs(config, self._weights, inputs, self._spec, self._dtype).items():
             yardsticks[name].add_stored(stored)
         return Held(np.arange(len(inputs["input_ids"])), yardsticks)
+
+
+class RememberedYardsticks(Yardsticks):
+    """Yardsticks that are computed once per case, for several artifacts of the same block and seed.
+
+    Args:
+        bundle: see `Yardsticks`.
+        exact_weights: see `Yardsticks`.
+    """
+
+    def __init__(self, bundle: Bundle, exact_weights: Mapping[str, Array]) -> None:
+        super().__init__(bundle, exact_weights)
+        self._known: dict[str, list[Held]] = {}
+
+    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
+        """See `Yardsticks.of`."""
+        # A name stands for its inputs, since every case has the same seed.
+        if case.id not in self._known:
+            self._known[case.id] = super().of(case, inputs)
+        return self._known[case.id]
