@@ -25,13 +25,18 @@ def inspect(
 ) -> int:
     """Say what a bundle or a checkpoint holds, without running it."""
     from diffdeploy.bundle import SIGNATURE, is_bundle, open_bundle
+    from diffdeploy.runtime import least_versions
 
     # Both may be folders; only a bundle has a manifest.
     if is_bundle(path):
         bundle = open_bundle(path)
         signed = (path / SIGNATURE).exists()
         if as_json:
-            fields = {"signature": SIGNATURE if signed else None, **bundle.manifest.model_dump(mode="json")}
+            fields = {
+                "signature": SIGNATURE if signed else None,
+                **bundle.manifest.model_dump(mode="json"),
+                "requires": least_versions(bundle.manifest),
+            }
             console.print_json({"kind": "bundle", "path": str(path), **fields})
         else:
             checked = "signed; checked only with verify --public-key" if signed else "none"
@@ -56,6 +61,8 @@ def inspect(
 
 
 def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
+    from diffdeploy.runtime import least_versions
+
     manifest = bundle.manifest
     config, source = manifest.config.attention, manifest.provenance
     rope = "none" if config.rope is None else f"{config.rope.style}, theta {config.rope.theta:g}"
@@ -81,6 +88,7 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
         ("window", "none" if config.sliding_window is None else f"{config.sliding_window} keys"),
         *_version_rows(config),
         ("from", f"{', '.join(source.files)}{layer}, layout {source.layout}"),
+        *(("needs", f"{name} {least} or newer") for name, least in least_versions(manifest).items()),
         ("made with", ", ".join(f"{name} {found}" for name, found in manifest.environment.packages.items())),
         ("files", ", ".join(f"{name} ({file.size:,} bytes)" for name, file in manifest.files.items())),
     ]

@@ -264,7 +264,7 @@ def _manifest(
 ) -> Manifest:
     device = found.device_of(options)
     facts = this_machine(device) if found.machine else {}
-    return Manifest(
+    manifest = Manifest(
         format=options.format,
         config=checkpoint.config,
         graph=spec,
@@ -289,3 +289,5 @@ def _manifest(
         # Filled in by `write_manifest`, which alone knows what is in the directory.
         files={},
     )
+    # Behind the rest, from which it follows.
+    return manifest.model_copy(update={"requires": found.least_versions(manifest)})

@@ -18,7 +18,10 @@ from diffdeploy.versions import installed_versions
 
 __all__ = ["Environment", "ExportRecord", "FileDigest", "Manifest", "Provenance"]
 
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
+
+# Short, since Python refuses to read numbers of thousands of digits.
+Release = Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9}){0,3}$")]
 
 
 class FileDigest(Record):
@@ -105,18 +108,21 @@ class Manifest(Record):
         graph: interface of the graph.
         options: what the exporter was asked for.
         made_for: what of a machine the artifact needs, for compiled ones; see `diffdeploy.runtime.machine`.
+        requires: least version of each package that computes the artifact rightly, by import name; ``None`` where the
+            manifest is older than this field. See `diffdeploy.runtime.least_versions`.
         verified: whether verification accepted it when it was made.
         environment: versions of what made it.
         provenance: checkpoint it came from.
         files: digest of every other file, by its relative path.
     """
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     format: str
     config: Annotated[AnyModel, Field(discriminator="version")]
     graph: GraphSpec
     options: ExportRecord
     made_for: dict[str, str] = Field(default_factory=dict)
+    requires: dict[str, Release] | None = None
     verified: bool
     environment: Environment
     provenance: Provenance

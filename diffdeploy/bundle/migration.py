@@ -18,8 +18,13 @@ def _from_1(fields: Fields) -> Fields:
     return {**fields, "schema_version": 2}
 
 
-_STEPS: dict[int, Callable[[Fields], Fields]] = {1: _from_1}
-_PRESENT = 2
+def _from_2(fields: Fields) -> Fields:
+    """Schema 2 did not say which versions the artifact ``requires``; formats know, and are asked when it is loaded."""
+    return {**fields, "schema_version": 3}
+
+
+_STEPS: dict[int, Callable[[Fields], Fields]] = {1: _from_1, 2: _from_2}
+_PRESENT = 3
 
 
 def migrated(fields: Fields) -> Fields:

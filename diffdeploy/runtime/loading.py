@@ -9,8 +9,9 @@ from diffdeploy.errors import InputError, IntegrityError, UnavailableError, Unve
 from diffdeploy.formats import Format, RunOptions, find_format, format_names
 from diffdeploy.runtime.machine import differences, this_machine
 from diffdeploy.runtime.runtime import Runtime
+from diffdeploy.versions import imported_version, installed_versions, release
 
-__all__ = ["device_of", "load", "open_runtime", "require_runnable", "require_trusted"]
+__all__ = ["device_of", "least_versions", "load", "open_runtime", "require_runnable", "require_trusted"]
 
 
 def device_of(manifest: Manifest, options: RunOptions) -> str:
@@ -35,8 +36,8 @@ def require_runnable(manifest: Manifest, options: RunOptions) -> None:
 
     Raises:
         InputError: an option that the format does not have.
-        UnavailableError: this version does not know the format, its backend or device is not here, or the artifact was
-            compiled for another machine.
+        UnavailableError: this version does not know the format, its backend or device is not here, the backend is too
+            old to compute the artifact rightly, or the artifact was compiled for another machine.
     """
     found = _format_of(manifest)
     # What is wrong on every machine comes before what this one lacks.
@@ -45,6 +46,9 @@ def require_runnable(manifest: Manifest, options: RunOptions) -> None:
         raise InputError(f"threads is {options.threads}; accepted is 1 or more")
     device = device_of(manifest, options)
     if reason := found.why_not_run(device, manifest.graph.dtype, reference=options.reference):
+        raise UnavailableError(reason)
+    # The reference runtime stands in for the package that could be too old.
+    if not options.reference and (reason := _why_too_old(found, manifest)):
         raise UnavailableError(reason)
     # What is compiled here fits this machine, whatever it was compiled for before.
     if not manifest.made_for or options.recompile:
@@ -86,7 +90,36 @@ def _format_of(manifest: Manifest) -> Format:
             f"manifest.json has attention_impl {options.attention_impl!r} and flavor {options.flavor!r}, which format "
             f"{found.name} does not ship"
         )
+    if others := (manifest.requires or {}).keys() - {found.package}:
+        raise IntegrityError(
+            f"manifest.json requires {', '.join(sorted(others))}, and bundles of format {found.name} run on "
+            f"{found.package}"
+        )
     return found
+
+
+def least_versions(manifest: Manifest) -> dict[str, str]:
+    """Least version of each package that computes an artifact rightly, by import name.
+
+    Args:
+        manifest: of the bundle; an older one, which does not say, is looked up in the tables of its format.
+    """
+    if manifest.requires is not None:
+        return manifest.requires
+    found = find_format(manifest.format)
+    return {} if found is None else found.least_versions(manifest)
+
+
+def _why_too_old(found: Format, manifest: Manifest) -> str | None:
+    least = least_versions(manifest).get(found.package)
+    if least is None or release(installed := imported_version(found.package)) >= release(least):
+        return None
+    # As pip knows it: the package may come from a build with another name.
+    names = [name for name in installed_versions(found.distributions) if name.startswith(found.package)]
+    return (
+        f"{found.package} {installed} is installed, and this {manifest.format} bundle needs {least} or newer to be "
+        f"computed rightly; pip install '{names[0] if names else found.package}>={least}'"
+    )
 
 
 def _can_recompile(found: Format, manifest: Manifest) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdeploy.bundle import REPORT, Manifest, open_bundle
+from diffdeploy.runtime import least_versions
 from diffdeploy.verify.report import Report, files_judged, read_report
 
 __all__ = ["Described", "Difference", "differences", "read_described"]
@@ -25,8 +26,8 @@ class Difference:
     """One thing that differs.
 
     Attributes:
-        section: ``files``, ``graph``, ``config``, ``options``, ``versions``, ``artifact``, ``verification``, ``checks``
-            or ``figures``.
+        section: ``files``, ``graph``, ``config``, ``options``, ``requires``, ``versions``, ``artifact``,
+            ``verification``, ``checks`` or ``figures``.
         name: of the thing, with dots.
         before: its value in the first; ``None`` where it is not there.
         after: its value in the second.
@@ -83,6 +84,7 @@ def _sections(subject: Described) -> dict[str, Mapping[str, Any]]:
             "graph": _flat({"format": manifest.format, **fields["graph"]}),
             "config": _flat(fields["config"]),
             "options": _flat(fields["options"]),
+            "requires": least_versions(manifest),
             "versions": _flat(fields["environment"]),
         }
     if report is not None:

@@ -28,15 +28,20 @@ def rewrite(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 @pytest.fixture
 def first_schema(sample_bundle: Path, tmp_path: Path) -> Path:
+    def earlier(fields: dict[str, Any]) -> None:
+        fields["schema_version"] = 1
+        del fields["requires"]
+
     copy = tmp_path / "bundle"
     shutil.copytree(sample_bundle, copy)
-    rewrite(copy, lambda fields: fields.update(schema_version=1))
+    rewrite(copy, earlier)
     return copy
 
 
 def test_a_bundle_of_schema_1_opens_runs_and_verifies(first_schema: Path) -> None:
     bundle = open_bundle(first_schema)
-    assert bundle.manifest.schema_version == 2
+    assert bundle.manifest.schema_version == 3
+    assert bundle.manifest.requires is None
     assert bundle.manifest.options.attention_impl == "two_call"
     assert bundle.manifest.options.opset == 23
     with load(first_schema) as runtime:
@@ -44,10 +49,21 @@ def test_a_bundle_of_schema_1_opens_runs_and_verifies(first_schema: Path) -> Non
     assert main(["verify", str(first_schema), "--cases", "quick"]) == 0
 
 
-@pytest.mark.parametrize("schema", [0, 3, "1", None, True, 1.0], ids=str)
+def test_a_bundle_of_schema_2_opens_and_runs(bundle_copy: Path) -> None:
+    def earlier(fields: dict[str, Any]) -> None:
+        fields["schema_version"] = 2
+        del fields["requires"]
+
+    rewrite(bundle_copy, earlier)
+    assert open_bundle(bundle_copy).manifest.requires is None
+    with load(bundle_copy) as runtime:
+        assert runtime(hidden_states=np.ones((1, 3, 128), np.float32))["output"].shape == (1, 3, 128)
+
+
+@pytest.mark.parametrize("schema", [0, 4, "1", None, True, 1.0], ids=str)
 def test_other_schemas_are_refused(first_schema: Path, schema: Any) -> None:
     rewrite(first_schema, lambda fields: fields.update(schema_version=schema))
-    with pytest.raises(IntegrityError, match=r"schema_version .*; accepted is 1, 2"):
+    with pytest.raises(IntegrityError, match=r"schema_version .*; accepted is 1, 2, 3"):
         open_bundle(first_schema)
 
 
@@ -67,4 +83,5 @@ def test_options_that_no_export_has_are_refused(first_schema: Path) -> None:
 def test_a_manifest_comes_back_as_it_was_written(sample_bundle: Path) -> None:
     data = (sample_bundle / MANIFEST).read_bytes()
     assert Manifest.from_bytes(data).to_bytes() == data
+    assert json.loads(data)["requires"] == {"onnxruntime": "1.23.1"}
     assert json.loads(data)["options"] == {"attention_impl": "two_call", "seed": 0, "opset": 23, "flavor": "standard"}

@@ -10,9 +10,10 @@ from diffdeploy.errors import ExportError, InputError
 from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
 from diffdeploy.formats.base import EVERY_DTYPE, Format
 from diffdeploy.formats.onnx.names import FIRST_OPSET_WITH_ATTENTION, MODEL, ORT, STANDARD
+from diffdeploy.formats.onnx.versions import least_onnxruntime
 from diffdeploy.formats.options import ExportOptions, RunOptions
 from diffdeploy.graphs import DType, GraphSpec, Variant
-from diffdeploy.versions import installed_versions
+from diffdeploy.versions import installed_versions, release
 
 if TYPE_CHECKING:
     from diffdeploy.modules import AnyModule
@@ -50,6 +51,10 @@ class OnnxFormat(Format):
             wrong_dtype = dtype not in self.runs.get(device.partition(":")[0], EVERY_DTYPE)
             return reason + ("; --runtime reference verifies such graphs, slowly" if wrong_dtype else "")
         return _why_no_provider() if device != "cpu" else None
+
+    def least_versions(self, manifest: Manifest) -> dict[str, str]:
+        """See `Format.least_versions`."""
+        return {self.package: least_onnxruntime(manifest)}
 
     def fastest_impl(self, variant: Variant) -> str:
         """See `Format.fastest_impl`."""
@@ -156,7 +161,7 @@ def _why_no_reference(device: str, dtype: DType) -> str | None:
     if find_spec("onnx") is None:
         return "onnx is not installed, and the reference runtime is a part of it; pip install 'diffdeploy[export]'"
     found = installed_versions(["onnx"])["onnx"]
-    if dtype == "bfloat16" and tuple(map(int, found.split(".")[:2])) < _REFERENCE_MULTIPLIES_BFLOAT16:
+    if dtype == "bfloat16" and release(found) < _REFERENCE_MULTIPLIES_BFLOAT16:
         return f"onnx {found} cannot multiply matrices in bfloat16; pip install 'onnx>=1.23'"
     return None
 
