@@ -22,8 +22,8 @@ __all__ = ["EVERY_DTYPE", "Format"]
 
 EVERY_DTYPE: tuple[DType, ...] = ("float32", "float16", "bfloat16")
 
-# The oldest that pyproject.toml allows and that all tests are run with. Exported programs made with torch 2.11.0,
-# 2.13.0 and 2.14.1 were verified in each of the three, and gave the same figures; see docs/runtime-versions.md.
+# The oldest that pyproject.toml allows; none before it was tried. Programs that torch 2.13.0 exported are right in
+# 2.11.0 to 2.14.1, and those of 2.11.0 and 2.14.1 in each other's; see docs/runtime-versions.md.
 _LEAST_TORCH = "2.11.0"
 
 

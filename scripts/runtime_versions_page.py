@@ -1,0 +1,155 @@
+"""The page docs/runtime-versions.md from what `measure_runtime_versions.py` has measured."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from math import inf, isfinite
+from typing import NamedTuple
+
+from diffdeploy.versions import release
+
+__all__ = ["Row", "Verdict", "page", "table"]
+
+INTRODUCTION = """# Which versions of the runtimes compute bundles rightly
+
+Written by
+
+    python scripts/measure_runtime_versions.py {arguments}
+
+Bundles of small blocks (D 64, h 4, d 16; h_kv 4 where they are not grouped, else 2), exported with torch {torch}, are
+run by each version on {cases} cases of the verification (lengths to 129, batches to 8, masks, pasts, values of every
+kind) and held against fp64 by its budgets. Measured on the CPU of {machine}, with Python {python} and numpy
+{numpy}; CUDA was not.
+
+- ok: every output is within its budget
+- off by 1.8: the worst output has that many times the error that is allowed; "no number" is NaN, or no output at all
+- refuses: it does not load the artifact
+- no import: it cannot be imported here, most often beside this numpy
+
+From the version under "right from" on, all are ok. "least" is what `Format.least_versions` says, which manifests record
+and `load` insists on; it is never older, and newer where the table of the format makes no finer distinction.
+"""
+NOTES = {
+    "onnxruntime": """\
+- 1.16 and older refuse the IR version that torch writes, and every version the opsets that are newer than it is.
+- In `Attention` of 1.23.0 heads read other key/value heads than theirs.
+- In `GroupQueryAttention` up to 1.23.2 a query sees one key more than the window has. A mask hides that key in float32,
+  and in float16 unless its score is that of an outlier. Up to 1.21 the operator takes no mask.
+- float16 is right where float32 is, since its attentions are computed in float32. Where they are not, as in bundles
+  exported before that was so, outliers make them wrong in every version that was tried: export those again.
+- bfloat16 has no kernels for the CPU, and is refused: by 1.19.2, 1.22.1, 1.24.1, 1.28.0, 1.31.1 and 1.32.0.
+""",
+    "torch": """\
+Programs that torch 2.11.0 and 2.14.1 exported passed `diffdeploy verify` in 2.11.0, 2.13.0 and 2.14.1, too. `aoti` and
+`compile` bundles are bound to the torch that compiled them; `--recompile` takes any that `pyproject.toml` allows.
+""",
+}
+
+
+class Verdict(NamedTuple):
+    """What a version makes of a bundle.
+
+    Attributes:
+        kind: ``ok``, ``off``, ``refuses`` or ``no import``.
+        used: share of the budget of the worst output, infinite where there is no number.
+        reason: what is wrong.
+    """
+
+    kind: str
+    used: float = inf
+    reason: str = ""
+
+    @property
+    def cell(self) -> str:
+        """In a table."""
+        if self.kind != "off":
+            return self.kind
+        if not isfinite(self.used):
+            return "off: no number"
+        rounded = float(f"{self.used:.2g}")
+        return f"off by {rounded:g}" if rounded < 10 else f"off by {rounded:,.0f}"
+
+
+class Row(NamedTuple):
+    """What all versions make of a bundle, or of several that differ in their dtype alone.
+
+    Attributes:
+        export: how it is written down.
+        graph: variant.
+        block: what is particular about it.
+        dtypes: of the bundles.
+        verdicts: on the worst of them, by version, the oldest first.
+        least: what the format says.
+    """
+
+    export: str
+    graph: str
+    block: str
+    dtypes: list[str]
+    verdicts: dict[str, Verdict]
+    least: str
+
+    @property
+    def right_from(self) -> str:
+        """The first version that is right as all after it are."""
+        found = "none"
+        for version, verdict in reversed(self.verdicts.items()):
+            if verdict.kind != "ok":
+                break
+            found = version
+        return found
+
+    @property
+    def admitted(self) -> list[str]:
+        """Versions that are wrong, although the format takes them for right."""
+        wrong = [version for version, verdict in self.verdicts.items() if verdict.kind != "ok"]
+        return [version for version in wrong if release(version) >= release(self.least)]
+
+
+def merged(rows: Sequence[Row]) -> list[Row]:
+    """Neighbours that differ in the dtype alone put together, unless some version makes something else of one."""
+
+    def what(row: Row) -> tuple[object, ...]:
+        kinds = [verdict.kind for verdict in row.verdicts.values()]
+        return row.export, row.graph, row.block, row.least, kinds
+
+    together = []
+    for _, alike in groupby(rows, key=what):
+        group = list(alike)
+        dtypes = [dtype for row in group for dtype in row.dtypes]
+        worst = {version: _worst([row.verdicts[version] for row in group]) for version in group[0].verdicts}
+        together.append(group[0]._replace(dtypes=dtypes, verdicts=worst))
+    return together
+
+
+def _worst(verdicts: Sequence[Verdict]) -> Verdict:
+    return max(verdicts, key=lambda verdict: verdict.used)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lines of a table with a column for all neighbouring versions that make the same of every row."""
+    rows = merged(rows)
+    spans = [
+        list(span)
+        for _, span in groupby(rows[0].verdicts, key=lambda version: [row.verdicts[version].kind for row in rows])
+    ]
+    titles = [span[0] if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans]
+    headings = ["export", "graph", "block", "dtype", *titles, "right from", "least"]
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    for row in rows:
+        cells = [_worst([row.verdicts[version] for version in span]).cell for span in spans]
+        named = [row.export, row.graph, row.block, ", ".join(row.dtypes)]
+        lines.append("| " + " | ".join([*named, *cells, row.right_from, row.least]) + " |")
+    return lines
+
+
+def page(rows_of: Mapping[str, Sequence[Row]], measured: Mapping[str, object]) -> str:
+    """The whole page.
+
+    Args:
+        rows_of: a row for each bundle, by package.
+        measured: how, by the names in the introduction.
+    """
+    lines = [INTRODUCTION.format(**measured)]
+    for package, rows in rows_of.items():
+        lines += [f"## {package}", "", NOTES[package], *table(rows), ""]
+    return "\n".join(lines)
