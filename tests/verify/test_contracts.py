@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from diffdeploy.bundle import Bundle, open_bundle, read_weights, write_manifest
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.errors import IntegrityError
+from diffdeploy.formats.aoti.constants import rewrite_member
 from diffdeploy.formats.pt2.backend import load_program
 from diffdeploy.formats.pt2.constants import save
 from diffdeploy.formats.pt2.faults import _after_output
@@ -403,3 +404,39 @@ def test_a_program_must_have_the_declared_ranges(format_bundle: FormatBundle) ->
     axes = {**spec.axes, "sequence_length": spec.axes["sequence_length"].model_copy(update={"max": 99})}
     changed = opened.manifest.model_copy(update={"graph": spec.model_copy(update={"axes": axes})})
     assert "from 1 to 70, declared is 1 to 99" in failed(Bundle(opened.path, changed))["interface"]
+
+
+@pytest.mark.parametrize(
+    ("member", "edit", "check", "message"),
+    [
+        ("kernel.cpp", lambda source: source + b"auto x = std::exp(y);", "attention", "1 of exp in the source"),
+        ("kernel.cpp", lambda source: source + b"auto x = tmp3.exp_u20();", "attention", "1 of exp in the source"),
+        ("wrapper.cpp", lambda source: source + b"aoti_torch_cpu__softmax(x, 1);", "attention", "1 of exp"),
+        (
+            "wrapper_metadata.json",
+            lambda said: json.dumps({**json.loads(said), "torch": "2.0.0"}).encode(),
+            "traces",
+            "torch 2.0.0 wrote it",
+        ),
+    ],
+    ids=["exp", "vector", "softmax", "torch"],
+)
+def test_the_source_of_a_package_is_read(
+    member: str,
+    edit: Callable[[bytes], bytes],
+    check: str,
+    message: str,
+    format_bundle: FormatBundle,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(format_bundle("aoti"), tmp_path / "bundle")
+    assert failed(open_bundle(tmp_path / "bundle")) == {}
+    package = tmp_path / "bundle" / "model.pt2"
+    with zipfile.ZipFile(package) as opened:
+        (name,) = (name for name in opened.namelist() if name.endswith(member))
+        content = opened.read(name)
+    # A sigmoid is no softmax.
+    rewrite_member(package, name, edit(content + (b"1 + std::exp(-x); 1 + x.neg().exp();" if "cpp" in name else b"")))
+    manifest = open_bundle(format_bundle("aoti")).manifest
+    write_manifest(tmp_path / "bundle", manifest)
+    assert message in failed(open_bundle(tmp_path / "bundle"))[check]

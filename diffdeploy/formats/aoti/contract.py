@@ -17,7 +17,7 @@ from diffdeploy.config import is_lambda_vector
 from diffdeploy.errors import IntegrityError
 from diffdeploy.formats.aoti.backend import MODEL
 from diffdeploy.formats.artifact import ArtifactFacts, Check
-from diffdeploy.formats.checks import attentions, declared_facts, make_check
+from diffdeploy.formats.checks import attentions, declared_facts, make_check, other_torch
 
 __all__ = ["checks", "facts"]
 
@@ -26,6 +26,8 @@ _MOST_INLINE = 8
 _NUMBER = re.compile(rb"static_cast<\w+>\(([-+.\de]+)\)")
 # The name of the kernel depends on the device and on the mask.
 _ATTENTION = re.compile(rb"\baoti_torch_\w*scaled_dot_product_\w+\(")
+# What a softmax is written out with; a sigmoid has the exponential of a negative number.
+_EXPONENTIAL = re.compile(rb"\bstd::exp\w*\((?!-)|(?<!\.neg\(\))\.exp\w*\(|\baoti_torch_\w*softmax\w*\(")
 
 
 def _member(bundle: Bundle, ending: str) -> bytes:
@@ -40,6 +42,16 @@ def _attentions(bundle: Bundle) -> int:
     return len(_ATTENTION.findall(_member(bundle, ".wrapper.cpp")))
 
 
+def _exponentials(bundle: Bundle) -> int:
+    """Calls that stand for a softmax beside the fused ones, where the kernels are C++: on the CPU."""
+    # For one token, `rows` is written out itself.
+    if bundle.manifest.options.attention_impl == "rows":
+        return 0
+    with zipfile.ZipFile(bundle.path / MODEL) as package:
+        sources = [package.read(name) for name in package.namelist() if name.endswith(".cpp")]
+    return sum(len(_EXPONENTIAL.findall(source)) for source in sources)
+
+
 def facts(bundle: Bundle) -> ArtifactFacts:
     """See `Format.facts`."""
     return declared_facts(bundle, _attentions(bundle))
@@ -48,13 +60,18 @@ def facts(bundle: Bundle) -> ArtifactFacts:
 def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     """See `Format.contract`."""
     count, metadata = _attentions(bundle), json.loads(_member(bundle, ".wrapper_metadata.json"))
-    found, expected = f"{count} calls of a fused attention in the source of the package", attentions(bundle)
+    exponentials, expected = _exponentials(bundle), (attentions(bundle), 0)
+    found = f"{count} calls of a fused attention and {exponentials} of exp in the source of the package"
+    odd = [] if (count, exponentials) == expected else [f"{found}; expected {expected[0]} and {expected[1]}"]
     same = metadata.get("weights_sha256") == bundle.manifest.files[WEIGHTS].sha256
     problems = [] if same else ["the metadata name other weights"]
     return [
-        make_check("attention", [] if count == expected else [f"{found}; expected {expected}"], found),
+        make_check("attention", odd, found),
         make_check(
             "weights", problems + _missing_weights(bundle, weights), "those of weights.safetensors, bit for bit"
+        ),
+        make_check(
+            "traces", other_torch(str(metadata.get("torch")), bundle.manifest), "compiled by the declared torch"
         ),
     ]
 
