@@ -1,6 +1,6 @@
 """Golden vectors: inputs with exact outputs that travel with a bundle, for machines with nothing but its runtime."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from diffdeploy.verify.cases import Case
 from diffdeploy.verify.coverage import covered
 from diffdeploy.verify.decoder import exact_outputs
 from diffdeploy.verify.metrics import Yardstick, measure
-from diffdeploy.verify.report import CaseReport, Report
+from diffdeploy.verify.report import CaseReport, Report, files_judged
 from diffdeploy.verify.sweep import golden_cases
 
 __all__ = ["golden_arrays", "golden_check", "verify_golden"]
@@ -26,6 +26,8 @@ __all__ = ["golden_arrays", "golden_check", "verify_golden"]
 # Of the largest number in fp64: other machines sum in other orders, which makes 1e-14 in random blocks; what is told
 # from it is an output of other weights, and budgets begin at 1e-7.
 _RELATIVE_ERROR = 1e-10
+
+_WITHOUT_GOLDEN = "run diffdeploy verify without --golden"
 
 
 def golden_arrays(config: AnyModel, spec: GraphSpec, weights: Mapping[str, Array], seed: int) -> dict[str, Array]:
@@ -65,18 +67,18 @@ def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Re
 
     Raises:
         InputError: no bundle there, or one that was never verified.
-        IntegrityError: the bundle is not what was exported, its report is of other cases, or the key did not sign it.
+        IntegrityError: the bundle is not what was exported, its report is not of it or lacks a golden vector, or the key did not sign
+            it.
         UnavailableError: this machine cannot run the format.
         ExportError: the backend cannot load the artifact.
     """
     run_options = run_options or RunOptions()
     bundle = open_bundle(path, run_options.public_key)
-    accepted = _accepting_report(bundle)
-    stored = read_safetensors(bundle.path / GOLDEN)
+    spec, accepted = bundle.manifest.graph, _accepting_report(bundle)
+    cases = golden_cases(spec, accepted.seed)
+    stored, recorded = _stored(bundle, cases), _recorded(bundle, cases, accepted)
     with load(path, **asdict(run_options)) as runtime:
-        cases = [
-            _run_case(runtime, case, stored, accepted) for case in golden_cases(bundle.manifest.graph, accepted.seed)
-        ]
+        reports = [_run_case(runtime, case, stored, recorded[case.id]) for case in cases]
         backend = runtime.description
     return accepted.model_copy(
         update={
@@ -86,8 +88,8 @@ def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Re
             "environment": Environment.current(distributions()),
             # All that was looked at here: contracts take the libraries of an export.
             "contract": [Check(name="digests", passed=True, detail="every file is the one that was exported")],
-            "cases": cases,
-            "coverage": covered(bundle.manifest.graph, golden_cases(bundle.manifest.graph, accepted.seed)),
+            "cases": reports,
+            "coverage": covered(spec, cases),
         }
     )
 
@@ -96,20 +98,49 @@ def _accepting_report(bundle: Bundle) -> Report:
     if REPORT not in bundle.manifest.files:
         raise InputError(
             f"{bundle.path} was exported without verification, so no error of the eager block is on record for its "
-            "budget; run diffdeploy verify without --golden"
+            f"budget; {_WITHOUT_GOLDEN}"
         )
-    return Report.from_bytes((bundle.path / REPORT).read_bytes(), str(bundle.path / REPORT))
+    report = Report.from_bytes((bundle.path / REPORT).read_bytes(), str(bundle.path / REPORT))
+    manifest = bundle.manifest
+    if not report.passed:
+        raise IntegrityError(f"{REPORT} in {bundle.path} did not accept it; {_WITHOUT_GOLDEN}")
+    if (report.format, report.dtype, report.files) != (manifest.format, manifest.graph.dtype, files_judged(manifest)):
+        raise IntegrityError(f"{REPORT} in {bundle.path} is of another bundle; {_WITHOUT_GOLDEN}")
+    return report
 
 
-def _run_case(runtime: Runtime, case: Case, stored: Mapping[str, Array], accepted: Report) -> CaseReport:
+def _stored(bundle: Bundle, cases: Sequence[Case]) -> dict[str, Array]:
+    """The golden vectors, which must be there for every case.
+
+    Raises:
+        IntegrityError: they are not.
+    """
+    stored, spec = read_safetensors(bundle.path / GOLDEN), bundle.manifest.graph
+    wanted = [f"{case.id}.{name}" for case in cases for name in (*spec.inputs, *spec.outputs)]
+    if missing := [name for name in wanted if name not in stored]:
+        raise IntegrityError(f"{GOLDEN} in {bundle.path} lacks {', '.join(missing)}; {_WITHOUT_GOLDEN}")
+    return stored
+
+
+def _recorded(bundle: Bundle, cases: Sequence[Case], accepted: Report) -> dict[str, CaseReport]:
+    """What a report says of each case, and of every output in it.
+
+    Raises:
+        IntegrityError: it does not.
+    """
+    outputs = list(bundle.manifest.graph.outputs)
+    recorded = {case.id: case for case in accepted.cases if [each.output for each in case.outputs] == outputs}
+    if missing := [case.id for case in cases if case.id not in recorded]:
+        raise IntegrityError(f"{REPORT} in {bundle.path} says nothing of {', '.join(missing)}; {_WITHOUT_GOLDEN}")
+    return recorded
+
+
+def _run_case(runtime: Runtime, case: Case, stored: Mapping[str, Array], recorded: CaseReport) -> CaseReport:
     spec = runtime.spec
     try:
         outputs = runtime(**{name: stored[f"{case.id}.{name}"] for name in spec.inputs})
     except Exception as error:  # noqa: BLE001 - whatever a backend raises is the finding
         return CaseReport.did_not_run(case.id, case.group, f"{type(error).__name__}: {error}")
-    recorded = next((report for report in accepted.cases if report.id == case.id), None)
-    if recorded is None:
-        raise IntegrityError(f"{REPORT} in {runtime.bundle.path} has no case {case.id}, whose inputs the bundle holds")
     reports = []
     for eager in recorded.outputs:
         yardstick = Yardstick(stored[f"{case.id}.{eager.output}"], spec.dtype)

@@ -4,18 +4,20 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from diffdeploy.bundle import open_bundle, write_manifest
+from diffdeploy.bundle import Manifest, open_bundle, write_manifest
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.cli.main import main
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.verify import verify_bundle
-from tests.support.bundles import BundleCache
+from tests.support.bundles import BundleCache, accept, with_report
 
 
 def said_by(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> tuple[str, str]:
@@ -108,20 +110,8 @@ def test_golden_judges_as_the_whole_sweep_does(sample_bundle: Path, capsys: pyte
         assert case == swept[case["id"]]
 
 
-def test_golden_says_that_vectors_match_and_no_more(
-    sample_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert said_by(["verify", str(sample_bundle), "--golden"], capsys)[0].startswith("golden vectors match: ")
-    # A report without the cases whose inputs are there, signed anew.
-    copy = tmp_path / "bundle"
-    shutil.copytree(sample_bundle, copy)
-    report = json.loads((copy / "verification.json").read_text())
-    (copy / "verification.json").write_text(json.dumps({**report, "cases": []}))
-    write_manifest(copy, open_bundle(sample_bundle).manifest)
-    assert "verification.json in" in said_by(["verify", str(copy), "--golden"], capsys, code=5)[1]
-
-
 def test_golden_fails_on_a_wrong_artifact(wrong_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    accept(wrong_bundle)
     out, err = said_by(["verify", str(wrong_bundle), "--golden"], capsys, code=1)
     assert out == ""
     assert "2 of 2 cases failed" in err.splitlines()[0]
@@ -137,6 +127,72 @@ def test_golden_of_a_bundle_that_was_never_verified(
     _, err = said_by(["verify", str(bundle), "--golden"], capsys, code=2)
     assert "was exported without verification" in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda report: report.update(cases=[]), "did not accept it"),
+        (
+            lambda report: report.update(cases=[case for case in report["cases"] if case["id"] != "B2-S7-normal"]),
+            "says nothing of B2-S7-normal",
+        ),
+        (lambda report: report["cases"][0].update(outputs=[]), "says nothing of B1-S1-normal"),
+        (lambda report: report["cases"][0]["outputs"][0].update(output="other"), "says nothing of B1-S1-normal"),
+        (lambda report: report["contract"][0].update(passed=False), "did not accept it"),
+        (lambda report: report["files"].pop("model.onnx"), "is of another bundle"),
+        (lambda report: report["files"].update({"model.onnx": "0" * 64}), "is of another bundle"),
+        (lambda report: report.update(dtype="bfloat16"), "is of another bundle"),
+        (lambda report: report.update(format="pt2"), "is of another bundle"),
+    ],
+    ids=[
+        "no cases",
+        "a case less",
+        "no outputs",
+        "other output",
+        "failed",
+        "file",
+        "digest",
+        "dtype",
+        "format",
+    ],
+)
+def test_golden_of_a_report_that_cannot_be_judged_by(
+    change: Callable[[dict[str, Any]], object],
+    message: str,
+    bundle_copy: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_report(bundle_copy, change)
+    out, err = said_by(["verify", str(bundle_copy), "--golden"], capsys, code=5)
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert f"verification.json in {bundle_copy} {message}" in err
+
+
+def test_golden_of_stored_vectors_that_lack_one(bundle_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = load_file(bundle_copy / "golden.safetensors")
+    del stored["B2-S7-normal.hidden_states"]
+    save_file(stored, bundle_copy / "golden.safetensors")
+    write_manifest(bundle_copy, Manifest.from_bytes((bundle_copy / "manifest.json").read_bytes()))
+    accept(bundle_copy)
+    _, err = said_by(["verify", str(bundle_copy), "--golden"], capsys, code=5)
+    assert err.splitlines() == [
+        f"error: golden.safetensors in {bundle_copy} lacks B2-S7-normal.hidden_states; run diffdeploy verify without "
+        "--golden"
+    ]
+
+
+def test_the_verdict_on_golden_vectors_says_what_was_tried(
+    sample_bundle: Path, wrong_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = said_by(["verify", str(sample_bundle), "--golden"], capsys)
+    assert out.startswith(f"golden vectors match: {sample_bundle} (2 cases; ")
+    accept(wrong_bundle)
+    out, _ = said_by(["verify", str(wrong_bundle), "--golden", "--warn-only"], capsys)
+    assert out.startswith(f"golden vectors differ: {wrong_bundle} (2 cases; ")
+    out, _ = said_by(["verify", str(sample_bundle), "--cases", "1"], capsys)
+    assert out.startswith(f"passed: {sample_bundle} (1 cases; ")
 
 
 def test_golden_of_every_variant(sample: Checkpoint, bundles: BundleCache, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from diffdeploy.bundle import MANIFEST, Manifest, write_manifest
 from diffdeploy.cli.main import main
 from diffdeploy.errors import IntegrityError
 from diffdeploy.formats.onnx.external import _INSIDE, require_own_data
-from tests.support.bundles import FormatBundle
+from tests.support.bundles import FormatBundle, accept
 
 ELSEWHERE = [
     "../elsewhere",
@@ -38,7 +38,9 @@ def with_data(format_bundle: FormatBundle, tmp_path: Path) -> Path:
 
 
 def signed(bundle: Path) -> Path:
+    """A bundle with the digests of what it holds now, in its report too."""
     write_manifest(bundle, Manifest.from_bytes((bundle / MANIFEST).read_bytes()))
+    accept(bundle)
     return bundle
 
 
