@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,19 +75,22 @@ def print_json(fields: Any) -> None:
 
 def print_text(text: str) -> None:
     """A line of result on standard output."""
-    sys.stdout.write(text + "\n")
+    # What files say may hold what a terminal obeys.
+    sys.stdout.write(on_one_line(text) + "\n")
     sys.stdout.flush()
 
 
 def print_part(text: str) -> None:
-    """A part of a line of result on standard output."""
-    sys.stdout.write(text)
+    """A part of a text on standard output, with its line ends and tabs."""
+    # What a model says may hold what a terminal obeys, too, but also spaces and joiners that are not printable.
+    obeyed = (letter not in "\n\t" and unicodedata.category(letter) == "Cc" for letter in text)
+    sys.stdout.write("".join(repr(letter)[1:-1] if bad else letter for letter, bad in zip(text, obeyed, strict=True)))
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
     """A line on standard error."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(on_one_line(text) + "\n")
 
 
 def fail(message: str) -> None:
@@ -114,11 +118,11 @@ class Activity:
 
     def phase(self, text: str) -> None:
         """A phase of the work begins."""
-        self._show(text)
+        self._show(_cell(text))
 
     def progress(self, done: int, total: int, name: str) -> None:
         """A case begins."""
-        self._show(f"verifying {done + 1}/{total} {name}")
+        self._show(_cell(f"verifying {done + 1}/{total} {name}"))
 
     def trial(self, done: int, total: int, name: str) -> None:
         """A fault is put in; they take about equally long."""
@@ -140,25 +144,23 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
     """Names and values in two columns on standard output."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        print_text(on_one_line(f"{name:<{width}}  {value}"))
+        print_text(f"{name:<{width}}  {value}")
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output; in a pipe it is as wide as it needs to be."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(_cell, row))
     _print_whole(table)
 
 
 def print_figures(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output with a title: names in the first column, figures in the others."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     print_text(title)
@@ -168,8 +170,15 @@ def print_figures(title: str, headings: Sequence[str], rows: Sequence[Sequence[s
     for heading in headings[1:]:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(_cell, row))
     _print_whole(table)
+
+
+def _cell(text: str) -> str:
+    """A text as it is: for rich, which takes brackets for markup, and for a terminal."""
+    from rich.markup import escape
+
+    return escape(on_one_line(text))
 
 
 def _print_whole(table: "Table") -> None:
@@ -242,12 +251,9 @@ def _mark(passed: bool, fine: str = "ok", wrong: str | None = None) -> str:
 
 
 def _contract_table(report: "Report") -> "Table":
-    from rich.markup import escape
-
     table = _table(("check", "", "what was found"), ())
     for check in report.contract:
-        # Shapes stand in brackets, which are rich's markup.
-        table.add_row(check.name, _mark(check.passed, wrong="FAILED"), escape(check.detail))
+        table.add_row(_cell(check.name), _mark(check.passed, wrong="FAILED"), _cell(check.detail))
     return table
 
 
@@ -260,9 +266,9 @@ def _case_table(report: "Report") -> "Table":
         # By severity, as some cases have no number to compare.
         worst = max(cases, key=lambda case: case.severity)
         table.add_row(
-            group,
+            _cell(group),
             _mark(all(case.passed for case in cases), wrong="FAILED"),
-            worst.id,
+            _cell(worst.id),
             str(len(cases)),
             _number(worst.rmse),
             _number(worst.eager_rmse),
@@ -278,33 +284,29 @@ def _coverage_table(report: "Report") -> "Table":
         ranges = (part.declared, part.compared_whole, part.compared_in_part)
         said = ["-" if found is None else f"{found.min} to {found.max}" for found in ranges]
         untried = "-" if part.untried_text is None else part.untried_text.removeprefix(f"{part.axis} ")
-        table.add_row(part.axis, *said, untried, str(part.num_sizes))
+        table.add_row(_cell(part.axis), *said, _cell(untried), str(part.num_sizes))
     return table
 
 
 def _failure_table(failed: "Sequence[tuple[str, OutputReport]]") -> "Table":
-    from rich.markup import escape
-
     table = _table(("failed", "output", "why"), ("max error", "allowed", "eager"))
     for case_id, output in failed:
         why = output.reason if output.worst_index is None else f"largest error at {output.worst_index}"
         figures = (output.max_error, output.allowed_max_error, output.eager_max_error)
-        table.add_row(case_id, output.output, escape(str(why)), *map(_number, figures))
+        table.add_row(*map(_cell, (case_id, output.output, str(why))), *map(_number, figures))
     return table
 
 
 def _stage_table(finding: "Finding") -> "Table":
     """Where a failed artifact goes wrong: all stages that it shows, or the one sentence that there is."""
-    from rich.markup import escape
-
     table = _table(("stage", "", "where"), ("error", "eager", "times"))
     for stage in finding.stages:
         figures = (stage.rmse, stage.eager_rmse, stage.amplification)
         table.add_row(
-            stage.stage, _mark(not stage.deviates, wrong="WRONG"), escape(stage.node or "-"), *map(_number, figures)
+            stage.stage, _mark(not stage.deviates, wrong="WRONG"), _cell(stage.node or "-"), *map(_number, figures)
         )
     if not finding.stages:
-        table.add_row(finding.stage or "not found", "", escape(finding.detail), "-", "-", "-")
+        table.add_row(finding.stage or "not found", "", _cell(finding.detail), "-", "-", "-")
     return table
 
 

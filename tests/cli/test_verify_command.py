@@ -1,7 +1,6 @@
 """``verify`` and ``diff`` as a user meets them: parts of a verification, files of inputs and reports, bad input."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -310,16 +309,3 @@ def test_diff_of_what_is_neither(sample_bundle: Path, tmp_path: Path, capsys: py
     for path, message in ((tmp_path / "nowhere", "cannot be read"), (tmp_path, "is not a bundle")):
         _, err = said_by(["diff", str(sample_bundle), str(path)], capsys, code=2)
         assert message in err
-
-
-def test_what_a_manifest_holds_changes_nothing_on_a_terminal(
-    sample_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy = tmp_path / "bundle"
-    shutil.copytree(sample_bundle, copy)
-    manifest = open_bundle(copy).manifest
-    source = manifest.provenance.model_copy(update={"layout": "\x1b[2Jmicrosoft\nverified"})
-    write_manifest(copy, manifest.model_copy(update={"provenance": source}))
-    said = said_by(["inspect", str(copy)], capsys)[0]
-    assert "\x1b" not in said
-    assert "\\x1b[2Jmicrosoft verified" in said

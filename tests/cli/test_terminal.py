@@ -1,0 +1,104 @@
+"""What files say is shown, and never obeyed by the terminal: control characters in any name or value are escaped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from safetensors.torch import load_file, save_file
+
+from diffdeploy.bundle import MANIFEST, Manifest, write_manifest
+from diffdeploy.checkpoints.files import SAMPLE
+from diffdeploy.cli import console
+from diffdeploy.cli.main import main
+from tests.bundle.test_hostile_bundles import fields_of, signed_again
+
+pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
+
+# Clears the screen; sets the title; begins the line again; turns the text around; and is no markup of tables.
+EVIL = "\x1b[2J\x1b]0;title\x07\r\u202e\x9b1m[red]"
+SHOWN = r"\x1b[2J\x1b]0;title\x07"
+
+
+def said(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int) -> str:
+    assert main(arguments) == code
+    out, err = capsys.readouterr()
+    odd = {letter for letter in out + err if not letter.isprintable() and letter != "\n"}
+    assert not odd
+    return out + err
+
+
+def with_fields(bundle: Path, *path: str, value: Any) -> None:
+    fields = fields_of(bundle)
+    node: Any = fields
+    for name in path[:-1]:
+        node = node[name]
+    node[path[-1]] = value
+    signed_again(bundle, fields)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [("provenance", "files"), ("environment", "packages"), ("files",)],
+    ids=".".join,
+)
+def test_names_in_a_manifest(path: tuple[str, ...], bundle_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    node: Any = fields_of(bundle_copy)
+    for name in path:
+        node = node[name]
+    with_fields(bundle_copy, *path, value={**node, EVIL: next(iter(node.values()))})
+    assert SHOWN in said(["inspect", str(bundle_copy)], capsys, 5 if path == ("files",) else 0)
+
+
+@pytest.mark.parametrize("name", ["python", "machine", "diffdeploy"])
+def test_values_in_a_manifest(
+    name: str, sample_bundle: Path, bundle_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_fields(bundle_copy, "environment", name, value=EVIL)
+    assert SHOWN in said(["diff", str(sample_bundle), str(bundle_copy)], capsys, 0)
+
+
+def test_a_value_of_two_lines(bundle_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_fields(bundle_copy, "provenance", "layout", value="\x1b[2Jmicrosoft\nverified")
+    assert "\\x1b[2Jmicrosoft verified" in said(["inspect", str(bundle_copy)], capsys, 0)
+
+
+def test_a_format_of_no_version(bundle_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_fields(bundle_copy, "format", value=EVIL)
+    for command in ("verify", "bench"):
+        assert "title" in said([command, str(bundle_copy)], capsys, 3)
+
+
+def test_text_of_a_contract(bundle_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = onnx.load(bundle_copy / "model.onnx")
+    model.producer_name = EVIL
+    onnx.save(model, bundle_copy / "model.onnx")
+    write_manifest(bundle_copy, Manifest.from_bytes((bundle_copy / MANIFEST).read_bytes()))
+    assert "title" in said(["verify", str(bundle_copy), "--cases", "1"], capsys, 1)
+
+
+def test_names_of_cases_of_a_user(sample_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    states = np.zeros((1, 2, 128), np.float32)
+    inputs: dict[str, Any] = {f"{EVIL}.hidden_states": states}
+    np.savez(tmp_path / "x.npz", **inputs)
+    assert SHOWN in said(["verify", str(sample_bundle), "--load-inputs", str(tmp_path / "x.npz")], capsys, 0)
+
+
+def test_keys_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = {key.replace("layers", EVIL): tensor for key, tensor in load_file(SAMPLE / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads((SAMPLE / "config.json").read_text()), "x": EVIL}))
+    assert SHOWN in said(["inspect", str(tmp_path)], capsys, 0)
+
+
+def test_a_line_stays_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_text("a\nb\x1bc größer")
+    console.note("a\tb")
+    assert capsys.readouterr() == ("a b\\x1bc größer\n", "a\\tb\n")
+
+
+def test_a_text_of_a_model_keeps_its_lines_and_letters(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_part("def f():\r\n\treturn '\x1b[2J\x9b'\u3000👩\u200d🚀\n")
+    assert capsys.readouterr().out == "def f():\\r\n\treturn '\\x1b[2J\\x9b'\u3000👩\u200d🚀\n"
