@@ -74,7 +74,7 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
     layer = "" if source.layer is None else f", layer {source.layer}"
     return [
         ("bundle", str(bundle.path)),
-        ("format", manifest.format + (", verified when it was made" if manifest.verified else ", NOT verified")),
+        ("format", manifest.format + (", verified when it was made" if bundle.verified else ", NOT verified")),
         ("options", ", ".join(f"{name} {value}" for name, value in manifest.options.model_dump().items())),
         ("graph", manifest.graph.variant),
         ("inputs", tensors(manifest.graph.inputs)),

@@ -46,6 +46,19 @@ def require_consistent(manifest: Manifest, weights: Path) -> None:
             f"manifest.json has a graph that its block does not have: {_first_difference(spec, implied)}"
         )
     _require_weights(manifest, weights)
+    _require_source(manifest)
+
+
+def _require_source(manifest: Manifest) -> None:
+    """See that what is said of the export and of the checkpoint can be: nothing here reads the checkpoint again."""
+    if manifest.options.seed < 0:
+        raise IntegrityError(f"manifest.json has the seed {manifest.options.seed}; accepted is 0 or more")
+    source = manifest.provenance
+    numbers = {int(part) for key in source.keys for part in key.split(".") if part.isdecimal()}
+    if source.layer is not None and source.layer not in numbers:
+        raise IntegrityError(f"manifest.json has layer {source.layer}, which is in no key that its weights come from")
+    if (asked := source.options.get("layer", source.layer)) != source.layer:
+        raise IntegrityError(f"manifest.json has layer {source.layer}, and layer {asked} was asked for")
 
 
 def _dtype(spec: GraphSpec) -> DType:

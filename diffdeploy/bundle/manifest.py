@@ -27,8 +27,8 @@ Release = Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9}){0,3}$")]
 class FileDigest(Record):
     """Size in bytes and sha256 of one file."""
 
-    size: int
-    sha256: str
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class Provenance(Record):

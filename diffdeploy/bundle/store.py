@@ -59,6 +59,11 @@ class Bundle:
     manifest: Manifest
     signature_checked: bool = False
 
+    @property
+    def verified(self) -> bool:
+        """Whether verification accepted it when it was made, and its report is there."""
+        return self.manifest.verified and REPORT in self.manifest.files
+
 
 def default_output(name: str, layer: int | None, format_name: str) -> Path:
     """Where a bundle goes when the user does not say: ``artifacts/NAME-layerN-FORMAT``, or without the layer."""

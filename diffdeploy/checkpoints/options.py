@@ -1,11 +1,15 @@
 """What the user says of a checkpoint, where its files cannot."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from diffdeploy.checkpoints.detect import AUTO
 from diffdeploy.config import GqaLayout
+from diffdeploy.errors import InputError
 
 __all__ = ["CheckpointOptions"]
 
@@ -32,6 +36,9 @@ class CheckpointOptions:
         gqa_layout: which key stream a query stream reads when ``h_kv < h``.
     """
 
+    # A misspelt name is not lost in silence.
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     layout: str | None = None
     layer: int | None = None
     prefix: str | None = None
@@ -54,5 +61,14 @@ class CheckpointOptions:
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> Self:
-        """Inverse of `given`."""
-        return cls(**given)
+        """Inverse of `given`.
+
+        Raises:
+            InputError: it has other names or values than options have.
+        """
+        try:
+            # As JSON, where strict means that a text is no number, and an object may still be made of its fields.
+            return TypeAdapter(cls).validate_json(json.dumps(dict(given)), strict=True)
+        except ValidationError as error:
+            name = error.errors()[0]["loc"][0]
+            raise InputError(f"{name} is {given.get(str(name))!r}, which is no option of a checkpoint") from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
-from diffdeploy.errors import InputError
+from diffdeploy.errors import InputError, IntegrityError
 from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
 from diffdeploy.formats.options import Device, ExportOptions, RunOptions
 from diffdeploy.graphs import DType, GraphSpec, Variant
@@ -45,6 +45,7 @@ class Format(ABC):
         torch_allocates: whether its memory on CUDA comes from torch's allocator, whose peak can be read.
         holds_ranges: whether the artifact itself holds the declared ranges, so that a manifest that promises more is
             found out.
+        opsets: ONNX operator sets that it writes; empty where it is not ONNX.
         executes: what of a bundle runs as code when it is loaded, so that one from elsewhere has to be trusted;
             ``None`` where loading it runs nothing that the bundle brought.
     """
@@ -63,6 +64,7 @@ class Format(ABC):
     machine: ClassVar[tuple[str, ...]] = ()
     torch_allocates: ClassVar[bool] = True
     holds_ranges: ClassVar[bool] = False
+    opsets: ClassVar[Sequence[int]] = ()
     executes: ClassVar[str | None] = None
 
     # What can be done here
@@ -168,6 +170,25 @@ class Format(ABC):
             InputError: an option or a block that the format cannot hold.
             ExportError: the block could not be lowered.
         """
+
+    def check_manifest(self, manifest: Manifest) -> None:
+        """Refuse what no export of the format writes into a manifest.
+
+        Raises:
+            IntegrityError: it is there.
+        """
+        options = manifest.options
+        for name, given, accepted in (
+            ("attention_impl", options.attention_impl, self.impls),
+            ("flavor", options.flavor, self.flavors or (None,)),
+            ("opset", options.opset, self.opsets or (None,)),
+            ("device", options.device, self.devices if self.is_bound_to_device else (None,)),
+            # Instruction sets of a processor, or the GPU.
+            ("made_for", set(manifest.made_for), [set(self.machine) - {"isa" if options.device == "cuda" else "gpu"}]),
+        ):
+            if given not in accepted:
+                said = sorted(given) if isinstance(given, set) else repr(given)
+                raise IntegrityError(f"manifest.json has {name} {said}, which no export to format {self.name} writes")
 
     # Running
 

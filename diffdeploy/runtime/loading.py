@@ -84,17 +84,7 @@ def _format_of(manifest: Manifest) -> Format:
         raise UnavailableError(
             f"this version cannot run format {manifest.format!r}; it runs {', '.join(format_names())}"
         )
-    options = manifest.options
-    if options.attention_impl not in found.impls or options.flavor not in (None, *found.flavors):
-        raise IntegrityError(
-            f"manifest.json has attention_impl {options.attention_impl!r} and flavor {options.flavor!r}, which format "
-            f"{found.name} does not ship"
-        )
-    if others := (manifest.requires or {}).keys() - {found.package}:
-        raise IntegrityError(
-            f"manifest.json requires {', '.join(sorted(others))}, and bundles of format {found.name} run on "
-            f"{found.package}"
-        )
+    found.check_manifest(manifest)
     return found
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 import numpy as np
 
 from diffdeploy.arrays import Array, to_array, to_tensor
-from diffdeploy.bundle import REPORT, Bundle
+from diffdeploy.bundle import Bundle
 from diffdeploy.errors import InputError
 from diffdeploy.formats import Backend
 from diffdeploy.graphs import GraphSpec, zero_inputs
@@ -49,7 +49,7 @@ class Runtime:
     @property
     def verified(self) -> bool:
         """Whether verification accepted the bundle when it was made, and its report is there."""
-        return self.bundle.manifest.verified and REPORT in self.bundle.manifest.files
+        return self.bundle.verified
 
     def __call__(self, *unnamed: object, **inputs: "Tensor | Array") -> "dict[str, Any]":
         """Run the graph.

@@ -2,25 +2,31 @@
 
 from pathlib import Path
 
-from diffdeploy.bundle import WEIGHTS, cast_weights, open_bundle
-from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint, read_model
+from diffdeploy.bundle import WEIGHTS, Provenance, cast_weights, open_bundle
+from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, ModelCheckpoint, read_checkpoint, read_model
+from diffdeploy.checkpoints.fields import shortened
 from diffdeploy.config import DecoderConfig
+from diffdeploy.errors import InputError, IntegrityError
 from diffdeploy.formats import Check
 
 __all__ = ["matches_checkpoint"]
 
 
 def matches_checkpoint(bundle: str | Path, checkpoint: str | Path) -> Check:
-    """Whether the weights and the config of a bundle are those of a checkpoint's block.
+    """Whether the weights and the config of a bundle are those of a checkpoint, and where it says they are.
 
     Raises:
         InputError: the checkpoint cannot be read as it was for the export.
-        IntegrityError: the bundle is not what was exported.
+        IntegrityError: the bundle is not what was exported, or does not say how the checkpoint was read.
     """
     from safetensors.torch import load_file
 
     manifest = open_bundle(bundle).manifest
-    options = CheckpointOptions.from_given(manifest.provenance.options)
+    source = manifest.provenance
+    try:
+        options = CheckpointOptions.from_given(source.options)
+    except InputError as error:
+        raise IntegrityError(f"manifest.json in {bundle} does not say how to read the checkpoint: {error}") from error
     is_model = isinstance(manifest.config, DecoderConfig)
     found = read_model(checkpoint, options) if is_model else read_checkpoint(checkpoint, options)
     # Cast as for the export, since a bundle holds weights in the artifact's dtype.
@@ -33,7 +39,32 @@ def matches_checkpoint(bundle: str | Path, checkpoint: str | Path) -> Check:
         for name in sorted(read.keys() & stored.keys())
         if read[name].shape != stored[name].shape or not bool((read[name] == stored[name]).all())
     ]
-    detail = (
-        "; ".join(problems) or f"the weights are those of {', '.join(file.name for file in found.files)}, bit for bit"
-    )
-    return Check(name="origin", passed=not problems, detail=detail)
+    problems += _false_claims(found, source)
+    names = ", ".join(file.name for file in found.files)
+    others = "" if _digests(found) == _claimed_digests(source) else "; the manifest names other files"
+    fine = f"the weights are those of {names}, bit for bit{others}"
+    return Check(name="origin", passed=not problems, detail="; ".join(problems) or fine)
+
+
+def _false_claims(found: Checkpoint | ModelCheckpoint, source: Provenance) -> list[str]:
+    """What a manifest says of the checkpoint that is not so."""
+    facts: list[tuple[str, object, object]] = [("layer", found.layer, source.layer)]
+    # The same weights may have been stored anew, in other files and under other keys.
+    if _digests(found) == _claimed_digests(source):
+        sizes = {file.name: file.size for file in found.files}
+        facts += [("sizes of files", sizes, {name: file.size for name, file in source.files.items()})]
+        facts += [("layout", found.layout, source.layout), ("keys", found.keys, source.keys)]
+        facts += [("defaults", found.defaults, source.defaults)]
+    return [
+        f"the manifest has {name} {shortened(claimed)}, and the checkpoint {shortened(here)}"
+        for name, here, claimed in facts
+        if here != claimed
+    ]
+
+
+def _digests(found: Checkpoint | ModelCheckpoint) -> dict[str, str]:
+    return {file.name: file.sha256 for file in found.files}
+
+
+def _claimed_digests(source: Provenance) -> dict[str, str]:
+    return {name: file.sha256 for name, file in source.files.items()}

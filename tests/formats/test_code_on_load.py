@@ -374,7 +374,7 @@ def test_the_key_of_its_signer_is_trust(
 def test_what_was_changed_is_not_an_export_of_ours(format_bundle: FormatBundle, tmp_path: Path) -> None:
     shutil.copytree(format_bundle("aoti"), tmp_path / "bundle")
     manifest = open_bundle(tmp_path / "bundle").manifest
-    write_manifest(tmp_path / "bundle", manifest.model_copy(update={"made_for": {}}))
+    write_manifest(tmp_path / "bundle", manifest.model_copy(update={"verified": False}))
     with pytest.raises(IntegrityError, match="give --trust"):
         load(tmp_path / "bundle")
 

@@ -34,6 +34,7 @@ class OnnxFormat(Format):
 
     name = "onnx"
     flavors = (STANDARD, ORT)
+    opsets = OPSETS
     package = "onnxruntime"
     distributions = ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
     export_packages = ("onnx", "onnxscript")
