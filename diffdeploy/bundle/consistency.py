@@ -41,7 +41,9 @@ def require_consistent(manifest: Manifest, weights: Path) -> None:
         )
     except InputError as error:
         raise IntegrityError(f"manifest.json does not describe a graph: {error}") from error
-    if spec not in (implied, _with_streams_apart(implied, manifest)):
+    # Backends take tensors by their places, and dictionaries in another order are equal.
+    ordered = (list(spec.inputs), list(spec.outputs)) == (list(implied.inputs), list(implied.outputs))
+    if not ordered or spec not in (implied, _with_streams_apart(implied, manifest)):
         raise IntegrityError(
             f"manifest.json has a graph that its block does not have: {_first_difference(spec, implied)}"
         )
@@ -54,8 +56,9 @@ def _require_source(manifest: Manifest) -> None:
     if manifest.options.seed < 0:
         raise IntegrityError(f"manifest.json has the seed {manifest.options.seed}; accepted is 0 or more")
     source = manifest.provenance
-    numbers = {int(part) for key in source.keys for part in key.split(".") if part.isdecimal()}
-    if source.layer is not None and source.layer not in numbers:
+    # As texts, since a key may hold more digits than Python makes a number of.
+    numbers = {part.lstrip("0") for key in source.keys for part in key.split(".") if part.isdecimal()}
+    if source.layer is not None and str(source.layer).lstrip("0") not in numbers:
         raise IntegrityError(f"manifest.json has layer {source.layer}, which is in no key that its weights come from")
     if (asked := source.options.get("layer", source.layer)) != source.layer:
         raise IntegrityError(f"manifest.json has layer {source.layer}, and layer {asked} was asked for")
@@ -85,7 +88,7 @@ def _with_streams_apart(spec: GraphSpec, manifest: Manifest) -> GraphSpec:
 def _first_difference(spec: GraphSpec, implied: GraphSpec) -> str:
     given, wanted = spec.model_dump(mode="json"), implied.model_dump(mode="json")
     for part in given:
-        if given[part] == wanted[part]:
+        if given[part] == wanted[part] and list(given[part]) == list(wanted[part]):
             continue
         names = dict.fromkeys([*wanted[part], *given[part]])
         name = next((each for each in names if given[part].get(each) != wanted[part].get(each)), None)
