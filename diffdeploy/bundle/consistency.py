@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdeploy.bundle.manifest import Manifest
-from diffdeploy.config import is_lambda_vector
+from diffdeploy.config import DecoderConfig, is_lambda_vector
 from diffdeploy.errors import InputError, IntegrityError
 from diffdeploy.graphs import DType, GraphSpec, graph_spec
 
@@ -56,6 +56,8 @@ def _require_source(manifest: Manifest) -> None:
     if manifest.options.seed < 0:
         raise IntegrityError(f"manifest.json has the seed {manifest.options.seed}; accepted is 0 or more")
     source = manifest.provenance
+    if isinstance(manifest.config, DecoderConfig) and source.layer is not None:
+        raise IntegrityError(f"manifest.json has layer {source.layer}, and a whole model is of no one layer")
     # As texts, since a key may hold more digits than Python makes a number of.
     numbers = {part.lstrip("0") for key in source.keys for part in key.split(".") if part.isdecimal()}
     if source.layer is not None and str(source.layer).lstrip("0") not in numbers:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from diffdeploy.bundle import Manifest, open_bundle, read_weights
-from diffdeploy.checkpoints import Checkpoint
+from diffdeploy.checkpoints import Checkpoint, ModelCheckpoint
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.cli.main import main
 from diffdeploy.errors import DiffDeployError, IntegrityError
@@ -23,6 +23,7 @@ from diffdeploy.verify import artifact_checks, verify_bundle
 from diffdeploy.verify.golden import golden_check
 from tests.bundle.test_hostile_bundles import fields_of, signed_again
 from tests.support.bundles import BundleCache, FormatBundle, options_of
+from tests.support.models import decoder_weights, make_decoder
 
 GONE = "a key that is not there"
 
@@ -126,7 +127,19 @@ def means_the_same(path: Path, good: Manifest) -> bool:
     return found == good and orders[0] == orders[1]
 
 
-@pytest.fixture(params=["onnx", "onnx cached", "pt2"])
+def cached_bundle(bundles: BundleCache, sample: Checkpoint) -> Path:
+    return bundles.bundle(sample, options_of("onnx", graph="cached", dtype="float16"), verify=False)
+
+
+def model_bundle(bundles: BundleCache) -> Path:
+    config = make_decoder(num_layers=2)
+    found = ModelCheckpoint(
+        config=config, weights=decoder_weights(config), layout="diffdeploy", keys=list(config.weight_shapes())
+    )
+    return bundles.bundle(found, options_of("onnx", graph="model", max_sequence_length=20), verify=False)
+
+
+@pytest.fixture(params=["onnx", "onnx cached", "onnx model", "pt2"])
 def subject(
     request: pytest.FixtureRequest,
     format_bundle: FormatBundle,
@@ -134,9 +147,13 @@ def subject(
     bundles: BundleCache,
     tmp_path: Path,
 ) -> Path:
-    name = request.param
-    cached = options_of("onnx", graph="cached", dtype="float16")
-    source = bundles.bundle(sample, cached, verify=False) if name == "onnx cached" else format_bundle(name)
+    match request.param:
+        case "onnx cached":
+            source = cached_bundle(bundles, sample)
+        case "onnx model":
+            source = model_bundle(bundles)
+        case name:
+            source = format_bundle(name)
     shutil.copytree(source, tmp_path / "bundle")
     return tmp_path / "bundle"
 
@@ -177,13 +194,21 @@ def test_what_cannot_be_said_of_an_export(path: tuple[str, ...], value: Any, mes
         open_bundle(bundle_copy)
 
 
+def test_a_model_is_of_no_one_layer(bundles: BundleCache, tmp_path: Path) -> None:
+    shutil.copytree(model_bundle(bundles), tmp_path / "bundle")
+    set_to(tmp_path / "bundle", ("provenance", "layer"), 1)
+    with pytest.raises(IntegrityError, match="has layer 1, and a whole model is of no one layer"):
+        open_bundle(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("graph", ["cached", "model"])
 @pytest.mark.parametrize("side", ["inputs", "outputs"])
 def test_the_order_of_tensors_is_that_of_the_graph(
-    side: str, sample: Checkpoint, bundles: BundleCache, tmp_path: Path
+    side: str, graph: str, sample: Checkpoint, bundles: BundleCache, tmp_path: Path
 ) -> None:
     """Backends take them by their places, where keys and values of the past may have one shape."""
-    options = options_of("onnx", graph="cached", dtype="float16")
-    shutil.copytree(bundles.bundle(sample, options, verify=False), tmp_path / "bundle")
+    source = cached_bundle(bundles, sample) if graph == "cached" else model_bundle(bundles)
+    shutil.copytree(source, tmp_path / "bundle")
     names = fields_of(tmp_path / "bundle")["graph"][side]
     set_to(tmp_path / "bundle", ("graph", side), dict(reversed(names.items())))
     with pytest.raises(IntegrityError, match=f"the order of its {side} is {', '.join(reversed(names))}"):
