@@ -185,6 +185,7 @@ class Format(ABC):
             ("device", options.device, self.devices if self.is_bound_to_device else (None,)),
             # Instruction sets of a processor, or the GPU.
             ("made_for", set(manifest.made_for), [set(self.machine) - {"isa" if options.device == "cuda" else "gpu"}]),
+            ("requires", set(manifest.requires or ()), [set(), {self.package}]),
         ):
             if given not in accepted:
                 said = sorted(given) if isinstance(given, set) else repr(given)

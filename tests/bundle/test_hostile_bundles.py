@@ -19,20 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from diffdeploy import load
 from diffdeploy.bundle import MANIFEST, WEIGHTS, Manifest, open_bundle, write_manifest
-from diffdeploy.bundle.manifest import _digest, _render
 from diffdeploy.cli.main import main
 from diffdeploy.errors import DiffDeployError, IntegrityError
 from tests.support.fuzzing import fuzzed, limited_time
-
-
-def signed_again(bundle: Path, fields: dict[str, Any]) -> None:
-    fields = {name: value for name, value in fields.items() if name != "manifest_sha256"}
-    (bundle / MANIFEST).write_bytes(_render({**fields, "manifest_sha256": _digest(fields)}))
-
-
-def fields_of(bundle: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((bundle / MANIFEST).read_bytes())
-    return found
+from tests.support.manifests import fields_of, signed, signed_again
 
 
 def make_pipe(path: Path) -> None:
@@ -72,7 +62,7 @@ def with_weights(change: Callable[[dict[str, Any]], object]) -> Callable[[Path],
         weights = load_file(bundle / WEIGHTS)
         change(weights)
         save_file(weights, bundle / WEIGHTS)
-        write_manifest(bundle, Manifest.from_bytes((bundle / MANIFEST).read_bytes()))
+        signed(bundle)
 
     return edit
 

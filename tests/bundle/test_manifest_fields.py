@@ -21,8 +21,8 @@ from diffdeploy.runtime import require_runnable
 from diffdeploy.selftest.local_artifact import LocalArtifact
 from diffdeploy.verify import artifact_checks, verify_bundle
 from diffdeploy.verify.golden import golden_check
-from tests.bundle.test_hostile_bundles import fields_of, signed_again
 from tests.support.bundles import BundleCache, FormatBundle, options_of
+from tests.support.manifests import fields_of, reached, set_to, signed_again
 from tests.support.models import decoder_weights, make_decoder
 
 GONE = "a key that is not there"
@@ -94,12 +94,6 @@ def mutated(fields: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]
         changed["options"][name] = value
         if changed != fields:
             yield f"options.{name}", value, changed
-
-
-def reached(node: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        node = node[key]
-    return node
 
 
 def is_seen(path: Path) -> bool:
@@ -213,12 +207,6 @@ def test_the_order_of_tensors_is_that_of_the_graph(
     set_to(tmp_path / "bundle", ("graph", side), dict(reversed(names.items())))
     with pytest.raises(IntegrityError, match=f"the order of its {side} is {', '.join(reversed(names))}"):
         open_bundle(tmp_path / "bundle")
-
-
-def set_to(bundle: Path, path: tuple[str, ...], value: Any) -> None:
-    fields = fields_of(bundle)
-    reached(fields, path[:-1])[path[-1]] = value
-    signed_again(bundle, fields)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,10 @@ import onnx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from diffdeploy.bundle import MANIFEST, Manifest, write_manifest
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.cli import console
 from diffdeploy.cli.main import main
-from tests.bundle.test_hostile_bundles import fields_of, signed_again
+from tests.support.manifests import fields_of, reached, set_to, signed
 
 pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 
@@ -30,25 +29,14 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int) ->
     return out + err
 
 
-def with_fields(bundle: Path, *path: str, value: Any) -> None:
-    fields = fields_of(bundle)
-    node: Any = fields
-    for name in path[:-1]:
-        node = node[name]
-    node[path[-1]] = value
-    signed_again(bundle, fields)
-
-
 @pytest.mark.parametrize(
     "path",
     [("provenance", "files"), ("environment", "packages"), ("files",)],
     ids=".".join,
 )
 def test_names_in_a_manifest(path: tuple[str, ...], bundle_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    node: Any = fields_of(bundle_copy)
-    for name in path:
-        node = node[name]
-    with_fields(bundle_copy, *path, value={**node, EVIL: next(iter(node.values()))})
+    node = reached(fields_of(bundle_copy), path)
+    set_to(bundle_copy, path, {**node, EVIL: next(iter(node.values()))})
     assert SHOWN in said(["inspect", str(bundle_copy)], capsys, 5 if path == ("files",) else 0)
 
 
@@ -56,17 +44,17 @@ def test_names_in_a_manifest(path: tuple[str, ...], bundle_copy: Path, capsys: p
 def test_values_in_a_manifest(
     name: str, sample_bundle: Path, bundle_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with_fields(bundle_copy, "environment", name, value=EVIL)
+    set_to(bundle_copy, ("environment", name), EVIL)
     assert SHOWN in said(["diff", str(sample_bundle), str(bundle_copy)], capsys, 0)
 
 
 def test_a_value_of_two_lines(bundle_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with_fields(bundle_copy, "provenance", "layout", value="\x1b[2Jmicrosoft\nverified")
+    set_to(bundle_copy, ("provenance", "layout"), "\x1b[2Jmicrosoft\nverified")
     assert "\\x1b[2Jmicrosoft verified" in said(["inspect", str(bundle_copy)], capsys, 0)
 
 
 def test_a_format_of_no_version(bundle_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with_fields(bundle_copy, "format", value=EVIL)
+    set_to(bundle_copy, ("format",), EVIL)
     for command in ("verify", "bench"):
         assert "title" in said([command, str(bundle_copy)], capsys, 3)
 
@@ -75,7 +63,7 @@ def test_text_of_a_contract(bundle_copy: Path, capsys: pytest.CaptureFixture[str
     model = onnx.load(bundle_copy / "model.onnx")
     model.producer_name = EVIL
     onnx.save(model, bundle_copy / "model.onnx")
-    write_manifest(bundle_copy, Manifest.from_bytes((bundle_copy / MANIFEST).read_bytes()))
+    signed(bundle_copy)
     assert "title" in said(["verify", str(bundle_copy), "--cases", "1"], capsys, 1)
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from diffdeploy.bundle import Manifest, open_bundle, write_manifest
+from diffdeploy.bundle import open_bundle, write_manifest
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.cli.main import main
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.verify import verify_bundle
-from tests.support.bundles import BundleCache, accept, with_report
+from tests.support.bundles import BundleCache
+from tests.support.manifests import accept, signed, with_report
 
 
 def said_by(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> tuple[str, str]:
@@ -173,8 +174,7 @@ def test_golden_of_stored_vectors_that_lack_one(bundle_copy: Path, capsys: pytes
     stored = load_file(bundle_copy / "golden.safetensors")
     del stored["B2-S7-normal.hidden_states"]
     save_file(stored, bundle_copy / "golden.safetensors")
-    write_manifest(bundle_copy, Manifest.from_bytes((bundle_copy / "manifest.json").read_bytes()))
-    accept(bundle_copy)
+    accept(signed(bundle_copy))
     _, err = said_by(["verify", str(bundle_copy), "--golden"], capsys, code=5)
     assert err.splitlines() == [
         f"error: golden.safetensors in {bundle_copy} lacks B2-S7-normal.hidden_states; run diffdeploy verify without "

@@ -30,6 +30,7 @@ from diffdeploy.formats.pt2.expressions import is_expression, is_guard
 from diffdeploy.verify import verify_bundle
 from tests.support.bundles import FormatBundle
 from tests.support.keys import key_pair
+from tests.support.manifests import signed
 
 MARKER = "MARKER"
 
@@ -145,18 +146,6 @@ EXPLOITS = {
 def pt2(format_bundle: FormatBundle, tmp_path: Path) -> Path:
     shutil.copytree(format_bundle("pt2"), tmp_path / "bundle")
     return tmp_path / "bundle"
-
-
-def signed(bundle: Path) -> Path:
-    """With the digests of what it holds now, as anybody can write them."""
-    write_manifest(bundle, open_manifest(bundle))
-    return bundle
-
-
-def open_manifest(bundle: Path) -> Any:
-    from diffdeploy.bundle import MANIFEST, Manifest
-
-    return Manifest.from_bytes((bundle / MANIFEST).read_bytes())
 
 
 @pytest.mark.parametrize("name", RUN_BY_TORCH)

@@ -10,11 +10,11 @@ import onnxruntime
 import pytest
 
 from diffdeploy import load
-from diffdeploy.bundle import MANIFEST, Manifest, write_manifest
 from diffdeploy.cli.main import main
 from diffdeploy.errors import IntegrityError
 from diffdeploy.formats.onnx.external import _INSIDE, require_own_data
-from tests.support.bundles import FormatBundle, accept
+from tests.support.bundles import FormatBundle
+from tests.support.manifests import accept, signed
 
 ELSEWHERE = [
     "../elsewhere",
@@ -34,14 +34,7 @@ def with_data(format_bundle: FormatBundle, tmp_path: Path) -> Path:
     onnx.save(
         onnx.load(bundle / "model.onnx"), bundle / "model.onnx", save_as_external_data=True, location="model.onnx.data"
     )
-    return signed(bundle)
-
-
-def signed(bundle: Path) -> Path:
-    """A bundle with the digests of what it holds now, in its report too."""
-    write_manifest(bundle, Manifest.from_bytes((bundle / MANIFEST).read_bytes()))
-    accept(bundle)
-    return bundle
+    return accept(signed(bundle))
 
 
 def opened(*_: object, **__: object) -> None:
@@ -54,7 +47,7 @@ def led_to(bundle: Path, location: str) -> Path:
     entries = [e for t in model.graph.initializer for e in t.external_data if e.key == "location"]
     entries[-1].value = location
     (bundle / "model.onnx").write_bytes(model.SerializeToString())
-    return signed(bundle)
+    return accept(signed(bundle))
 
 
 def test_the_file_of_an_export_is_read(with_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,4 +173,4 @@ def test_what_is_no_model_is_refused_in_one_sentence(content: bytes, message: st
     (with_data / "model.onnx").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         require_own_data(with_data)
-    assert main(["run", str(signed(with_data)), "-i", "x.npz", "-o", "y.npz"]) in (2, 4)
+    assert main(["run", str(accept(signed(with_data))), "-i", "x.npz", "-o", "y.npz"]) in (2, 4)

@@ -13,18 +13,15 @@ from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 
-from diffdeploy.bundle import open_bundle, write_manifest
 from diffdeploy.checkpoints import Checkpoint, ModelCheckpoint
 from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.files import file_sha256
 from diffdeploy.runtime.machine import this_machine
-from diffdeploy.verify.report import files_judged
 from tests.support.paths import ROOT
 
 CPU_FORMATS = ["onnx", "onnx-ort", "pt2", "aoti", "compile"]
@@ -41,21 +38,6 @@ def options_of(name: str, **changes: object) -> ExportOptions:
         format=format_name, onnx_flavor=flavor or None, max_batch_size=4, max_sequence_length=70, cases="quick"
     )
     return replace(options, **changes)  # type: ignore[arg-type]
-
-
-def with_report(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """A bundle whose report says something else, signed anew."""
-    manifest, report = open_bundle(bundle).manifest, bundle / "verification.json"
-    fields = json.loads(report.read_bytes())
-    change(fields)
-    report.write_text(json.dumps(fields))
-    write_manifest(bundle, manifest)
-
-
-def accept(bundle: Path) -> None:
-    """Make the report one of the bundle as it is now, as one can who signs it anew."""
-    files = files_judged(open_bundle(bundle).manifest)
-    with_report(bundle, lambda report: report.update(files=files))
 
 
 class BundleCache:
