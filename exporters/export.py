@@ -166,6 +166,7 @@ def export_bundle(
         max_batch_size=options.max_batch_size,
         max_sequence_length=max_sequence_length,
         logits=options.logits,
+        padding=found.padding(options.graph, options.onnx_flavor, checkpoint.config),
     )
     weights = cast_weights(checkpoint.weights, options.dtype)
     report = None

@@ -12,6 +12,7 @@ from diffdeploy.config import AnyConfig
 from diffdeploy.errors import ExportError, InputError
 from diffdeploy.exporters.onnx_norms import small_epsilons_kept
 from diffdeploy.exporters.onnx_ort import OrtGraphModule
+from diffdeploy.exporters.onnx_ort_model import OrtModelModule, require_ort_model
 from diffdeploy.exporters.onnx_ties import tie_head
 from diffdeploy.exporters.tracing import GraphModule, example
 from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL, ORT, layer_output
@@ -46,11 +47,12 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, *, opset: int, fla
     if isinstance(block, DiffTransformer):
         graph = _WithLayers(block, spec)
         names += map(layer_output, range(block.config.num_layers))
-    if flavor == ORT:
-        if not isinstance(block, AttentionBlock):
-            raise InputError("the flavor ort is for blocks; leave --onnx-flavor out")
+    # Modules of their own: which operators are written is decided while the block is traced.
+    if flavor == ORT and isinstance(block, DiffTransformer):
+        require_ort_model(block.config)
+        graph = OrtModelModule(block, spec)
+    elif flavor == ORT and isinstance(block, AttentionBlock):
         _require_ort(block.config)
-        # A module of its own: which operators are written is decided while the block is traced.
         graph = OrtGraphModule(block, spec)
     with _scores_in_float32(), small_epsilons_kept(block, opset):
         program = _export(graph.eval(), spec, names, opset)

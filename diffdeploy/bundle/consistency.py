@@ -37,6 +37,7 @@ def require_consistent(manifest: Manifest, weights: Path) -> None:
             dtype=_dtype(spec),
             max_batch_size=spec.axes["batch_size"].max,
             max_sequence_length=spec.axes["sequence_length"].max,
+            padding=spec.padding,
             logits=spec.logits if spec.main_output in spec.outputs else "all",
         )
     except InputError as error:

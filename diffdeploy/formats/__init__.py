@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 from diffdeploy.formats.rows import format_names
 
 if TYPE_CHECKING:
-    from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
+    from diffdeploy.formats.artifact import (
+        ArtifactFacts,
+        Backend,
+        CacheBuffers,
+        Check,
+        FileFault,
+        Intermediates,
+        LayerValues,
+    )
     from diffdeploy.formats.base import Format
     from diffdeploy.formats.options import Device, ExportOptions, RunOptions, Selection
     from diffdeploy.formats.registry import (
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArtifactFacts",
     "Backend",
+    "CacheBuffers",
     "Check",
     "Device",
     "ExportOptions",
@@ -43,7 +52,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("ArtifactFacts", "Backend", "Check", "FileFault", "Intermediates", "LayerValues"), "artifact"),
+    **dict.fromkeys(
+        ("ArtifactFacts", "Backend", "CacheBuffers", "Check", "FileFault", "Intermediates", "LayerValues"), "artifact"
+    ),
     "Format": "base",
     **dict.fromkeys(("Device", "ExportOptions", "RunOptions", "Selection"), "options"),
 }

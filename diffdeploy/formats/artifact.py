@@ -15,7 +15,7 @@ from diffdeploy.records import Record
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ArtifactFacts", "Backend", "Check", "FileFault", "Intermediates", "LayerValues"]
+__all__ = ["ArtifactFacts", "Backend", "CacheBuffers", "Check", "FileFault", "Intermediates", "LayerValues"]
 
 # From inputs of a model by name to its outputs, and to what each layer N gives, ``layers.N.output [B, S, D]``.
 # It raises ExportError where the artifact does not run.
@@ -76,9 +76,35 @@ class Backend(ABC):
             as_torch: whether outputs are wanted as torch tensors, or as numpy arrays.
         """
 
+    def buffers(self, batch_size: int, capacity: int, fill: float) -> "CacheBuffers | None":
+        """A cache that is written in place, for a batch of sequences; ``None`` where the artifact makes new ones.
+
+        Args:
+            batch_size: rows.
+            capacity: most tokens of a row.
+            fill: what the buffers hold before.
+        """
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Release what `open` took."""
+
+
+class CacheBuffers(ABC):
+    """Buffers ``[B, h_kv, capacity, w]`` that one batch of sequences is computed with; rows are padded on the right."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, Array]) -> Array:
+        """What is computed from new tokens, whose keys and values are written behind those of earlier calls.
+
+        Args:
+            inputs: by the names of the graph, all but the caches; the mask ``[B, T]`` counts the tokens of each row.
+        """
+
+    @abstractmethod
+    def arrays(self) -> dict[str, Array]:
+        """The buffers as they are, by the names of the inputs that take them."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
+from diffdeploy.config import AnyModel
 from diffdeploy.errors import InputError, IntegrityError
 from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
 from diffdeploy.formats.options import Device, ExportOptions, RunOptions
-from diffdeploy.graphs import DType, GraphSpec, Variant
+from diffdeploy.graphs import DType, GraphSpec, Padding, Variant
 
 if TYPE_CHECKING:
     from diffdeploy.modules import AnyModule
@@ -141,6 +142,10 @@ class Format(ABC):
     def fastest_impl(self, variant: Variant) -> str:
         """The implementation that ``auto`` stands for; graphs serve all sizes. See docs/operator-speed.md."""
 
+    def padding(self, variant: Variant, flavor: str | None, config: AnyModel) -> Padding:
+        """What a graph makes of its mask; see `GraphSpec`."""
+        return "anywhere"
+
     def check_options(self, options: ExportOptions) -> None:
         """Refuse options that the format does not have.
 
@@ -177,7 +182,7 @@ class Format(ABC):
         Raises:
             IntegrityError: it is there.
         """
-        options = manifest.options
+        options, graph = manifest.options, manifest.graph
         for name, given, accepted in (
             ("attention_impl", options.attention_impl, self.impls),
             ("flavor", options.flavor, self.flavors or (None,)),
@@ -186,6 +191,7 @@ class Format(ABC):
             # Instruction sets of a processor, or the GPU.
             ("made_for", set(manifest.made_for), [set(self.machine) - {"isa" if options.device == "cuda" else "gpu"}]),
             ("requires", set(manifest.requires or ()), [set(), {self.package}]),
+            ("padding", graph.padding, [self.padding(graph.variant, options.flavor, manifest.config)]),
         ):
             if given not in accepted:
                 said = sorted(given) if isinstance(given, set) else repr(given)

@@ -25,6 +25,9 @@ __all__ = [
 
 _BYTES_OF_HALF = 2
 
+# Numbers of a weight that an exporter may fold into a constant each, as those of PolyNorm, which are factors of terms.
+_TAKEN_APART = 3
+
 # Formats that hold a number in float32 round it by 6e-8 at most.
 _RELATIVE_ERROR = 1e-6
 
@@ -90,10 +93,18 @@ def weights_bit_for_bit(
             continue
         if any(_equal(other, weight) for other in found):
             continue
+        if weight.size <= _TAKEN_APART and all(_is_held(constants, number) for number in weight.reshape(-1)):
+            continue
         paired = stream_width is not None and name.startswith(("q_proj", "k_proj"))
         if not paired or not all(_take(left, stream) for stream in _by_stream(weight, stream_width)):
             problems.append(f"{name} is not in the graph bit for bit")
     return make_check("weights", problems, "bit-identical to weights.safetensors")
+
+
+def _is_held(constants: Mapping[str, Array], number: Array) -> bool:
+    """Whether some constant is one number, which several weights may share."""
+    one = np.asarray(number).reshape(1)
+    return any(constant.size == 1 and _same_bits(constant.reshape(1), one) for constant in constants.values())
 
 
 def _by_stream(weight: Array, width: int | None) -> list[Array]:

@@ -7,13 +7,17 @@ from diffdeploy.config import AnyConfig, AnyModel, DecoderConfig
 from diffdeploy.errors import InputError
 from diffdeploy.records import Record
 
-__all__ = ["DType", "GraphSpec", "Logits", "Range", "TensorSpec", "Variant", "graph_spec"]
+__all__ = ["DType", "GraphSpec", "Logits", "Padding", "Range", "TensorSpec", "Variant", "graph_spec"]
 
 DType = Literal["float32", "float16", "bfloat16"]
 Variant = Literal["plain", "masked", "cached", "model"]
 
 # Of a model: at every position, or at the last one.
 Logits = Literal["all", "last"]
+
+# What a graph makes of its mask: it looks where padding is; or it counts the tokens of a row, between which there may
+# be padding, or not.
+Padding = Literal["anywhere", "counted", "contiguous"]
 
 # torch.export takes a traced size of 0 or 1 for a constant.
 _SMALLEST_DYNAMIC = 2
@@ -55,6 +59,9 @@ class GraphSpec(Record):
         outputs: by name, in order.
         axes: ranges of the named axes.
         sums: axes whose size is the sum of others.
+        padding: ``anywhere`` where the graph looks at its mask; ``counted`` and ``contiguous`` where it counts the
+            tokens of a row, and gives nothing for padding, of which the latter takes none between tokens; see
+            `diffdeploy.runtime.right_padding` for what is fed to it.
     """
 
     variant: Variant
@@ -62,6 +69,7 @@ class GraphSpec(Record):
     outputs: dict[str, TensorSpec]
     axes: dict[str, Range]
     sums: dict[str, tuple[str, ...]]
+    padding: Padding = "anywhere"
 
     @property
     def dtype(self) -> DType:
@@ -103,6 +111,7 @@ def graph_spec(
     max_batch_size: int,
     max_sequence_length: int,
     logits: Logits = "all",
+    padding: Padding = "anywhere",
 ) -> GraphSpec:
     """The interface of a graph of a block or of a model, with all axes dynamic.
 
@@ -113,6 +122,7 @@ def graph_spec(
         max_batch_size: largest batch.
         max_sequence_length: longest sequence, past included.
         logits: of a model, at which positions.
+        padding: of a model, see `GraphSpec`.
 
     Raises:
         InputError: a maximum is so low that its axis would not be dynamic, or the variant is not one of the config.
@@ -120,6 +130,8 @@ def graph_spec(
     is_model = isinstance(config, DecoderConfig)
     if is_model != (variant == "model"):
         raise InputError(f"graph is {variant}; accepted is {'model' if is_model else 'plain, masked or cached'}")
+    if padding != "anywhere" and not is_model:
+        raise InputError(f"padding is {padding}, which graphs of blocks do not have")
     has_past = variant in ("cached", "model")
     axes = _axes(max_batch_size, max_sequence_length, has_past=has_past)
     total = "total_sequence_length" if has_past else "sequence_length"
@@ -152,6 +164,7 @@ def graph_spec(
         outputs=outputs,
         axes=axes,
         sums={total: ("past_sequence_length", "sequence_length")} if has_past else {},
+        padding=padding,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
 from diffdeploy.errors import InputError
+from diffdeploy.runtime.decoding import Decoding
 from diffdeploy.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -128,34 +129,23 @@ def _steps(
     pad: int,
     least: int,
 ) -> Iterator[Array]:
-    spec, positioned = runtime.spec, "position_ids" in runtime.spec.inputs
     batch = len(input_ids)
-    caches = {name: _empty(runtime, name, batch) for name in spec.caches}
-    tokens, ended, draws = input_ids, np.zeros(batch, bool), sampling.generator()
+    # The last token is given out, and enters no cache.
+    decoding = Decoding(runtime, input_ids, mask, capacity=input_ids.shape[1] + max_new_tokens - 1)
+    ended, draws = np.zeros(batch, bool), sampling.generator()
     before = [row[kept] for row, kept in zip(input_ids, mask == 1, strict=True)]
-    for step in range(max_new_tokens):
-        given: dict[str, Array] = {"input_ids": tokens, "attention_mask": mask, **caches}
-        if positioned:
-            # Padding takes no position.
-            given["position_ids"] = np.ascontiguousarray(np.maximum(mask.cumsum(1) - 1, 0)[:, -tokens.shape[1] :])
-        outputs = runtime(**given)
-        forbidden = np.array(eos if step < least else [], np.int64)
-        chosen = sampling.choose(outputs[spec.main_output][:, -1], before, forbidden, draws)
+    logits = decoding.prefill()
+    for number in range(max_new_tokens):
+        forbidden = np.array(eos if number < least else [], np.int64)
+        chosen = sampling.choose(logits, before, forbidden, draws)
         chosen = np.where(ended, pad, chosen)
         if sampling.repetition_penalty != 1:
             before = [np.append(row, token) for row, token in zip(before, chosen, strict=True)]
         yield chosen
         ended |= np.isin(chosen, eos)
-        if ended.all():
+        if ended.all() or number + 1 == max_new_tokens:
             return
-        caches = {name: outputs[present] for name, present in spec.caches.items()}
-        tokens = chosen[:, None]
-        mask = np.concatenate((mask, np.ones((batch, 1), np.int64)), axis=1)
-
-
-def _empty(runtime: "Runtime", name: str, batch: int) -> Array:
-    _, heads, _, width = runtime.spec.inputs[name].shape
-    return np.empty((batch, int(heads), 0, int(width)), runtime.spec.dtype)
+        logits = decoding.step(chosen)
 
 
 def _checked(runtime: "Runtime", input_ids: Array, attention_mask: Array | None, max_new_tokens: int) -> Array:

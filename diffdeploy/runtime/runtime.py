@@ -1,5 +1,7 @@
 """`Runtime`: one interface to every format, with the input checks that backends do not make."""
 
+from collections.abc import Mapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -8,10 +10,11 @@ import numpy as np
 from diffdeploy.arrays import Array, to_array, to_tensor
 from diffdeploy.bundle import Bundle
 from diffdeploy.errors import InputError
-from diffdeploy.formats import Backend
+from diffdeploy.formats import Backend, CacheBuffers
 from diffdeploy.graphs import GraphSpec, zero_inputs
 from diffdeploy.runtime.generation import GenerationOptions, Streamer, stream
 from diffdeploy.runtime.inputs import as_integers, check_inputs
+from diffdeploy.runtime.right_padding import run_right_padded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,9 +69,7 @@ class Runtime:
             InputError: a name, dtype, shape or value is not what `spec` accepts, or the runtime is closed. Values of
                 tensors on CUDA are not looked at, since that would wait for the device.
         """
-        # Read once: another thread may close the runtime while this one calls it.
-        if (backend := self._backend) is None:
-            raise InputError(f"the runtime of {self.bundle.path} is closed; load the bundle again")
+        backend = self._opened()
         if unnamed:
             raise InputError(
                 f"{len(unnamed)} inputs have no name; accepted are the names {', '.join(self.spec.inputs)}"
@@ -77,9 +78,37 @@ class Runtime:
         check_inputs(self.spec, inputs)
         # Asked of numpy, since torch may not be installed.
         as_torch = not isinstance(inputs[self.spec.main_input], np.ndarray)
+        if self.spec.padding != "anywhere":
+            return self._right_padded(backend, inputs, as_torch=as_torch)
+        return self._run(backend, inputs, as_torch=as_torch)
+
+    def _run(self, backend: Backend, inputs: Mapping[str, Any], *, as_torch: bool) -> dict[str, Any]:
         # Backends take positions, and callers may name inputs in any order.
         outputs = backend.run([inputs[name] for name in self.spec.inputs], as_torch=as_torch)
         return dict(zip(self.spec.outputs, outputs, strict=True))
+
+    def _right_padded(self, backend: Backend, inputs: Mapping[str, Any], *, as_torch: bool) -> dict[str, Any]:
+        """Run a graph that counts tokens: where there is padding, arrays are moved in numpy."""
+        arrays = {name: value if isinstance(value, np.ndarray) else to_array(value) for name, value in inputs.items()}
+        outputs = run_right_padded(self.spec, arrays, partial(self._run, backend, as_torch=False))
+        if not as_torch:
+            return outputs
+        device = inputs[self.spec.main_input].device
+        return {name: to_tensor(array).to(device) for name, array in outputs.items()}
+
+    def buffers(self, batch_size: int, capacity: int, fill: float = 0.0) -> CacheBuffers | None:
+        """A cache that is written in place; see `Backend.buffers`.
+
+        Raises:
+            InputError: the runtime is closed.
+        """
+        return self._opened().buffers(batch_size, capacity, fill)
+
+    def _opened(self) -> Backend:
+        # Read once: another thread may close the runtime while this one calls it.
+        if (backend := self._backend) is None:
+            raise InputError(f"the runtime of {self.bundle.path} is closed; load the bundle again")
+        return backend
 
     def generate(
         self,

@@ -10,6 +10,7 @@ from diffdeploy.errors import ExportError
 from diffdeploy.formats import RunOptions
 from diffdeploy.runtime import Runtime, open_runtime
 from diffdeploy.selftest.fault import Wrap
+from diffdeploy.verify.worker import decoded
 
 __all__ = ["LocalArtifact"]
 
@@ -67,6 +68,15 @@ class LocalArtifact:
         """
         try:
             return self._call(dict(self._started))
+        except Exception as error:  # whatever a backend raises is the finding, as in a process of its own
+            raise ExportError(f"{type(error).__name__}: {error}") from error
+
+    def decode(self, inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
+        """See `diffdeploy.verify.worker.decoded`."""
+        self.backend  # noqa: B018 - it loads
+        assert self._runtime is not None
+        try:
+            return decoded(self._runtime, inputs, num_tokens)
         except Exception as error:  # whatever a backend raises is the finding, as in a process of its own
             raise ExportError(f"{type(error).__name__}: {error}") from error
 

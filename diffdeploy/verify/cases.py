@@ -7,7 +7,16 @@ import numpy as np
 
 from diffdeploy.arrays import Array
 from diffdeploy.graphs import GraphSpec
-from diffdeploy.verify.values import EXTREME_KINDS, Kind, Mask, draw_ids, draw_past, draw_states, draw_tokens
+from diffdeploy.verify.values import (
+    EXTREME_KINDS,
+    Kind,
+    Mask,
+    draw_ids,
+    draw_past,
+    draw_states,
+    draw_tokens,
+    without_holes,
+)
 
 __all__ = ["AnyCase", "Case", "Kind", "Mask", "Positions", "UserCase"]
 
@@ -40,6 +49,8 @@ class Case:
         chunks: lengths of the calls that the sequence is fed in, each with the cache of the one before; together they
             must give what one pass gives. Empty for a single call.
         row_by_row: whether each row is fed alone; together they must give what the batch gives.
+        decoded: so many of the last tokens are decoded one by one, as generation does; the prompt before is padded on
+            the left or not at all.
         repeats: whether rows behind the eighth are among the first eight again, in random order: they must give what
             those give, and the formula is computed for those alone.
         num_queries: positions whose output is compared, spread over the sequence; 0 for all.
@@ -55,6 +66,7 @@ class Case:
     past_length: int = 0
     chunks: tuple[int, ...] = ()
     row_by_row: bool = False
+    decoded: int = 0
     repeats: bool = False
     num_queries: int = 0
     number: int = 0
@@ -67,6 +79,7 @@ class Case:
         parts += [f"P{self.past_length}"] if self.past_length else []
         parts += [f"S{self.sequence_length}"]
         parts += [f"in-{'+'.join(map(str, self.chunks))}"] if self.chunks else []
+        parts += [f"decoded{self.decoded}"] if self.decoded else []
         parts += ["row-by-row"] if self.row_by_row else []
         parts += ["repeats"] if self.repeats else []
         parts += [] if self.mask == "none" else [self.mask]
@@ -80,6 +93,8 @@ class Case:
             return "random"
         if self.chunks:
             return "cache equivalence"
+        if self.decoded:
+            return "generation"
         if self.row_by_row or self.repeats:
             return "batch invariance"
         words = ["long"] if self.num_queries else []
@@ -92,6 +107,11 @@ class Case:
     def sizes(self) -> tuple[int, int, int]:
         """Rows, positions, and tokens in the cache."""
         return self.batch_size, self.sequence_length, self.past_length
+
+    @property
+    def one_call(self) -> bool:
+        """Whether the artifact takes it as it is."""
+        return not (self.chunks or self.row_by_row or self.decoded)
 
     @property
     def is_extreme(self) -> bool:
@@ -134,6 +154,8 @@ class Case:
         inputs = {spec.main_input: self._main(spec, generator, num_rows)}
         if "attention_mask" in spec.inputs:
             tokens = draw_tokens(self.mask, of_masks, num_rows, total)
+            if spec.padding == "contiguous":
+                tokens = without_holes(tokens)
             inputs["attention_mask"] = tokens
             if "position_ids" in spec.inputs:
                 inputs["position_ids"] = self._position_ids(spec, tokens, of_masks)
@@ -175,6 +197,8 @@ class UserCase:
     arrays: dict[str, Array] = field(repr=False)
     chunks: tuple[int, ...] = ()
     row_by_row: bool = False
+    decoded: int = 0
+    one_call: bool = True
     # What users bring may overflow their dtype, and is nobody's fault.
     is_extreme: bool = True
     by_row: bool = False

@@ -63,9 +63,10 @@ def covered(spec: GraphSpec, cases: Iterable[AnyCase]) -> list[Coverage]:
 def _calls(case: AnyCase) -> list[Mapping[str, int]]:
     """Sizes of the axes in each call that a case makes."""
     batch, length, past = case.sizes
-    if case.chunks:
-        ends = [sum(case.chunks[:number]) for number in range(len(case.chunks))]
-        return [_sizes(batch, chunk, end) for chunk, end in zip(case.chunks, ends, strict=True)]
+    chunks = (length - case.decoded, *[1] * case.decoded) if case.decoded else case.chunks
+    if chunks:
+        ends = [sum(chunks[:number]) for number in range(len(chunks))]
+        return [_sizes(batch, chunk, end) for chunk, end in zip(chunks, ends, strict=True)]
     return [_sizes(1 if case.row_by_row else batch, length, past)]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from diffdeploy.arrays import Array
 from diffdeploy.config import POLYNORM_EPS, AnyModel, DecoderConfig, LayerConfig, MlpConfig
-from diffdeploy.graphs import DType, GraphSpec
+from diffdeploy.graphs import DType, GraphSpec, clear_padding
 from diffdeploy.verify.oracle import exact_and_stored, oracle
 
 __all__ = ["below", "exact_embedding", "exact_head", "exact_layer", "exact_outputs", "inputs_of_layer"]
@@ -48,7 +48,7 @@ def exact_outputs(
         outputs |= {f"present.{number}.{side}": array for side, array in caches.items()}
     if spec.logits == "last":
         x_BSD = x_BSD[:, -1:]
-    return {spec.main_output: exact_head(config, weights, x_BSD), **outputs}
+    return clear_padding(spec, inputs, {spec.main_output: exact_head(config, weights, x_BSD), **outputs})
 
 
 def exact_embedding(weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> Array:

@@ -22,6 +22,8 @@ def feed(case: AnyCase, artifact: Artifact, inputs: Mapping[str, Array], spec: G
         return _in_chunks(case.chunks, artifact, inputs, spec)
     if case.row_by_row:
         return _row_by_row(artifact, inputs)
+    if case.decoded:
+        return _decoded(case.decoded, artifact, inputs, spec)
     return artifact.result()
 
 
@@ -43,6 +45,14 @@ def _in_chunks(
         done += chunk
     whole = outputs[-1] if spec.logits == "last" else np.concatenate(outputs, axis=1)
     return {spec.main_output: whole, **{spec.caches[name]: array for name, array in caches.items()}}
+
+
+def _decoded(num_tokens: int, artifact: Artifact, inputs: Mapping[str, Array], spec: GraphSpec) -> dict[str, Array]:
+    """Logits of the last tokens and the caches as generation finds them; those before are one call's."""
+    outputs, found = artifact.run(inputs), artifact.decode(inputs, num_tokens)
+    logits = found.pop(spec.main_output)[:, -outputs[spec.main_output].shape[1] :]
+    outputs[spec.main_output][:, -logits.shape[1] :] = logits
+    return {**outputs, **found}
 
 
 def _row_by_row(artifact: Artifact, inputs: Mapping[str, Array]) -> dict[str, Array]:

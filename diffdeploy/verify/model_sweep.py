@@ -20,6 +20,10 @@ _MAX_PRODUCTS = 2e11
 # Numbers in the caches of one case: 256 MiB in fp32, and the formula holds them in fp64.
 _MAX_CACHED = 2**26
 _LONG_BATCH = 3
+# Rows, all tokens, those that are decoded one by one, and what pads the prompts.
+_DECODED: tuple[tuple[int, int, int, Mask], ...] = (
+    (1, 2, 1, "none"), (1, 40, 12, "none"), (8, 9, 3, "left"), (2, 129, 12, "left"),
+)  # fmt: skip
 
 
 def longest_model_case(config: DecoderConfig) -> int:
@@ -45,6 +49,7 @@ def quick_model_cases(spec: GraphSpec, seed: int) -> list[Case]:
         Case(batch_size=min(3, rows), sequence_length=1, past_length=past, seed=seed, mask="mixed"),
         Case(batch_size=2, sequence_length=longest - past, past_length=past, seed=seed, mask="ragged"),
         *in_chunks(spec, seed, (2,))[:2],
+        Case(batch_size=min(3, rows), sequence_length=length, seed=seed, mask="left", decoded=length // 2),
     ]
     if "position_ids" in spec.inputs:
         cases.append(Case(batch_size=2, sequence_length=min(7, longest), seed=seed, mask="mixed", positions="drawn"))
@@ -74,7 +79,13 @@ def full_model_cases(spec: GraphSpec, config: DecoderConfig, seed: int) -> list[
         for mask in PADDINGS
     ]
     cases += _pasts(spec, config, seed, drawn)
-    return [*cases, *in_chunks(spec, seed, (1, 2))]
+    # Of every prompt the last is a token, whatever pads it: behind padding alone nothing is generated.
+    decoded = [
+        Case(batch_size=batch, sequence_length=length, seed=seed, decoded=decoded, mask=mask)
+        for batch, length, decoded, mask in _DECODED
+        if length <= longest and batch <= max_batch
+    ]
+    return [*cases, *in_chunks(spec, seed, (1, 2)), *decoded]
 
 
 def _pasts(spec: GraphSpec, config: DecoderConfig, seed: int, drawn: np.random.Generator) -> list[Case]:

@@ -191,7 +191,7 @@ def _guilty_stage(
         return None
     spec = bundle.manifest.graph
     # Of one call: what several calls give together has no stages of its own.
-    single = [case for case in cases if case.id in failed and not case.chunks and not case.row_by_row]
+    single = [case for case in cases if case.id in failed and case.one_call]
     # The smallest, since locating holds every stage of it in fp64.
     smallest = min(single, key=lambda case: sum(case.sizes), default=None)
     if isinstance(smallest, Case):
@@ -227,7 +227,7 @@ def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, yardsticks: Yard
     """
     spec = bundle.manifest.graph
     inputs = case.inputs(spec)
-    if not case.chunks and not case.row_by_row:
+    if case.one_call:
         # The artifact computes while this process works out what it should give.
         artifact.start(inputs)
     held = yardsticks.of(case, inputs)

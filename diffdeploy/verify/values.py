@@ -9,7 +9,7 @@ import numpy as np
 
 from diffdeploy.arrays import Array
 
-__all__ = ["EXTREME_KINDS", "Kind", "Mask", "draw_ids", "draw_past", "draw_states", "draw_tokens"]
+__all__ = ["EXTREME_KINDS", "Kind", "Mask", "draw_ids", "draw_past", "draw_states", "draw_tokens", "without_holes"]
 
 Kind = Literal[
     "normal",
@@ -145,6 +145,15 @@ def draw_tokens(mask: Mask, generator: np.random.Generator, batch_size: int, tot
     elif mask == "mixed":
         for row, pattern in enumerate(_patterns(generator, batch_size)):
             _hide(tokens[row], *pattern, generator)
+    return tokens
+
+
+def without_holes(tokens_BT: Array) -> Array:
+    """A mask with as many tokens in each row, side by side from the first of them on, or as late as they fit."""
+    counts, total = tokens_BT.sum(1), tokens_BT.shape[1]
+    first = np.minimum(tokens_BT.argmax(1), total - counts)[:, None]
+    places = np.arange(total)
+    tokens: Array = ((places >= first) & (places < first + counts[:, None])).astype(np.int64)
     return tokens
 
 

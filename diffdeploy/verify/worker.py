@@ -9,10 +9,11 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol, Self
+from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
@@ -21,7 +22,13 @@ from diffdeploy.errors import DiffDeployError, ExportError
 from diffdeploy.formats import RunOptions
 from diffdeploy.processes import WorkerProcess
 
-__all__ = ["Artifact", "ArtifactProcess"]
+if TYPE_CHECKING:
+    from diffdeploy.runtime import Runtime
+
+__all__ = ["Artifact", "ArtifactProcess", "decoded"]
+
+# Cells that a cache has beyond the last token.
+_ROOM = 3
 
 
 def _send(stream: IO[bytes], header: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
@@ -70,6 +77,39 @@ class Artifact(Protocol):
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Both."""
         ...
+
+    def decode(self, inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
+        """See `decoded`."""
+        ...
+
+
+def decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
+    """Logits and caches by the names of the graph, as generation finds them.
+
+    Args:
+        runtime: of a model.
+        inputs: by the names of the graph, without a past.
+        num_tokens: of the last tokens of every row, which are decoded one by one behind the rest.
+
+    Returns:
+        Logits ``[B, 1 + num_tokens, V]`` of the prompts' last position and of the tokens, and the caches.
+
+    Raises:
+        ExportError: an artifact that writes in place wrote beyond the last token.
+    """
+    from diffdeploy.runtime.decoding import Decoding
+
+    ids, length = inputs["input_ids"], inputs["input_ids"].shape[1]
+    prompt = length - num_tokens
+    # With room behind, and what would show in every result if it was read.
+    decoding = Decoding(
+        runtime, ids[:, :prompt], inputs["attention_mask"][:, :prompt], capacity=length + _ROOM, fill=np.nan
+    )
+    logits = [decoding.prefill(), *(decoding.step(ids[:, place]) for place in range(prompt, length))]
+    for name, buffer in ({} if decoding.buffers is None else decoding.buffers.arrays()).items():
+        if not np.isnan(buffer[:, :, length:].astype(np.float32)).all():
+            raise ExportError(f"cells of {name} beyond the last token were written")
+    return {runtime.spec.main_output: np.stack(logits, axis=1), **decoding.caches()}
 
 
 class ArtifactProcess:
@@ -136,6 +176,17 @@ class ArtifactProcess:
         self.start(inputs)
         return self.result()
 
+    def decode(self, inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
+        """See `decoded`.
+
+        Raises:
+            ExportError: the artifact did not run.
+        """
+        self.backend  # noqa: B018 - the first answer is that the artifact is loaded
+        with suppress(BrokenPipeError):  # `result` says how it died
+            _send(self._process.stdin, {"decode": num_tokens}, inputs)
+        return self.result()
+
     def _answer(self) -> tuple[dict[str, Any], dict[str, Array]]:
         frame = _receive(self._process.stdout)
         if frame is None:
@@ -160,7 +211,8 @@ def _main(bundle: str, options: str) -> int:
     _send(stdout, {"backend": runtime.description}, {})
     while (frame := _receive(stdin)) is not None:
         try:
-            outputs = runtime(**frame[1])
+            header, arrays = frame
+            outputs = decoded(runtime, arrays, header["decode"]) if "decode" in header else runtime(**arrays)
         except Exception as error:  # noqa: BLE001 - whatever a backend raises is the finding
             _send(stdout, {"error": f"{type(error).__name__}: {error}"}, {})
             continue  # one input that fails says nothing of the next

@@ -9,6 +9,7 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, eager_module
 from diffdeploy.config import DecoderConfig
+from diffdeploy.graphs import clear_padding
 from diffdeploy.verify.cases import AnyCase
 from diffdeploy.verify.decoder import exact_outputs
 from diffdeploy.verify.eager import eager_errors, for_queries, run_arrays
@@ -89,7 +90,11 @@ class Yardsticks:
     def _of_model(self, config: DecoderConfig, inputs: Mapping[str, Array]) -> Held:
         """Eager's error over all layers, and that of storing the streams of each."""
         expected = exact_outputs(config, self._weights, inputs, self._spec)
-        (yardsticks,) = eager_errors(self._eager, inputs, expected, self._dtype, [slice(None)])
+
+        def eager(given: Mapping[str, Array]) -> dict[str, Array]:
+            return clear_padding(self._spec, given, self._eager(given))
+
+        (yardsticks,) = eager_errors(eager, inputs, expected, self._dtype, [slice(None)])
         for name, stored in exact_outputs(config, self._weights, inputs, self._spec, self._dtype).items():
             yardsticks[name].add_stored(stored)
         return Held(np.arange(len(inputs["input_ids"])), yardsticks)

@@ -3,18 +3,18 @@
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffdeploy.arrays import to_array, to_tensor
+from diffdeploy.arrays import Array, to_array, to_tensor
 from diffdeploy.errors import ExportError
-from diffdeploy.formats.artifact import Backend
+from diffdeploy.formats.artifact import Backend, CacheBuffers
 from diffdeploy.formats.onnx.names import MODEL
 from diffdeploy.formats.options import RunOptions
-from diffdeploy.graphs import zero_inputs
+from diffdeploy.graphs import GraphSpec, zero_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,39 @@ class _OnnxBackend(Backend):
     def close(self) -> None:
         """Let the session go."""
         self._session = None
+
+
+class _SharedBuffers(CacheBuffers):
+    """Past and present of every layer are one buffer, which onnxruntime's operator writes the new tokens into."""
+
+    def __init__(self, session: Any, spec: GraphSpec, batch_size: int, capacity: int, fill: float) -> None:
+        import onnxruntime
+
+        self._session, self._main_output = session, spec.main_output
+        self._binding = session.io_binding()
+        self._values = {}
+        for name, present in spec.caches.items():
+            _, heads, _, width = spec.inputs[name].shape
+            filled = np.full((batch_size, int(heads), capacity, int(width)), fill, spec.inputs[name].dtype)
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(filled)
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(present, value)
+            self._values[name] = value
+
+    def run(self, inputs: Mapping[str, Array]) -> Array:
+        """See `CacheBuffers.run`."""
+        for name, array in inputs.items():
+            self._binding.bind_cpu_input(name, array)
+        # Again at each call, since the shape is another one.
+        self._binding.bind_output(self._main_output)
+        self._session.run_with_iobinding(self._binding)
+        # In the order in which they were bound first.
+        logits: Array = self._binding.get_outputs()[-1].numpy()
+        return logits
+
+    def arrays(self) -> dict[str, Array]:
+        """See `CacheBuffers.arrays`."""
+        return {name: value.numpy() for name, value in self._values.items()}
 
 
 class OnnxReferenceBackend(_OnnxBackend):
@@ -75,6 +108,12 @@ class OnnxRuntimeBackend(_OnnxBackend):
         if options.threads is not None:
             settings.intra_op_num_threads = options.threads
         self._session = self._start(settings)
+
+    def buffers(self, batch_size: int, capacity: int, fill: float) -> CacheBuffers | None:
+        """See `Backend.buffers`: the operator that counts tokens writes in place."""
+        if self.spec.padding == "anywhere" or self.device != "cpu":
+            return None
+        return _SharedBuffers(self._session, self.spec, batch_size, capacity, fill)
 
     @property
     def description(self) -> str:

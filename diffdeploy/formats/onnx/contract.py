@@ -25,6 +25,7 @@ from diffdeploy.formats.onnx.names import (
     ORT,
     ORT_ATTENTION,
     ORT_DOMAIN,
+    ORT_ROTARY,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     ]
     # Last, since it reads weights in a file of their own into the model.
     constants = {t.name: onnx.numpy_helper.to_array(t, str(bundle.path)) for t in model.graph.initializer}
-    stream_width = manifest.config.attention.head_dim if manifest.options.flavor == ORT else None
+    # Blocks are written a stream at a time in that flavor.
+    by_stream = manifest.options.flavor == ORT and manifest.graph.variant != "model"
+    stream_width = manifest.config.attention.head_dim if by_stream else None
     return [
         *structure,
         weights_bit_for_bit(constants, weights, stream_width),
@@ -110,20 +113,23 @@ def _standard_operators(model: "onnx.ModelProto", manifest: Manifest, others: li
     own = {ORT_DOMAIN} if manifest.options.flavor == ORT else set()
     problems = [f"operators of domain {domain!r}" for domain in sorted(domains - _STANDARD_DOMAIN - own)]
     contributed = {name for domain, name in operators if domain == ORT_DOMAIN}
-    problems += [f"operator {name} of onnxruntime" for name in sorted(contributed - {ORT_ATTENTION}) if own]
+    allowed = {ORT_ATTENTION} | ({ORT_ROTARY} if manifest.graph.variant == "model" else set())
+    problems += [f"operator {name} of onnxruntime" for name in sorted(contributed - allowed) if own]
     # Subgraphs and functions among them: operators in those would escape the counts.
     problems += [f"{other}, which no export writes" for other in others]
     opsets = [entry.version for entry in model.opset_import if entry.domain in _STANDARD_DOMAIN]
     if opsets != [manifest.options.opset]:
         problems.append(f"opset {', '.join(map(str, opsets))}, but the manifest says {manifest.options.opset}")
-    fine = f"{ORT_ATTENTION} of onnxruntime, else the standard domain" if own else "standard domain only"
+    fine = (
+        f"{' and '.join(sorted(allowed))} of onnxruntime, else the standard domain" if own else "standard domain only"
+    )
     return make_check("operators", problems, f"{fine}, opset {_opset(model)}")
 
 
 def _attention_operators(model: "onnx.ModelProto", manifest: Manifest) -> Check:
     if manifest.options.flavor == ORT:
-        # One for each stream.
-        per_layer = (0, 2, 0)
+        # In a block one for each stream.
+        per_layer = (0, 1 if manifest.graph.variant == "model" else 2, 0)
     else:
         per_layer = (2, 0, 0) if (_opset(model) or 0) >= FIRST_OPSET_WITH_ATTENTION else (0, 0, 2)
     expected = tuple(count * len(manifest.config.blocks) for count in per_layer)

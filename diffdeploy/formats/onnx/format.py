@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
+from diffdeploy.config import AnyModel
 from diffdeploy.errors import ExportError, InputError
 from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
 from diffdeploy.formats.base import EVERY_DTYPE, Format
 from diffdeploy.formats.onnx.names import FIRST_OPSET_WITH_ATTENTION, MODEL, ORT, STANDARD
 from diffdeploy.formats.onnx.versions import least_onnxruntime
 from diffdeploy.formats.options import ExportOptions, RunOptions
-from diffdeploy.graphs import DType, GraphSpec, Variant
+from diffdeploy.graphs import DType, GraphSpec, Padding, Variant
 from diffdeploy.versions import installed_versions, release
 
 if TYPE_CHECKING:
@@ -62,6 +63,12 @@ class OnnxFormat(Format):
         # padded reads the paired cache as it is. Elsewhere Attention takes values that are wider than keys without
         # padding, and is faster so: 310 ms against 423 for a block with D 512 and h 4 at 2 x 2,048 positions.
         return "padded" if variant in ("cached", "model") else "two_call"
+
+    def padding(self, variant: Variant, flavor: str | None, config: AnyModel) -> Padding:
+        """See `Format.padding`: onnxruntime's operator counts tokens, and a window slides over what it counts."""
+        if flavor != ORT or variant != "model":
+            return "anywhere"
+        return "contiguous" if any(block.sliding_window for block in config.blocks.values()) else "counted"
 
     def check_options(self, options: ExportOptions) -> None:
         """Refuse an opset outside 18 to 24, and what the operators of a flavor do not have.

@@ -7,6 +7,7 @@ __all__ = [
     "ORT",
     "ORT_ATTENTION",
     "ORT_DOMAIN",
+    "ORT_ROTARY",
     "STANDARD",
     "layer_output",
 ]
@@ -17,7 +18,7 @@ EXTERNAL_DATA = "model.onnx.data"
 
 # Operators of the standard alone, or those that onnxruntime runs fastest.
 STANDARD, ORT = "standard", "ort"
-ORT_DOMAIN, ORT_ATTENTION = "com.microsoft", "GroupQueryAttention"
+ORT_DOMAIN, ORT_ATTENTION, ORT_ROTARY = "com.microsoft", "GroupQueryAttention", "RotaryEmbedding"
 
 FIRST_OPSET_WITH_ATTENTION = 23
 

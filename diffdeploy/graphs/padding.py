@@ -1,0 +1,32 @@
+"""What graphs give where there is padding: something in most, and nothing in those that count the tokens of a row."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from diffdeploy.arrays import Array
+from diffdeploy.graphs.spec import GraphSpec
+
+__all__ = ["clear_padding"]
+
+
+def clear_padding(spec: GraphSpec, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Outputs with 0 where they belong to padding, if the graph counts tokens; else as they are.
+
+    Args:
+        spec: interface of the graph.
+        inputs: by its names.
+        outputs: by its names; ``[B, S, V]``, or ``[B, 1, V]`` of the last position, and caches ``[B, h_kv, T, w]``.
+    """
+    if spec.padding == "anywhere":
+        return dict(outputs)
+    tokens_BT = inputs["attention_mask"] == 1
+    length = inputs[spec.main_input].shape[1]
+    cleared = {}
+    for name, array in outputs.items():
+        if name == spec.main_output:
+            shown = tokens_BT[:, -length:][:, -array.shape[1] :, None]
+        else:
+            shown = tokens_BT[:, None, :, None]
+        cleared[name] = np.where(shown, array, np.zeros((), array.dtype))
+    return cleared
