@@ -49,7 +49,7 @@ def quick_model_cases(spec: GraphSpec, seed: int) -> list[Case]:
         Case(batch_size=min(3, rows), sequence_length=1, past_length=past, seed=seed, mask="mixed"),
         Case(batch_size=2, sequence_length=longest - past, past_length=past, seed=seed, mask="ragged"),
         *in_chunks(spec, seed, (2,))[:2],
-        Case(batch_size=min(3, rows), sequence_length=length, seed=seed, mask="left", decoded=length // 2),
+        Case(batch_size=min(3, rows), sequence_length=length, seed=seed, mask="left", decoded=length // 3),
     ]
     if "position_ids" in spec.inputs:
         cases.append(Case(batch_size=2, sequence_length=min(7, longest), seed=seed, mask="mixed", positions="drawn"))

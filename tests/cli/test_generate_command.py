@@ -80,7 +80,6 @@ def test_options_of_blocks_and_models_do_not_mix(capsys: pytest.CaptureFixture[s
     assert "--graph is cached, which is for a block" in refused(["export", "--graph", "cached"], capsys)
     assert "--logits is of whole models" in refused(["export", "--layer", "0", "--logits", "last"], capsys)
     assert "--format all compares the formats of one block" in refused(["export", "--format", "all"], capsys)
-    assert "the flavor ort is for blocks" in refused(["export", "--onnx-flavor", "ort"], capsys)
 
 
 def test_a_model_is_inspected_and_matched_with_its_checkpoint(model: str, capsys: pytest.CaptureFixture[str]) -> None:
