@@ -92,12 +92,14 @@ def least_versions(manifest: Manifest) -> dict[str, str]:
     """Least version of each package that computes an artifact rightly, by import name.
 
     Args:
-        manifest: of the bundle; an older one, which does not say, is looked up in the tables of its format.
+        manifest: of the bundle; what it requires counts as far as the tables of its format do not ask for more.
     """
-    if manifest.requires is not None:
-        return manifest.requires
     found = find_format(manifest.format)
-    return {} if found is None else found.least_versions(manifest)
+    known = {} if found is None else found.least_versions(manifest)
+    return {
+        name: max((side[name] for side in (known, manifest.requires or {}) if name in side), key=release)
+        for name in sorted({*known, *(manifest.requires or {})})
+    }
 
 
 def _why_too_old(found: Format, manifest: Manifest) -> str | None:

@@ -67,8 +67,8 @@ def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Re
 
     Raises:
         InputError: no bundle there, or one that was never verified.
-        IntegrityError: the bundle is not what was exported, its report is not of it or lacks a golden vector, or the key did
-            not sign it.
+        IntegrityError: the bundle is not what was exported, its report is not of it or lacks a golden vector, or it
+            was not signed with the key.
         UnavailableError: this machine cannot run the format.
         ExportError: the backend cannot load the artifact.
     """
