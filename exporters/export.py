@@ -180,8 +180,11 @@ def export_bundle(
         impl = _impl(found, options)
         block = frozen_module(checkpoint.config, weights, impl=impl, max_positions=length, dtype=dtype)
         recorded = _lower(found, block, spec, staging, options)
+        manifest = _manifest(checkpoint, spec, options, found, recorded)
+        for name, content in found.engine_files(manifest, staging).items():
+            (staging / name).write_bytes(content)
         # Signed as not verified, so that the verification opens the directory as any user would.
-        manifest = write_manifest(staging, _manifest(checkpoint, spec, options, found, recorded))
+        manifest = write_manifest(staging, manifest)
         # Also of a bundle that is not verified: the command line reports them.
         facts = artifact_facts(Bundle(staging, manifest))
         if verify:

@@ -3,6 +3,7 @@
 from diffdeploy.bundle.block import eager_module, frozen_module
 from diffdeploy.bundle.manifest import Environment, ExportRecord, FileDigest, Manifest, Provenance
 from diffdeploy.bundle.signature import SIGNATURE, sign_bundle
+from diffdeploy.bundle.special_tokens import SpecialTokens, special_tokens
 from diffdeploy.bundle.store import (
     GOLDEN,
     MANIFEST,
@@ -30,6 +31,7 @@ __all__ = [
     "FileDigest",
     "Manifest",
     "Provenance",
+    "SpecialTokens",
     "cast_weights",
     "default_output",
     "eager_module",
@@ -40,6 +42,7 @@ __all__ = [
     "read_weights",
     "remember_export",
     "sign_bundle",
+    "special_tokens",
     "staged_bundle",
     "write_manifest",
 ]

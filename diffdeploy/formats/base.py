@@ -158,6 +158,15 @@ class Format(ABC):
         if options.reference:
             raise InputError(f"the reference runtime interprets ONNX, and format {options.format} is another")
 
+    def engine_files(self, manifest: Manifest, directory: Path) -> Mapping[str, bytes]:
+        """Files by name that engines want beside the artifact; each is what a contract expects there, byte for byte.
+
+        Args:
+            manifest: of the bundle.
+            directory: of the bundle, with the files that came with the checkpoint.
+        """
+        return {}
+
     @abstractmethod
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """Write the artifact of a block into a directory that holds its weights.

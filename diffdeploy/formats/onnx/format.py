@@ -93,6 +93,13 @@ class OnnxFormat(Format):
         lower(block, spec, directory, opset=opset, flavor=flavor)
         return {"opset": opset, "flavor": flavor}
 
+    def engine_files(self, manifest: Manifest, directory: Path) -> Mapping[str, bytes]:
+        """See `Format.engine_files`: onnxruntime-genai's config."""
+        from diffdeploy.formats.onnx.genai import GENAI_CONFIG, genai_config
+
+        content = genai_config(manifest, directory)
+        return {} if content is None else {GENAI_CONFIG: content}
+
     def check_run_options(self, manifest: Manifest, options: RunOptions) -> None:
         """See `Format.check_run_options`."""
         standard = manifest.options.flavor != ORT
