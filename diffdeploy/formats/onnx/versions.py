@@ -36,7 +36,8 @@ class _Row(NamedTuple):
         """Whether it says something of a graph."""
         blocks, options = manifest.config.blocks.values(), manifest.options
         return (
-            (options.opset or 0) >= self.opset
+            # None, or whatever a manifest says that no export wrote.
+            max(options.opset or 0, 0) >= self.opset
             and self.flavor in (None, options.flavor or STANDARD)
             and (not self.masked or "attention_mask" in manifest.graph.inputs)
             and (not self.grouped or any(block.num_heads != block.num_kv_heads for block in blocks))
