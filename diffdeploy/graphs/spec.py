@@ -102,6 +102,12 @@ class GraphSpec(Record):
         """At which positions a model gives logits."""
         return "last" if self.outputs[self.main_output].shape[1:2] == (1,) else "all"
 
+    def with_all_logits(self) -> "GraphSpec":
+        """The same graph of a model, with logits at every position."""
+        output = self.outputs[self.main_output]
+        everywhere = output.model_copy(update={"shape": ("batch_size", "sequence_length", output.shape[2])})
+        return self.model_copy(update={"outputs": {**self.outputs, self.main_output: everywhere}})
+
 
 def graph_spec(
     variant: Variant,

@@ -10,7 +10,7 @@ from diffdeploy.errors import ExportError
 from diffdeploy.formats import RunOptions
 from diffdeploy.runtime import Runtime, open_runtime
 from diffdeploy.selftest.fault import Wrap
-from diffdeploy.verify.worker import decoded
+from diffdeploy.verify.worker import answered
 
 __all__ = ["LocalArtifact"]
 
@@ -72,11 +72,18 @@ class LocalArtifact:
             raise ExportError(f"{type(error).__name__}: {error}") from error
 
     def decode(self, inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
-        """See `diffdeploy.verify.worker.decoded`."""
+        """See `Artifact.decode`; raises ExportError where the artifact did not run."""
+        return self._answered({"decode": num_tokens}, inputs)
+
+    def generate(self, inputs: Mapping[str, Array], num_tokens: int) -> Array:
+        """See `Artifact.generate`; raises ExportError where the artifact did not run."""
+        return self._answered({"generate": num_tokens}, inputs)["tokens"]
+
+    def _answered(self, header: Mapping[str, int], inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.backend  # noqa: B018 - it loads
         assert self._runtime is not None
         try:
-            return decoded(self._runtime, inputs, num_tokens)
+            return answered(self._runtime, header, dict(inputs))
         except Exception as error:  # whatever a backend raises is the finding, as in a process of its own
             raise ExportError(f"{type(error).__name__}: {error}") from error
 

@@ -133,6 +133,8 @@ class Report(Record):
         contract: checks of its structure and properties.
         cases: numerical comparisons.
         coverage: what the cases tried of each declared range.
+        greedy_tokens_checked: generated tokens of which the exact margin tells whether they are right; ``None`` where
+            nothing was generated.
         guilty: where an artifact that failed first deviates.
     """
 
@@ -149,6 +151,7 @@ class Report(Record):
     contract: list[Check]
     cases: list[CaseReport]
     coverage: list[Coverage] = Field(default_factory=list)
+    greedy_tokens_checked: int | None = None
     guilty: Finding | None = None
 
     @property

@@ -20,6 +20,7 @@ from diffdeploy.verify.cases import AnyCase, Case
 from diffdeploy.verify.coverage import Coverage, covered
 from diffdeploy.verify.feeding import feed
 from diffdeploy.verify.golden import golden_check
+from diffdeploy.verify.greedy import greedy_tokens
 from diffdeploy.verify.layers import guilty_layer, layer_reports
 from diffdeploy.verify.metrics import measure
 from diffdeploy.verify.properties import property_checks
@@ -104,6 +105,7 @@ class _Findings(NamedTuple):
     contract: list[Check]
     cases: list[CaseReport]
     coverage: list[Coverage]
+    greedy_tokens_checked: int | None
     guilty: Finding | None
 
 
@@ -130,7 +132,7 @@ def _examine(
         backend = artifact.backend
     except ExportError as error:
         checks.append(Check(name="loads", passed=False, detail=str(error)))
-        return _Findings("none", checks, reports, covered(bundle.manifest.graph, []), None)
+        return _Findings("none", checks, reports, covered(bundle.manifest.graph, []), None, None)
     for done, case in enumerate(chosen):
         if progress is not None:
             progress(done, len(chosen), case.id)
@@ -140,10 +142,14 @@ def _examine(
     else:  # a run that stopped has failed already, and needs no properties
         checks += property_checks(artifact, bundle.manifest.config, bundle.manifest.graph, seed)
     tried = covered(bundle.manifest.graph, chosen[: len(reports)])
+    greedy = None
     if yardsticks.model is not None:
         reports += layer_reports(bundle, yardsticks.model, weights, seed)
+        greedy = greedy_tokens(artifact, yardsticks, bundle.manifest.graph, seed)
+        checks.append(greedy.check)
     guilty = _guilty_stage(bundle, artifact, checks, chosen, reports, yardsticks)
-    return _Findings(backend, checks, reports, tried, guilty)
+    num_checked = None if greedy is None else greedy.num_checked
+    return _Findings(backend, checks, reports, tried, num_checked, guilty)
 
 
 def _require_paired_cache(bundle: Bundle) -> None:

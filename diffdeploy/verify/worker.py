@@ -25,7 +25,7 @@ from diffdeploy.processes import WorkerProcess
 if TYPE_CHECKING:
     from diffdeploy.runtime import Runtime
 
-__all__ = ["Artifact", "ArtifactProcess", "decoded"]
+__all__ = ["Artifact", "ArtifactProcess", "answered"]
 
 # Cells that a cache has beyond the last token.
 _ROOM = 3
@@ -79,11 +79,35 @@ class Artifact(Protocol):
         ...
 
     def decode(self, inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
-        """See `decoded`."""
+        """Logits and caches of a model as generation finds them, with the last tokens decoded one by one."""
+        ...
+
+    def generate(self, inputs: Mapping[str, Array], num_tokens: int) -> Array:
+        """Prompts of a model and so many greedy tokens behind them."""
         ...
 
 
-def decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
+def answered(runtime: "Runtime", header: Mapping[str, Any], arrays: dict[str, Array]) -> dict[str, Array]:
+    """What a runtime answers: to a call, or to what the header asks for.
+
+    Args:
+        runtime: of the bundle.
+        header: ``decode`` or ``generate`` with a number of tokens, or nothing.
+        arrays: inputs by name.
+
+    Raises:
+        ExportError: an artifact that writes in place wrote beyond the last token.
+    """
+    if "decode" in header:
+        return _decoded(runtime, arrays, header["decode"])
+    if "generate" in header:
+        ids, mask = arrays["input_ids"], arrays["attention_mask"]
+        return {"tokens": runtime.generate(ids, mask, max_new_tokens=header["generate"], eos_token_id=None)}
+    outputs: dict[str, Array] = runtime(**arrays)
+    return outputs
+
+
+def _decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
     """Logits and caches by the names of the graph, as generation finds them.
 
     Args:
@@ -93,9 +117,6 @@ def decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) ->
 
     Returns:
         Logits ``[B, 1 + num_tokens, V]`` of the prompts' last position and of the tokens, and the caches.
-
-    Raises:
-        ExportError: an artifact that writes in place wrote beyond the last token.
     """
     from diffdeploy.runtime.decoding import Decoding
 
@@ -152,11 +173,12 @@ class ArtifactProcess:
 
     def start(self, inputs: Mapping[str, Array]) -> None:
         """Hand over an input without waiting for the output."""
+        self._ask({}, inputs)
+
+    def _ask(self, header: Mapping[str, Any], inputs: Mapping[str, Array]) -> None:
         self.backend  # noqa: B018 - the first answer is that the artifact is loaded
-        try:
-            _send(self._process.stdin, {}, inputs)
-        except BrokenPipeError:
-            return  # `result` says how it died
+        with suppress(BrokenPipeError):  # `result` says how it died
+            _send(self._process.stdin, header, inputs)
 
     def result(self) -> dict[str, Array]:
         """Outputs by name of the input that was started.
@@ -177,15 +199,14 @@ class ArtifactProcess:
         return self.result()
 
     def decode(self, inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
-        """See `decoded`.
-
-        Raises:
-            ExportError: the artifact did not run.
-        """
-        self.backend  # noqa: B018 - the first answer is that the artifact is loaded
-        with suppress(BrokenPipeError):  # `result` says how it died
-            _send(self._process.stdin, {"decode": num_tokens}, inputs)
+        """See `Artifact.decode`; raises ExportError where the artifact did not run."""
+        self._ask({"decode": num_tokens}, inputs)
         return self.result()
+
+    def generate(self, inputs: Mapping[str, Array], num_tokens: int) -> Array:
+        """See `Artifact.generate`; raises ExportError where the artifact did not run."""
+        self._ask({"generate": num_tokens}, inputs)
+        return self.result()["tokens"]
 
     def _answer(self) -> tuple[dict[str, Any], dict[str, Array]]:
         frame = _receive(self._process.stdout)
@@ -211,8 +232,7 @@ def _main(bundle: str, options: str) -> int:
     _send(stdout, {"backend": runtime.description}, {})
     while (frame := _receive(stdin)) is not None:
         try:
-            header, arrays = frame
-            outputs = decoded(runtime, arrays, header["decode"]) if "decode" in header else runtime(**arrays)
+            outputs = answered(runtime, *frame)
         except Exception as error:  # noqa: BLE001 - whatever a backend raises is the finding
             _send(stdout, {"error": f"{type(error).__name__}: {error}"}, {})
             continue  # one input that fails says nothing of the next

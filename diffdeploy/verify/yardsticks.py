@@ -9,7 +9,7 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, eager_module
 from diffdeploy.config import DecoderConfig
-from diffdeploy.graphs import clear_padding
+from diffdeploy.graphs import GraphSpec, clear_padding
 from diffdeploy.verify.cases import AnyCase
 from diffdeploy.verify.decoder import exact_outputs
 from diffdeploy.verify.eager import eager_errors, for_queries, run_arrays
@@ -88,16 +88,29 @@ class Yardsticks:
         return [Held(np.array([row]), found[source]) for row, source in enumerate(sources)]
 
     def _of_model(self, config: DecoderConfig, inputs: Mapping[str, Array]) -> Held:
+        yardsticks = self._model_yardsticks(config, inputs, self._spec)
+        return Held(np.arange(len(inputs["input_ids"])), yardsticks)
+
+    def of_logits(self, inputs: Mapping[str, Array]) -> Yardstick:
+        """Of the logits of a model at every position, whatever its graph gives."""
+        assert isinstance(self._config, DecoderConfig)
+        spec = self._spec.with_all_logits()
+        return self._model_yardsticks(self._config, inputs, spec)[spec.main_output]
+
+    def _model_yardsticks(
+        self, config: DecoderConfig, inputs: Mapping[str, Array], spec: GraphSpec
+    ) -> dict[str, Yardstick]:
         """Eager's error over all layers, and that of storing the streams of each."""
-        expected = exact_outputs(config, self._weights, inputs, self._spec)
+        run = run_arrays(self._block, last_only=spec.logits == "last")
 
         def eager(given: Mapping[str, Array]) -> dict[str, Array]:
-            return clear_padding(self._spec, given, self._eager(given))
+            return clear_padding(spec, given, run(given))
 
+        expected = exact_outputs(config, self._weights, inputs, spec)
         (yardsticks,) = eager_errors(eager, inputs, expected, self._dtype, [slice(None)])
-        for name, stored in exact_outputs(config, self._weights, inputs, self._spec, self._dtype).items():
+        for name, stored in exact_outputs(config, self._weights, inputs, spec, self._dtype).items():
             yardsticks[name].add_stored(stored)
-        return Held(np.arange(len(inputs["input_ids"])), yardsticks)
+        return yardsticks
 
 
 class RememberedYardsticks(Yardsticks):

@@ -1,0 +1,92 @@
+"""Tokens as generation gives them: each is to be the most probable one, wherever the exact margin tells which that is.
+
+Shape suffixes: B batch, N tokens, S prompt, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from diffdeploy.arrays import Array
+from diffdeploy.errors import DiffDeployError
+from diffdeploy.formats import Check
+from diffdeploy.graphs import GraphSpec
+from diffdeploy.verify.cases import Case
+from diffdeploy.verify.metrics import measure
+from diffdeploy.verify.worker import Artifact
+from diffdeploy.verify.yardsticks import Yardsticks
+
+__all__ = ["Greedy", "greedy_tokens", "wrong_tokens"]
+
+_PROMPT, _NEW_TOKENS = 9, 16
+_NAME = "greedy tokens"
+
+
+class Greedy(NamedTuple):
+    """The verdict on generated tokens.
+
+    Attributes:
+        check: whether all that can be told are right.
+        num_checked: tokens whose exact margin is larger than two logits may be off together.
+    """
+
+    check: Check
+    num_checked: int
+
+
+def wrong_tokens(exact_NV: Array, tokens_N: Array, allowed: float) -> tuple[Array, int]:
+    """Which tokens cannot be the most probable ones, and of how many it could be told.
+
+    Args:
+        exact_NV: exact logits or log-probabilities that each token was chosen by.
+        tokens_N: the chosen tokens.
+        allowed: what each of those may be off; two of them may be off towards each other.
+
+    Returns:
+        Places among the tokens, and the number of tokens with a larger margin.
+    """
+    second, first = np.sort(exact_NV, axis=-1)[:, -2:].T
+    lost = first - exact_NV[np.arange(len(tokens_N)), tokens_N]
+    return np.flatnonzero(lost > 2 * allowed), int((first - second > 2 * allowed).sum())
+
+
+def greedy_tokens(artifact: Artifact, yardsticks: Yardsticks, spec: GraphSpec, seed: int) -> Greedy:
+    """Let the artifact continue a padded batch of prompts by itself, and hold every token against the formula.
+
+    Args:
+        artifact: runs a model.
+        yardsticks: of the model.
+        spec: interface of the graph.
+        seed: of the prompts.
+    """
+    longest = spec.axes["total_sequence_length"].max
+    length = min(_PROMPT, longest - 1)
+    new = min(_NEW_TOKENS, longest - length)
+    case = Case(batch_size=min(3, spec.axes["batch_size"].max), sequence_length=length, mask="left", seed=seed)
+    inputs = case.inputs(spec)
+    try:
+        tokens = artifact.generate(inputs, new)
+    except DiffDeployError as error:
+        return Greedy(Check(name=_NAME, passed=False, detail=f"the artifact did not run: {error}"), 0)
+    if tokens.shape != (case.batch_size, length + new) or (tokens[:, :length] != inputs["input_ids"]).any():
+        return Greedy(
+            Check(name=_NAME, passed=False, detail=f"it gave {list(tokens.shape)}, not the prompts and {new} tokens"), 0
+        )
+    # The last token entered no cache, and nothing was computed from it.
+    mask = np.concatenate((inputs["attention_mask"], np.ones((len(tokens), new - 1), np.int64)), axis=1)
+    whole = {**inputs, "input_ids": np.ascontiguousarray(tokens[:, :-1]), "attention_mask": mask}
+    if "position_ids" in inputs:
+        whole["position_ids"] = np.ascontiguousarray(np.maximum(mask.cumsum(1) - 1, 0))
+    yardstick = yardsticks.of_logits(whole)
+    allowed = measure(spec.main_output, yardstick.rounded, yardstick).allowed_max_error
+    if allowed is None:
+        return Greedy(Check(name=_NAME, passed=False, detail="there is no yardstick for their logits"), 0)
+    exact = yardstick.expected[:, length - 1 :].reshape(-1, yardstick.expected.shape[2])
+    wrong, checked = wrong_tokens(exact, tokens[:, length:].reshape(-1), allowed)
+    total = new * len(tokens)
+    if len(wrong):
+        row, step = divmod(int(wrong[0]), new)
+        detail = f"{len(wrong)} of {total} are not the most probable ones, first in row {row} token {step}"
+        return Greedy(Check(name=_NAME, passed=False, detail=detail), checked)
+    detail = f"right, all {checked} of {total} whose margin tells"
+    return Greedy(Check(name=_NAME, passed=True, detail=detail), checked)
