@@ -40,8 +40,8 @@ class ChatTemplate:
         source = _text_of(bundle, _TEMPLATE) if _TEMPLATE in bundle.manifest.files else _default(config)
         if source is None:
             raise InputError(
-                f"{bundle.path} has no chat template: its checkpoint had none in {_TEMPLATE} or {_CONFIG}; leave --chat "
-                "out"
+                f"{bundle.path} has no chat template: beside its checkpoint there was none in {_TEMPLATE} or "
+                f"{_CONFIG}; leave --chat out"
             )
         if len(source) > _LONGEST_TEMPLATE:
             raise InputError(f"the chat template of {bundle.path} has {len(source):,} characters, and cannot be one")

@@ -147,8 +147,8 @@ class _Ends:
     @classmethod
     def of(cls, bundle: Bundle, max_new_tokens: int, options: GenerationOptions) -> Self:
         eos = _tokens(options["eos_token_id"]) if "eos_token_id" in options else eos_of(bundle)
-        pad, stop, least = options.get("pad_token_id"), options.get("stop") or (), options.get("min_new_tokens", 0)
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        pad, stop, least = options.get("pad_token_id"), options.get("stop"), options.get("min_new_tokens", 0)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if "" in stop:
             raise InputError("stop holds an empty text, which every text has; leave it out")
         for name, number, smallest in (("max_new_tokens", max_new_tokens, 1), ("min_new_tokens", least, 0)):

@@ -103,9 +103,12 @@ class TextDecoder:
         self._ids.append(token)
         text = self._decode(self._ids)
         certain = len(text.rstrip(_UNFINISHED))
-        settled = len(self._ids) if certain == len(text) else self._settled(text)
-        if settled > self._read and certain < len(text):
-            certain = max(certain, len(self._decode(self._ids[:settled])))
+        settled = len(self._ids)
+        if certain < len(text):
+            # No later token can change what stands before the last three: either it is a character, or never will be.
+            settled = max(self._read, settled - _MOST_BYTES + 1)
+            if settled > self._read:
+                certain = max(certain, len(self._decode(self._ids[:settled])))
         new = text[self._shown : certain]
         self._shown = max(self._shown, certain)
         if settled > self._read:
@@ -120,13 +123,6 @@ class TextDecoder:
             self._ids, settled = self._ids[self._read :], settled - self._read
             self._shown = len(ahead) - num_left
         self._read = settled
-
-    def _settled(self, text: str) -> int:
-        """How many tokens of the window no later token can change, although bytes behind them are no character yet."""
-        for count in range(len(self._ids) - _MOST_BYTES + 1, self._read, -1):
-            if text.startswith(self._decode(self._ids[:count])):
-                return count
-        return self._read
 
     def rest(self) -> str:
         """What is left when no token comes any more: bytes that are no character."""

@@ -1,6 +1,7 @@
 """``diffdeploy generate``, and models on the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from diffdeploy.checkpoints import read_model
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.cli.main import main
+from diffdeploy.exporters import export_bundle
 from tests.exporters.test_models import SMALL
 from tests.support.bundles import BundleCache
 from tests.support.commands import refused
@@ -48,9 +50,47 @@ def test_a_stop_is_not_shown(model: str, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == whole[: whole.index(stop)] + "\n"
 
 
+def test_more_options_reach_the_model(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", model, "--prompt", "x = x = x", "--max-new-tokens", "12"]
+    shown = []
+    for more in ([], ["--repetition-penalty", "3"], ["--temperature", "2", "--seed", "1"]):
+        assert main([*arguments, *more]) == 0
+        shown.append(capsys.readouterr().out)
+    assert len(set(shown)) == 3
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The sample with a chat template beside it."""
+    folder = tmp_path_factory.mktemp("chatty")
+    shutil.copytree(SAMPLE, folder / "checkpoint")
+    template = folder / "checkpoint" / "chat_template.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if 'refuse' in m.content %}{{ raise_exception('no\\nsuch') }}{% endif %}"
+        "def {{ m.role }}({% endfor %}{{ add_generation_prompt }}{{ messages[0].content }}"
+    )
+    export_bundle(read_model(folder / "checkpoint"), folder / "bundle", SMALL, verify=False)
+    return str(folder / "bundle")
+
+
+@pytest.mark.filterwarnings("ignore::diffdeploy.errors.UnverifiedWarning")
+def test_a_chat_template_makes_the_prompt(chatty: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", chatty, "--prompt", "x, ", "--chat", "--max-new-tokens", "9", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert bytes(result["input_ids"]) == b"def user(Truex, "
+    message = refused(["generate", chatty, "--prompt", "refuse", "--chat"], capsys)
+    assert message.endswith("raised: no")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--chat", "--prompt", "a"], "has no chat template"),
+        (["--chat", "--input-ids", "1"], "--chat makes a message of text, and --input-ids gives tokens"),
+        (["--stop", "", "--prompt", "a"], "stop holds an empty text"),
+        (["--min-new-tokens", "-1", "--prompt", "a"], "min_new_tokens is -1"),
+        (["--repetition-penalty", "0", "--prompt", "a"], "repetition_penalty is 0.0; accepted is a number above 0"),
+        (["--prompt", "a" * 60], "the prompt has 60 tokens and 1 are to come; the bundle was exported for 48"),
         ([], "give one of --prompt, --prompt-file and --input-ids"),
         (["--prompt", "a", "--input-ids", "1"], "give one of --prompt, --prompt-file and --input-ids"),
         (["--prompt", ""], "the prompt is empty"),
