@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Context", "GenerationOptions", "Step", "Streamer", "eos_of", "steps"]
 
-# Where a source's config class takes one that its files leave out.
-_CLASS_DEFAULTS = {"diffllama": 2}
-
 
 class Streamer(Protocol):
     """What Hugging Face's streamers are: `put` takes the prompt ``[B, S]`` and then tokens ``[B]``."""
@@ -39,17 +36,23 @@ class Streamer(Protocol):
 
 
 def eos_of(bundle: Bundle) -> tuple[int, ...]:
-    """Tokens that end a text: of ``generation_config.json``, else of ``config.json``, else of the source's class."""
+    """Tokens that end a text: of ``generation_config.json``, else of ``config.json``, else of the source's class.
+
+    Raises:
+        InputError: a file does not say it in numbers.
+    """
     for name in ("generation_config.json", "config.json"):
         if name not in bundle.manifest.files:
             continue
-        fields = json.loads((bundle.path / name).read_text(encoding="utf-8"))
-        found = fields.get("eos_token_id")
-        if found is None and name == "config.json":
-            found = _CLASS_DEFAULTS.get(str(fields.get("model_type")))
-        if found is not None:
-            return tuple(int(token) for token in (found if isinstance(found, list) else [found]))
-    return ()
+        try:
+            found = json.loads((bundle.path / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if found is not None:
+                return tuple(int(token) for token in (found if isinstance(found, list) else [found]))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"eos_token_id cannot be read from {bundle.path / name}; give one, or None") from error
+    # The manifest names the class behind the number.
+    default = bundle.manifest.provenance.defaults.get("eos_token_id")
+    return () if default is None else (int(default.split()[0]),)
 
 
 class GenerationOptions(TypedDict, total=False):

@@ -1,6 +1,7 @@
 """Conversations with one cache, and tokens as they come, against transformers on all tokens at once."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import diffdeploy
 from diffdeploy.checkpoints import read_model
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.errors import InputError
+from diffdeploy.runtime import eos_of
 from tests.exporters.test_models import SMALL
 from tests.support.bundles import BundleCache
 
@@ -156,3 +158,26 @@ def test_penalties_and_least_lengths_are_those_of_transformers(llama_pair: tuple
         found = runtime.generate(TURNS[2], max_new_tokens=12, pad_token_id=0, **options)
     assert torch.equal(found, expected)
     assert not torch.equal(found[:, 5:7], written[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("files", "default", "expected"),
+    [
+        ({"generation_config.json": '{"eos_token_id": [5, 6]}', "config.json": '{"eos_token_id": 7}'}, None, (5, 6)),
+        ({"generation_config.json": "{}", "config.json": '{"eos_token_id": 7}'}, "2 of a class", (7,)),
+        ({"config.json": "{}"}, "2 of a class", (2,)),
+        ({"config.json": '{"eos_token_id": null}'}, None, ()),
+    ],
+)
+def test_the_end_of_texts_is_what_the_source_says(
+    files: dict[str, str], default: str | None, expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    provenance = SimpleNamespace(defaults={} if default is None else {"eos_token_id": default})
+    bundle: Any = SimpleNamespace(path=tmp_path, manifest=SimpleNamespace(files=files, provenance=provenance))
+    assert eos_of(bundle) == expected
+    (tmp_path / "config.json").write_text('{"eos_token_id": "seven"}')
+    if expected != (5, 6):
+        with pytest.raises(InputError, match=r"eos_token_id cannot be read from .*config.json"):
+            eos_of(bundle)
