@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["generate"]
 
 _MAX_NEW_TOKENS = 128
+# Rates from here on are said without decimals.
+_WHOLE = 100
 
 
 def generate(
@@ -41,8 +43,8 @@ def generate(
         float | None, typer.Option(help="Draw from the most probable with so much probability.", show_default="all")
     ] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Against tokens that are there; 1 for none.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may come again.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draws.", show_default="another one each time")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for the draws.", show_default="another one each time")] = None,
     device: Device = None,
     threads: Threads = None,
     recompile: Recompile = False,
@@ -52,15 +54,16 @@ def generate(
     """Continue a prompt, and say how fast."""
     import numpy as np
 
-    from diffdeploy.runtime import load
+    from diffdeploy.formats import RunOptions
+    from diffdeploy.runtime import open_runtime
 
     given = [option for option in (prompt, prompt_file, input_ids) if option is not None]
     if len(given) != 1:
         raise InputError("give one of --prompt, --prompt-file and --input-ids")
     if chat and input_ids is not None:
         raise InputError("--chat makes a message of text, and --input-ids gives tokens; leave one of them out")
-    runtime = load(bundle, device=device, threads=threads, recompile=recompile, trust=trust)
-    with runtime:
+    options = RunOptions(device=device, threads=threads, recompile=recompile, trust=trust)
+    with open_runtime(bundle, options) as runtime:
         ids = _numbers(input_ids) if input_ids is not None else _encoded(runtime, prompt, prompt_file, chat=chat)
         drawn = [option for option in (temperature, top_k, top_p, seed) if option is not None]
         room = runtime.spec.axes["total_sequence_length"].max - len(ids) + 1
@@ -78,6 +81,8 @@ def generate(
             stop=stop,
         )
         run = _Run(as_text=input_ids is None, quiet=as_json)
+        if not runtime.verified:
+            console.note(f"{bundle} was exported without verification; run diffdeploy verify {bundle}")
         run.take(steps)
     if as_json:
         console.print_json(run.fields(ids))
@@ -154,5 +159,9 @@ class _Run:
         """The end of the text, and how fast it came."""
         first, decode = self._rates
         console.print_text("")
-        rate = "" if decode is None else f", {decode:.3g} tokens/s behind it"
-        console.note(f"{num_prompt} tokens of prompt at {num_prompt / first:.3g} tokens/s{rate}")
+        rate = "" if decode is None else f", {_figure(decode)} tokens/s behind it"
+        console.note(f"{num_prompt} tokens of prompt at {_figure(num_prompt / first)} tokens/s{rate}")
+
+
+def _figure(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= _WHOLE else f"{rate:.3g}"
