@@ -10,6 +10,7 @@ from typing import Any
 
 from diffdeploy.bundle import Bundle
 from diffdeploy.errors import InputError, UnavailableError
+from diffdeploy.versions import installed_versions
 
 __all__ = ["ChatTemplate"]
 
@@ -19,6 +20,8 @@ _CONFIG = "tokenizer_config.json"
 _LONGEST_TEMPLATE = 2**20
 _LONGEST_TEXT = 2**24
 _LONGEST_REPEATED = 2**12
+# Older sandboxes let templates out (CVE-2024-56326, CVE-2025-27516).
+_SAFE_JINJA = (3, 1, 6)
 
 
 class ChatTemplate:
@@ -119,14 +122,23 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _environment() -> Any:
-    try:
-        import jinja2
-        from jinja2 import ext, nodes, sandbox
-    except ImportError as error:
+def _require_jinja2() -> None:
+    found = installed_versions(["jinja2"]).get("jinja2")
+    if found is None:
         raise UnavailableError(
             "chat templates need the package jinja2, which is not installed; pip install 'diffdeploy[text]'"
-        ) from error
+        )
+    if tuple(int(part) for part in found.split(".")[:3]) < _SAFE_JINJA:
+        raise UnavailableError(
+            f"chat templates need jinja2 3.1.6 or newer, since the sandbox of {found} has known holes; pip install "
+            "'diffdeploy[text]'"
+        )
+
+
+def _environment() -> Any:
+    _require_jinja2()
+    import jinja2
+    from jinja2 import ext, nodes, sandbox
 
     class Generation(ext.Extension):
         """``{% generation %}``, with which trainers mark what a model wrote; here its content is all that counts."""

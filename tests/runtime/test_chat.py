@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from diffdeploy.errors import InputError
+from diffdeploy.errors import InputError, UnavailableError
 from diffdeploy.runtime.chat import ChatTemplate
 
 CHATML = (
@@ -107,3 +107,19 @@ def test_objects_do_not_reach_a_template(tmp_path: Path) -> None:
 def test_bundles_without_a_template(files: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         ChatTemplate(bundle_with(tmp_path, **files))
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [
+        ({}, "which is not installed"),
+        ({"jinja2": "3.1.5"}, "3.1.6 or newer, since the sandbox of 3.1.5 has known holes"),
+    ],
+)
+def test_a_sandbox_that_is_not_there_or_leaks_is_refused(
+    installed: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffdeploy.runtime.chat.installed_versions", lambda _: installed)
+    with pytest.raises(UnavailableError, match=message) as raised:
+        ChatTemplate(bundle_with(tmp_path, template="text"))
+    assert "pip install 'diffdeploy[text]'" in str(raised.value)
