@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffdeploy.cli import console
+from diffdeploy.cli.layer_rows import by_layer
 
 if TYPE_CHECKING:
     from diffdeploy.verify.differences import Difference
@@ -16,8 +17,8 @@ __all__ = ["diff"]
 
 # Smaller changes are noise of other versions and machines; --json has them all.
 _SHOWN = 0.01
-# Enough to tell digests apart and to read most values.
-_WIDTH = 40
+# Enough to tell digests apart and to read most values; shapes of caches are the longest of them.
+_WIDTH = 48
 
 
 def diff(
@@ -43,7 +44,9 @@ def diff(
 
 
 def _rows(changes: "Sequence[Difference]") -> list[tuple[str, str]]:
-    rows = [(f"{c.section} {c.name}", f"{_short(c.before)} -> {_short(c.after)}") for c in changes if not _is_figure(c)]
+    rows = by_layer(
+        (f"{c.section} {c.name}", f"{_short(c.before)} -> {_short(c.after)}") for c in changes if not _is_figure(c)
+    )
     figures = [change for change in changes if _is_figure(change)]
     both = [change for change in figures if change.before is not None and change.after is not None]
     moved = [change for change in both if _moved(change)]
@@ -74,4 +77,6 @@ def _share(figures: dict[str, Any]) -> str:
 
 def _short(value: object) -> str:
     text = "-" if value is None else str(value)
+    if isinstance(value, list | tuple):
+        text = f"[{', '.join(map(str, value))}]"
     return text if len(text) <= _WIDTH else text[:_WIDTH] + "..."

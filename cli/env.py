@@ -23,8 +23,8 @@ def _versions() -> dict[str, str | None]:
     from diffdeploy.formats import distributions
     from diffdeploy.versions import installed_versions
 
-    # No format needs it by itself, but every bundle and most checkpoints are read with it.
-    names = (*distributions(), "safetensors")
+    # No format needs these: every bundle is read with the first, and models take and give text with the others.
+    names = (*distributions(), "safetensors", "tokenizers", "jinja2", "transformers")
     installed = installed_versions(names)
     return {name: installed.get(name) for name in names}
 

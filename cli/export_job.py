@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffdeploy.cli import console
-from diffdeploy.cli.report_output import finish, report_fields
+from diffdeploy.cli.report_output import finish, graph_fields, report_fields
 from diffdeploy.errors import DiffDeployError, VerificationError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Outcome:
             "status": "unverified",
             "format": self.format_name,
             "bundle": str(self.target),
-            "graph": self.export.facts.model_dump(),
+            "graph": graph_fields(self.export.facts),
             "verification": {"passed": False, "num_cases": 0, "worst": None},
         }
 

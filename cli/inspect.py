@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffdeploy.cli import console
+from diffdeploy.cli.layer_rows import by_layer, of_layers
 
 if TYPE_CHECKING:
     from diffdeploy.bundle import Bundle
     from diffdeploy.checkpoints import BlockSummary
-    from diffdeploy.config import AnyConfig, AnyModel, LambdaKind
+    from diffdeploy.config import AnyConfig, LambdaKind
 
 __all__ = ["inspect"]
 
@@ -44,15 +45,20 @@ def inspect(
         return 0
     with console.activity("reading the checkpoint"):
         # Checkpoints need torch; bundles are described without it.
-        from diffdeploy.checkpoints import summarise
+        from diffdeploy.checkpoints import holds_model, summarise
 
-        found = summarise(path, layout)
+        found, is_model = summarise(path, layout), holds_model(path)
     if as_json:
         fields = asdict(found)
-        console.print_json({"kind": "checkpoint", "path": str(path), "layers": fields.pop("blocks"), **fields})
+        layers = fields.pop("blocks")
+        console.print_json(
+            {"kind": "checkpoint", "path": str(path), "whole_model": is_model, "layers": layers, **fields}
+        )
         return 0
     also = f"; {', '.join(found.also)} has the same keys" if found.also else ""
     console.print_text(f"checkpoint {path}: {len(found.blocks)} differential-attention blocks")
+    if is_model:
+        console.print_text("with a token embedding: export takes the whole model, and --layer one of the blocks")
     console.print_text(f"layout {found.layout} (version {found.version}), recognised by {found.why}{also}")
     for block in found.blocks:
         console.print_text("")
@@ -65,11 +71,13 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
 
     manifest = bundle.manifest
     config, source = manifest.config.attention, manifest.provenance
+    blocks = list(manifest.config.blocks.values())
     rope = "none" if config.rope is None else f"{config.rope.style}, theta {config.rope.theta:g}"
     axes = ", ".join(f"{name} {bounds.min} to {bounds.max}" for name, bounds in manifest.graph.axes.items())
 
     def tensors(specs: Any) -> str:
-        return ", ".join(f"{name} {spec.dtype} {list(spec.shape)}" for name, spec in specs.items())
+        rows = by_layer((name, f"{spec.dtype} {list(spec.shape)}") for name, spec in specs.items())
+        return ", ".join(f"{name} {what}" for name, what in rows)
 
     layer = "" if source.layer is None else f", layer {source.layer}"
     return [
@@ -80,13 +88,13 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
         ("inputs", tensors(manifest.graph.inputs)),
         ("outputs", tensors(manifest.graph.outputs)),
         ("ranges", axes),
-        *_model_rows(manifest.config),
+        *_model_rows(bundle),
         ("width", f"{config.embed_dim}"),
         ("heads", _heads(config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim)),
         ("rope", rope),
         ("causal", "yes" if config.causal else "no"),
-        ("window", "none" if config.sliding_window is None else f"{config.sliding_window} keys"),
-        *_version_rows(config),
+        ("window", of_layers("none" if b.sliding_window is None else f"{b.sliding_window} keys" for b in blocks)),
+        *_version_rows(blocks),
         ("from", f"{', '.join(source.files)}{layer}, layout {source.layout}"),
         *(("needs", f"{name} {least} or newer") for name, least in least_versions(manifest).items()),
         ("made with", ", ".join(f"{name} {found}" for name, found in manifest.environment.packages.items())),
@@ -94,17 +102,25 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
     ]
 
 
-def _model_rows(config: "AnyModel") -> list[tuple[str, str]]:
-    """What stands around the blocks of a whole model; the rows behind these are of its first layer."""
+def _model_rows(bundle: "Bundle") -> list[tuple[str, str]]:
+    """What stands around the blocks of a whole model."""
     from diffdeploy.config import DecoderConfig
+    from diffdeploy.runtime import eos_of
 
+    config = bundle.manifest.config
     if not isinstance(config, DecoderConfig):
         return []
-    mlp = config.layers[0].mlp
+    mlps = dict.fromkeys(f"{layer.mlp.kind}, width {layer.mlp.hidden_dim}" for layer in config.layers)
     tied = "the embedding" if config.tied else "of its own"
+    ends = ", ".join(map(str, eos_of(bundle)))
+    beside = [name for name in ("tokenizer.json", "chat_template.jinja") if name in bundle.manifest.files]
     return [
         ("model", f"{config.num_layers} layers, {config.vocab_size} tokens, head {tied}"),
-        ("mlp", f"{mlp.kind}, width {mlp.hidden_dim}"),
+        ("mlp", "; ".join(mlps)),
+        (
+            "text",
+            f"{', '.join(beside) or 'no tokenizer.json'}; " + (f"ended by token {ends}" if ends else "ended by none"),
+        ),
     ]
 
 
@@ -120,16 +136,23 @@ def _window(block: "BlockSummary") -> str:
     return "none" if block.sliding_window is None else f"{block.sliding_window} keys"
 
 
-def _version_rows(config: "AnyConfig") -> list[tuple[str, str]]:
+def _version_rows(blocks: "list[AnyConfig]") -> list[tuple[str, str]]:
+    # Layers of a model differ in lambda_init and the factor that follows from it, and in nothing else that is said.
+    config = blocks[0]
     norms = [] if config.qk_norm_eps is None else [("query, key norms", f"eps {config.qk_norm_eps:g}")]
     if config.lambda_kind == "token":
         return [("version", "2: lambda per token and head, no norm of the heads"), *norms]
     kinds = {"layer": "one lambda", "head": "one lambda for each head", "fixed": "which is lambda itself"}
     affine = "with gamma" if config.norm_affine else "without gamma"
+    known = [block for block in blocks if block.lambda_kind != "token"]
+    inits, scales = (
+        ", ".join(dict.fromkeys(f"{value:.6g}" for value in values))
+        for values in ([block.lambda_init for block in known], [block.output_scale for block in known])
+    )
     return [
         (
             "lambda_init",
-            f"{config.lambda_init:.6g}, {kinds[config.lambda_kind]}; output scale {config.output_scale:.6g}",
+            f"{inits}, {kinds[config.lambda_kind]}; output scale {scales}",
         ),
         ("norm", "none" if config.norm_eps is None else f"eps {config.norm_eps:g}, {affine}"),
         *norms,

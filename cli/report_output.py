@@ -7,9 +7,10 @@ from diffdeploy.cli import console
 from diffdeploy.errors import VerificationError
 
 if TYPE_CHECKING:
+    from diffdeploy.formats import ArtifactFacts
     from diffdeploy.verify import Report
 
-__all__ = ["finish", "report_fields"]
+__all__ = ["finish", "graph_fields", "report_fields"]
 
 
 def finish(report: "Report", subject: Path, *, as_json: bool, error: str | None = None, warn_only: bool = False) -> int:
@@ -54,18 +55,29 @@ def _next_step(report: "Report", subject: Path) -> str:
 
 def report_fields(report: "Report", subject: Path) -> dict[str, Any]:
     """Status, bundle or report, graph and verdict; ``budget_used`` is ``null`` where an output had no number."""
+    from diffdeploy.verify import num_judged_layers
+
     worst = report.worst
+    layers = {"num_layers": num_judged_layers(report.cases)} if report.graph.num_layers else {}
     return {
         "status": "passed" if report.passed else "failed",
         "format": report.format,
         # With --from-report there may be no bundle on this machine.
         "bundle" if subject.is_dir() else "report": str(subject),
-        "graph": report.graph.model_dump(),
+        "graph": graph_fields(report.graph),
         "verification": {
             "passed": report.passed,
             "num_cases": len(report.cases),
+            **layers,
             "worst": None if worst is None else {"case": worst.id, "budget_used": worst.budget_used},
             # Those three stand above, or say how a report is stored.
             **report.model_dump(mode="json", exclude={"format", "graph", "schema_version"}),
         },
     }
+
+
+def graph_fields(facts: "ArtifactFacts") -> dict[str, Any]:
+    """What an artifact is; of a model also how many layers it has."""
+    fields = facts.model_dump()
+    layers = {"num_layers": facts.num_layers} if facts.num_layers else {}
+    return {"variant": fields.pop("variant"), **layers, **fields}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffdeploy.cli import console
+from diffdeploy.cli.layer_rows import by_layer
 from diffdeploy.cli.shared_options import AsJson, Device, PublicKey, Recompile, RuntimeName, Threads, Trust
 
 if TYPE_CHECKING:
@@ -76,5 +77,6 @@ def _print(results: "dict[str, Array]", bundle: Path, outputs: Path, backend: st
             {"status": "ran", "bundle": str(bundle), "output": str(outputs), "backend": backend, "outputs": shapes}
         )
         return
-    said = ", ".join(f"{name} {array.dtype.name} {list(array.shape)}" for name, array in results.items())
+    rows = by_layer((name, f"{array.dtype.name} {list(array.shape)}") for name, array in results.items())
+    said = ", ".join(f"{name} {what}" for name, what in rows)
     console.print_text(f"wrote {outputs}: {said} ({backend})")

@@ -13,14 +13,15 @@ os.environ["XDG_STATE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" /
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
 
 import pytest
 import torch
 from packaging.requirements import Requirement
 
-from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
+from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint, read_model
 from diffdeploy.checkpoints.files import SAMPLE
-from diffdeploy.exporters import ExportOptions
+from diffdeploy.exporters import ExportOptions, export_bundle
 from tests.support.bundles import BundleCache, FormatBundle, cache_folder, options_of
 
 
@@ -81,6 +82,18 @@ def sample_bundle(sample: Checkpoint, bundles: BundleCache) -> Path:
 def format_bundle(sample: Checkpoint, bundles: BundleCache) -> FormatBundle:
     """A plain, verified bundle for each of `CPU_FORMATS`, made when first asked for. Shared: copy before changing."""
     return lambda name: bundles.bundle(sample, options_of(name))
+
+
+@pytest.fixture(scope="session")
+def llama_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A tied DiffLlama as an unverified ONNX bundle, beside its checkpoint, and the model of transformers."""
+    from tests.checkpoints.test_whole_models import diffllama
+
+    folder = tmp_path_factory.mktemp("llama")
+    model, _, _ = diffllama(folder / "checkpoint", tie_word_embeddings=True, eos_token_id=7)
+    options = ExportOptions(graph="model", max_batch_size=6, max_sequence_length=48)
+    export_bundle(read_model(folder / "checkpoint"), folder / "bundle", options, verify=False)
+    return folder / "bundle", model
 
 
 @pytest.fixture

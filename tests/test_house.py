@@ -33,6 +33,7 @@ FLOORS = [
     "exporters",
     "selftest",
     "bench",
+    "integrations",
     "cli",
 ]
 ROOMS = FLOORS

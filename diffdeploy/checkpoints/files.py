@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdeploy.checkpoints.fields import listed, read_json_object
+from diffdeploy.checkpoints.hub import in_local_cache
 from diffdeploy.errors import InputError
 from diffdeploy.exclusive import without_warnings
 
@@ -201,9 +202,12 @@ def _open_file(path: Path) -> TensorFile:
 def open_tensors(path: Path) -> TensorFile:
     """Open a checkpoint: a ``.safetensors`` file, a ``torch.save`` file, an index of shards, or a directory with one.
 
+    What does not exist may be the name of a repository that is in the local cache of the Hugging Face hub.
+
     Raises:
         InputError: nothing there, several files to choose from, a damaged file, or one with pickled objects.
     """
+    path = in_local_cache(path) or path
     if path.is_dir():
         path = _in_directory(path)
     if not path.is_file():

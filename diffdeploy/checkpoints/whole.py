@@ -160,6 +160,8 @@ class _Reader:
         read = [*plain.values(), *(key for block in blocks for key in block.tensors.keys)]
         self._require_all_read({*read, *(key for key in self.keys if config.tied and key == self.skeleton.head)})
         self.defaults |= blocks[0].settings.defaults()
+        if self.layout.eos_token_id is not None and "eos_token_id" not in self.fields:
+            self.defaults["eos_token_id"] = f"{self.layout.eos_token_id} of {self.layout.config_class}"
         holders = dict.fromkeys(self.file.holder(key) for key in read)
         directory = self.file.path.parent
         return ModelCheckpoint(

@@ -1,5 +1,6 @@
 """What is said of an artifact, what runs it, and what of it can be seen or spoiled."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ class ArtifactFacts(Record):
     opset: int | None
     inputs: list[str]
     outputs: list[str]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of a model, each of which has a cache of its own; 0 of a block."""
+        return sum(re.fullmatch(r"past_key_values\.\d+\.key", name) is not None for name in self.inputs)
 
 
 class Backend(ABC):

@@ -1,7 +1,6 @@
-"""A batch of sequences on its way: prompts and their cache, and the logits of what comes next.
+"""What a model has seen of a batch of sequences: its cache, handed on from call to call, or written in place.
 
-The cache is handed on from call to call, or written in place where the backend can. Shape suffixes: B batch, S new
-tokens, T all tokens so far.
+Shape suffixes: B batch, S new tokens, P tokens before them, T = P + S, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -20,96 +19,118 @@ __all__ = ["Decoding"]
 
 
 class Decoding:
-    """Prompts that are continued token by token.
+    """The cache of a batch of sequences, which grows by what is fed.
+
+    Where the backend writes in place, the tokens of a row lie side by side in its buffers, without padding: a token
+    that the mask hides later, as one that only filled a row, must be behind all others, and the next one takes its
+    place.
 
     Args:
         runtime: of a model.
-        input_ids: prompts ``[B, S]``, int64, padded on the left.
-        attention_mask: ``[B, S]``, int64, 0 for padding.
-        capacity: most tokens of a row that will be fed, padding of the prompt included.
-        fill: what the buffers of a cache that is written in place hold before.
+        batch_size: rows.
+        fill: what buffers hold before.
 
     Attributes:
-        buffers: where the cache is written in place; ``None`` where it is handed on.
-
-    Raises:
-        InputError: the prompts are not what the graph accepts.
+        num_tokens: tokens of each row that were fed, padding included.
+        buffers: where the cache is written in place; ``None`` where it is handed on, or nothing was fed yet.
     """
 
-    def __init__(
-        self, runtime: "Runtime", input_ids: Array, attention_mask: Array, *, capacity: int, fill: float = 0.0
-    ) -> None:
+    def __init__(self, runtime: "Runtime", batch_size: int, *, fill: float = 0.0) -> None:
         self._runtime, self._spec = runtime, runtime.spec
-        self._prompt, self._mask = input_ids, attention_mask
+        self._batch_size, self._fill = batch_size, fill
         self._caches: dict[str, Array] = {name: self._empty(name) for name in self._spec.caches}
-        # Otherwise a backend with buffers of its own would be the first to look at them.
-        check_inputs(self._spec, self._inputs(input_ids))
-        self.buffers: CacheBuffers | None = runtime.buffers(len(input_ids), capacity, fill)
+        self._capacity = 0
+        self.num_tokens = 0
+        self.buffers: CacheBuffers | None = None
 
     def _empty(self, name: str) -> Array:
         _, heads, _, width = self._spec.inputs[name].shape
-        return np.empty((len(self._prompt), int(heads), 0, int(width)), self._spec.inputs[name].dtype)
+        return np.empty((self._batch_size, int(heads), 0, int(width)), self._spec.inputs[name].dtype)
 
-    def _inputs(self, tokens_BS: Array) -> dict[str, Array]:
-        inputs: dict[str, Array] = {"input_ids": tokens_BS, "attention_mask": self._mask, **self._caches}
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many tokens of a row at once, which spares copies later."""
+        if capacity <= self._capacity:
+            return
+        wider = self._runtime.buffers(self._batch_size, capacity, self._fill)
+        if wider is not None and self.buffers is not None:
+            for name, array in self.buffers.arrays().items():
+                wider.arrays()[name][:, :, : self._capacity] = array
+        self.buffers, self._capacity = wider, capacity
+
+    def feed(self, tokens_BS: Array, mask_BT: Array) -> Array:
+        """Logits ``[B, V]`` of what follows the last token of each row.
+
+        Args:
+            tokens_BS: new tokens, int64.
+            mask_BT: int64, 0 for padding, of all tokens so far; the last one of a row is none.
+
+        Raises:
+            InputError: tokens or sizes that the graph does not accept.
+        """
+        self.reserve(mask_BT.shape[1])
+        if self.buffers is None:
+            logits = self._handed_on(tokens_BS, mask_BT)
+        else:
+            if not self.num_tokens:
+                # The backend would be the first to look at them.
+                check_inputs(self._spec, self._inputs(tokens_BS, mask_BT))
+            logits = self._in_place(self.buffers, tokens_BS, mask_BT)
+        self.num_tokens = mask_BT.shape[1]
+        return logits
+
+    def _inputs(self, tokens_BS: Array, mask_BT: Array) -> dict[str, Array]:
+        inputs: dict[str, Array] = {"input_ids": tokens_BS, "attention_mask": mask_BT, **self._caches}
         if "position_ids" in self._spec.inputs:
-            inputs["position_ids"] = np.ascontiguousarray(_positions(self._mask)[:, -tokens_BS.shape[1] :])
+            # Padding takes no position.
+            counted = np.maximum(mask_BT.cumsum(1) - 1, 0)
+            inputs["position_ids"] = np.ascontiguousarray(counted[:, -tokens_BS.shape[1] :])
         return inputs
 
-    def prefill(self) -> Array:
-        """Logits ``[B, V]`` of what follows the prompts."""
-        if self.buffers is None:
-            return self._handed_on(self._prompt)
-        # The operator counts tokens from the first, so that padding goes behind them.
-        counts, length = self._mask.sum(1), self._prompt.shape[1]
-        order = np.argsort(self._mask == 0, axis=1, kind="stable")
-        behind = (np.arange(length) < counts[:, None]).astype(np.int64)
-        inputs = {"input_ids": np.take_along_axis(self._prompt, order, axis=1), "attention_mask": behind}
-        return self._in_place(inputs, _positions(behind), counts - 1)
-
-    def step(self, tokens_B: Array) -> Array:
-        """Logits ``[B, V]`` of what follows one more token in every row."""
-        self._mask = np.concatenate((self._mask, np.ones((len(self._mask), 1), np.int64)), axis=1)
-        if self.buffers is None:
-            return self._handed_on(tokens_B[:, None])
-        counts = self._mask.sum(1)
-        behind = (np.arange(int(counts.max())) < counts[:, None]).astype(np.int64)
-        inputs = {"input_ids": np.ascontiguousarray(tokens_B[:, None]), "attention_mask": behind}
-        return self._in_place(inputs, counts[:, None] - 1, np.zeros_like(counts))
-
-    def _handed_on(self, tokens_BS: Array) -> Array:
-        outputs = self._runtime(**self._inputs(tokens_BS))
+    def _handed_on(self, tokens_BS: Array, mask_BT: Array) -> Array:
+        outputs = self._runtime(**self._inputs(tokens_BS, mask_BT))
         self._caches = {name: outputs[present] for name, present in self._spec.caches.items()}
         last: Array = outputs[self._spec.main_output][:, -1]
         return last
 
-    def _in_place(self, inputs: dict[str, Array], positions_BS: Array, last_B: Array) -> Array:
-        assert self.buffers is not None
+    def _in_place(self, buffers: CacheBuffers, tokens_BS: Array, mask_BT: Array) -> Array:
+        length = tokens_BS.shape[1]
+        new_BS, before_B = mask_BT[:, -length:] == 1, mask_BT[:, :-length].sum(1)
+        if self.num_tokens and len(tokens_BS) > 1:
+            # The operator takes several new tokens behind a past for one row alone.
+            for place in range(length):
+                logits = self._call(buffers, tokens_BS[:, place : place + 1], before_B, np.ones_like(before_B))
+                # What a row has no token for was written where its next one goes.
+                before_B = before_B + new_BS[:, place]
+            return logits
+        order = np.argsort(~new_BS, axis=1, kind="stable")
+        counts = new_BS.sum(1)
+        return self._call(buffers, np.take_along_axis(tokens_BS, order, axis=1)[:, : counts.max()], before_B, counts)
+
+    def _call(self, buffers: CacheBuffers, tokens_BS: Array, before_B: Array, counts_B: Array) -> Array:
+        """Logits of the last of so many new tokens of each row, which stand before all padding."""
+        totals = before_B + counts_B
+        mask = (np.arange(int(totals.max())) < totals[:, None]).astype(np.int64)
+        inputs = {"input_ids": np.ascontiguousarray(tokens_BS), "attention_mask": mask}
         if "position_ids" in self._spec.inputs:
-            inputs["position_ids"] = positions_BS
-        logits = self.buffers.run(inputs)
-        if logits.shape[1] == 1:
-            last_B = np.zeros_like(last_B)
-        chosen: Array = logits[np.arange(len(logits)), last_B]
+            positions = before_B[:, None] + np.arange(tokens_BS.shape[1])
+            inputs["position_ids"] = np.minimum(positions, totals[:, None] - 1)
+        logits = buffers.run(inputs)
+        last = counts_B - 1 if logits.shape[1] > 1 else np.zeros_like(counts_B)
+        chosen: Array = logits[np.arange(len(logits)), last]
         return chosen
 
-    def caches(self) -> Mapping[str, Array]:
+    def caches(self, mask_BT: Array) -> Mapping[str, Array]:
         """Keys and values of all tokens so far ``[B, h_kv, T, w]``, by the names of the outputs that hand them on.
 
-        Where a cache is written in place, cells of padding hold 0.
+        Args:
+            mask_BT: that was fed last. Where a cache is written in place, cells of padding hold 0.
         """
         if self.buffers is None:
             return {self._spec.caches[name]: array for name, array in self._caches.items()}
-        tokens_BT, found = self._mask == 1, {}
+        found = {}
         for name, buffer in self.buffers.arrays().items():
-            whole = np.zeros((*buffer.shape[:2], tokens_BT.shape[1], buffer.shape[3]), buffer.dtype)
-            for row, shown in enumerate(tokens_BT):
+            whole = np.zeros((*buffer.shape[:2], mask_BT.shape[1], buffer.shape[3]), buffer.dtype)
+            for row, shown in enumerate(mask_BT == 1):
                 whole[row][:, shown] = buffer[row, :, : int(shown.sum())]
             found[self._spec.caches[name]] = whole
         return found
-
-
-def _positions(mask_BT: Array) -> Array:
-    """Padding takes no position."""
-    counted: Array = np.ascontiguousarray(np.maximum(mask_BT.cumsum(1) - 1, 0))
-    return counted

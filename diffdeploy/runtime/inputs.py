@@ -9,7 +9,7 @@ import numpy as np
 from diffdeploy.errors import InputError
 from diffdeploy.graphs import GraphSpec, TensorSpec
 
-__all__ = ["as_integers", "check_inputs"]
+__all__ = ["as_integers", "check_inputs", "check_values"]
 
 
 def as_integers(spec: GraphSpec, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,13 +67,23 @@ def _check_tensor(graph: GraphSpec, name: str, spec: TensorSpec, value: Any, siz
         elif given != axis:
             raise InputError(f"{name} has shape {list(value.shape)}; accepted is {list(spec.shape)}")
     # On CUDA the values are not looked at, since that would wait for the device in every call.
-    if spec.values is not None and not getattr(value, "is_cuda", False):
-        smallest, largest = _extremes(value)
-        if smallest < spec.values.min or largest > spec.values.max:
-            raise InputError(
-                f"{name} holds numbers from {smallest} to {largest}; "
-                f"accepted are {spec.values.min} to {spec.values.max}"
-            )
+    if not getattr(value, "is_cuda", False):
+        check_values(name, spec, value)
+
+
+def check_values(name: str, spec: TensorSpec, value: Any) -> None:
+    """Check what the elements of a tensor or an array are.
+
+    Raises:
+        InputError: one is out of the range that ``spec`` has.
+    """
+    if spec.values is None:
+        return
+    smallest, largest = _extremes(value)
+    if smallest < spec.values.min or largest > spec.values.max:
+        raise InputError(
+            f"{name} holds numbers from {smallest} to {largest}; accepted are {spec.values.min} to {spec.values.max}"
+        )
 
 
 def _check_size(graph: GraphSpec, name: str, axis: str, given: int, sizes: dict[str, int]) -> None:

@@ -1,7 +1,7 @@
 """`Runtime`: one interface to every format, with the input checks that backends do not make."""
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -12,9 +12,11 @@ from diffdeploy.bundle import Bundle
 from diffdeploy.errors import InputError
 from diffdeploy.formats import Backend, CacheBuffers
 from diffdeploy.graphs import GraphSpec, zero_inputs
-from diffdeploy.runtime.generation import GenerationOptions, Streamer, stream
+from diffdeploy.runtime.generation import GenerationOptions, Step, Streamer
 from diffdeploy.runtime.inputs import as_integers, check_inputs
 from diffdeploy.runtime.right_padding import run_right_padded
+from diffdeploy.runtime.session import Session
+from diffdeploy.runtime.text import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,24 +136,42 @@ class Runtime:
         Raises:
             InputError: tokens, a mask, lengths or an option that are not accepted.
         """
+        return self.session().generate(
+            input_ids, attention_mask, max_new_tokens=max_new_tokens, streamer=streamer, **options
+        )
 
-        def as_given(array: Array) -> Any:
-            return array if isinstance(input_ids, np.ndarray) else to_tensor(array).to(input_ids.device)
+    def stream(
+        self,
+        input_ids: "Tensor | Array",
+        attention_mask: "Tensor | Array | None" = None,
+        *,
+        max_new_tokens: int,
+        **options: Unpack[GenerationOptions],
+    ) -> Iterator[Step]:
+        """`generate`, with each token, and its text where the bundle has a tokenizer, as it comes.
 
-        prompt, mask = (side if side is None or isinstance(side, np.ndarray) else to_array(side)
-                        for side in (input_ids, attention_mask))  # fmt: skip
-        assert prompt is not None
-        columns = [prompt]
-        steps = stream(self, prompt, mask, max_new_tokens=max_new_tokens, **options)
-        if streamer is not None:
-            streamer.put(as_given(prompt))
-        for chosen in steps:
-            columns.append(chosen[:, None])
-            if streamer is not None:
-                streamer.put(as_given(chosen))
-        if streamer is not None:
-            streamer.end()
-        return as_given(np.concatenate(columns, axis=1))
+        Joined, the texts of a row are all that the model wrote, up to the text of ``stop`` that ended it. A character
+        comes with the token that completes it. What is not taken from the iterator is not computed.
+        """
+        return self.session().stream(input_ids, attention_mask, max_new_tokens=max_new_tokens, **options)
+
+    def session(self) -> Session:
+        """A conversation, which goes on from turn to turn with one cache.
+
+        Raises:
+            InputError: the bundle holds a block.
+        """
+        return Session(self)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """From text to tokens and back.
+
+        Raises:
+            InputError: the bundle has none, or one that cannot be used.
+            UnavailableError: the package tokenizers is not installed.
+        """
+        return Tokenizer(self.bundle)
 
     def warmup(self, **sizes: int) -> None:
         """Make one call, so that the first one in production does not pay for what backends put off until then.

@@ -51,33 +51,45 @@ class Sampling:
         """What the tokens of one call are drawn with."""
         return np.random.default_rng(self.seed)
 
-    def choose(self, logits_BV: Array, before: list[Array], forbidden: Array, draws: np.random.Generator) -> Array:
+    def choose(self, logits_BV: Array, seen_BV: Array, forbidden: Array, draws: np.random.Generator) -> Array:
         """The next token of each row, ``[B]`` int64.
 
         Args:
             logits_BV: of the last position, any floating dtype.
-            before: tokens of each row so far, for the penalty.
+            seen_BV: which tokens each row holds already, bool.
             forbidden: tokens that may not come now.
             draws: see `generator`.
         """
-        scores = logits_BV.astype(np.float64)
-        if self.repetition_penalty != 1:
-            for row, tokens in zip(scores, before, strict=True):
-                seen = np.unique(tokens)
-                row[seen] = np.where(
-                    row[seen] > 0, row[seen] / self.repetition_penalty, row[seen] * self.repetition_penalty
-                )
-        scores[:, forbidden] = -np.inf
+        scores = self.scores(logits_BV, seen_BV, forbidden)
         if not self.do_sample:
             return np.asarray(scores.argmax(axis=1), np.int64)
-        return np.array([self._drawn(row, draws) for row in scores / self.temperature], np.int64)
+        return np.array([draws.choice(len(row), p=row) for row in _softmax(scores)], np.int64)
 
-    def _drawn(self, scores_V: Array, draws: np.random.Generator) -> int:
-        order = np.argsort(-scores_V, kind="stable")[: self.top_k or None]
-        likely = np.exp(scores_V[order] - scores_V[order[0]])
-        likely /= likely.sum()
+    def scores(self, logits_BV: Array, seen_BV: Array, forbidden: Array) -> Array:
+        """Logits ``[B, V]`` in fp64 that tokens are chosen by, in the order of Hugging Face's processors; see `choose`.
+
+        What cannot be drawn is minus infinity.
+        """
+        scores = logits_BV.astype(np.float64)
+        if self.repetition_penalty != 1:
+            penalised = np.where(scores < 0, scores * self.repetition_penalty, scores / self.repetition_penalty)
+            scores = np.where(seen_BV, penalised, scores)
+        scores[:, forbidden] = -np.inf
+        if not self.do_sample:
+            return scores
+        scores /= self.temperature
+        if self.top_k:
+            # Tokens as likely as the last one of them are kept, too.
+            last = -min(self.top_k, scores.shape[1])
+            scores[scores < np.partition(scores, last, axis=1)[:, last, None]] = -np.inf
         if self.top_p is not None:
-            # The first token that reaches the bound is one of them.
-            kept = int(np.searchsorted(np.cumsum(likely), self.top_p)) + 1
-            order, likely = order[:kept], likely[:kept] / likely[:kept].sum()
-        return int(draws.choice(order, p=likely))
+            for row, chances in zip(scores, _softmax(scores), strict=True):
+                order = np.argsort(-chances, kind="stable")
+                # The first token that reaches the bound is one of them.
+                row[order[int(np.searchsorted(np.cumsum(chances[order]), self.top_p)) + 1 :]] = -np.inf
+        return scores
+
+
+def _softmax(scores_BV: Array) -> Array:
+    chances = np.exp(scores_BV - scores_BV.max(axis=1, keepdims=True))
+    return np.asarray(chances / chances.sum(axis=1, keepdims=True))

@@ -4,6 +4,7 @@ from diffdeploy.budgets import BUDGETS, Budget
 from diffdeploy.formats import Check
 from diffdeploy.verify.artifact_checks import artifact_checks, artifact_facts
 from diffdeploy.verify.golden import golden_arrays, verify_golden
+from diffdeploy.verify.layers import num_judged_layers
 from diffdeploy.verify.metrics import rejudge
 from diffdeploy.verify.report import CaseReport, OutputReport, RejectedError, Report, read_report
 from diffdeploy.verify.run import Progress, verify_bundle
@@ -22,6 +23,7 @@ __all__ = [
     "artifact_facts",
     "golden_arrays",
     "longest_case",
+    "num_judged_layers",
     "read_report",
     "rejudge",
     "verify_bundle",

@@ -26,7 +26,7 @@ class Difference:
     """One thing that differs.
 
     Attributes:
-        section: ``files``, ``graph``, ``config``, ``options``, ``requires``, ``versions``, ``artifact``,
+        section: ``bundle``, ``files``, ``graph``, ``config``, ``options``, ``requires``, ``versions``,
             ``verification``, ``checks`` or ``figures``.
         name: of the thing, with dots.
         before: its value in the first; ``None`` where it is not there.
@@ -80,6 +80,7 @@ def _sections(subject: Described) -> dict[str, Mapping[str, Any]]:
     if manifest is not None:
         fields = manifest.model_dump(mode="json")
         sections |= {
+            "bundle": {"verified": manifest.verified},
             "files": files_judged(manifest),
             "graph": _flat({"format": manifest.format, **fields["graph"]}),
             "config": _flat(fields["config"]),
@@ -114,6 +115,8 @@ def _figures(report: Report) -> dict[str, Any]:
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+            value = {str(number): each for number, each in enumerate(value)}
         if isinstance(value, Mapping):
             leaves |= _flat(value, f"{prefix}{name}.")
         else:

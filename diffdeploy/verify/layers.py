@@ -24,7 +24,7 @@ from diffdeploy.verify.report import CaseReport
 if TYPE_CHECKING:
     from diffdeploy.modules import DiffTransformer
 
-__all__ = ["guilty_layer", "layer_reports"]
+__all__ = ["guilty_layer", "layer_reports", "num_judged_layers"]
 
 _GROUP, _HEAD = "each layer", "head"
 
@@ -120,6 +120,11 @@ class _EagerLayer:
         with torch.no_grad():
             output, (key, value) = self._model.layers[self._number](x_BSD, given["attention_mask"], turn, past)
         return {"output": to_array(output), "present.key": to_array(key), "present.value": to_array(value)}
+
+
+def num_judged_layers(reports: list[CaseReport]) -> int:
+    """How many layers were judged by themselves; 0 of a format that does not show what is between them."""
+    return sum(report.group == _GROUP and report.id != _HEAD for report in reports)
 
 
 def guilty_layer(reports: list[CaseReport]) -> Finding | None:

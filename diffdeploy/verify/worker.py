@@ -120,17 +120,16 @@ def _decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) -
     """
     from diffdeploy.runtime.decoding import Decoding
 
-    ids, length = inputs["input_ids"], inputs["input_ids"].shape[1]
-    prompt = length - num_tokens
-    # With room behind, and what would show in every result if it was read.
-    decoding = Decoding(
-        runtime, ids[:, :prompt], inputs["attention_mask"][:, :prompt], capacity=length + _ROOM, fill=np.nan
-    )
-    logits = [decoding.prefill(), *(decoding.step(ids[:, place]) for place in range(prompt, length))]
+    ids, mask, length = inputs["input_ids"], inputs["attention_mask"], inputs["input_ids"].shape[1]
+    # What would show in every result if it was read, and room behind.
+    decoding = Decoding(runtime, len(ids), fill=np.nan)
+    decoding.reserve(length + _ROOM)
+    ends = range(length - num_tokens, length + 1)
+    logits = [decoding.feed(ids[:, decoding.num_tokens : end], mask[:, :end]) for end in ends]
     for name, buffer in ({} if decoding.buffers is None else decoding.buffers.arrays()).items():
         if not np.isnan(buffer[:, :, length:].astype(np.float32)).all():
             raise ExportError(f"cells of {name} beyond the last token were written")
-    return {runtime.spec.main_output: np.stack(logits, axis=1), **decoding.caches()}
+    return {runtime.spec.main_output: np.stack(logits, axis=1), **decoding.caches(mask)}
 
 
 class ArtifactProcess:

@@ -84,6 +84,16 @@ def test_old_rope_fields_are_read(tmp_path: Path) -> None:
     assert (logits_of(tmp_path, ids) - expected.double()).abs().max() < 1e-4
 
 
+def test_the_token_that_ends_texts_by_default_is_named(tmp_path: Path) -> None:
+    diffllama(tmp_path)
+    assert "eos_token_id" not in read_model(tmp_path).defaults
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["eos_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_model(tmp_path).defaults["eos_token_id"].startswith("2 of DiffLlamaConfig")
+    assert "eos_token_id" not in read_model(SAMPLE).defaults
+
+
 def test_the_sample_is_a_whole_model() -> None:
     found = read_model(SAMPLE)
     text = np.frombuffer(b"def main(argv=None):\n    parser = argparse.ArgumentParser(description=__doc__)\n", np.uint8)

@@ -1,13 +1,19 @@
 """``diffdeploy generate``, and models on the command line."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+import diffdeploy
 from diffdeploy.checkpoints import read_model
 from diffdeploy.checkpoints.files import SAMPLE
+from diffdeploy.cli.layer_rows import by_layer, of_layers
 from diffdeploy.cli.main import main
+from diffdeploy.exporters import export_bundle
 from tests.exporters.test_models import SMALL
 from tests.support.bundles import BundleCache
 from tests.support.commands import refused
@@ -48,9 +54,46 @@ def test_a_stop_is_not_shown(model: str, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == whole[: whole.index(stop)] + "\n"
 
 
+def test_more_options_reach_the_model(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", model, "--prompt", "x = x = x", "--max-new-tokens", "12"]
+    shown = []
+    for more in ([], ["--repetition-penalty", "3"], ["--temperature", "2", "--seed", "1"]):
+        assert main([*arguments, *more]) == 0
+        shown.append(capsys.readouterr().out)
+    assert len(set(shown)) == 3
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The sample with a chat template beside it."""
+    folder = tmp_path_factory.mktemp("chatty")
+    shutil.copytree(SAMPLE, folder / "checkpoint")
+    template = folder / "checkpoint" / "chat_template.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if 'refuse' in m.content %}{{ raise_exception('no\\nsuch') }}{% endif %}"
+        "def {{ m.role }}({% endfor %}{{ add_generation_prompt }}{{ messages[0].content }}"
+    )
+    export_bundle(read_model(folder / "checkpoint"), folder / "bundle", SMALL, verify=False)
+    return str(folder / "bundle")
+
+
+def test_a_chat_template_makes_the_prompt(chatty: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", chatty, "--prompt", "x, ", "--chat", "--max-new-tokens", "9", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert bytes(result["input_ids"]) == b"def user(Truex, "
+    message = refused(["generate", chatty, "--prompt", "refuse", "--chat"], capsys)
+    assert message.endswith("raised: no")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--chat", "--prompt", "a"], "has no chat template"),
+        (["--chat", "--input-ids", "1"], "--chat makes a message of text, and --input-ids gives tokens"),
+        (["--stop", "", "--prompt", "a"], "stop holds an empty text"),
+        (["--min-new-tokens", "-1", "--prompt", "a"], "min_new_tokens is -1"),
+        (["--repetition-penalty", "0", "--prompt", "a"], "repetition_penalty is 0.0; accepted is a number above 0"),
+        (["--prompt", "a" * 60], "the prompt has 60 tokens and 1 are to come; the bundle was exported for 48"),
         ([], "give one of --prompt, --prompt-file and --input-ids"),
         (["--prompt", "a", "--input-ids", "1"], "give one of --prompt, --prompt-file and --input-ids"),
         (["--prompt", ""], "the prompt is empty"),
@@ -70,10 +113,9 @@ def test_a_bundle_without_a_tokenizer_takes_tokens(bundles: BundleCache, capsys:
     from dataclasses import replace
 
     bare = str(bundles.bundle(replace(read_model(SAMPLE), companions=()), SMALL, verify=False))
-    with pytest.warns(match="exported without verification"):
-        assert "has no tokenizer.json" in refused(["generate", bare, "--prompt", "a"], capsys)
-    with pytest.warns(match="exported without verification"):
-        assert main(["generate", bare, "--input-ids", "97", "--max-new-tokens", "2"]) == 0
+    assert "has no tokenizer.json" in refused(["generate", bare, "--prompt", "a"], capsys)
+    assert main(["generate", bare, "--input-ids", "97", "--max-new-tokens", "2"]) == 0
+    assert "exported without verification; run diffdeploy verify" in capsys.readouterr().err
 
 
 def test_options_of_blocks_and_models_do_not_mix(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,8 +126,61 @@ def test_options_of_blocks_and_models_do_not_mix(capsys: pytest.CaptureFixture[s
 
 def test_a_model_is_inspected_and_matched_with_its_checkpoint(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", model]) == 0
-    assert "4 layers, 256 tokens, head of its own" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for said in (
+        "4 layers, 256 tokens, head of its own",
+        "tokenizer.json; ended by none",
+        "0.2, 0.355509, 0.470713, 0.556058, one lambda; output scale 0.8, 0.644491",
+        "past_key_values.0-3.key float32",
+    ):
+        assert said in out
     assert main(["verify", model, "--cases", "1", "--checkpoint", str(SAMPLE)]) == 0
     assert "bit for bit" in capsys.readouterr().err
     assert "holds a whole model" in refused(["verify", model, "--self-test"], capsys)
     assert "holds a whole model" in refused(["bench", model], capsys)
+
+
+def test_the_result_of_an_export_says_how_many_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--max-sequence-length", "48", "--max-batch-size", "4"]
+    assert main(["export", "--cases", "1", "--output", "whole", "--json", *sizes]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["status"], result["format"], result["bundle"]) == ("passed", "onnx", "whole")
+    graph = result["graph"]
+    assert list(graph) == ["variant", "num_layers", "attention_ops", "opset", "inputs", "outputs"]
+    assert (graph["variant"], graph["num_layers"], graph["attention_ops"]) == ("model", 4, 8)
+    assert result["verification"]["passed"]
+    assert result["verification"]["num_layers"] == 4
+    assert main(["export", "--no-verify", "--output", "bare", "--json", *sizes]) == 0
+    bare = json.loads(capsys.readouterr().out)
+    assert bare["graph"] == graph
+    assert (bare["status"], bare["verification"]["passed"]) == ("unverified", False)
+    assert main(["diff", "whole", "bare"]) == 0
+    assert capsys.readouterr().out == "bundle verified  True -> False\n"
+
+
+def test_what_is_alike_in_every_layer_is_said_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with diffdeploy.load(model) as runtime:
+        sizes: dict[Any, int] = {"batch_size": 1, "sequence_length": 2, "past_sequence_length": 0}
+        sizes["total_sequence_length"] = 2
+        inputs: dict[str, Any] = {
+            name: np.zeros([sizes.get(axis, axis) for axis in tensor.shape], tensor.dtype)
+            for name, tensor in runtime.spec.inputs.items()
+        }
+    np.savez("inputs.npz", **inputs)
+    assert main(["run", model, "--input", "inputs.npz", "--output", "outputs.npz"]) == 0
+    assert "present.0-3.key float32 [1, 2, 2, 32], present.0-3.value float32 [1, 2, 2, 32]" in capsys.readouterr().out
+
+
+def test_layers_that_differ_are_told_apart() -> None:
+    rows = [("logits", "a"), *((f"present.{n}.key", "x" if n != 2 else "y") for n in range(5)), ("present.key", "z")]
+    found = [("logits", "a"), ("present.0-1,3-4.key", "x"), ("present.2.key", "y"), ("present.key", "z")]
+    assert by_layer(rows) == found
+    assert of_layers(["none"] * 3) == "none"
+    assert of_layers(["8 keys", "none", "8 keys"]) == "8 keys in layer 0,2 | none in layer 1"
+
+
+def test_a_checkpoint_says_that_it_is_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(SAMPLE)]) == 0
+    assert "export takes the whole model, and --layer one of the blocks" in capsys.readouterr().out
+    assert main(["inspect", str(SAMPLE), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["whole_model"] is True

@@ -97,6 +97,7 @@ class Layout:
         reads_window: whether `sliding_window` reads the fields of that name.
         class_defaults: fields whose absence means the default of the source's own config class.
         config_class: that class, for the record of where a value came from.
+        eos_token_id: the token that ends texts by default of that class; ``None`` where it has none.
         norm_eps_field: field with the norm's epsilon, 1e-5 where there is none.
         qk_norm_eps: epsilon of the optional norms of queries and keys.
         head_fields: fields that must agree with the shapes, with the multiple of ``num_heads`` or ``num_kv_heads``;
@@ -131,6 +132,7 @@ class Layout:
     reads_window: bool = False
     class_defaults: Mapping[str, float] = field(default_factory=dict)
     config_class: str = ""
+    eos_token_id: int | None = None
     norm_eps_field: str = "norm_eps"
     qk_norm_eps: float | None = None
     head_fields: Mapping[str, tuple[Literal["num_heads", "num_kv_heads"], int | None]] = field(default_factory=dict)

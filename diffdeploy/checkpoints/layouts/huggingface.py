@@ -37,6 +37,7 @@ DIFFLLAMA = Layout(
     rope=partial(huggingface_rope, default_theta=_DIFFLLAMA_DEFAULTS["rope_theta"]),
     class_defaults=_DIFFLLAMA_DEFAULTS,
     config_class="DiffLlamaConfig of transformers 5.23",
+    eos_token_id=2,
     norm_eps_field="rms_norm_eps",
     # Both count streams, as the heads of the Llama that it was made from.
     head_fields={"num_attention_heads": ("num_heads", 2), "num_key_value_heads": ("num_kv_heads", 2)},
@@ -112,6 +113,7 @@ AXOLOTL = Layout(
     rope=partial(huggingface_rope, default_theta=_LLAMA_DEFAULTS["rope_theta"]),
     class_defaults=_LLAMA_DEFAULTS,
     config_class="LlamaConfig of transformers 5.23, which axolotl's is derived from",
+    eos_token_id=2,
     norm_eps_field="rms_norm_eps",
     head_fields={"num_attention_heads": ("num_heads", None), "num_key_value_heads": ("num_kv_heads", None)},
 )
