@@ -106,6 +106,28 @@ def test_the_cache_is_written_in_place_and_nowhere_else(llama: tuple[Path, Any])
             np.testing.assert_array_equal(buffers.arrays()[name][:, :, :5], whole[present])
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_conversation_is_that_of_the_standard_flavor(
+    rows: int, bundles: BundleCache, llama: tuple[Path, Any]
+) -> None:
+    def talk(path: Path) -> list[Any]:
+        drawn, turns = np.random.default_rng(rows), []
+        with diffdeploy.load(path) as runtime:
+            session = runtime.session()
+            for length in (3, 5, 2):
+                ids = drawn.integers(8, 96, (rows, length))
+                mask = np.ones_like(ids)
+                mask[-1, : length - 2] = 0
+                # Rows end at different places, and go on together in the next turn.
+                turns.append(session.generate(ids, mask, max_new_tokens=7, eos_token_id=[*range(8, 30)]))
+        return turns
+
+    checkpoint = llama[0].parent / "checkpoint"
+    standard = bundles.bundle(read_model(checkpoint), replace(SMALL, onnx_flavor=None))
+    for found, expected in zip(talk(llama[0]), talk(standard), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_holes_are_taken_without_a_window_and_refused_with_one(llama: tuple[Path, Any], tmp_path: Path) -> None:
     mask = np.array([[1, 0, 1, 1]])
 
