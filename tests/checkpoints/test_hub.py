@@ -40,7 +40,7 @@ def test_a_name_is_the_directory_in_the_cache(capsys: pytest.CaptureFixture[str]
     assert holds_model("org/tiny")
     found = read_model("org/tiny")
     assert found.config == read_model(SAMPLE).config
-    assert [path.name for path in found.companions] == ["config.json", "tokenizer.json"]
+    assert [path.name for path in found.companions] == ["config.json", "tokenizer.json", "tokenizer_config.json"]
     assert main(["inspect", "org/tiny"]) == 0
     assert "layout diffdeploy" in capsys.readouterr().out
 

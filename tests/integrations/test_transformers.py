@@ -101,7 +101,7 @@ def test_caches_are_handed_on_as_transformers_does(pair: tuple[Any, Any]) -> Non
 
 def test_pipelines_and_streamers_write_text(writer: tuple[Any, Any]) -> None:
     model, tokenizer = writer
-    written = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    written = pipeline("text-generation", model=model, tokenizer=tokenizer, device=model.device)
     alone = written("def main(", max_new_tokens=20, do_sample=False)[0]["generated_text"]
     assert alone.startswith("def main(self")
     batch = written(["def main(", "import numpy as"], max_new_tokens=20, do_sample=False, batch_size=2)

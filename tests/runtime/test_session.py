@@ -179,5 +179,5 @@ def test_the_end_of_texts_is_what_the_source_says(
     assert eos_of(bundle) == expected
     (tmp_path / "config.json").write_text('{"eos_token_id": "seven"}')
     if expected != (5, 6):
-        with pytest.raises(InputError, match=r"eos_token_id cannot be read from .*config.json"):
+        with pytest.raises(InputError, match=r"config.json has no number or list of numbers for eos_token_id"):
             eos_of(bundle)
