@@ -4,6 +4,7 @@ Shape suffixes: B batch, S new tokens, T all tokens so far, V vocabulary.
 """
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
@@ -84,33 +85,25 @@ class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[
         self.generation_config = _generation_config(runtime.bundle, self.config)
 
     @classmethod
-    def from_bundle(
-        cls,
-        path: str | Path,
-        *,
-        device: str | None = None,
-        threads: int | None = None,
-        recompile: bool = False,
-        trust: bool = False,
-    ) -> Self:
-        """Open a bundle; see `diffdeploy.load`.
+    def from_bundle(cls, path: str | Path, **options: Any) -> Self:
+        """Open a bundle.
+
+        Args:
+            path: its directory.
+            **options: of `diffdeploy.load`, such as ``device`` and ``trust``.
 
         Raises:
-            DiffDeployError: see `diffdeploy.load`; `InputError` where it holds a block.
+            DiffDeployError: see `diffdeploy.load`; `InputError` for other options, such as those of transformers that
+                say how weights are loaded, and where the bundle holds a block.
         """
-        return cls(load(path, device=device, threads=threads, recompile=recompile, trust=trust))
+        accepted = [name for name, each in signature(load).parameters.items() if each.kind is each.KEYWORD_ONLY]
+        if unknown := sorted(options.keys() - accepted):
+            raise InputError(f"{unknown[0]} is not accepted for a bundle; accepted: {', '.join(accepted)}")
+        return cls(load(path, **options))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *unnamed: Any, **options: Any) -> Self:
-        """`from_bundle`, by the name that code for transformers calls.
-
-        Raises:
-            InputError: an option of transformers that says how weights are loaded, which are in the artifact here.
-        """
-        accepted = ("device", "threads", "recompile", "trust")
-        if unnamed or (unknown := sorted(options.keys() - {*accepted})):
-            what = f"{unknown[0]} is" if not unnamed else "values without a name are"
-            raise InputError(f"{what} not accepted for a bundle; accepted: {', '.join(accepted)}")
+    def from_pretrained(cls, path: str | Path, **options: Any) -> Self:
+        """`from_bundle`, by the name that code for transformers calls."""
         return cls.from_bundle(path, **options)
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
