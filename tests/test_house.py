@@ -13,6 +13,7 @@ FLOORS = [
     "errors",
     "arrays",
     "files",
+    "staging",
     "records",
     "versions",
     "exclusive",

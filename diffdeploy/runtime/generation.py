@@ -42,7 +42,8 @@ def eos_of(bundle: Bundle) -> tuple[int, ...]:
             continue
         fields = json.loads((bundle.path / name).read_text(encoding="utf-8"))
         found = fields.get("eos_token_id")
-        if found is None and name == "config.json":
+        # null says that there is none; only a field that is absent is left to the class.
+        if name == "config.json" and "eos_token_id" not in fields:
             found = _CLASS_DEFAULTS.get(str(fields.get("model_type")))
         if found is not None:
             return tuple(int(token) for token in (found if isinstance(found, list) else [found]))
