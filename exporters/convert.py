@@ -1,11 +1,11 @@
 """The life of a conversion: a checkpoint of another code base, read back and compared before it is put in place."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
-from diffdeploy.arrays import Array, to_array
+from diffdeploy.arrays import ArrayView
 from diffdeploy.bundle import Environment, Provenance
 from diffdeploy.checkpoints import ModelCheckpoint, diffllama_config, read_model, write_diffllama
 from diffdeploy.errors import VerificationError
@@ -18,9 +18,6 @@ from diffdeploy.verify.cases import Case
 from diffdeploy.verify.decoder import exact_outputs
 from diffdeploy.verify.eager import run_arrays
 from diffdeploy.verify.metrics import Yardstick, measure
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["RECORD", "Conversion", "ConversionRecord", "Target", "convert_model"]
 
@@ -63,22 +60,6 @@ class Conversion:
     path: Path
     weight_files: list[str]
     record: ConversionRecord
-
-
-class _Arrays(Mapping[str, Array]):
-    """Tensors as arrays, made when they are asked for."""
-
-    def __init__(self, tensors: "Mapping[str, Tensor]") -> None:
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Array:
-        return to_array(self._tensors[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 def convert_model(
@@ -153,7 +134,7 @@ def _compare(found: ModelCheckpoint, written: ModelCheckpoint, dtype: DType) -> 
     for case in _cases(spec):
         inputs = case.inputs(spec)
         exact, actual = (
-            exact_outputs(each.config, _Arrays(each.weights), inputs, spec)[spec.main_output]
+            exact_outputs(each.config, ArrayView(each.weights), inputs, spec)[spec.main_output]
             for each in (found, written)
         )
         yardstick = Yardstick(exact, dtype)

@@ -34,6 +34,7 @@ FLOORS = [
     "exporters",
     "selftest",
     "bench",
+    "engines",
     "cli",
 ]
 ROOMS = FLOORS
