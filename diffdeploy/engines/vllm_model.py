@@ -148,15 +148,24 @@ class DiffLlamaForCausalLM(LlamaForCausalLM):
     """Llama with differential attention, from checkpoints of transformers' ``DiffLlamaForCausalLM``."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        # Adapters are not loaded by `load_weights`, and their rows would stay in the order of the checkpoint.
+        if vllm_config.lora_config is not None:
+            raise ValueError(
+                "LoRA adapters were asked for, and their rows are not in the order in which vLLM has those of "
+                "differential attention; merge them into the checkpoint"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=DiffLlamaDecoderLayer)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load, with the streams of each head side by side, and compute each layer's lambda."""
+        """Load, with the streams of each head side by side."""
         loaded: set[str] = super().load_weights(self._paired(weights))
+        return loaded
+
+    def process_weights_after_loading(self) -> None:
+        """Compute each layer's lambda; vLLM calls this whatever the weights came from."""
         for module in self.modules():
             if isinstance(module, PairedDiffAttention):
                 module.settle()
-        return loaded
 
     def _paired(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Outputs of q, k and v from ``[2, n, d]`` to ``[n, 2, d]``, in whatever tensors a quantisation has."""

@@ -121,11 +121,12 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("name", MODELS)
-def test_checkpoints_of_transformers_in_half_precision(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "ranks"), [("biases-tied", 2), ("yarn", 1)])
+def test_checkpoints_of_transformers_in_half_precision(name: str, ranks: int, tmp_path: Path) -> None:
+    # On two ranks, each has a copy of the one pair of keys and values.
     model, _, _ = diffllama(tmp_path / "float32", head_dim=16, **MODELS[name])
     model.bfloat16().save_pretrained(tmp_path / "bfloat16")
-    report = verify_engine(tmp_path / "bfloat16", VllmEngine())
+    report = verify_engine(tmp_path / "bfloat16", VllmEngine(), tensor_parallel_size=ranks)
     assert report.dtype == "bfloat16"
     assert report.passed, report.worst
     assert report.num_tokens_checked > 0
@@ -184,6 +185,32 @@ def test_models_that_it_cannot_run_are_refused(tmp_path: Path, capsys: pytest.Ca
         verify_engine(tmp_path / "narrow", VllmEngine())
     assert main(["verify", str(tmp_path / "narrow"), "--engine", "vllm", "--tensor-parallel-size", "3"]) == 2
     assert "accepted are divisors of 4, the heads of the model" in capsys.readouterr().err
+
+
+REFUSED = """
+from types import SimpleNamespace
+from torch import zeros
+from diffdeploy.engines.vllm_model import DiffLlamaForCausalLM, _side_by_side
+
+def said(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+
+print(said(lambda: DiffLlamaForCausalLM(vllm_config=SimpleNamespace(lora_config=object()))))
+print(said(lambda: _side_by_side("q_proj.weight_scale_inv", zeros(4, 2), 0, 8)))
+print(_side_by_side("q_proj.g_idx", zeros(6), None, 4).shape[0])
+"""
+
+
+@pytest.mark.engines
+def test_what_would_be_wrong_in_silence_is_refused() -> None:
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, check=True)
+    adapters, scales, unordered = done.stdout.splitlines()[-3:]
+    assert adapters.startswith("LoRA adapters were asked for")
+    assert "its outputs cannot be told apart by 8 streams" in scales
+    assert unordered == "6"
 
 
 @contextmanager
