@@ -26,7 +26,7 @@ from diffdeploy.cli.main import main
 from diffdeploy.config import MlpConfig
 from diffdeploy.engines import EngineRequest, EngineRound, Subject
 from diffdeploy.engines.verification import verify_engine
-from diffdeploy.engines.vllm import VllmEngine, register
+from diffdeploy.engines.vllm import VllmEngine, _cause, register
 from diffdeploy.errors import InputError
 from diffdeploy.exporters import convert_model
 from tests.checkpoints.test_whole_models import diffllama
@@ -41,6 +41,17 @@ def test_the_plugin_keeps_out_of_versions_that_were_not_tested(
     with caplog.at_level(logging.WARNING, "vllm.diffdeploy"):
         register()  # other models are served as ever
     assert "DiffLlama is not registered: vllm" in caplog.text
+
+
+def test_the_cause_is_the_first_error_of_a_log() -> None:
+    log = [
+        "(EngineCore pid=7) INFO 11-26 03:28:48 [core.py:133] Initializing, kv_cache_dtype=auto",
+        "(EngineCore pid=7) ERROR 11-26 03:28:49 [core.py:1510] AssertionError: Not enough allowed NUMA nodes.",
+        "RuntimeError: Engine core initialization failed. See root cause above.",
+    ]
+    assert _cause(log) == "AssertionError: Not enough allowed NUMA nodes."
+    assert _cause(["Killed"]) == "Killed"
+    assert _cause([]) == "it said nothing"
 
 
 @pytest.fixture(scope="module")
