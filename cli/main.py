@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 from diffdeploy import __version__
 from diffdeploy.cli import console
 from diffdeploy.cli.bench import bench
+from diffdeploy.cli.convert import convert
 from diffdeploy.cli.diff import diff
 from diffdeploy.cli.env import env
 from diffdeploy.cli.export import export
@@ -70,7 +71,7 @@ def _ended_by_interrupts(command: Callable[..., int]) -> Callable[..., int]:
     return run_command
 
 
-for command in (export, generate, verify, diff, run_bundle, inspect, sign, bench, env):
+for command in (export, convert, generate, verify, diff, run_bundle, inspect, sign, bench, env):
     # A command without arguments runs: export takes the sample, bench a random block.
     app.command(command.__name__, no_args_is_help=False)(_ended_by_interrupts(command))
 

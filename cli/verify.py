@@ -20,7 +20,14 @@ __all__ = ["verify"]
 
 def verify(
     bundle: Annotated[
-        Path | None, typer.Argument(help="Directory that diffdeploy export made.", show_default=False)
+        Path | None,
+        typer.Argument(help="Directory that diffdeploy export made; with --engine, a model.", show_default=False),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Run the model on this engine, and compare it with the exact result: vllm.")
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that share each layer, with --engine.", show_default="1")
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Prove that the weights are still those of this checkpoint.")
@@ -72,6 +79,8 @@ def verify(
 
     With --public-key, the signature is checked first, before anything in the bundle is used.
 
+    With --engine, somebody else's engine continues prompts, and its log-probabilities and tokens are compared.
+
     With --self-test, the verification itself is tried: wrong copies of the bundle, each of which must be refused.
     """
     # Before the verification, which takes minutes.
@@ -79,6 +88,7 @@ def verify(
         raise InputError(f"{save_report} cannot be written: there is no folder {save_report.parent}")
     sweep = {"--cases": cases, "--seed": seed, "--load-inputs": load_inputs, "--save-inputs": save_inputs}
     sweep |= {"--checkpoint": checkpoint}
+    saved, alone = {"--save-report": save_report}, {"--golden": golden or None, "--self-test": self_test or None}
     # `or None`, since what is at its default was not given.
     run = {
         "--device": device,
@@ -87,8 +97,14 @@ def verify(
         "--trust": trust or None,
         "--public-key": public_key,
     }
+    if engine is not None:
+        others = {**sweep, **run, **alone, **saved, "--seed": None, "--from-report": from_report, "--k": k}
+        _refuse("--engine", "has inputs of its own", others)
+        from diffdeploy.cli.verify_engine import run_engine
+
+        return run_engine(bundle, engine, tensor_parallel_size, seed, as_json=as_json, warn_only=warn_only)
+    _refuse("verify without --engine", "has no ranks", {"--tensor-parallel-size": tensor_parallel_size})
     if from_report is not None:
-        alone = {"--golden": golden or None, "--self-test": self_test or None}
         _refuse("--from-report", "runs nothing", {**sweep, **run, **alone})
         report = _judged_again(from_report, bundle, k)
         return _end(report, bundle or from_report, save_report, as_json=as_json, warn_only=warn_only)
@@ -101,8 +117,8 @@ def verify(
         device=device, reference=runtime == "reference", recompile=recompile, trust=trust, public_key=public_key
     )
     if self_test:
-        others = {"--golden": golden or None, "--save-report": save_report, "--warn-only": warn_only or None}
-        _refuse("--self-test", "verifies copies with faults in them", {**sweep, **others})
+        others = {"--golden": golden or None, "--warn-only": warn_only or None}
+        _refuse("--self-test", "verifies copies with faults in them", {**sweep, **others, **saved})
         from diffdeploy.cli.selftest import run_self_test
 
         return run_self_test(bundle, run_options, as_json=as_json)

@@ -1,5 +1,6 @@
 """Arrays between numpy, torch and safetensors; bfloat16 included, which numpy knows through ml_dtypes."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from diffdeploy.errors import IntegrityError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Array", "epsilon", "read_safetensors", "smallest_normal", "to_array", "to_tensor"]
+__all__ = ["Array", "ArrayView", "epsilon", "read_safetensors", "smallest_normal", "to_array", "to_tensor"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -60,6 +61,26 @@ def to_array(tensor: "Tensor") -> Array:
         return bits.view("bfloat16")
     array: Array = tensor.numpy()
     return array
+
+
+class ArrayView(Mapping[str, Array]):
+    """Tensors as arrays, each made when it is asked for: of weights that are read lazily, none is held.
+
+    Args:
+        tensors: by name.
+    """
+
+    def __init__(self, tensors: "Mapping[str, Tensor]") -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Array:
+        return to_array(self._tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:

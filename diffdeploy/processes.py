@@ -73,9 +73,13 @@ class WorkerProcess:
         """Wait until it has ended; returns its exit status."""
         return self._process.wait()
 
+    def said(self) -> list[str]:
+        """Wait until it has ended; returns the lines that it wrote to standard error."""
+        self.wait()
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace").strip().splitlines()
+
     def obituary(self) -> str:
         """Wait until it has ended; returns its exit status and the last line that it wrote to standard error."""
-        status = self.wait()
-        self._log.seek(0)
-        said = self._log.read().decode(errors="replace").strip().splitlines()
+        status, said = self.wait(), self.said()
         return f"ended with status {status}" + (f": {said[-1]}" if said else "")

@@ -1,6 +1,15 @@
-"""Exporters: the life of an export, the same for every format, and one module per format that lowers."""
+"""Exporters: the lives of an export and of a conversion, and one module per format that lowers."""
 
+from diffdeploy.exporters.convert import Conversion, convert_model
 from diffdeploy.exporters.export import Export, export_bundle, lower_block, settled_length
 from diffdeploy.formats import ExportOptions
 
-__all__ = ["Export", "ExportOptions", "export_bundle", "lower_block", "settled_length"]
+__all__ = [
+    "Conversion",
+    "Export",
+    "ExportOptions",
+    "convert_model",
+    "export_bundle",
+    "lower_block",
+    "settled_length",
+]

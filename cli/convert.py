@@ -1,0 +1,81 @@
+"""``diffdeploy convert``: from any checkpoint to one that transformers and what reads its directories can run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from diffdeploy.cli import console
+from diffdeploy.cli.checkpoint_options import takes_checkpoint_options
+from diffdeploy.cli.shared_options import AsJson
+
+if TYPE_CHECKING:
+    from diffdeploy.exporters import Conversion
+
+__all__ = ["convert"]
+
+
+@takes_checkpoint_options
+def convert(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help=".safetensors or .pt file, or a directory with one.", show_default="the bundled sample"),
+    ] = None,
+    target: Annotated[
+        Literal["diffllama"], typer.Option("--to", help="diffllama: transformers' DiffLlamaForCausalLM.")
+    ] = "diffllama",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Directory of the checkpoint.", show_default="artifacts/NAME-diffllama"),
+    ] = None,
+    *,
+    reading: dict[str, Any],
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier conversion at --output.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Write a whole model as a checkpoint of transformers, and prove that it has the same logits.
+
+    Nothing is left at --output unless the logits in fp64 of what was written, read back, are those of the checkpoint
+    within the rounding of its dtype. A model that the target cannot hold is refused, and the reason is named.
+    """
+    with console.activity("reading the checkpoint") as activity:
+        from diffdeploy.bundle import default_output
+        from diffdeploy.checkpoints import CheckpointOptions, read_model
+        from diffdeploy.checkpoints.files import SAMPLE
+        from diffdeploy.exporters import convert_model
+
+        source = SAMPLE if checkpoint is None else checkpoint
+        name = source.resolve().name.removesuffix(source.suffix)
+        found = read_model(source, CheckpointOptions(**reading))
+        place = output or default_output(name, None, target)
+        done = convert_model(found, place, target=target, force=force, phase=activity.phase)
+    if found.max_positions is None:
+        console.note(
+            f"nothing says how long sequences get; max_position_embeddings in {place / 'config.json'} is the default "
+            "of transformers"
+        )
+    if as_json:
+        console.print_json(_fields(done))
+    else:
+        worst = done.record.worst
+        used = "" if worst.budget_used is None else f"; worst {worst.id} used {worst.budget_used:.0%} of its budget"
+        console.print_text(f"passed: {place} ({len(done.record.cases)} cases{used})")
+    return 0
+
+
+def _fields(done: "Conversion") -> dict[str, Any]:
+    """For JSON."""
+    worst = done.record.worst
+    return {
+        "status": "passed",
+        "target": done.record.target,
+        "output": str(done.path),
+        "files": sorted(path.name for path in done.path.iterdir()),
+        "dtype": done.record.dtype,
+        "verification": {
+            "passed": True,
+            "num_cases": len(done.record.cases),
+            "worst": {"case": worst.id, "budget_used": worst.budget_used},
+            "cases": [case.model_dump(mode="json") for case in done.record.cases],
+        },
+    }

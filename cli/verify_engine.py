@@ -1,0 +1,82 @@
+"""``diffdeploy verify --engine``: whether somebody else's engine computes what the weights say."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffdeploy.cli import console
+from diffdeploy.errors import InputError, VerificationError
+
+if TYPE_CHECKING:
+    from diffdeploy.engines.verification import EngineReport
+
+__all__ = ["run_engine"]
+
+
+def run_engine(
+    path: Path | None, name: str, tensor_parallel_size: int | None, seed: int | None, *, as_json: bool, warn_only: bool
+) -> int:
+    """Verify a model on an engine; print the verdict; give the exit code."""
+    if path is None:
+        raise InputError("no model was given; give a directory that the engine runs")
+    from diffdeploy.engines import require_engine
+
+    engine = require_engine(name)
+    # Before torch is loaded.
+    engine.require_usable()
+    with console.activity(f"opening {path}") as activity:
+        from diffdeploy.engines.verification import verify_engine
+
+        report = verify_engine(
+            path, engine, tensor_parallel_size=tensor_parallel_size or 1, seed=seed or 0, phase=activity.phase
+        )
+    return _finish(report, path, as_json=as_json, warn_only=warn_only)
+
+
+def _finish(report: "EngineReport", path: Path, *, as_json: bool, warn_only: bool) -> int:
+    error = _failure(report, path)
+    if error is not None:
+        (console.warn if warn_only else console.fail)(error)
+    if as_json:
+        console.print_json({**_fields(report, path), **({} if error is None else {"error": error})})
+    elif warn_only or error is None:
+        console.print_text(_verdict(report, path))
+    return 0 if warn_only or error is None else VerificationError.exit_code
+
+
+def _failure(report: "EngineReport", path: Path) -> str | None:
+    failed = [case for case in report.cases if not case.passed]
+    if not failed:
+        return None
+    first = failed[0]
+    what = next(output for output in first.outputs if not output.passed)
+    return (
+        f"{report.engine} {report.version} does not compute what {path} says: {len(failed)} of {len(report.cases)} "
+        f"cases failed, first {first.id}: {what.failure}"
+    )
+
+
+def _verdict(report: "EngineReport", path: Path) -> str:
+    worst = report.worst
+    share = "" if worst is None or worst.budget_used is None else f"; worst {worst.id} used {worst.budget_used:.0%}"
+    ranks = f", tensor parallel {report.tensor_parallel_size}" if report.tensor_parallel_size > 1 else ""
+    return (
+        f"{'passed' if report.passed else 'failed'}: {path} on {report.engine} {report.version}, {report.dtype}{ranks} "
+        f"({len(report.cases)} cases; {report.num_tokens_checked} of {report.num_tokens} greedy tokens have a margin "
+        f"that tells{share} of its error budget)"
+    )
+
+
+def _fields(report: "EngineReport", path: Path) -> dict[str, Any]:
+    """For JSON."""
+    worst = report.worst
+    return {
+        "status": "passed" if report.passed else "failed",
+        "engine": report.engine,
+        "model": str(path),
+        "verification": {
+            "passed": report.passed,
+            "num_cases": len(report.cases),
+            "worst": None if worst is None else {"case": worst.id, "budget_used": worst.budget_used},
+            **report.model_dump(mode="json", exclude={"engine", "model", "schema_version"}),
+        },
+    }

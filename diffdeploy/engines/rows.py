@@ -1,0 +1,30 @@
+"""The registry of engines: one row each, and nothing is imported to list them."""
+
+from pkgutil import resolve_name
+
+from diffdeploy.engines.base import Engine
+from diffdeploy.errors import InputError
+
+__all__ = ["engine_names", "require_engine"]
+
+# The class of each, where it lives.
+_ROWS = {
+    "vllm": "diffdeploy.engines.vllm:VllmEngine",
+}
+
+
+def engine_names() -> tuple[str, ...]:
+    """Names of all engines."""
+    return tuple(_ROWS)
+
+
+def require_engine(name: str) -> Engine:
+    """The engine of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in _ROWS:
+        raise InputError(f"engine is {name!r}; accepted: {', '.join(_ROWS)}")
+    engine: Engine = resolve_name(_ROWS[name])()
+    return engine

@@ -1,0 +1,247 @@
+"""Whether an engine computes what the weights say: its log-probabilities and greedy tokens against the fp64 formula."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from diffdeploy.arrays import Array, ArrayView, to_array
+from diffdeploy.bundle import Environment, cast_weights
+from diffdeploy.engines.base import Engine, EngineRequest, EngineRow, Subject
+from diffdeploy.errors import InputError
+from diffdeploy.graphs import DType, GraphSpec, graph_spec
+from diffdeploy.records import Record
+from diffdeploy.verify import CaseReport, OutputReport
+from diffdeploy.verify.decoder import exact_outputs
+from diffdeploy.verify.metrics import Yardstick, measure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["EngineReport", "verify_engine"]
+
+# Less than a chunk of an engine, more than one, and more than a block of its cache; all in one batch.
+_PROMPTS = (3, 21, 41)
+_NEW_TOKENS, _LOGPROBS = 24, 8
+
+
+class EngineReport(Record):
+    """The verdict on an engine with a model.
+
+    Attributes:
+        schema_version: of this record.
+        engine: name of the engine.
+        version: of the engine.
+        model: the directory.
+        dtype: that it computed in.
+        tensor_parallel_size: ranks that shared each layer.
+        seed: of the prompts.
+        environment: versions of what verified it.
+        cases: log-probabilities and tokens of each prompt in each round.
+        num_tokens: greedy tokens that were generated.
+        num_tokens_checked: those of them whose exact margin is larger than what log-probabilities may be off.
+        num_cached_tokens: of prompts, that came out of the engine's prefix cache.
+    """
+
+    schema_version: Literal[1] = 1
+    engine: str
+    version: str | None
+    model: str
+    dtype: DType
+    tensor_parallel_size: int
+    seed: int
+    environment: Environment
+    cases: list[CaseReport]
+    num_tokens: int
+    num_tokens_checked: int
+    num_cached_tokens: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether every case passed, and there was one."""
+        return bool(self.cases) and all(case.passed for case in self.cases)
+
+    @property
+    def worst(self) -> CaseReport | None:
+        """The failed case without a number, else the one that used most of its budget."""
+        return max(self.cases, key=lambda case: case.severity, default=None)
+
+
+def verify_engine(
+    path: Path,
+    engine: Engine,
+    *,
+    tensor_parallel_size: int = 1,
+    seed: int = 0,
+    phase: Callable[[str], None] = lambda _: None,
+) -> EngineReport:
+    """Let an engine continue prompts of random tokens, and hold what it says against the formula in fp64.
+
+    A log-probability may be off by the budget of the dtype, as any output of an artifact. A token must be the exact
+    most probable one wherever the exact margin to the second is larger than two of them may be off together.
+
+    Args:
+        path: directory with the model.
+        engine: the engine.
+        tensor_parallel_size: ranks that share each layer.
+        seed: of the prompts.
+        phase: called with a few words when a phase of the work begins.
+
+    Raises:
+        InputError: the engine does not run such a model.
+        UnavailableError: the engine is not installed, or in a version that was not tested.
+        DiffDeployError: the engine did not run.
+    """
+    engine.require_usable()
+    subject = engine.open(path)
+    request = _request(path, subject, tensor_parallel_size, seed)
+    phase(f"running {engine.name}")
+    rounds = engine.run(request)
+    phase("comparing with the formula")
+    truth = _Truth(subject)
+    cases, checked = [], 0
+    for each in rounds:
+        for number, (prompt, row) in enumerate(zip(request.prompts, each.rows, strict=True)):
+            outputs, num_clear = _judge(prompt, row, truth, request)
+            cases.append(CaseReport.of(f"{each.name.replace(' ', '-')}-{number}-P{len(prompt)}", each.name, outputs))
+            checked += num_clear
+    rows = [row for each in rounds for row in each.rows]
+    return EngineReport(
+        engine=engine.name,
+        version=engine.version,
+        model=str(path),
+        dtype=subject.dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        seed=seed,
+        environment=Environment.current((*engine.distributions, "torch", "numpy", "transformers")),
+        cases=cases,
+        num_tokens=sum(len(row.tokens) for row in rows),
+        num_tokens_checked=checked,
+        num_cached_tokens=sum(row.num_cached_tokens for row in rows),
+    )
+
+
+def _request(path: Path, subject: Subject, tensor_parallel_size: int, seed: int) -> EngineRequest:
+    longest = min(subject.max_length, max(_PROMPTS) + _NEW_TOKENS)
+    if longest <= min(_PROMPTS):
+        raise InputError(f"{path} holds sequences of {longest} tokens, too few to verify an engine with")
+    new_tokens = min(_NEW_TOKENS, longest // 2)
+    generator, vocab_size = np.random.default_rng(seed), subject.config.vocab_size
+    lengths = [max(1, min(length, longest - new_tokens)) for length in _PROMPTS]
+    return EngineRequest(
+        model=str(path),
+        dtype=subject.dtype,
+        prompts=[generator.integers(0, vocab_size, length).tolist() for length in lengths],
+        max_new_tokens=new_tokens,
+        num_logprobs=min(_LOGPROBS, vocab_size),
+        max_length=longest,
+        tensor_parallel_size=tensor_parallel_size,
+    )
+
+
+class _Truth:
+    """Log-probabilities of a sequence: exact ones, and those of the eager model in the engine's dtype."""
+
+    def __init__(self, subject: Subject) -> None:
+        import torch
+
+        from diffdeploy.modules import DiffTransformer
+
+        self.dtype, self._config = subject.dtype, subject.config
+        # What the engine computes with: rounding the weights is no error of its own.
+        weights: Mapping[str, Tensor] = cast_weights(subject.weights, subject.dtype)
+        self._weights = ArrayView(weights)
+        self._spec: GraphSpec = graph_spec(
+            "model", self._config, dtype=self.dtype, max_batch_size=2, max_sequence_length=subject.max_length
+        )
+        self._eager = DiffTransformer.from_weights(
+            self._config,
+            weights,
+            impl="naive",
+            dtype=getattr(torch, self.dtype),
+            max_positions=max(_PROMPTS) + _NEW_TOKENS,
+        )
+        self._known: dict[tuple[int, ...], tuple[Array, Array, Array]] = {}
+
+    def of(self, ids: list[int]) -> tuple[Array, Array, Array]:
+        """Log-probabilities ``[S, V]``, float64: exact, with streams that are stored in the dtype, and eager's."""
+        key = tuple(ids)
+        # The second round asks for the same again.
+        if key not in self._known:
+            self._known[key] = self._exact(ids, None), self._exact(ids, self.dtype), self._run(ids)
+        return self._known[key]
+
+    def _exact(self, ids: list[int], stored_as: DType | None) -> Array:
+        outputs = exact_outputs(self._config, self._weights, _inputs(self._spec, ids), self._spec, stored_as)
+        return _log_softmax(outputs[self._spec.main_output][0])
+
+    def _run(self, ids: list[int]) -> Array:
+        import torch
+
+        with torch.no_grad():
+            logits = to_array(self._eager(torch.tensor([ids])))
+        return _log_softmax(logits[0].astype(np.float64))
+
+
+def _inputs(spec: GraphSpec, ids: list[int]) -> dict[str, Array]:
+    """One sequence without a past, by the names of a graph."""
+    inputs = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+    if "position_ids" in spec.inputs:
+        inputs["position_ids"] = np.arange(len(ids))[None]
+    for name in spec.caches:
+        _, heads, _, width = spec.inputs[name].shape
+        inputs[name] = np.zeros((1, int(heads), 0, int(width)), spec.dtype)
+    return inputs
+
+
+def _log_softmax(logits_SV: Array) -> Array:
+    shifted = logits_SV - logits_SV.max(axis=-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def _judge(prompt: list[int], row: EngineRow, truth: _Truth, request: EngineRequest) -> tuple[list[OutputReport], int]:
+    """What is said of one row, and how many of its tokens could be checked."""
+    if len(row.tokens) != request.max_new_tokens:
+        reason = f"there are {len(row.tokens)} tokens, expected {request.max_new_tokens}"
+        return [OutputReport.failed("tokens", reason)], 0
+    known = truth.of([*prompt, *row.tokens])
+    # Logits of a position are of the token behind it.
+    last = len(prompt) - 1
+    reports = [_measured("log-probabilities", row.logprobs, last, known, truth.dtype)]
+    if row.prompt_logprobs:
+        reports.append(_measured("log-probabilities of the prompt", row.prompt_logprobs, 0, known, truth.dtype))
+    allowed = reports[0].allowed_max_error
+    if allowed is None:  # they have no number, which failed already
+        return reports, 0
+    exact_NV = known[0][last:-1]
+    second, first = np.sort(exact_NV, axis=-1)[:, -2:].T
+    lost = first - exact_NV[np.arange(len(row.tokens)), row.tokens]
+    # Two numbers that are off towards each other.
+    wrong = np.flatnonzero(lost > 2 * allowed)
+    if len(wrong):
+        step = int(wrong[0])
+        reports.append(
+            OutputReport.failed(
+                "tokens",
+                f"{len(wrong)} of {len(row.tokens)} are not the most probable ones, first new token {step}: it is "
+                f"{row.tokens[step]}, and {int(exact_NV[step].argmax())} is more probable by {lost[step]:.3g}, where "
+                f"{2 * allowed:.3g} is allowed",
+            )
+        )
+    return reports, int((first - second > 2 * allowed).sum())
+
+
+def _measured(
+    name: str, steps: list[dict[int, float]], start: int, known: tuple[Array, Array, Array], dtype: DType
+) -> OutputReport:
+    """Log-probabilities of several positions, from ``start`` on, by the criterion of outputs."""
+    places = [(start + step, token) for step, numbers in enumerate(steps) for token in numbers]
+    positions, tokens = (np.array(side, dtype=np.int64) for side in zip(*places, strict=True))
+    actual = np.array([number for numbers in steps for number in numbers.values()])
+    exact, stored, eager = (array[positions, tokens] for array in known)
+    yardstick = Yardstick(exact, dtype)
+    yardstick.add(eager.astype(dtype))
+    yardstick.add_stored(stored)
+    return measure(name, actual.astype(dtype), yardstick)

@@ -1,0 +1,153 @@
+"""The life of a conversion: a checkpoint of another code base, read back and compared before it is put in place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from diffdeploy.arrays import ArrayView
+from diffdeploy.bundle import Environment, Provenance
+from diffdeploy.checkpoints import ModelCheckpoint, diffllama_config, read_model, write_diffllama
+from diffdeploy.errors import VerificationError
+from diffdeploy.exporters.export import provenance_of
+from diffdeploy.graphs import DType, GraphSpec, graph_spec
+from diffdeploy.records import Record
+from diffdeploy.staging import staged_directory
+from diffdeploy.verify import CaseReport
+from diffdeploy.verify.cases import Case
+from diffdeploy.verify.decoder import exact_outputs
+from diffdeploy.verify.eager import run_arrays
+from diffdeploy.verify.metrics import Yardstick, measure
+
+__all__ = ["RECORD", "Conversion", "ConversionRecord", "Target", "convert_model"]
+
+Target = Literal["diffllama"]
+
+RECORD = "conversion.json"
+# Positions of the longest case; every weight but rows of the embedding has a part in every one of them.
+_LONGEST = 33
+
+
+class ConversionRecord(Record):
+    """What ``conversion.json`` holds: where the weights come from, and how near the written ones are.
+
+    Attributes:
+        schema_version: of this file.
+        target: code base whose checkpoint it is.
+        dtype: of the weights, which sets the budget of the comparison.
+        provenance: checkpoint that was read.
+        environment: versions of what wrote it.
+        cases: logits of what was written against those of what was read, both in fp64.
+    """
+
+    schema_version: Literal[1] = 1
+    target: Target
+    dtype: DType
+    provenance: Provenance
+    environment: Environment
+    cases: list[CaseReport]
+
+    @property
+    def worst(self) -> CaseReport:
+        """The case that used most of its budget."""
+        return max(self.cases, key=lambda case: case.severity)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion: where it is, the files with weights, and the record beside them."""
+
+    path: Path
+    weight_files: list[str]
+    record: ConversionRecord
+
+
+def convert_model(
+    found: ModelCheckpoint,
+    output: Path,
+    *,
+    target: Target = "diffllama",
+    force: bool = False,
+    phase: Callable[[str], None] = lambda _: None,
+) -> Conversion:
+    """Write a decoder as a checkpoint of another code base, and put it at ``output`` when its logits are the same.
+
+    Args:
+        found: the decoder, from `diffdeploy.read_model`.
+        output: directory; made with its parents.
+        target: the code base.
+        force: replace an earlier conversion that is at ``output``.
+        phase: called with a few words when a phase of the work begins.
+
+    Raises:
+        InputError: the code base cannot hold the model, or ``output`` is not acceptable.
+        UnavailableError: the disk is full.
+        VerificationError: what was written computes something else.
+    """
+    assert target in get_args(Target)
+    wanted = diffllama_config(found.config)  # refused before anything is written
+    with staged_directory(output, marker=RECORD, what="conversion", force=force) as staging:
+        phase("writing")
+        weight_files = write_diffllama(found, staging)
+        phase("comparing logits")
+        written = read_model(staging)
+        if written.config != wanted:
+            raise VerificationError(
+                f"what was written is read back with another config than {found.layout} was read with; nothing was kept"
+            )
+        dtype = _dtype(found)
+        cases = _compare(found, written, dtype)
+        if failed := next((case for case in cases if not case.passed), None):
+            raise VerificationError(
+                f"what was written computes other logits, and was not kept: {failed.id}: {failed.failure}"
+            )
+        record = ConversionRecord(
+            target=target,
+            dtype=dtype,
+            provenance=provenance_of(found),
+            environment=Environment.current(("torch", "safetensors", "numpy")),
+            cases=cases,
+        )
+        (staging / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return Conversion(output, weight_files, record)
+
+
+def _dtype(found: ModelCheckpoint) -> DType:
+    """The dtype whose rounding the comparison allows: that of the weights, and float32 for wider ones."""
+    name = str(found.weights["embedding.weight"].dtype).removeprefix("torch.")
+    return next((dtype for dtype in get_args(DType) if dtype == name), "float32")
+
+
+def _compare(found: ModelCheckpoint, written: ModelCheckpoint, dtype: DType) -> list[CaseReport]:
+    """Logits in fp64 of both; what they may differ by follows from what rounding costs the model that was read."""
+    import torch
+
+    from diffdeploy.modules import DiffTransformer
+
+    positions = written.max_positions
+    assert positions is not None
+    spec = graph_spec("model", found.config, dtype=dtype, max_batch_size=2, max_sequence_length=positions)
+    model = DiffTransformer.from_weights(
+        found.config, found.weights, impl="naive", max_positions=positions, dtype=getattr(torch, dtype)
+    )
+    eager, reports = run_arrays(model), []
+    for case in _cases(spec):
+        inputs = case.inputs(spec)
+        exact, actual = (
+            exact_outputs(each.config, ArrayView(each.weights), inputs, spec)[spec.main_output]
+            for each in (found, written)
+        )
+        yardstick = Yardstick(exact, dtype)
+        yardstick.add(eager(inputs)[spec.main_output])
+        reports.append(CaseReport.of(case.id, case.group, [measure(spec.main_output, actual.astype(dtype), yardstick)]))
+    return reports
+
+
+def _cases(spec: GraphSpec) -> list[Case]:
+    """A long one, one with padding, and one whose positions reach to the end of the rotary table."""
+    longest = min(_LONGEST, spec.axes["sequence_length"].max)
+    return [
+        Case(batch_size=1, sequence_length=longest, seed=0),
+        Case(batch_size=2, sequence_length=min(7, longest), seed=0, mask="left"),
+        Case(batch_size=2, sequence_length=min(17, longest), seed=0, positions="drawn"),
+    ]
