@@ -123,7 +123,7 @@ def verify(
 
         return run_self_test(bundle, run_options, as_json=as_json)
     with console.activity("opening the bundle") as activity:
-        from diffdeploy.verify import Check, verify_bundle, verify_golden
+        from diffdeploy.verify import verify_bundle, verify_golden
 
         if golden:
             _refuse("--golden", "runs the stored inputs alone", sweep)
@@ -139,9 +139,7 @@ def verify(
                 run_options=run_options,
             )
         if public_key is not None:
-            # Without it the bundle would not have been opened.
-            signed = Check(name="signature", passed=True, detail=f"every file is signed by the key {public_key}")
-            report = report.with_check(signed)
+            report = report.with_check(_signature(public_key))
         if checkpoint is not None:
             activity.phase("reading the checkpoint")
             report = report.with_check(_origin(bundle, checkpoint))
@@ -160,6 +158,13 @@ def _end(report: "Report", subject: Path, save_report: Path | None, *, as_json: 
 def _refuse(option: str, why: str, others: "Mapping[str, object]") -> None:
     if given := [name for name, value in others.items() if value is not None]:
         raise InputError(f"{option} {why}, so it does not go with {', '.join(given)}; leave one out")
+
+
+def _signature(public_key: Path) -> "Check":
+    """What is so of every bundle that was opened with a key."""
+    from diffdeploy.verify import Check
+
+    return Check(name="signature", passed=True, detail=f"every file is signed by the key {public_key}")
 
 
 def _origin(bundle: Path, checkpoint: Path) -> "Check":
