@@ -24,7 +24,8 @@ def verify(
         typer.Argument(help="Directory that diffdeploy export made; with --engine, a model.", show_default=False),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="Run the model on this engine, and compare it with the exact result: vllm.")
+        str | None,
+        typer.Option(help="Run the model on this engine, and compare it with the exact result: genai or vllm."),
     ] = None,
     tensor_parallel_size: Annotated[
         int | None, typer.Option(min=1, help="Ranks that share each layer, with --engine.", show_default="1")

@@ -29,12 +29,14 @@ class Subject:
         weights: canonical weights, in the dtypes in which the engine reads them.
         dtype: that the engine computes in.
         max_length: longest sequence.
+        padding: the token that the engine takes for padding wherever it stands; ``None`` where there is none.
     """
 
     config: DecoderConfig
     weights: "Mapping[str, Tensor]"
     dtype: DType
     max_length: int
+    padding: int | None = None
 
 
 class EngineRequest(Record):

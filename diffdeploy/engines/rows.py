@@ -9,6 +9,7 @@ __all__ = ["engine_names", "require_engine"]
 
 # The class of each, where it lives.
 _ROWS = {
+    "genai": "diffdeploy.engines.genai:GenaiEngine",
     "vllm": "diffdeploy.engines.vllm:VllmEngine",
 }
 

@@ -128,11 +128,12 @@ def _request(path: Path, subject: Subject, tensor_parallel_size: int, seed: int)
         raise InputError(f"{path} holds sequences of {longest} tokens, too few to verify an engine with")
     new_tokens = min(_NEW_TOKENS, longest // 2)
     generator, vocab_size = np.random.default_rng(seed), subject.config.vocab_size
+    tokens = np.delete(np.arange(vocab_size), [] if subject.padding is None else [subject.padding])
     lengths = [max(1, min(length, longest - new_tokens)) for length in _PROMPTS]
     return EngineRequest(
         model=str(path),
         dtype=subject.dtype,
-        prompts=[generator.integers(0, vocab_size, length).tolist() for length in lengths],
+        prompts=[tokens[generator.integers(0, len(tokens), length)].tolist() for length in lengths],
         max_new_tokens=new_tokens,
         num_logprobs=min(_LOGPROBS, vocab_size),
         max_length=longest,

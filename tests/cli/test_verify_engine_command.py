@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engine", "trains"], "engine is 'trains'; accepted: vllm"),
+        (["--engine", "trains"], "engine is 'trains'; accepted: genai, vllm"),
         (["--engine", "vllm", "--cases", "quick"], "--engine has inputs of its own, so it does not go with --cases"),
         (["--engine", "vllm", "--golden"], "so it does not go with --golden"),
         (["--engine", "vllm", "--save-report", "report.json"], "so it does not go with --save-report"),

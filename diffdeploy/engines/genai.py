@@ -1,0 +1,75 @@
+"""onnxruntime-genai as an engine: ONNX bundles of models are its model directories."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import TypeAdapter
+
+from diffdeploy.engines.base import Engine, EngineRequest, EngineRound, Subject
+from diffdeploy.errors import DiffDeployError, InputError
+from diffdeploy.processes import WorkerProcess
+
+__all__ = ["GENAI_CONFIG", "GenaiEngine"]
+
+# What makes a directory one of the engine's.
+GENAI_CONFIG = "genai_config.json"
+
+
+class GenaiEngine(Engine):
+    """onnxruntime-genai, on bundles of format onnx in either flavor."""
+
+    name = "genai"
+    extra = "genai"
+    distributions = ("onnxruntime-genai",)
+    tested: ClassVar[Mapping[str, str]] = {
+        "0.18.0": "with onnxruntime 1.32.0, x86-64, Python 3.11: float32 and float16, both flavors"
+    }
+
+    def open(self, path: Path) -> Subject:
+        """The model in a bundle.
+
+        Raises:
+            InputError: it is no bundle that the engine runs.
+            IntegrityError: it is not what was exported.
+        """
+        from diffdeploy.arrays import to_tensor
+        from diffdeploy.bundle import is_bundle, open_bundle, read_weights, special_tokens
+        from diffdeploy.config import DecoderConfig
+
+        if not is_bundle(path):
+            raise InputError(f"{path} is not a bundle, and genai runs those; diffdeploy export --format onnx makes one")
+        bundle = open_bundle(path)
+        manifest = bundle.manifest
+        config = manifest.config
+        if GENAI_CONFIG not in manifest.files or not isinstance(config, DecoderConfig):
+            raise InputError(
+                f"{path} has no {GENAI_CONFIG}, which exports of whole models to onnx have, if keys and values are of "
+                "one width"
+            )
+        weights = {name: to_tensor(array) for name, array in read_weights(bundle).items()}
+        longest = manifest.graph.axes["total_sequence_length"].max
+        padding = special_tokens(path, manifest).fill
+        return Subject(config=config, weights=weights, dtype=manifest.graph.dtype, max_length=longest, padding=padding)
+
+    def run(self, request: EngineRequest) -> list[EngineRound]:
+        """Run the engine: each prompt by itself, then all as a batch, padded on the right.
+
+        Raises:
+            InputError: more than one rank is asked for.
+            DiffDeployError: it did not run.
+        """
+        if request.tensor_parallel_size != 1:
+            raise InputError(
+                f"--tensor-parallel-size is {request.tensor_parallel_size}, and genai runs a model in one process"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
+            asked.write_text(request.model_dump_json(), encoding="utf-8")
+            with WorkerProcess("diffdeploy.engines.genai_worker", [str(asked), str(answered)]) as process:
+                said = process.said()
+            if not answered.is_file():
+                raise DiffDeployError(f"onnxruntime-genai did not run: {said[-1] if said else 'it said nothing'}")
+            answer = answered.read_bytes()
+        return TypeAdapter(list[EngineRound]).validate_json(answer)
