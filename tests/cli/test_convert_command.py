@@ -21,7 +21,13 @@ def test_the_sample_becomes_a_checkpoint_of_transformers(capsys: pytest.CaptureF
     assert result["status"] == "passed"
     assert result["target"] == "diffllama"
     assert result["output"] == "artifacts/sample-diffllama"
-    assert result["files"] == ["config.json", "conversion.json", "model.safetensors", "tokenizer.json"]
+    assert result["files"] == [
+        "config.json",
+        "conversion.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert result["dtype"] == "float32"
     assert result["verification"]["passed"]
     assert result["verification"]["num_cases"] == len(result["verification"]["cases"]) == 3
