@@ -13,16 +13,23 @@ os.environ["XDG_STATE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" /
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint, read_model
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.exporters import ExportOptions, export_bundle
 from tests.support.bundles import BundleCache, FormatBundle, cache_folder, options_of
+
+# Before triton is imported: without a device its kernels run in its interpreter.
+if not torch.cuda.is_available() and find_spec("triton") is not None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_report_header() -> list[str]:
@@ -53,10 +60,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for name in GROUPED_BY.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(name))
-    if not torch.cuda.is_available():
+    for marker, reason in (("gpu", _why_no_gpu()), ("triton", _why_no_triton())):
         for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device that torch can use"))
+            if reason is not None and marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "no CUDA device that torch can use"
+
+
+def _why_no_triton() -> str | None:
+    """Why no kernel of Triton runs here, neither on a device nor in its interpreter."""
+    if find_spec("triton") is None:
+        return "needs triton, which is not installed"
+    if not torch.cuda.is_available() and Version(np.__version__) >= Version("2.4"):
+        return "needs numpy before 2.4 for Triton's interpreter, which makes numbers of arrays with one element"
+    return None
 
 
 @pytest.fixture(scope="session")

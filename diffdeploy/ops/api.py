@@ -4,7 +4,7 @@ from torch import Tensor
 
 from diffdeploy.config import GqaLayout
 from diffdeploy.errors import InputError
-from diffdeploy.ops import flash2, naive, paired, sdpa
+from diffdeploy.ops import flash2, fused, naive, paired, sdpa
 from diffdeploy.ops.impl import Impl
 from diffdeploy.ops.registry import cheapest, implementation
 from diffdeploy.ops.request import Request
@@ -12,7 +12,7 @@ from diffdeploy.ops.request import Request
 __all__ = ["IMPLEMENTATION_MODULES", "diff_attention", "resolve_impl"]
 
 # Each enters its implementations into the registry when it is imported.
-IMPLEMENTATION_MODULES = (naive, sdpa, paired, flash2)
+IMPLEMENTATION_MODULES = (naive, sdpa, paired, flash2, fused)
 _KNOWN = tuple(Impl)  # torch.compile of torch 2.11 cannot list an enum
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffdeploy.errors import DiffDeployError, InputError, UnavailableError
 from diffdeploy.ops.impl import Impl
+from diffdeploy.ops.masks import is_key_padding
 from diffdeploy.ops.registry import register
 from diffdeploy.ops.request import Request
 
@@ -62,7 +63,7 @@ def unsupported_mask(request: Request) -> InputError | None:
     mask, length, key_length = request.attn_mask, request.length, request.key_length
     if mask is None:
         return None
-    if mask.dtype != torch.bool or ((1,) * (4 - mask.ndim) + tuple(mask.shape))[1:] != (1, 1, key_length):
+    if not is_key_padding(mask, request.q.shape[0], key_length):
         return InputError(
             f"flash2 takes masks that hide keys from all queries alike, boolean [B, 1, 1, {key_length}], and this one "
             f"is {mask.dtype} {list(mask.shape)}"

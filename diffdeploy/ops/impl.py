@@ -19,3 +19,4 @@ class Impl(StrEnum):
     FLASH2 = "flash2"
     PAIRED = "paired"
     ROWS = "rows"
+    FUSED = "fused"

@@ -13,7 +13,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.ops.heads import as_rows
 from diffdeploy.ops.target import runs_on_cuda
 
-__all__ = ["Visibility", "kernel_mask", "visibility"]
+__all__ = ["Visibility", "is_key_padding", "kernel_mask", "require_window_to_slide", "visibility"]
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,7 @@ def visibility(
     """
     length, key_length = q_BHSd.shape[2], k_BHTd.shape[2]
     offset = key_length - length if causal else None
-    if sliding_window is not None and not causal:
-        raise InputError("a sliding window needs a causal operator: without it there is no end for it to slide along")
+    require_window_to_slide(sliding_window, causal=causal)
     if attn_mask is not None:
         # Runtimes that broadcast batch and heads of a mask do not all broadcast its queries and keys.
         attn_mask = _checked(attn_mask, q_BHSd, key_length).expand(-1, -1, length, key_length)
@@ -146,6 +145,25 @@ def visibility(
         seen = attn_mask != float("-inf")
         mask, dead = _without_dead_rows(seen if band is None else seen & band, attn_mask)
     return Visibility(mask, dead=dead, offset=offset, window=sliding_window)
+
+
+def require_window_to_slide(sliding_window: int | None, *, causal: bool) -> None:
+    """Refuse a window without causality.
+
+    Raises:
+        InputError: there is one.
+    """
+    if sliding_window is not None and not causal:
+        raise InputError("a sliding window needs a causal operator: without it there is no end for it to slide along")
+
+
+def is_key_padding(mask: Tensor, batch: int, key_length: int) -> bool:
+    """Whether a mask hides keys from all queries and heads alike: boolean, broadcastable from ``[B or 1, 1, 1, T]``."""
+    shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+    # Each size by itself: where sizes are symbols, a comparison of tuples looks for the same symbols.
+    same_batch = shape[0] == 1 or shape[0] == batch
+    one_for_all = len(shape) == 4 and shape[1] == 1 and shape[2] == 1 and shape[3] == key_length
+    return mask.dtype == torch.bool and same_batch and one_for_all
 
 
 def kernel_mask(q_BHSd: Tensor, mask: Tensor | None) -> Tensor | None:

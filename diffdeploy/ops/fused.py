@@ -1,0 +1,150 @@
+"""Both attentions, lambda and difference in one Triton kernel, which reads keys and values once.
+
+The kernels are in `diffdeploy.ops.kernels`, imported by the first call: they need ``triton``, which comes with torch
+for CUDA. With ``TRITON_INTERPRET=1`` Triton runs them on a CPU, slowly.
+
+Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
+"""
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from diffdeploy.errors import DiffDeployError, InputError, UnavailableError
+from diffdeploy.ops.impl import Impl
+from diffdeploy.ops.masks import is_key_padding, require_window_to_slide
+from diffdeploy.ops.registry import register
+from diffdeploy.ops.request import Request
+from diffdeploy.ops.target import runs_on_cuda
+
+__all__ = ["HeadNorm", "fused", "key_padding", "unsupported"]
+
+_WIDEST = 128
+_WIDEST_VALUES = 256
+# Of the largest kernel, which has streams and values of width 128: an A100 and an H100 have that much.
+_SHARED_MEMORY_BYTES = 160 * 1024
+# Major compute capability.
+_HOPPER = 9
+_HAS_TRITON = find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """The norm behind the difference (arXiv 2410.05258, section 2.1), for a caller that leaves it to the kernel.
+
+    Attributes:
+        eps: added to the mean square of the ``e`` channels of a head.
+        weight: gamma ``[e]``, or ``None`` for ones.
+        factor: behind the norm, ``1 - lambda_init`` in the paper.
+    """
+
+    eps: float
+    weight: Tensor | None = None
+    factor: float = 1.0
+
+
+def unsupported(request: Request) -> DiffDeployError | None:
+    """What the kernels demand and do not get: a device, a package, a dtype, widths, a scale or a mask."""
+    return _unavailable(request) or _unsupported_numbers(request) or _unsupported_mask(request)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _unavailable(request: Request) -> UnavailableError | None:
+    if not runs_on_cuda(request.q) and not _interpreted():
+        return UnavailableError(f"fused runs on CUDA only, and the tensors are on {request.device}")
+    if not _HAS_TRITON:
+        return UnavailableError("fused needs the package triton, which comes with torch for CUDA and is not installed")
+    # A graph is not asked: it may run elsewhere.
+    if request.q.is_cuda and not request.traced:
+        properties = torch.cuda.get_device_properties(request.q.device)
+        shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        if shared < _SHARED_MEMORY_BYTES:
+            return UnavailableError(
+                f"fused needs {_SHARED_MEMORY_BYTES // 1024} KiB of shared memory per block, as the A100 and later "
+                f"data-centre GPUs have, and this device has {shared // 1024}"
+            )
+    return None
+
+
+def _unsupported_numbers(request: Request) -> InputError | None:
+    sides = (request.q, request.k, request.v)
+    if request.dtype not in (torch.float16, torch.bfloat16) or any(side.dtype != request.dtype for side in sides):
+        found = ", ".join(str(side.dtype).removeprefix("torch.") for side in sides)
+        return InputError(f"fused runs in float16 and bfloat16, and queries, keys and values are {found}")
+    if request.dtype == torch.bfloat16 and not runs_on_cuda(request.q):
+        return InputError("Triton's interpreter multiplies no bfloat16; accepted there is float16")
+    if request.width > _WIDEST or request.value_width > _WIDEST_VALUES:
+        return InputError(
+            f"fused takes streams up to a width of {_WIDEST} and values up to {_WIDEST_VALUES}, and these are "
+            f"{request.width} and {request.value_width} wide"
+        )
+    if request.scale <= 0:
+        return InputError(f"fused takes a positive scale, and this one is {request.scale}")
+    if torch.is_grad_enabled() and any(side.requires_grad for side in (*sides, request.lam)):
+        return InputError("fused computes no gradients; call it in torch.no_grad or torch.inference_mode")
+    return None
+
+
+def _unsupported_mask(request: Request) -> InputError | None:
+    mask = request.attn_mask
+    if mask is None or is_key_padding(mask, request.q.shape[0], request.key_length):
+        return None
+    return InputError(
+        f"fused takes masks that hide keys from all queries alike, boolean [B, 1, 1, {request.key_length}], and this "
+        f"one is {mask.dtype} {list(mask.shape)}"
+    )
+
+
+def _cost(request: Request) -> float:
+    # docs/fused.md: the fastest at all sizes that were measured, on an H100. A graph would need this package where it
+    # is loaded, so there it is left to whoever asks for it.
+    if request.traced or not request.q.is_cuda or torch.cuda.get_device_capability(request.q.device)[0] != _HOPPER:
+        return 2.0
+    return 0.05
+
+
+@register(Impl.FUSED, num_attentions=1, supports=unsupported, cost=_cost)
+def fused(request: Request, *, norm: HeadNorm | None = None) -> Tensor:
+    """One launch for many queries; two for 16 or fewer, where keys are split among programs.
+
+    Softmax, lambda and difference are computed in fp32 and rounded once; where values are wider than 128, the first
+    stream is rounded too. See `diff_attention` for shapes.
+
+    Args:
+        request: which `unsupported` has nothing against.
+        norm: of the heads, computed in fp32 on the difference; by default none.
+
+    Raises:
+        InputError: a window without ``causal``.
+    """
+    from diffdeploy.ops.kernels import operator  # noqa: F401, registers diffdeploy::fused_attention
+
+    require_window_to_slide(request.sliding_window, causal=request.causal)
+    if not request.traced and 0 in (request.q.numel(), request.v.numel()):
+        return request.q.new_zeros(request.q.shape[0], request.num_heads, request.length, request.value_width)
+    output: Tensor = torch.ops.diffdeploy.fused_attention.default(
+        request.q,
+        request.k,
+        request.v,
+        request.lam.to(request.q.device),  # a scalar may lie on the CPU, as for torch's own operators
+        key_padding(request),
+        None if norm is None else norm.weight,
+        request.causal,
+        request.sliding_window,
+        request.permutes_key_streams,
+        request.scale,
+        None if norm is None else norm.eps,
+        1.0 if norm is None else norm.factor,
+    )
+    return output
+
+
+def key_padding(request: Request) -> Tensor | None:
+    """The mask as ``[B or 1, T]``, ``True`` for keys that are seen."""
+    return None if request.attn_mask is None else request.attn_mask.reshape(-1, request.key_length)

@@ -1,0 +1,255 @@
+"""One call of the kernels: its tensors as they are given, and what follows from their sizes."""
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["Call", "Tile"]
+
+# Queries for which keys are always split among programs.
+_FEW = 16
+# Keys from which it pays also for more queries, where their tiles would leave three quarters of the device idle.
+_LONG = 1024
+# Rows and columns of a product.
+_LEAST_OF_MATRIX_UNITS = 16
+# Both accumulators of a tile fit in the registers up to this width of values.
+_WIDEST_TOGETHER = 128
+# Of the sums of parts that are read at once.
+_MOST_ELEMENTS = 8192
+# Of the second-level cache, of which an H100 has 50 MiB.
+_CACHED_BYTES = 32 * 2**20
+# Of a device that is not there: an H100's, for graphs that are traced without one, and for the interpreter.
+_MULTIPROCESSORS = 132
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a kernel is compiled for: queries (``rows``) and keys of a tile, warps, stages of loading ahead."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """As the kernels take it."""
+        return {
+            "BLOCK_M": self.rows,
+            "BLOCK_N": self.keys,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# Measured on an H100, bfloat16, 256 to 16,384 positions, see docs/fused.md. The small one leaves room for a second
+# program on a multiprocessor, and is for problems that have fewer large ones than there are multiprocessors.
+_LARGE = Tile(128, 64, 8, 3)
+_SMALL = Tile(64, 64, 4, 2)
+# With as many rows as there are, up to 64: further tiles of rows read the same keys again.
+_MOST_ROWS = 64
+_SPLIT_KEYS, _SPLIT_KEYS_OF_WIDE_VALUES = 64, 32
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the operator; shapes as in `diffdeploy.ops.diff_attention`.
+
+    Attributes:
+        q: queries ``[B, 2h, S, d]``.
+        k: keys of streams, in pairs or shared.
+        v: values ``[B, h_kv, T, e]``.
+        lam: scalar, or what broadcasts to ``[B, h, S, 1]``.
+        key_padding: boolean ``[B or 1, T]``, ``True`` for keys that are seen; or ``None``.
+        norm: gamma ``[e]`` of the norm of the heads, or ``None``.
+        causal: bottom-right.
+        window: keys that a query sees, or ``None``.
+        legacy: whether streams read keys by the legacy key map.
+        scale: factor of the scores.
+        eps: of the norm, or ``None`` for no norm.
+        factor: behind the norm.
+        traced: whether tensors stand for others, and have no memory.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lam: Tensor
+    key_padding: Tensor | None
+    norm: Tensor | None
+    causal: bool
+    window: int | None
+    legacy: bool
+    scale: float
+    eps: float | None
+    factor: float
+    traced: bool
+
+    @property
+    def num_heads(self) -> int:
+        """Differential heads ``h``."""
+        return self.q.shape[1] // 2
+
+    @property
+    def group_size(self) -> int:
+        """Heads that read one key/value head, ``g``."""
+        return self.num_heads // self.v.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        """Queries of half heads that read one key/value head."""
+        return 2 * self.group_size * self.q.shape[2]
+
+    @cached_property
+    def decodes(self) -> bool:
+        """Whether keys are split among programs; where the length is a symbol, the kernel for any length is taken."""
+        length, key_length, batch = self.q.shape[2], self.k.shape[2], self.q.shape[0]
+        if not isinstance(length, int) or length <= _FEW:
+            return isinstance(length, int)
+        idle = isinstance(batch * key_length, int) and key_length >= _LONG
+        small_tiles = batch * self.num_heads * -(-length // _SMALL.rows)
+        return idle and 4 * small_tiles <= _multiprocessors(self.q.device)
+
+    @cached_property
+    def wide(self) -> bool:
+        """Whether the values are too wide for both streams together."""
+        return self.widths["BLOCK_E"] > _WIDEST_TOGETHER
+
+    @cached_property
+    def apart(self) -> bool:
+        """Whether streams have programs of their own: where that makes work for idle multiprocessors.
+
+        Both are read again to be subtracted, which does not pay for many heads of short sequences.
+        """
+        if self.decodes or not self.wide or not self._has_few_tiles():
+            return False
+        return self.q.shape[2] >= _LONG or self._has_few_tiles(2)
+
+    @cached_property
+    def tile(self) -> Tile:
+        """One of a short list, so that few kernels are compiled."""
+        if self.decodes:
+            rows = min(_MOST_ROWS, max(_LEAST_OF_MATRIX_UNITS, _power_of_two(self.num_rows)))
+            return Tile(rows, _SPLIT_KEYS_OF_WIDE_VALUES if self.wide else _SPLIT_KEYS, 4, 3)
+        # Of values that fill their block; the others are loaded with zeros behind them, which is slow for small tiles.
+        fast = self.wide and self.widths["BLOCK_E"] == self.widths["VALUE_WIDTH"]
+        return _SMALL if fast or self._has_few_tiles() else _LARGE
+
+    def _has_few_tiles(self, times: int = 1) -> bool:
+        """Whether so many times the large tiles are fewer than the multiprocessors; not where sizes are symbols."""
+        tiles = self.q.shape[0] * self.num_heads * -(-self.q.shape[2] // _LARGE.rows)
+        return isinstance(tiles, int) and times * tiles < _multiprocessors(self.q.device)
+
+    @cached_property
+    def tma(self) -> bool:
+        """Whether tiles of keys and values are loaded by the tensor memory accelerator of compute capability 9.0.
+
+        It needs no registers for addresses, of which wide values leave none. Rows must begin at multiples of 16 bytes.
+        """
+        if not self.wide or self.q.device.type != "cuda" or torch.cuda.get_device_capability(self.q.device) < (9, 0):
+            return False
+        steps = [*self.key_strides(), *self.v.stride()[:3]]
+        if not self.traced:
+            steps += [side.data_ptr() // side.element_size() for side in (self.k, self.v)]
+        return all(step * self.k.element_size() % 16 == 0 for step in steps)
+
+    def heads_at_once(self) -> int:
+        """Of how many heads tiles are computed before the next: equal groups, each with two waves of programs or more.
+
+        Keys and values of a group stay in the second-level cache, which all of its tiles read.
+        """
+        elements = self.v.shape[2] * (self.v.shape[3] + (1 if self.shares_keys else 2) * self.q.shape[3])
+        cached = self.group_size * _CACHED_BYTES // (elements * self.v.element_size())
+        two_waves = -(-2 * _multiprocessors(self.q.device) // -(-self.q.shape[2] // self.tile.rows))
+        heads = self.q.shape[0] * self.num_heads
+        groups = _larger(1, heads // _larger(_larger(cached, two_waves), 1))
+        return -(-heads // groups)
+
+    def num_splits(self) -> int:
+        """How many parts the keys have: whole tiles, and no more parts than fill the device."""
+        batch, kv_heads, key_length, _ = self.v.shape
+        others = batch * kv_heads * -(-self.num_rows // self.tile.rows)
+        wanted = _larger(1, _multiprocessors(self.q.device) // others)
+        tiles = _larger(1, -(-key_length // self.tile.keys))
+        return -(-tiles // -(-tiles // wanted))
+
+    def parts_at_once(self, splits: int) -> int:
+        """How many parts are read at once to be put together."""
+        most = _MOST_ELEMENTS // self.widths["BLOCK_E"]
+        return min(most, max(_LEAST_OF_MATRIX_UNITS, _power_of_two(splits))) if isinstance(splits, int) else most
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether both streams read the same keys."""
+        return self.k.shape[3] == self.q.shape[3] and self.k.shape[1] == self.v.shape[1]
+
+    def key_strides(self) -> tuple[int, int, int, int]:
+        """Of batch, pair of streams, stream and position."""
+        k = self.k
+        if k.shape[3] != self.q.shape[3]:
+            return k.stride(0), k.stride(1), self.q.shape[3], k.stride(2)
+        if self.shares_keys:
+            return k.stride(0), k.stride(1), 0, k.stride(2)
+        return k.stride(0), 2 * k.stride(1), k.stride(1), k.stride(2)
+
+    def input_strides(self) -> tuple[int, ...]:
+        """Of queries, keys and values, as the kernels take them."""
+        return (*self.q.stride()[:3], *self.key_strides(), *self.v.stride()[:3])
+
+    def lambdas(self) -> Tensor:
+        """``[B, h, S, 1]``, without a copy."""
+        return self.lam.expand(self.q.shape[0], self.num_heads, self.q.shape[2], 1)
+
+    def padding(self) -> tuple[Tensor, int]:
+        """A mask of the keys and its stride; any tensor where there is none."""
+        if self.key_padding is None:
+            return self.q, 0
+        return self.key_padding, 0 if self.key_padding.shape[0] == 1 else self.key_padding.stride(0)
+
+    def norm_settings(self) -> tuple[Tensor, float]:
+        """Gamma and eps; any where there are none."""
+        return self.q if self.norm is None else self.norm, 0.0 if self.eps is None else self.eps
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Of a stream and of the values, and the powers of two that hold them."""
+        width, value_width = self.q.shape[3], self.v.shape[3]
+        return {
+            "WIDTH": width,
+            "VALUE_WIDTH": value_width,
+            "BLOCK_D": max(_LEAST_OF_MATRIX_UNITS, _power_of_two(width)),
+            "BLOCK_E": max(_LEAST_OF_MATRIX_UNITS, _power_of_two(value_width)),
+        }
+
+    def flags(self) -> dict[str, bool]:
+        """What scores are of, as the kernels take it."""
+        return {
+            "CAUSAL": self.causal,
+            "WINDOW": self.window is not None,
+            "PADDING": self.key_padding is not None,
+            "LEGACY": self.legacy,
+            "SHARED": self.shares_keys,
+        }
+
+    def epilogue(self) -> dict[str, bool]:
+        """What is done with the difference."""
+        return {"NORM": self.eps is not None, "GAMMA": self.norm is not None}
+
+
+def _larger(size: int, other: int) -> int:
+    """Of two sizes, which may be symbols."""
+    larger: int = torch.sym_max(size, other)  # type: ignore[no-untyped-call]
+    return larger
+
+
+def _power_of_two(size: int) -> int:
+    """The least that is no smaller."""
+    return 1 << (size - 1).bit_length()
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,167 @@
+"""The kernels as the operator ``diffdeploy::fused_attention``, which compilers take apart and exporters keep whole."""
+
+from contextvars import copy_context
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from diffdeploy.ops.kernels.call import Call
+from diffdeploy.ops.kernels.decode import combine, split
+from diffdeploy.ops.kernels.prefill import prefill, subtract
+
+__all__ = ["attend_into", "output_buffer", "scratch"]
+
+_LOG2_E = 1.4426950408889634
+
+
+def output_buffer(call: Call) -> Tensor:
+    """``[B, S, h, e]``, uninitialised: heads lie inside of positions, as they are joined."""
+    batch, _, length, _ = call.q.shape
+    return call.q.new_empty(batch, length, call.num_heads, call.v.shape[3])
+
+
+def scratch(call: Call) -> tuple[Tensor, ...]:
+    """Uninitialised: sums, maxima and totals of all parts of the keys; or both streams; or nothing."""
+    if call.apart:
+        batch, _, length, _ = call.q.shape
+        return (call.q.new_empty(2, batch, length, call.num_heads, call.v.shape[3]),)
+    if not call.decodes:
+        return ()
+    batch, kv_heads, _, value_width = call.v.shape
+    shape = (batch, kv_heads, call.num_splits(), call.num_rows)
+    sums, tops, totals = (
+        torch.empty(each, dtype=torch.float32, device=call.q.device) for each in ((*shape, value_width), shape, shape)
+    )
+    return sums, tops, totals
+
+
+def attend_into(out_BSHe: Tensor, parts: tuple[Tensor, ...], call: Call) -> None:
+    """Fill the whole of a buffer as `output_buffer` makes it, by way of what `scratch` makes."""
+    if call.decodes:
+        _attend_split(out_BSHe, parts, call)
+        return
+    target = parts[0] if call.apart else out_BSHe
+    if call.tma and not call.traced:
+        # In a context of its own, so that a caller's allocator stays.
+        copy_context().run(_attend_with_workspace, target, call)
+    else:
+        _attend_tiles(target, call)
+    if call.apart:
+        _subtract(out_BSHe, target, call)
+
+
+def _attend_with_workspace(target: Tensor, call: Call) -> None:
+    triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device=target.device))
+    _attend_tiles(target, call)
+
+
+def _attend_tiles(target: Tensor, call: Call) -> None:
+    """Into the output, or into the buffer of both streams."""
+    batch, length, num_heads, _ = target.shape[-4:]
+    (padding, padding_stride), (norm, eps), lam, tile = call.padding(), call.norm_settings(), call.lambdas(), call.tile
+    programs = batch * num_heads * triton.cdiv(length, tile.rows)
+    wrap_triton(prefill)[(2 * programs if call.apart else programs,)](
+        *(call.q, call.k, call.v, lam, norm, padding, target, num_heads, call.group_size, length, call.k.shape[2]),
+        *(call.heads_at_once(), call.scale * _LOG2_E, call.window or 0, eps, call.factor),
+        *call.input_strides(),
+        target.stride(0) if call.apart else 0,
+        *_output_strides(target),
+        *lam.stride()[:3],
+        padding_stride,
+        **call.widths,
+        **call.flags(),
+        **call.epilogue(),
+        **tile.options(),
+        TURNS=call.wide and not call.apart,
+        APART=call.apart,
+        TMA=call.tma,
+    )
+
+
+def _subtract(out_BSHe: Tensor, streams: Tensor, call: Call) -> None:
+    batch, length, num_heads, _ = out_BSHe.shape
+    (norm, eps), lam, widths, rows = call.norm_settings(), call.lambdas(), call.widths, 16
+    wrap_triton(subtract)[(batch * num_heads * triton.cdiv(length, rows),)](
+        *(streams, lam, norm, out_BSHe, num_heads, length, eps, call.factor, streams.stride(0)),
+        *_output_strides(out_BSHe),
+        *lam.stride()[:3],
+        VALUE_WIDTH=widths["VALUE_WIDTH"],
+        BLOCK_E=widths["BLOCK_E"],
+        BLOCK_M=rows,
+        **call.epilogue(),
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def _attend_split(out_BSHe: Tensor, parts: tuple[Tensor, ...], call: Call) -> None:
+    batch, length, num_heads, _ = out_BSHe.shape
+    kv_heads, key_length, splits, tile = call.v.shape[1], call.k.shape[2], parts[0].shape[2], call.tile
+    (padding, padding_stride), (norm, eps), lam, widths = (
+        call.padding(),
+        call.norm_settings(),
+        call.lambdas(),
+        call.widths,
+    )
+    keys_of_split = triton.cdiv(triton.cdiv(key_length, tile.keys), splits) * tile.keys
+    wrap_triton(split)[(batch * kv_heads * triton.cdiv(call.num_rows, tile.rows) * splits,)](
+        *(call.q, call.k, call.v, padding, *parts, kv_heads, call.group_size, length, key_length),
+        *(call.scale * _LOG2_E, call.window or 0, keys_of_split, splits),
+        *call.input_strides(),
+        padding_stride,
+        **widths,
+        **call.flags(),
+        **tile.options(),
+    )
+    wrap_triton(combine)[(batch * num_heads * length,)](
+        *(*parts, lam, norm, out_BSHe, num_heads, call.group_size, length, splits, eps, call.factor),
+        *_output_strides(out_BSHe),
+        *lam.stride()[:3],
+        VALUE_WIDTH=widths["VALUE_WIDTH"],
+        BLOCK_E=widths["BLOCK_E"],
+        BLOCK_N=call.parts_at_once(splits),
+        **call.epilogue(),
+        num_warps=8,
+        num_stages=1,
+    )
+
+
+def _output_strides(buffer: Tensor) -> tuple[int, int, int]:
+    """Of batch, head and position, which are the fourth, second and third axis from behind."""
+    return buffer.stride(-4), buffer.stride(-2), buffer.stride(-3)
+
+
+def _with_dense_rows(side: Tensor) -> Tensor:
+    return side if side.stride(-1) == 1 else side.contiguous()
+
+
+@triton_op("diffdeploy::fused_attention", mutates_args=())
+def _fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    key_padding: Tensor | None,
+    norm: Tensor | None,
+    causal: bool,
+    window: int | None,
+    legacy: bool,
+    scale: float,
+    eps: float | None,
+    factor: float,
+) -> Tensor:
+    q, k, v = (_with_dense_rows(side) for side in (q, k, v))
+    key_padding = None if key_padding is None else _with_dense_rows(key_padding)
+    traced = wrap_triton(prefill) is not prefill  # else it is handed over as it is
+    call = Call(q, k, v, lam, key_padding, norm, causal, window, legacy, scale, eps, factor, traced)
+    out_BSHe = output_buffer(call)
+    attend_into(out_BSHe, scratch(call), call)
+    return out_BSHe.transpose(1, 2)
+
+
+# What a trace needs to know, without a kernel.
+_fused_attention.register_fake(
+    lambda q, _k, v, *_others: q.new_empty(q.shape[0], q.shape[2], q.shape[1] // 2, v.shape[3]).transpose(1, 2)
+)

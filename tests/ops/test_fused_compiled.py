@@ -1,0 +1,107 @@
+"""`fused` in graphs: an exported program keeps the operator whole, and compilers take it apart."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffdeploy.ops import diff_attention
+from diffdeploy.ops.target import traced_for
+from tests.support.operator_inputs import side_by_side
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Operator(nn.Module):
+    """Behind a cache with padding where there is a mask."""
+
+    lam: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("lam", torch.tensor(0.4))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return diff_attention(q, k, v, self.lam, causal=True, attn_mask=mask, impl="fused")
+
+
+def sides(queries: int, keys: int, width: int = 64, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(queries)
+    shapes = [(batch, 8, queries, width), (batch, 4, keys, width), (batch, 2, keys, 2 * width)]
+    q, k, v = (torch.randn(shape, generator=generator).to(DEVICE, torch.float16) for shape in shapes)
+    return q, side_by_side(k), v
+
+
+def padding(keys: int, batch: int = 2) -> Tensor:
+    mask = torch.ones(batch, 1, 1, keys, dtype=torch.bool, device=DEVICE)
+    mask[0, ..., : keys // 2] = False
+    return mask
+
+
+def exported(queries: int, keys: int, width: int = 64) -> torch.export.ExportedProgram:
+    length, key_length = torch.export.Dim("S", min=2, max=4096), torch.export.Dim("T", min=2, max=8192)
+    shapes = ({2: length}, {2: key_length}, {2: key_length}, {3: key_length})
+    with traced_for("cuda"):
+        return torch.export.export(
+            Operator().to(DEVICE), (*sides(queries, keys, width), padding(keys)), dynamic_shapes=shapes, strict=False
+        )
+
+
+@pytest.mark.triton
+def test_an_exported_program_keeps_the_operator_whole() -> None:
+    program = exported(20, 40)
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert called.count("diffdeploy.fused_attention.default") == 1
+    assert not any("scaled_dot_product" in target for target in called)
+
+
+@pytest.mark.gpu
+@pytest.mark.triton
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_torch_compile(width: int, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    operator = Operator().cuda()
+    compiled = torch.compile(operator, fullgraph=True, dynamic=dynamic)
+    with torch.no_grad():
+        for queries, keys in ((100, 333), (130, 350), (1, 300), (1, 301)) if dynamic else ((100, 333), (1, 300)):
+            inputs = (*sides(queries, keys, width), padding(keys))
+            torch.testing.assert_close(compiled(*inputs), operator(*inputs), rtol=0, atol=2e-3)
+
+
+# Reads a package as a user without this package does.
+READER = """
+import sys
+import torch
+assert "diffdeploy" not in sys.modules
+package = torch._inductor.aoti_load_package(sys.argv[1])
+for path in sys.argv[2:]:
+    *inputs, expected = torch.load(path, weights_only=True)
+    output = package(*inputs)
+    # A graph for any length holds the kernel for any length, whose sums of a few queries differ in the last bit.
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-3)
+    print("right", tuple(expected.shape))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.triton
+@pytest.mark.parametrize("width", [64, 128])
+def test_an_aot_inductor_package_needs_nothing_of_this_project(width: int, tmp_path: Path) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    program = exported(100, 200, width)
+    package = aoti_compile_and_package(program, package_path=str(tmp_path / "operator.pt2"))
+    operator, files = Operator().cuda(), []
+    for queries, keys in ((100, 200), (37, 300), (130, 130), (2, 500)):
+        inputs = (*sides(queries, keys, width), padding(keys))
+        files.append(tmp_path / f"{queries}.pt")
+        torch.save([*inputs, operator(*inputs)], files[-1])
+    done = subprocess.run(
+        [sys.executable, "-c", READER, package, *map(str, files)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("right") == len(files)
