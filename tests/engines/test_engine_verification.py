@@ -102,5 +102,5 @@ def test_every_row_of_the_registry_is_an_engine() -> None:
         engine = require_engine(name)
         assert engine.name == name
         assert engine.tested
-    with pytest.raises(InputError, match="engine is 'trains'; accepted: vllm"):
+    with pytest.raises(InputError, match="engine is 'trains'; accepted: genai, vllm"):
         require_engine("trains")

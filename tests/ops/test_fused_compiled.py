@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffdeploy.exclusive import without_warnings
 from diffdeploy.ops import diff_attention
 from diffdeploy.ops.target import traced_for
 from tests.support.operator_inputs import side_by_side
@@ -94,7 +95,8 @@ def test_an_aot_inductor_package_needs_nothing_of_this_project(width: int, tmp_p
     from torch._inductor import aoti_compile_and_package
 
     program = exported(100, 200, width)
-    package = aoti_compile_and_package(program, package_path=str(tmp_path / "operator.pt2"))
+    with without_warnings():  # torch warns of its own workings
+        package = aoti_compile_and_package(program, package_path=str(tmp_path / "operator.pt2"))
     operator, files = Operator().cuda(), []
     for queries, keys in ((100, 200), (37, 300), (130, 130), (2, 500)):
         inputs = (*sides(queries, keys, width), padding(keys))
