@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 __all__ = ["lower"]
 
-# A protobuf message ends at 2 GiB; the rest of the graph needs far less than the difference.
-_MAX_INLINE_BYTES = 2_000_000_000
+# A protobuf message ends at 2 GiB, and whoever reads one holds it twice; a file beside it is mapped.
+_MAX_INLINE_BYTES = 64 * 2**20
 
 
 def lower(block: AnyModule, spec: GraphSpec, directory: Path, *, opset: int, flavor: str) -> None:
-    """Write ``model.onnx`` into ``directory``; weights above 2 GB go to ``model.onnx.data`` beside it.
+    """Write ``model.onnx`` into ``directory``; weights above 64 MiB go to ``model.onnx.data`` beside it.
 
     Args:
         block: frozen block in the dtype of the graph.
