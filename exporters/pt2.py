@@ -8,13 +8,14 @@ from diffdeploy.exporters.tracing import trace
 from diffdeploy.formats.pt2.backend import MODEL
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.modules import AnyModule
+from diffdeploy.ops.target import ANY_DEVICE
 
 __all__ = ["lower"]
 
 
 def lower(block: AnyModule, spec: GraphSpec, directory: Path) -> None:
     """Write ``model.pt2``; `torch.export.load` reads it, and its module takes the graph's inputs in their order."""
-    program = trace(block, spec)
+    program = trace(block, spec, ANY_DEVICE)
     # Sample inputs would be a pickle in the file, and are none that anybody needs.
     program.example_inputs = None
     torch.export.save(program, directory / MODEL)

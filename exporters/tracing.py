@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diffdeploy.graphs import GraphSpec, run_graph
 from diffdeploy.modules import AnyModule
-from diffdeploy.ops.target import traced_for
+from diffdeploy.ops.target import ANY_DEVICE, traced_for
 
 __all__ = ["GraphModule", "example", "trace"]
 
@@ -55,7 +55,7 @@ def trace(block: AnyModule, spec: GraphSpec, device: str = "cpu") -> torch.expor
     Args:
         block: frozen, on the CPU.
         spec: interface of the graph.
-        device: where the program is to run.
+        device: where the program is to run; the program of one for `ANY_DEVICE` stays on the CPU.
     """
     from torch.export.passes import move_to_device_pass
     from torch.utils._sympy.value_ranges import ValueRanges
@@ -73,4 +73,8 @@ def trace(block: AnyModule, spec: GraphSpec, device: str = "cpu") -> torch.expor
             for node in module.graph.nodes:
                 # They hold the paths of this machine's files.
                 node.meta.pop("stack_trace", None)
-    return program if device == "cpu" else move_to_device_pass(program, f"{device}:{torch.cuda.current_device()}")
+    return (
+        program
+        if device in ("cpu", ANY_DEVICE)
+        else move_to_device_pass(program, f"{device}:{torch.cuda.current_device()}")
+    )

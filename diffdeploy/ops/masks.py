@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffdeploy.errors import InputError
 from diffdeploy.ops.heads import as_rows
-from diffdeploy.ops.target import runs_on_cuda
+from diffdeploy.ops.target import may_run_on_cuda
 
 __all__ = ["Visibility", "is_key_padding", "kernel_mask", "require_window_to_slide", "visibility"]
 
@@ -167,14 +167,14 @@ def is_key_padding(mask: Tensor, batch: int, key_length: int) -> bool:
 
 
 def kernel_mask(q_BHSd: Tensor, mask: Tensor | None) -> Tensor | None:
-    """A mask as fused kernels take it: additive for half precision on CUDA, else as it is.
+    """A mask as fused kernels take it: additive for half precision where it may run on CUDA, else as it is.
 
     torch makes a finite number of what a boolean mask hides before it calls cuDNN, so that hidden keys with scores from
     about 3e5 on are seen: 30 to 50 % of the queries were wrong on an H100 with torch 2.11.
     """
     if mask is None or mask.dtype != torch.bool or q_BHSd.dtype not in (torch.float16, torch.bfloat16):
         return mask
-    if not runs_on_cuda(q_BHSd):
+    if not may_run_on_cuda(q_BHSd):
         return mask
     return torch.zeros((), dtype=q_BHSd.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
 

@@ -53,6 +53,8 @@ _OF_SIZES = re.compile(
 _VERSION = re.compile(r"[0-9A-Za-z.+_-]*")
 # Submodules and objects of classes of its own, which no export of a block has.
 _NEVER = ("as_graph", "as_custom_obj", "as_operator", "class_fqn", "custom_obj", "custom_obj_name")
+# Numbers that torch writes as texts, since JSON has none of them.
+_NOT_IN_JSON = ("Infinity", "-Infinity", "NaN")
 _TREES = ("in_spec", "out_spec")
 _CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict")
 
@@ -181,6 +183,8 @@ class _Walk:
         elif key == "target":
             match = _OPERATOR.fullmatch(text)
             fits = _is_overload(*match.groups()) if match else _OF_SIZES.fullmatch(text) is not None
+        elif key == "as_float":
+            fits = text in _NOT_IN_JSON
         elif key == "torch_version":
             fits = _VERSION.fullmatch(text) is not None
         else:
