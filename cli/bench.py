@@ -3,11 +3,12 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import typer
 
 from diffdeploy.cli import console
+from diffdeploy.cli.bench_models import bench_models, refuse_options_of_blocks
 from diffdeploy.cli.bench_view import json_fields, print_bench, print_changes
 from diffdeploy.cli.checkpoint_options import takes_checkpoint_options
 from diffdeploy.cli.shared_options import AsJson, PublicKey, Trust
@@ -15,6 +16,7 @@ from diffdeploy.errors import DiffDeployError, InputError, VerificationError
 
 if TYPE_CHECKING:
     from diffdeploy.bench import Bench, BenchReport
+    from diffdeploy.bench.models import ModelBench, ModelReport
 
 __all__ = ["bench"]
 
@@ -24,7 +26,9 @@ def bench(
     sources: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="A checkpoint, and bundles of the same block.", metavar="CHECKPOINT|BUNDLE", show_default=False
+            help="A checkpoint, and bundles of the same block or model.",
+            metavar="CHECKPOINT|BUNDLE",
+            show_default=False,
         ),
     ] = None,
     impl: Annotated[
@@ -94,35 +98,59 @@ def bench(
 
     Without a CHECKPOINT or BUNDLE, a block with random weights.
 
+    Of bundles that hold whole models, prefill and decode at those lengths, against the eager model and, with a
+    DiffLlama checkpoint, against transformers.
+
     All candidates take turns, round by round; memory is measured in a process of its own for each.
     """
     outputs = Outputs(as_json=as_json, csv=csv, plot=plot, save=save, compare=compare)
+    outputs.check()
     with console.activity("loading torch"):
+        from diffdeploy.bench.models import ModelBenchRequest, holds_models
         from diffdeploy.bench.request import BenchRequest, prepare
         from diffdeploy.checkpoints import CheckpointOptions
 
-    request = BenchRequest(
+    shared = _Shared(
         sources=tuple(sources or ()),
         impl=_names(impl),
-        format=None if format_names is None else _names(format_names),
         seq=None if seq is None else _numbers("--seq", seq),
         batch=_numbers("--batch", batch),
+        threads=threads,
+        baseline=baseline,
+        rounds=rounds,
+        trust=True if trust else None,
+        public_key=public_key,
+    )
+    if holds_models(shared["sources"]):
+        of_blocks = {
+            "--format": None if format_names == "none" else format_names,
+            "--embed-dim": embed_dim,
+            "--num-heads": num_heads,
+            "--num-kv-heads": num_kv_heads,
+            "--head-dim": head_dim,
+            "--dtype": dtype,
+            "--device cuda": None if device == "cpu" else device,
+            "--graph": graph,
+            "--layer": layer,
+            "--plot": plot,
+            **{f"--{name.replace('_', '-')}": value for name, value in reading.items()},
+        }
+        refuse_options_of_blocks(of_blocks)
+        return _exit_code(*bench_models(ModelBenchRequest(**shared), outputs, _measure))
+    request = BenchRequest(
+        **shared,
+        format=None if format_names is None else _names(format_names),
         embed_dim=embed_dim,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         dtype=dtype,
         device=device,
-        threads=threads,
         graph=graph,
-        baseline=baseline,
-        rounds=rounds,
         reading=CheckpointOptions(layer=layer, **reading),
-        trust=True if trust else None,
-        public_key=public_key,
     )
     # Before the bundles are exported, which takes minutes, as the measuring does.
-    old = outputs.check()
+    old = outputs.earlier()
     with console.activity("loading torch") as activity, prepare(request, activity.phase, console.note) as run:
         if old is not None:
             from diffdeploy.bench.changes import require_comparable
@@ -137,7 +165,21 @@ def bench(
     return _exit_code(report, failure)
 
 
-def _exit_code(report: "BenchReport", failure: KeyboardInterrupt | DiffDeployError | None) -> int:
+class _Shared(TypedDict):
+    """Options that say what is measured, of a block or of a model."""
+
+    sources: tuple[Path, ...]
+    impl: list[str]
+    seq: list[int] | None
+    batch: list[int]
+    threads: int | None
+    baseline: str | None
+    rounds: int | None
+    trust: Literal[True] | None
+    public_key: Path | None
+
+
+def _exit_code(report: "BenchReport | ModelReport", failure: KeyboardInterrupt | DiffDeployError | None) -> int:
     """Say what went wrong, below what was measured."""
     if isinstance(failure, KeyboardInterrupt):
         console.fail("interrupted; what had been measured until then is above")
@@ -171,7 +213,7 @@ def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
-def _measure(run: "Bench", activity: console.Activity) -> KeyboardInterrupt | DiffDeployError | None:
+def _measure(run: "Bench | ModelBench", activity: console.Activity) -> KeyboardInterrupt | DiffDeployError | None:
     """Run to the end, or to what ended it, so that what was measured by then is not lost."""
 
     def progress(text: str, seconds_left: float | None) -> None:
@@ -200,14 +242,11 @@ class Outputs:
     save: Path | None
     compare: Path | None
 
-    def check(self) -> "BenchReport | None":
+    def check(self) -> None:
         """Find out before anything is measured whether all of it can be written.
 
-        Returns:
-            The report to compare with.
-
         Raises:
-            InputError: a file that cannot be read or written.
+            InputError: a file that cannot be written.
             UnavailableError: no matplotlib.
         """
         for path in (self.csv, self.plot, self.save):
@@ -217,11 +256,16 @@ class Outputs:
             from diffdeploy.bench.plot import require_plot
 
             require_plot(self.plot)
-        if self.compare is None:
-            return None
+
+    def earlier(self) -> "BenchReport | None":
+        """The report to compare with.
+
+        Raises:
+            InputError: a file that cannot be read.
+        """
         from diffdeploy.bench.results import read_report
 
-        return read_report(self.compare)
+        return None if self.compare is None else read_report(self.compare)
 
     def write(self, report: "BenchReport", old: "BenchReport | None") -> None:
         """Write and print everything, files first."""

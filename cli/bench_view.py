@@ -9,14 +9,19 @@ from diffdeploy.cli import console
 if TYPE_CHECKING:
     from diffdeploy.bench import BenchReport, Change
 
-__all__ = ["json_fields", "print_bench", "print_changes"]
+__all__ = ["change_fields", "json_fields", "print_bench", "print_changes"]
 
 
-def json_fields(report: "BenchReport", changes: "Sequence[Change] | None") -> dict[str, Any]:
+def json_fields(report: "BenchReport", changes: "Sequence[Change[Any]] | None") -> dict[str, Any]:
     """The report, with ``changes`` if it was compared."""
     if changes is None:
         return report.fields()
-    listed = [
+    return {**report.fields(), "changes": change_fields(changes)}
+
+
+def change_fields(changes: "Sequence[Change[Any]]") -> list[dict[str, Any]]:
+    """Changes for JSON."""
+    return [
         {
             "name": change.new.name,
             **change.new.size.model_dump(),
@@ -25,7 +30,6 @@ def json_fields(report: "BenchReport", changes: "Sequence[Change] | None") -> di
         }
         for change in changes
     ]
-    return {**report.fields(), "changes": listed}
 
 
 def print_bench(report: "BenchReport") -> None:
@@ -41,7 +45,7 @@ def print_bench(report: "BenchReport") -> None:
     console.print_rows([*machine(report), *legend(report.baseline)])
 
 
-def print_changes(changes: "Sequence[Change]") -> None:
+def print_changes(changes: "Sequence[Change[Any]]") -> None:
     """What changed beyond the noise, on standard output."""
     headings = ("candidate", "size", "ratio was", "is", "change", "latency", "peak", "")
     rows = [

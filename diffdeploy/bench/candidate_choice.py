@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from diffdeploy.bench.block_source import BlockSource
+from diffdeploy.bench.models.plan import ModelCandidate
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Size
 from diffdeploy.bundle import Bundle
 from diffdeploy.config import AnyConfig
@@ -132,7 +133,7 @@ def _require_range(bundle: Bundle, name: str, size: Size) -> None:
             raise InputError(f"bundle {name} is made for {axis} up to {most}, and {option} leads to {given}")
 
 
-def choose_baseline(given: str | None, candidates: Sequence[Candidate]) -> str:
+def choose_baseline(given: str | None, candidates: Sequence[Candidate] | Sequence[ModelCandidate]) -> str:
     """The candidate that ratios refer to: as asked for, else ``naive``, else the first one.
 
     Raises:

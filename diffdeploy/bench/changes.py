@@ -1,19 +1,25 @@
 """What changed between two runs, beyond their noise."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
+from diffdeploy.bench.models.results import ModelRow
 from diffdeploy.bench.plan import Plan
 from diffdeploy.bench.results import BenchReport, Block, Row
 from diffdeploy.errors import InputError
 
-__all__ = ["Change", "changes_since", "require_comparable"]
+__all__ = ["Change", "changes_of_rows", "changes_since", "require_comparable"]
+
+# Of blocks, or of models.
+AnyRow = TypeVar("AnyRow", Row, ModelRow)
 
 # Two runs of the same code agree within this; a smaller change is none, however narrow the intervals are.
 _RUN_TO_RUN = 0.05
 
 
 @dataclass(frozen=True)
-class Change:
+class Change(Generic[AnyRow]):
     """One candidate at one size, then and now.
 
     Attributes:
@@ -26,8 +32,8 @@ class Change:
             latency for the baseline itself, whose ratio is always 1.
     """
 
-    old: Row
-    new: Row
+    old: AnyRow
+    new: AnyRow
     ratio_change: float | None
     latency_change: float | None
     peak_change: float | None
@@ -60,14 +66,19 @@ def require_comparable(old: BenchReport, plan: Plan, block: Block) -> None:
         raise InputError("the runs cannot be compared: they have no candidate and size in common")
 
 
-def changes_since(old: BenchReport, new: BenchReport) -> list[Change]:
+def changes_since(old: BenchReport, new: BenchReport) -> list[Change[Row]]:
     """Changes of all candidates and sizes that both runs have, in the order of the new one."""
-    then_rows = {(row.name, row.size): row for row in old.results}
-    pairs = [(then_rows[row.name, row.size], row) for row in new.results if (row.name, row.size) in then_rows]
-    return [_change(then, now, is_baseline=now.name == new.baseline) for then, now in pairs]
+    return changes_of_rows(old.results, new.results, new.baseline)
 
 
-def _change(old: Row, new: Row, *, is_baseline: bool) -> Change:
+def changes_of_rows(old: Sequence[AnyRow], new: Sequence[AnyRow], baseline: str) -> list[Change[AnyRow]]:
+    """The same of rows, with the name of the baseline."""
+    then_rows = {(row.name, row.size): row for row in old}
+    pairs = [(then_rows[row.name, row.size], row) for row in new if (row.name, row.size) in then_rows]
+    return [_change(then, now, is_baseline=now.name == baseline) for then, now in pairs]
+
+
+def _change(old: AnyRow, new: AnyRow, *, is_baseline: bool) -> Change[AnyRow]:
     ratio_change, latency_change = _relative(old.ratio, new.ratio), _relative(old.latency_ms, new.latency_ms)
     # The baseline has a ratio of 1 in every run; only its latency can tell that it has changed.
     if is_baseline:
@@ -87,11 +98,11 @@ def _change(old: Row, new: Row, *, is_baseline: bool) -> Change:
 _Interval = tuple[float | None, float | None]
 
 
-def _ratio_interval(row: Row) -> _Interval:
+def _ratio_interval(row: Row | ModelRow) -> _Interval:
     return row.ratio_low, row.ratio_high
 
 
-def _latency_interval(row: Row) -> _Interval:
+def _latency_interval(row: Row | ModelRow) -> _Interval:
     return row.latency_low_ms, row.latency_high_ms
 
 

@@ -13,18 +13,26 @@ __all__ = ["MeasuringProcess"]
 
 
 class MeasuringProcess:
-    """A `diffdeploy.bench.worker` that runs. Use it as a context manager; leaving the block ends it.
+    """A worker that runs, such as `diffdeploy.bench.worker`. Use it as a context manager; leaving the block ends it.
 
     Args:
         arguments: of the worker.
         threads: of OpenMP, which has to know them when it is loaded.
         environment: more variables.
+        module: of the worker.
     """
 
-    def __init__(self, arguments: list[str], *, threads: int, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        *,
+        threads: int,
+        environment: Mapping[str, str] | None = None,
+        module: str = "diffdeploy.bench.worker",
+    ) -> None:
         self._name = " ".join(arguments[::2])  # without the file of the plan
         self._process = WorkerProcess(
-            "diffdeploy.bench.worker",
+            module,
             arguments,
             environment={"OMP_NUM_THREADS": str(threads), **(environment or {})},
         )

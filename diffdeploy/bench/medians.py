@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Estimate", "estimate", "paired_ratios"]
+__all__ = ["Estimate", "estimate", "paired_ratios", "rounded", "times"]
 
 # What 95 % confidence leaves.
 _MISS = 0.05
@@ -62,3 +62,29 @@ def _rank(count: int) -> int:
 def paired_ratios(values: Sequence[float], baseline: Sequence[float]) -> list[float]:
     """Ratios round by round, so that what slows down a whole round cancels; the shorter of the two ends the pairing."""
     return [value / base for value, base in zip(values, baseline, strict=False)]
+
+
+def times(samples: Sequence[float], baseline: Sequence[float]) -> dict[str, float | int | None]:
+    """What a row says of its latencies in milliseconds, and of their ratios to those of the baseline.
+
+    Args:
+        samples: at least one, by rounds.
+        baseline: by rounds; none where it was not timed.
+    """
+    latency = estimate(samples)
+    fields: dict[str, float | int | None] = {
+        "num_rounds": len(samples),
+        "latency_ms": latency.median,
+        "latency_low_ms": latency.low,
+        "latency_high_ms": latency.high,
+        "latency_iqr_ms": latency.interquartile_range,
+    }
+    if ratios := paired_ratios(samples, baseline):
+        ratio = estimate(ratios)
+        fields |= {"ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high}
+    return fields
+
+
+def rounded(value: float | int | None) -> float | int | None:
+    """Five digits: more would only hide what a figure is worth."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -14,12 +14,12 @@ from typing import Any
 from diffdeploy.bench.estimate import fits_twice
 from diffdeploy.bench.machine import Machine, free_bytes
 from diffdeploy.bench.measuring_process import MeasuringProcess
-from diffdeploy.bench.medians import estimate, paired_ratios
+from diffdeploy.bench.medians import estimate, rounded, times
 from diffdeploy.bench.operations import attention_flop, block_flop
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
 from diffdeploy.bench.results import BenchReport, Block, Row
 
-__all__ = ["Bench", "Progress"]
+__all__ = ["STEADY_MALLOC", "Bench", "Progress"]
 
 # What goes on now, and how many seconds are left, if that is known.
 Progress = Callable[[str, float | None], None]
@@ -31,7 +31,7 @@ _SECONDS_PER_SIZE, _SECONDS_PER_MEMORY = 20.0, 3.0
 # calls; left to itself it depends on what other candidates have freed, and ratios change by 30 % from run to run. For
 # memory: larger tensors go back to the system when they are freed, and resident is what lives.
 # Never map, keep up to 16 GiB, and grow by 64 MiB at a time.
-_STEADY_MALLOC = {
+STEADY_MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**26),
@@ -74,7 +74,7 @@ class Bench:
         ids = [size.id for size in self.plan.sizes]
         current = 0
         with MeasuringProcess(
-            ["time", str(plan_file)], threads=self.plan.threads, environment=_STEADY_MALLOC
+            ["time", str(plan_file)], threads=self.plan.threads, environment=STEADY_MALLOC
         ) as process:
             for event in process.events():
                 if event["event"] == "phase":
@@ -168,26 +168,14 @@ class Bench:
     def _times(self, samples: list[float], baseline: list[float], flop: int, environment: Machine) -> dict[str, Any]:
         if not samples:
             return {}
-        latency = estimate(samples)
+        # Per millisecond and 10^6 it is 10^9 per second.
+        rate = flop / estimate(samples).median / 1e6
         fields = {
-            "num_rounds": len(samples),
-            "latency_ms": latency.median,
-            "latency_low_ms": latency.low,
-            "latency_high_ms": latency.high,
-            "latency_iqr_ms": latency.interquartile_range,
-            # Per millisecond and 10^6 it is 10^9 per second.
-            "gflop_per_second": flop / latency.median / 1e6,
-            "matmul_share": flop / latency.median / 1e6 / environment.matmul_gflop_per_second,
+            **times(samples, baseline),
+            "gflop_per_second": rate,
+            "matmul_share": rate / environment.matmul_gflop_per_second,
         }
-        if ratios := paired_ratios(samples, baseline):
-            ratio = estimate(ratios)
-            fields |= {"ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high}
-        return {name: _rounded(value) for name, value in fields.items()}
-
-
-def _rounded(value: float | int | None) -> float | int | None:
-    """Five digits: more would only hide what a figure is worth."""
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+        return {name: rounded(value) for name, value in fields.items()}
 
 
 def _memory_fields(event: dict[str, int]) -> dict[str, int]:

@@ -1,10 +1,11 @@
 """The figures of a run in words and columns, for whatever shows them."""
 
+from diffdeploy.bench.machine import Machine
 from diffdeploy.bench.operations import FORMULA
 from diffdeploy.bench.plan import SOFTMAX, Size
 from diffdeploy.bench.results import BenchReport, Row
 
-__all__ = ["HEADINGS", "describe_block", "describe_size", "figures", "legend", "machine"]
+__all__ = ["HEADINGS", "describe_block", "describe_size", "figures", "legend", "machine", "machine_rows"]
 
 HEADINGS = ("candidate", "ms", "±", "ratio", "95 %", "GFLOP/s", "of products", "peak MiB", "over weights")
 
@@ -73,7 +74,11 @@ def describe_block(report: BenchReport) -> str:
 
 def machine(report: BenchReport) -> list[tuple[str, str]]:
     """What the figures were measured on, as names and values."""
-    environment = report.environment
+    return [("block", describe_block(report)), *machine_rows(report.environment, report.dtype)]
+
+
+def machine_rows(environment: Machine, dtype: str) -> list[tuple[str, str]]:
+    """The machine and its software."""
     versions = ", ".join(f"{name} {found}" for name, found in environment.packages.items())
     where = environment.cpu if environment.device == "cpu" else f"{environment.device} beside {environment.cpu}"
     meanwhile = ""
@@ -81,12 +86,11 @@ def machine(report: BenchReport) -> list[tuple[str, str]]:
         noisy = ", so the times are noisy" if environment.other_load > _QUIET else ""
         meanwhile = f"; others kept {environment.other_load:.2f} cores busy meanwhile{noisy}"
     return [
-        ("block", describe_block(report)),
         ("machine", f"{where}, {environment.num_cpus} cores, {environment.threads} threads"),
         ("load", f"{environment.load_average:.2f} in the minute before{meanwhile}"),
         (
             "products",
-            f"{environment.matmul_gflop_per_second:.0f} GFLOP/s in {report.dtype}, largest of square matrices",
+            f"{environment.matmul_gflop_per_second:.0f} GFLOP/s in {dtype}, largest of square matrices",
         ),
         ("versions", f"diffdeploy {environment.diffdeploy}, Python {environment.python}, {versions}"),
     ]

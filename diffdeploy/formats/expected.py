@@ -6,20 +6,33 @@ import numpy as np
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
-from diffdeploy.config import LAMBDA_VECTORS, AnyConfig
+from diffdeploy.config import AnyConfig, is_lambda_vector
 from diffdeploy.exact import lambda_of_heads, lambda_value, rope_tables
 from diffdeploy.formats.registry import require_format
 
 __all__ = ["expected_constants", "held_constants"]
 
+_SHARED = ("softmax_scale", "norm_eps")
+
 
 def expected_constants(manifest: Manifest, weights: Mapping[str, Array]) -> dict[str, Array]:
-    """What a right artifact can hold: weights in its dtype, and all numbers and tables in float64."""
-    expected = {name: array for name, array in weights.items() if name not in LAMBDA_VECTORS}
-    numbers = {name: np.asarray(value, np.float64) for name, value in _numbers(manifest.block, weights).items()}
-    if manifest.block.rope is not None:
+    """What a right artifact can hold: weights in its dtype, and all numbers and tables in float64.
+
+    Those of a layer of a model are named as its weights are: ``layers.N.self_attn.lambda``.
+    """
+    expected = {name: array for name, array in weights.items() if not is_lambda_vector(name)}
+    numbers: dict[str, Array] = {}
+    for prefix, block in manifest.config.blocks.items():
+        own = {name: weights[prefix + name] for name in block.weight_shapes()}
+        found = _numbers(block, own)
+        if prefix:
+            # Layers share these, and a format finds such a number by its value alone.
+            found = {name: value for name, value in found.items() if name not in _SHARED}
+        numbers |= {prefix + name: np.asarray(value, np.float64) for name, value in found.items()}
+    attention = manifest.config.attention
+    if attention.rope is not None:
         length = manifest.graph.axes["sequence_length"].max
-        cos, sin = rope_tables(manifest.block.rope, manifest.block.head_dim, length)
+        cos, sin = rope_tables(attention.rope, attention.head_dim, length)
         numbers |= {"rope.cos": cos, "rope.sin": sin}
     return {**expected, **numbers}
 

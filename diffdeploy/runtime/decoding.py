@@ -3,7 +3,8 @@
 Shape suffixes: B batch, S new tokens, P tokens before them, T = P + S, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,6 +87,19 @@ class Decoding:
             inputs["position_ids"] = np.ascontiguousarray(counted[:, -tokens_BS.shape[1] :])
         return inputs
 
+    def bare_call(self, tokens_B1: Array, mask_BT: Array) -> Callable[[], object]:
+        """The call that `feed` would make for one token of each row, to be repeated: what is measured beside `feed`.
+
+        Args:
+            tokens_B1: see `feed`; behind tokens that were fed.
+            mask_BT: see `feed`.
+        """
+        self.reserve(mask_BT.shape[1])
+        if self.buffers is None:
+            return partial(self._runtime, **self._inputs(tokens_B1, mask_BT))
+        before_B = mask_BT[:, :-1].sum(1)
+        return partial(self.buffers.run, self._inputs_in_place(tokens_B1, before_B, before_B + 1))
+
     def _handed_on(self, tokens_BS: Array, mask_BT: Array) -> Array:
         outputs = self._runtime(**self._inputs(tokens_BS, mask_BT))
         self._caches = {name: outputs[present] for name, present in self._spec.caches.items()}
@@ -108,16 +122,18 @@ class Decoding:
 
     def _call(self, buffers: CacheBuffers, tokens_BS: Array, before_B: Array, counts_B: Array) -> Array:
         """Logits of the last of so many new tokens of each row, which stand before all padding."""
-        totals = before_B + counts_B
-        mask = (np.arange(int(totals.max())) < totals[:, None]).astype(np.int64)
-        inputs = {"input_ids": np.ascontiguousarray(tokens_BS), "attention_mask": mask}
-        if "position_ids" in self._spec.inputs:
-            positions = before_B[:, None] + np.arange(tokens_BS.shape[1])
-            inputs["position_ids"] = np.minimum(positions, totals[:, None] - 1)
-        logits = buffers.run(inputs)
+        logits = buffers.run(self._inputs_in_place(tokens_BS, before_B, before_B + counts_B))
         last = counts_B - 1 if logits.shape[1] > 1 else np.zeros_like(counts_B)
         chosen: Array = logits[np.arange(len(logits)), last]
         return chosen
+
+    def _inputs_in_place(self, tokens_BS: Array, before_B: Array, totals_B: Array) -> dict[str, Array]:
+        mask = (np.arange(int(totals_B.max())) < totals_B[:, None]).astype(np.int64)
+        inputs = {"input_ids": np.ascontiguousarray(tokens_BS), "attention_mask": mask}
+        if "position_ids" in self._spec.inputs:
+            positions = before_B[:, None] + np.arange(tokens_BS.shape[1])
+            inputs["position_ids"] = np.minimum(positions, totals_B[:, None] - 1)
+        return inputs
 
     def caches(self, mask_BT: Array) -> Mapping[str, Array]:
         """Keys and values of all tokens so far ``[B, h_kv, T, w]``, by the names of the outputs that hand them on.

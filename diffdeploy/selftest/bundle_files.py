@@ -24,6 +24,7 @@ def _fault(
     *conditions: When,
     stage: Stage | None = None,
     new_digests: bool = True,
+    of_models: bool = False,
 ) -> Fault:
     return Fault(
         name=name,
@@ -33,6 +34,7 @@ def _fault(
         inject=inject,
         applies=all_of(*conditions),
         new_digests=new_digests,
+        of_models=of_models,
     )
 
 
@@ -80,24 +82,31 @@ def _edit_arrays(target: FaultTarget, file: str, edit: Callable[[dict[str, Array
     (target.path / file).write_bytes(safetensors.numpy.save(arrays))
 
 
+def _last(arrays: dict[str, Array], ending: str) -> str:
+    """A name with that ending: of a model, that of the last layer."""
+    return [name for name in arrays if name.endswith(ending)][-1]
+
+
 def _one_bit_in_the_weights_file(target: FaultTarget) -> None:
     def edit(arrays: dict[str, Array]) -> None:
         # With new digests, so that only a comparison with the artifact can see it.
-        arrays["v_proj.weight"] = next_bit(arrays["v_proj.weight"])
+        name = _last(arrays, "v_proj.weight")
+        arrays[name] = next_bit(arrays[name])
 
     _edit_arrays(target, WEIGHTS, edit)
 
 
 def _weights_file_of_another_block(target: FaultTarget) -> None:
     def edit(arrays: dict[str, Array]) -> None:
-        arrays["q_proj.weight"] = np.ascontiguousarray(arrays["q_proj.weight"][::-1])
+        name = _last(arrays, "q_proj.weight")
+        arrays[name] = np.ascontiguousarray(arrays[name][::-1])
 
     _edit_arrays(target, WEIGHTS, edit)
 
 
 def _golden_output_off(target: FaultTarget) -> None:
     def edit(arrays: dict[str, Array]) -> None:
-        name = next(name for name in arrays if name.endswith(".output"))
+        name = next(name for name in arrays if name.endswith(f".{target.spec.main_output}"))
         arrays[name] = arrays[name] + 1e-6 * np.abs(arrays[name]).max()
 
     _edit_arrays(target, GOLDEN, edit)
@@ -134,19 +143,42 @@ def _artifact_holds_ranges(target: FaultTarget) -> bool:
 
 
 BUNDLE_FILE_FAULTS = [
-    _fault("byte_changed", "one bit of the artifact, with the old digests", _change_a_byte, new_digests=False),
-    _fault("weights_missing", "weights.safetensors is not there", _remove_weights, new_digests=False),
-    _fault("file_left_over", "a file that the manifest does not list", _leave_a_file, new_digests=False),
-    _fault("weights_are_a_link", "weights.safetensors leads out of the bundle", _link_weights, new_digests=False),
-    _fault("artifact_truncated", "half of the artifact", _truncate),
+    _fault(
+        "byte_changed",
+        "one bit of the artifact, with the old digests",
+        _change_a_byte,
+        new_digests=False,
+        of_models=True,
+    ),
+    _fault("weights_missing", "weights.safetensors is not there", _remove_weights, new_digests=False, of_models=True),
+    _fault(
+        "file_left_over", "a file that the manifest does not list", _leave_a_file, new_digests=False, of_models=True
+    ),
+    _fault(
+        "weights_are_a_link",
+        "weights.safetensors leads out of the bundle",
+        _link_weights,
+        new_digests=False,
+        of_models=True,
+    ),
+    _fault("artifact_truncated", "half of the artifact", _truncate, of_models=True),
     _fault(
         "weights_file_off_by_one_bit",
         "one weight in weights.safetensors is the next number",
         _one_bit_in_the_weights_file,
+        of_models=True,
     ),
-    _fault("weights_file_of_another_block", "weights.safetensors has another q_proj", _weights_file_of_another_block),
     _fault(
-        "golden_output_off_by_a_millionth", "an exact output in golden.safetensors is not exact", _golden_output_off
+        "weights_file_of_another_block",
+        "weights.safetensors has another q_proj",
+        _weights_file_of_another_block,
+        of_models=True,
+    ),
+    _fault(
+        "golden_output_off_by_a_millionth",
+        "an exact output in golden.safetensors is not exact",
+        _golden_output_off,
+        of_models=True,
     ),
     _fault(
         "manifest_of_another_layer",
@@ -187,5 +219,6 @@ BUNDLE_FILE_FAULTS = [
         _promise_longer_sequences,
         has_rope,
         _artifact_holds_ranges,
+        of_models=True,
     ),
 ]

@@ -40,7 +40,13 @@ def constant_fault(
         target.format.write_constants(target.path, expected, change(target))
 
     return Fault(
-        name=name, place="constants", breaks=breaks, stage=stage, inject=inject, applies=all_of(*conditions, is_held)
+        name=name,
+        place="constants",
+        breaks=breaks,
+        stage=stage,
+        inject=inject,
+        change=change,
+        applies=all_of(*conditions, is_held),
     )
 
 

@@ -10,6 +10,7 @@ from diffdeploy.errors import ExportError
 from diffdeploy.formats import RunOptions
 from diffdeploy.runtime import Runtime, open_runtime
 from diffdeploy.selftest.fault import Wrap
+from diffdeploy.selftest.stand_in import StandIn
 from diffdeploy.verify.worker import answered
 
 __all__ = ["LocalArtifact"]
@@ -21,11 +22,14 @@ class LocalArtifact:
     Args:
         bundle: directory of the bundle.
         options: what it is run with.
-        wrap: what stands between the runtime and the verification.
+        wrap: what stands between the runtime's calls and the verification.
+        stand_in: what stands in place of the runtime.
     """
 
-    def __init__(self, bundle: Path, options: RunOptions, wrap: Wrap | None = None) -> None:
-        self._bundle, self._options, self._wrap = bundle, options, wrap
+    def __init__(
+        self, bundle: Path, options: RunOptions, wrap: Wrap | None = None, stand_in: type[StandIn] | None = None
+    ) -> None:
+        self._bundle, self._options, self._wrap, self._stand_in = bundle, options, wrap, stand_in
         self._runtime: Runtime | None = None
         self._call: Callable[[dict[str, Array]], dict[str, Array]]
         self._started: Mapping[str, Array] = {}
@@ -48,6 +52,8 @@ class LocalArtifact:
         """
         if self._runtime is None:
             runtime = open_runtime(self._bundle, self._options)
+            if self._stand_in is not None:
+                runtime = self._stand_in(runtime)
 
             def call(inputs: dict[str, Array]) -> dict[str, Array]:
                 return runtime(**inputs)

@@ -7,6 +7,7 @@ from diffdeploy.selftest.blocks import BLOCK_FAULTS
 from diffdeploy.selftest.bundle_files import BUNDLE_FILE_FAULTS
 from diffdeploy.selftest.fault import Fault, FaultTarget
 from diffdeploy.selftest.legal import LEGAL_INPUT_FAULTS
+from diffdeploy.selftest.models import model_faults
 from diffdeploy.selftest.numbers import NUMBER_FAULTS
 from diffdeploy.selftest.precision import PRECISION_FAULTS
 from diffdeploy.selftest.runtimes import RUNTIME_FAULTS
@@ -39,9 +40,16 @@ def _of_format(owner: Format, fault: FileFault) -> Fault:
     def applies(target: FaultTarget) -> bool:
         return target.manifest.format == owner.name and fault.applies(target.manifest)
 
-    return Fault(name=fault.name, place=fault.place, breaks=fault.breaks, inject=inject, applies=applies)
+    return Fault(
+        name=fault.name, place=fault.place, breaks=fault.breaks, inject=inject, applies=applies, of_models=True
+    )
 
 
 def faults_of(target: FaultTarget) -> list[Fault]:
     """The faults that a bundle could have."""
-    return [fault for fault in all_faults() if fault.applies(target)]
+    if target.decoder is None:
+        return [fault for fault in all_faults() if fault.applies(target)]
+    of_both = [fault for fault in all_faults() if fault.of_models]
+    # Those that have to be exported last.
+    by_cost = sorted((*model_faults(target.decoder), *of_both), key=lambda fault: fault.place == "model")
+    return [fault for fault in by_cost if fault.applies(target)]

@@ -12,7 +12,7 @@ import numpy as np
 from diffdeploy.bundle import MANIFEST, WEIGHTS, Manifest, open_bundle, read_weights, write_manifest
 from diffdeploy.errors import DiffDeployError, ExportError, VerificationError
 from diffdeploy.files import file_sha256
-from diffdeploy.formats import ExportOptions, RunOptions
+from diffdeploy.formats import ExportOptions, RunOptions, Selection
 from diffdeploy.formats.expected import held_constants
 from diffdeploy.selftest.fault import Fault, FaultTarget
 from diffdeploy.selftest.local_artifact import LocalArtifact
@@ -47,11 +47,19 @@ class Trials:
         bundle = open_bundle(path, self._options.public_key)
         weights = read_weights(bundle)
         self._target = FaultTarget(bundle.path, bundle.manifest, held_constants(bundle, weights), weights)
-        exact = {name: array.astype(np.float64) for name, array in weights.items()}
+        is_block = self._target.decoder is None
+        # Of a model a layer at a time, where the formula needs it.
+        exact = {name: array.astype(np.float64) if is_block else array for name, array in weights.items()}
         self._yardsticks = RememberedYardsticks(bundle, exact)
         self._digests = _digests(bundle.path)
+        # The formula of a whole model is that of all its layers, and what it gives for a full sweep fills the memory.
+        self._cases: Selection = "full" if self._target.decoder is None else "quick"
         report = verify_bundle(
-            path, run_options=self._options, open_artifact=LocalArtifact, yardsticks=self._yardsticks
+            path,
+            cases=self._cases,
+            run_options=self._options,
+            open_artifact=LocalArtifact,
+            yardsticks=self._yardsticks,
         )
         # This run also filled the yardsticks that all faults are held against.
         if not report.passed:
@@ -60,7 +68,7 @@ class Trials:
                 f"{report.first_failure()}"
             )
         possible, why_not = faults_of(self._target), _why_not_export(self._target)
-        self.faults = [fault for fault in possible if why_not is None or fault.place != "block"]
+        self.faults = [fault for fault in possible if why_not is None or fault.place not in ("block", "model")]
         self.skipped = [
             Skipped(name=fault.name, reason=why_not or "") for fault in possible if fault not in self.faults
         ]
@@ -87,7 +95,7 @@ class Trials:
             manifest = Manifest.from_bytes((target.path / MANIFEST).read_bytes())
             write_manifest(target.path, manifest)
         # A fault that changes nothing would count as not caught, against a verification that is right.
-        if fault.wrap is None and _digests(target.path) == self._digests:
+        if fault.is_put_into_files and _digests(target.path) == self._digests:
             raise ExportError(f"the fault {fault.name} does not change the artifact")
 
     def _verify(self, fault: Fault, copy: Path) -> FaultResult:
@@ -96,11 +104,11 @@ class Trials:
         try:
             report = verify_bundle(
                 copy,
-                cases="full" if same else "quick",
+                cases=self._cases if same else "quick",
                 # A copy of a bundle that was loaded already, but for the fault. Nobody signed the copy: with the key,
                 # each would be refused before anything else is tried.
                 run_options=replace(self._options, trust=True, public_key=None),
-                open_artifact=partial(LocalArtifact, wrap=fault.wrap),
+                open_artifact=partial(LocalArtifact, wrap=fault.wrap, stand_in=fault.stand_in),
                 yardsticks=self._yardsticks if same else None,
                 # Caught is caught; the rest of the sweep would take most of the time.
                 first_failure_only=True,
@@ -111,7 +119,7 @@ class Trials:
 
     def _is_held_against_the_same(self, copy: Path) -> bool:
         manifest = Manifest.from_bytes((copy / MANIFEST).read_bytes())
-        promised = (manifest.block, manifest.graph) == (self._target.config, self._target.spec)
+        promised = (manifest.config, manifest.graph) == (self._target.manifest.config, self._target.spec)
         weights = copy / WEIGHTS
         # The fault may have taken the file away.
         return promised and weights.exists() and file_sha256(weights) == self._digests[WEIGHTS]

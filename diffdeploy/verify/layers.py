@@ -4,6 +4,7 @@ Errors of a layer do not add up with those of the layers before, so that a fault
 block, and the layer is named.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
 from diffdeploy.errors import ExportError
-from diffdeploy.formats import LayerValues, require_format
+from diffdeploy.formats import Check, LayerValues, require_format
 from diffdeploy.locate import Finding
 from diffdeploy.verify.cases import Case
 from diffdeploy.verify.decoder import below, exact_embedding, exact_head, exact_layer, inputs_of_layer
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["guilty_layer", "layer_reports", "num_judged_layers"]
 
 _GROUP, _HEAD = "each layer", "head"
+
+# Checks that say which weight or number is another one, and how they name its layer.
+_OF_CONSTANTS, _LAYER = ("weights", "lambda"), re.compile(r"layers\.(\d+)\.")
 
 
 def layer_reports(
@@ -64,7 +68,8 @@ class _Layers:
         try:
             shown = values(inputs)
         except ExportError as error:
-            return [CaseReport.did_not_run(f"layers-{case.id}", _GROUP, str(error))]
+            # Of another group: no layer was looked at.
+            return [CaseReport.did_not_run(f"layers-{case.id}", "all layers", str(error))]
         reports = []
         # A row of the embedding is copied, and no rounding comes between.
         x_BSD = exact_embedding(self._weights, inputs).astype(self._dtype)
@@ -127,8 +132,20 @@ def num_judged_layers(reports: list[CaseReport]) -> int:
     return sum(report.group == _GROUP and report.id != _HEAD for report in reports)
 
 
-def guilty_layer(reports: list[CaseReport]) -> Finding | None:
-    """The first layer that is off on its own inputs, or the head; ``None`` where none is."""
+def guilty_layer(reports: list[CaseReport], checks: list[Check]) -> Finding | None:
+    """The first layer with a constant that is another one, or that is off on its own inputs, or the head.
+
+    Args:
+        reports: of the cases, those of the layers among them.
+        checks: of the contract.
+
+    Returns:
+        ``None`` where no layer is.
+    """
+    # A named constant is certain, and may be off by less than rounding.
+    for check in checks:
+        if not check.passed and check.name in _OF_CONSTANTS and (named := _LAYER.search(check.detail)):
+            return Finding(stage=f"layer {named[1]}", found_by="constants", detail=check.detail)
     guilty = next((report for report in reports if report.group == _GROUP and not report.passed), None)
     if guilty is None:
         return None

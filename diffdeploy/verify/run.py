@@ -16,6 +16,7 @@ from diffdeploy.formats import Check, RunOptions, Selection, distributions
 from diffdeploy.locate import Finding, locate
 from diffdeploy.runtime import require_runnable, require_trusted
 from diffdeploy.verify.artifact_checks import artifact_checks, artifact_facts
+from diffdeploy.verify.capacity import capacity_check
 from diffdeploy.verify.cases import AnyCase, Case
 from diffdeploy.verify.coverage import Coverage, covered
 from diffdeploy.verify.feeding import feed
@@ -145,8 +146,9 @@ def _examine(
     greedy = None
     if yardsticks.model is not None:
         reports += layer_reports(bundle, yardsticks.model, weights, seed)
-        greedy = greedy_tokens(artifact, yardsticks, bundle.manifest.graph, seed)
-        checks.append(greedy.check)
+        if not first_failure_only or all(report.passed for report in reports):
+            greedy = greedy_tokens(artifact, yardsticks, bundle.manifest.graph, seed)
+            checks += [greedy.check, capacity_check(artifact, bundle.manifest.graph, seed)]
     guilty = _guilty_stage(bundle, artifact, checks, chosen, reports, yardsticks)
     num_checked = None if greedy is None else greedy.num_checked
     return _Findings(backend, checks, reports, tried, num_checked, guilty)
@@ -191,7 +193,7 @@ def _guilty_stage(
 ) -> Finding | None:
     """Where the artifact goes wrong, if it does: the stage of a block, or the layer of a model."""
     if isinstance(bundle.manifest.config, DecoderConfig):
-        return guilty_layer(reports)
+        return guilty_layer(reports, checks)
     failed = {report.id for report in reports if not report.passed}
     if not failed and all(check.passed for check in checks):
         return None

@@ -124,8 +124,13 @@ def _decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) -
     # What would show in every result if it was read, and room behind.
     decoding = Decoding(runtime, len(ids), fill=np.nan)
     decoding.reserve(length + _ROOM)
-    ends = range(length - num_tokens, length + 1)
-    logits = [decoding.feed(ids[:, decoding.num_tokens : end], mask[:, :end]) for end in ends]
+    # Another batch of sequences takes turns with it: what both share would show in the second turn.
+    other, others = Decoding(runtime, len(ids)), np.ascontiguousarray(ids[::-1, ::-1])
+    other.reserve(length + _ROOM)
+    logits = []
+    for end in range(length - num_tokens, length + 1):
+        logits.append(decoding.feed(ids[:, decoding.num_tokens : end], mask[:, :end]))
+        other.feed(others[:, other.num_tokens : end], np.ones_like(mask[:, :end]))
     for name, buffer in ({} if decoding.buffers is None else decoding.buffers.arrays()).items():
         if not np.isnan(buffer[:, :, length:].astype(np.float32)).all():
             raise ExportError(f"cells of {name} beyond the last token were written")

@@ -136,8 +136,6 @@ def test_a_model_is_inspected_and_matched_with_its_checkpoint(model: str, capsys
         assert said in out
     assert main(["verify", model, "--cases", "1", "--checkpoint", str(SAMPLE)]) == 0
     assert "bit for bit" in capsys.readouterr().err
-    assert "holds a whole model" in refused(["verify", model, "--self-test"], capsys)
-    assert "holds a whole model" in refused(["bench", model], capsys)
 
 
 def test_the_result_of_an_export_says_how_many_layers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from diffdeploy.bundle import open_bundle, sign_bundle
-from diffdeploy.checkpoints import Checkpoint
+from diffdeploy.checkpoints import Checkpoint, read_model
+from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.cli.main import main
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.selftest import Fault, all_faults, trials
+from diffdeploy.selftest.models import model_faults
 from tests.support.bundles import BundleCache, FormatBundle
 from tests.support.keys import key_pair
 
@@ -39,6 +41,22 @@ def test_json_names_counts_and_faults(bundle: Path, capsys: pytest.CaptureFixtur
     assert by_name["lambda_negated"]["by"][0] == "check lambda"
     assert by_name["run_nan_at_length_one"]["by"] == ["case B1-S1-normal"]
     assert by_name["byte_changed"]["by"] == ["opening"]
+
+
+def test_faults_of_models_name_the_layer(
+    bundles: BundleCache, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=48, cases="quick")
+    names = ("ffn_weight_scaled", "cache_stale_slot", "generation_sees_padding")
+    monkeypatch.setattr(
+        trials, "faults_of", lambda target: [f for f in model_faults(target.decoder) if f.name in names]
+    )
+    assert main(["verify", str(bundles.bundle(read_model(SAMPLE), small)), "--self-test", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)["self_test"]
+    assert (result["injected"], result["caught"], result["with_stage"], result["located"]) == (3, 3, 1, 1)
+    by_name = {fault["name"]: fault for fault in result["faults"]}
+    assert by_name["ffn_weight_scaled"]["stage"] == "layer 3"
+    assert by_name["generation_sees_padding"]["by"] == ["check greedy tokens"]
 
 
 def test_faults_are_put_behind_the_signature(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,9 +66,10 @@ def _freeze_the_batch_inside(model: "onnx.ModelProto") -> None:
 def _add_a_softmax(model: "onnx.ModelProto") -> None:
     import onnx
 
-    node = next(node for node in model.graph.node if "output" in node.output)
-    node.output[list(node.output).index("output")] = "before_softmax"
-    model.graph.node.append(onnx.helper.make_node("Softmax", ["before_softmax"], ["output"]))
+    last = model.graph.output[0].name
+    node = next(node for node in model.graph.node if last in node.output)
+    node.output[list(node.output).index(last)] = "before_softmax"
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["before_softmax"], [last]))
 
 
 def _add_a_foldable_node(model: "onnx.ModelProto") -> None:
@@ -104,11 +105,12 @@ def _import_another_domain(model: "onnx.ModelProto") -> None:
 
 
 def _rename_the_output(model: "onnx.ModelProto") -> None:
+    last = model.graph.output[0]
     for node in model.graph.node:
         for index, name in enumerate(node.output):
-            if name == "output":
+            if name == last.name:
                 node.output[index] = "result"
-    next(value for value in model.graph.output if value.name == "output").name = "result"
+    last.name = "result"
 
 
 def _break_the_types(model: "onnx.ModelProto") -> None:

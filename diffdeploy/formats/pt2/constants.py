@@ -25,7 +25,7 @@ def save(program: torch.export.ExportedProgram, directory: Path) -> None:
 def read(directory: Path, expected: Mapping[str, Array]) -> set[str]:
     """Names of the constants that are in the program."""
     program = load_program(directory)
-    arguments = {name for name in _ARGUMENTS if name in expected and list(_nodes(program, name, expected[name]))}
+    arguments = {name for name in expected if _kind(name) and list(_nodes(program, name, expected[name]))}
     return {name for name in expected if _tensor(program, name) is not None} | arguments
 
 
@@ -33,7 +33,7 @@ def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, 
     """Replace constants, and save the program."""
     program = load_program(directory)
     for name, array in changes.items():
-        if name in _ARGUMENTS:
+        if _kind(name):
             for node in _nodes(program, name, expected[name]):
                 _replace(node, float(expected[name]), float(array))
             continue
@@ -44,8 +44,15 @@ def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, 
     save(program, directory)
 
 
+def _kind(name: str) -> str | None:
+    """In which calls a number is an argument; ``None`` for what is no argument."""
+    return _ARGUMENTS.get(name.rpartition("self_attn.")[2])
+
+
 def _holder(program: torch.export.ExportedProgram, name: str) -> tuple[str, dict[str, Any]]:
-    key = _BUFFERS.get(name, f"block.{name}")
+    # Those of a layer stand below it.
+    layer, dot, own = name.rpartition("self_attn.")
+    key = _BUFFERS.get(own, f"block.{own}").replace("block.", f"block.{layer}{dot}", 1)
     return key, program.state_dict if key in program.state_dict else program.constants
 
 
@@ -58,7 +65,7 @@ def _nodes(program: torch.export.ExportedProgram, name: str, value: Array) -> It
     """The nodes that take the number as an argument."""
     for node in program.graph.nodes:
         arguments = (*node.args, *node.kwargs.values())
-        if _ARGUMENTS[name] in str(node.target) and any(_is(argument, float(value)) for argument in arguments):
+        if str(_kind(name)) in str(node.target) and any(_is(argument, float(value)) for argument in arguments):
             yield node
 
 

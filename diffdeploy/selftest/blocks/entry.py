@@ -13,7 +13,7 @@ from diffdeploy.modules import AttentionBlock, block_class
 from diffdeploy.selftest.blocks.steps import Steps
 from diffdeploy.selftest.fault import Fault, FaultTarget, When, all_of
 
-__all__ = ["BLOCK_FAULTS", "config_fault", "faulty"]
+__all__ = ["BLOCK_FAULTS", "config_fault", "faulty", "is_traced", "options_of"]
 
 BLOCK_FAULTS: list[Fault] = []
 
@@ -35,7 +35,7 @@ def faulty(name: str, breaks: str, stage: Stage | None, *conditions: When, famil
                 breaks=breaks,
                 stage=stage,
                 inject=inject,
-                applies=all_of(_is_traced, *conditions),
+                applies=all_of(is_traced, *conditions),
                 family=family,
             )
         )
@@ -67,7 +67,8 @@ def config_fault(
     )
 
 
-def _is_traced(target: FaultTarget) -> bool:
+def is_traced(target: FaultTarget) -> bool:
+    """Whether a wrong step gives a wrong artifact."""
     return target.format.traces_block(target.manifest)
 
 
@@ -81,7 +82,13 @@ def _export(target: FaultTarget, kind: type[AttentionBlock], config: AnyConfig) 
         max_positions=spec.axes["sequence_length"].max,
         dtype=getattr(torch, spec.dtype),
     )
-    options = ExportOptions(
+    lower_block(block, spec, target.path, options_of(target))
+
+
+def options_of(target: FaultTarget) -> ExportOptions:
+    """What a bundle was exported with."""
+    spec, recorded = target.spec, target.manifest.options
+    return ExportOptions(
         format=target.manifest.format,
         graph=spec.variant,
         dtype=spec.dtype,
@@ -89,5 +96,5 @@ def _export(target: FaultTarget, kind: type[AttentionBlock], config: AnyConfig) 
         opset=recorded.opset,
         onnx_flavor=recorded.flavor,
         impl=recorded.attention_impl,
+        logits=spec.logits,
     )
-    lower_block(block, spec, target.path, options)

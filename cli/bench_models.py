@@ -1,0 +1,140 @@
+"""``diffdeploy bench MODEL_BUNDLE``: prefill and decode of whole models, side by side."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from diffdeploy.cli import console
+from diffdeploy.cli.bench_view import change_fields, print_changes
+from diffdeploy.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diffdeploy.bench.models import ModelBench, ModelBenchRequest, ModelReport, ModelRow
+    from diffdeploy.cli.bench import Outputs
+    from diffdeploy.errors import DiffDeployError
+
+__all__ = ["bench_models", "refuse_options_of_blocks"]
+
+_HEADINGS = ("candidate", "ms", "±", "ratio", "95 %", "tokens/s", "over its calls")
+
+
+def refuse_options_of_blocks(given: dict[str, Any]) -> None:
+    """Refuse options that are for blocks alone.
+
+    Args:
+        given: values by names of options; ``None`` for those that were not given.
+
+    Raises:
+        InputError: one was given.
+    """
+    if others := [name for name, value in given.items() if value is not None]:
+        raise InputError(f"{', '.join(others)} is for blocks, and a bundle of a whole model is given; leave it out")
+
+
+def bench_models(
+    request: "ModelBenchRequest",
+    outputs: "Outputs",
+    measure: "Callable[[ModelBench, console.Activity], KeyboardInterrupt | DiffDeployError | None]",
+) -> "tuple[ModelReport, KeyboardInterrupt | DiffDeployError | None]":
+    """Measure, write and print.
+
+    Args:
+        request: what is measured.
+        outputs: where the result goes.
+        measure: runs it to the end, or to what ended it.
+
+    Raises:
+        DiffDeployError: what was asked for cannot be measured.
+    """
+    from diffdeploy.bench.models import prepare_models, read_model_report
+
+    old = None if outputs.compare is None else read_model_report(outputs.compare)
+    with console.activity("opening the bundles") as activity:
+        left_out: list[str] = []
+        run = prepare_models(request, left_out.append)
+        if old is not None:
+            _require_comparable(old, run)
+        # Once it is settled that there is a run.
+        for reason in left_out:
+            console.note(reason)
+        failure = measure(run, activity)
+    report = run.report()
+    if report is None:
+        # Nothing was measured, so there is nothing to show first.
+        raise failure or KeyboardInterrupt
+    _write(report, old, outputs)
+    return report, failure
+
+
+def _require_comparable(old: "ModelReport", run: "ModelBench") -> None:
+    for what, then, now in (
+        ("model", old.model.model_copy(update={"source": run.model.source}), run.model),
+        ("dtype", old.dtype, run.plan.dtype),
+        ("baseline", old.baseline, run.plan.baseline),
+        ("number of threads", old.environment.threads, run.plan.threads),
+    ):
+        if then != now:
+            raise InputError(f"the runs cannot be compared: the {what} was {then}, and is {now}")
+
+
+def _write(report: "ModelReport", old: "ModelReport | None", outputs: "Outputs") -> None:
+    from diffdeploy.bench.changes import changes_of_rows
+
+    if outputs.save is not None:
+        # Files first: a pipe that was closed ends the command at the first line that is printed.
+        outputs.save.write_text(json.dumps(report.fields(), indent=2, allow_nan=False) + "\n")
+    if outputs.csv is not None:
+        outputs.csv.write_text(report.to_csv())
+    changes = None if old is None else changes_of_rows(old.results, report.results, report.baseline)
+    if outputs.as_json:
+        found = report.fields()
+        console.print_json(found if changes is None else {**found, "changes": change_fields(changes)})
+        return
+    for size in report.sizes:
+        what = "prompt of" if size.what == "prefill" else "one token behind"
+        rows = [_figures(row) for row in report.rows_of(size)]
+        console.print_figures(f"{size.what}: {what} {size.length} tokens, batch {size.batch_size}", _HEADINGS, rows)
+    for row in report.results:
+        if row.status == "wrong":
+            console.print_text(f"{row.name} is wrong at {row.size.id} and was not timed there: {row.reason}")
+    console.print_rows(_legend(report))
+    if changes is not None:
+        print_changes(changes)
+
+
+def _figures(row: "ModelRow") -> list[str]:
+    if row.latency_ms is None:
+        return [row.name, "wrong" if row.status == "wrong" else "not timed", *[""] * 5]
+    spread = None if row.latency_iqr_ms is None else row.latency_iqr_ms / 2 / row.latency_ms
+    known = row.ratio_low is not None and row.ratio_high is not None
+    return [
+        row.name,
+        f"{row.latency_ms:.3g}",
+        "-" if spread is None else f"{spread:.1%}",
+        "-" if row.ratio is None else f"{row.ratio:.3f}",
+        f"{row.ratio_low:.3f}-{row.ratio_high:.3f}" if known else "-",
+        "-" if row.tokens_per_second is None else f"{row.tokens_per_second:.4g}",
+        "-" if row.generate_overhead is None else f"{row.generate_overhead:+.1%}",
+    ]
+
+
+def _legend(report: "ModelReport") -> list[tuple[str, str]]:
+    from diffdeploy.bench.table import machine_rows
+
+    model = report.model
+    said = (
+        f"{model.source}: {model.num_layers} layers, D {model.embed_dim}, h {model.num_heads}, h_kv "
+        f"{model.num_kv_heads}, d {model.head_dim}, {model.vocab_size} tokens, "
+        f"{model.num_parameters / 1e6:.3g} million numbers; {report.dtype}"
+    )
+    return [
+        ("model", said),
+        *machine_rows(report.environment, report.dtype),
+        (
+            "ms",
+            "median over rounds in which all took turns, of a prompt or of one token; ± half the distance of quartiles",
+        ),
+        ("ratio", f"median of the ratios to {report.baseline} in the same round, with its 95 % confidence interval"),
+        ("over its calls", "what generate takes beside the calls of the runtime that it makes"),
+    ]

@@ -1,0 +1,84 @@
+"""Whether a candidate computes the model, on the very tokens that it is timed with: the logits behind the last one.
+
+The criterion is that of the verification. The exact result is the formula in numpy fp64 as long as it takes up to
+``2e11`` products, and the yardstick the eager model as the formula is written; beyond that the eager model with
+``impl="padded"``, in fp64 and in the dtype, as for blocks.
+
+Shape suffixes: B batch, S tokens, V vocabulary.
+"""
+
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from diffdeploy.arrays import Array, read_safetensors, to_array
+from diffdeploy.bench.correctness import Verdict
+from diffdeploy.bench.models.plan import ModelPlan
+from diffdeploy.bundle import frozen_module
+from diffdeploy.config import DecoderConfig
+from diffdeploy.graphs import graph_spec
+from diffdeploy.ops import Impl
+from diffdeploy.verify.decoder import exact_outputs
+from diffdeploy.verify.metrics import Yardstick, measure
+
+__all__ = ["expected_logits", "judge_logits", "tokens_of"]
+
+_MAX_PRODUCTS = 2e11
+
+
+def tokens_of(plan: ModelPlan, batch_size: int, length: int) -> Array:
+    """Tokens ``[B, S]`` that all candidates are given; seeded."""
+    assert isinstance(plan.config, DecoderConfig)
+    generator = np.random.default_rng([plan.seed, batch_size, length])
+    return generator.integers(0, plan.config.vocab_size, (batch_size, length))
+
+
+def expected_logits(plan: ModelPlan, tokens_BS: Array) -> Yardstick:
+    """What a right candidate gives behind the last token, ``[B, V]``, and how far from it a right one may be."""
+    import torch
+
+    config = plan.config
+    assert isinstance(config, DecoderConfig)
+    batch, length = tokens_BS.shape
+    products = batch * length * sum(prod(shape) for shape in config.weight_shapes().values())
+    dtype = getattr(torch, plan.dtype)
+    if products > _MAX_PRODUCTS:
+        yardstick = Yardstick(_eager(plan, tokens_BS, Impl.PADDED, torch.float64), plan.dtype)
+        yardstick.add(_eager(plan, tokens_BS, Impl.PADDED, dtype))
+        return yardstick
+    spec = graph_spec(
+        "model",
+        config,
+        dtype=plan.dtype,
+        max_batch_size=max(2, batch),
+        max_sequence_length=max(4, length),
+        logits="last",
+    )
+    inputs = {"input_ids": tokens_BS, "attention_mask": np.ones_like(tokens_BS)}
+    if "position_ids" in spec.inputs:
+        inputs["position_ids"] = np.arange(length)[None].repeat(batch, 0)
+    for name in spec.caches:
+        _, heads, _, width = spec.inputs[name].shape
+        inputs[name] = np.zeros((batch, int(heads), 0, int(width)), plan.dtype)
+    weights = read_safetensors(plan.weights)
+    exact = exact_outputs(config, weights, inputs, spec)[spec.main_output][:, -1]
+    yardstick = Yardstick(exact, plan.dtype)
+    yardstick.add(_eager(plan, tokens_BS, Impl.NAIVE, dtype))
+    yardstick.add_stored(exact_outputs(config, weights, inputs, spec, plan.dtype)[spec.main_output][:, -1])
+    return yardstick
+
+
+def _eager(plan: ModelPlan, tokens_BS: Array, impl: Impl, dtype: Any) -> Array:
+    import torch
+    from safetensors.torch import load_file
+
+    weights = load_file(plan.weights)
+    model: Any = frozen_module(plan.config, weights, impl=impl, max_positions=plan.max_length, dtype=dtype)
+    return to_array(model(torch.from_numpy(tokens_BS), last_only=True)[:, -1])
+
+
+def judge_logits(logits_BV: Array, expected: Yardstick) -> Verdict:
+    """Judge what a candidate gave."""
+    report = measure("logits", logits_BV, expected)
+    return Verdict(report.passed, report.budget_used, report.reason)

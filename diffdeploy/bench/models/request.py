@@ -1,0 +1,232 @@
+"""From what a user asks to be measured of models to a run."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+from diffdeploy.bench.candidate_choice import choose_baseline
+from diffdeploy.bench.models.plan import NEW_TOKENS, ModelCandidate, ModelPlan, ModelSize, What
+from diffdeploy.bench.models.results import Model
+from diffdeploy.bench.models.run import ModelBench
+from diffdeploy.bundle import WEIGHTS, Bundle, is_bundle, open_bundle
+from diffdeploy.config import DecoderConfig
+from diffdeploy.errors import InputError
+from diffdeploy.formats import RunOptions
+from diffdeploy.ops import Impl
+from diffdeploy.runtime import require_runnable, require_trusted
+
+__all__ = ["ModelBenchRequest", "holds_models", "prepare_models"]
+
+Say = Callable[[str], None]
+
+_PROMPTS, _PASTS = (128, 512), (128, 1024, 4096)
+# What transformers computes attention with.
+_ATTENTIONS = ("sdpa", "eager")
+
+
+def holds_models(sources: Sequence[Path]) -> bool:
+    """Whether a bundle of a whole model is among what was given."""
+    return any(isinstance(open_bundle(path).manifest.config, DecoderConfig) for path in sources if is_bundle(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBenchRequest:
+    """The options that say what is measured, as they were given; see ``diffdeploy bench --help``."""
+
+    sources: tuple[Path, ...]
+    impl: Sequence[str]
+    seq: Sequence[int] | None
+    batch: Sequence[int]
+    threads: int | None
+    baseline: str | None
+    rounds: int | None
+    trust: Literal[True] | None = None
+    public_key: Path | None = None
+
+    @property
+    def command(self) -> str:
+        """The command that measures the same again."""
+        words = ["diffdeploy", "bench", *map(str, self.sources)]
+        for option, value, usual in (
+            ("--impl", ",".join(self.impl), "all"),
+            ("--seq", None if self.seq is None else ",".join(map(str, self.seq)), None),
+            ("--batch", ",".join(map(str, self.batch)), "1"),
+            ("--threads", self.threads, None),
+            ("--baseline", self.baseline, None),
+            ("--rounds", self.rounds, None),
+            ("--public-key", self.public_key, None),
+        ):
+            if value is not None and value != usual:
+                words += [option, str(value)]
+        return " ".join([*words, *(["--trust"] if self.trust else [])])
+
+
+def prepare_models(request: ModelBenchRequest, note: Say) -> ModelBench:
+    """A run of the bundles and of what they are compared with.
+
+    Args:
+        request: what is asked for.
+        note: called with what is left out, and why.
+
+    Raises:
+        InputError: what was given does not hold one model, or a length that a bundle is not made for.
+        IntegrityError: a bundle is damaged, or not trusted.
+        UnavailableError: a bundle cannot be run here.
+    """
+    import torch
+
+    bundles = [open_bundle(path, request.public_key) for path in request.sources if is_bundle(path)]
+    checkpoints = [path for path in request.sources if not is_bundle(path)]
+    if len(checkpoints) > 1:
+        raise InputError(f"{checkpoints[0]} and {checkpoints[1]} are two checkpoints; give one, and bundles of it")
+    config = _agreed(bundles)
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    candidates = [_of_bundle(bundle, bundles, request) for bundle in bundles]
+    candidates += [
+        ModelCandidate(name=f"eager-{impl}", kind="eager", choice=impl) for impl in _implementations(request.impl)
+    ]
+    candidates += _of_transformers(checkpoints, bundles[0], note)
+    plan = ModelPlan(
+        config=config,
+        weights=(bundles[0].path / WEIGHTS).absolute(),
+        dtype=bundles[0].manifest.graph.dtype,
+        threads=torch.get_num_threads(),
+        sizes=_sizes(request, bundles),
+        candidates=tuple(candidates),
+        baseline=_baseline(request.baseline, candidates),
+        rounds=request.rounds,
+    )
+    return ModelBench(plan, _described(config, bundles[0].path.name), request.command)
+
+
+def _agreed(bundles: Sequence[Bundle]) -> DecoderConfig:
+    """The model that all bundles hold, in one dtype."""
+    first = bundles[0]
+    for bundle in bundles:
+        config = bundle.manifest.config
+        if not isinstance(config, DecoderConfig):
+            raise InputError(f"{bundle.path} holds a block, and {first.path} a model; measure them in separate runs")
+        if config != first.manifest.config or bundle.manifest.files[WEIGHTS] != first.manifest.files[WEIGHTS]:
+            raise InputError(
+                f"{bundle.path} does not hold the model of {first.path} in its dtype; measure them in separate runs"
+            )
+    config = first.manifest.config
+    assert isinstance(config, DecoderConfig)
+    return config
+
+
+def _of_bundle(bundle: Bundle, bundles: Sequence[Bundle], request: ModelBenchRequest) -> ModelCandidate:
+    options = RunOptions(device="cpu", trust=bool(request.trust))
+    require_runnable(bundle.manifest, options)
+    require_trusted(bundle, options)
+    # Two bundles of one name in different folders are told apart by their paths.
+    alone = [other.path.name for other in bundles].count(bundle.path.name) == 1
+    return ModelCandidate(
+        name=bundle.path.name if alone else str(bundle.path),
+        kind="bundle",
+        choice=bundle.manifest.format,
+        path=bundle.path.absolute(),
+    )
+
+
+def _implementations(given: Sequence[str]) -> list[str]:
+    """Of the eager model: by default the one that the library chooses for each size."""
+    if list(given) in (["all"], ["none"]):
+        return [Impl.AUTO.value] if list(given) == ["all"] else []
+    for name in given:
+        if name not in list(Impl):
+            raise InputError(f"implementation {name!r} is not known; accepted: {', '.join(Impl)}, all or none")
+    return list(dict.fromkeys(given))
+
+
+def _of_transformers(checkpoints: Sequence[Path], bundle: Bundle, note: Say) -> list[ModelCandidate]:
+    """Its own model of a DiffLlama directory, with both of its attentions that run on a CPU."""
+    if not checkpoints:
+        note("transformers is left out: no checkpoint is given; give the DiffLlama directory that was exported")
+        return []
+    (path,) = checkpoints
+    if find_spec("transformers") is None:
+        note("transformers is left out: it is not installed; pip install 'diffdeploy[hf]'")
+        return []
+    if _model_type(path) != "diffllama":
+        note(f"transformers is left out: {path} is no directory of a DiffLlama model, which is what it has")
+        return []
+    _require_same(path, bundle)
+    return [
+        ModelCandidate(name=f"transformers-{name}", kind="transformers", choice=name, path=path.absolute())
+        for name in _ATTENTIONS
+    ]
+
+
+def _model_type(path: Path) -> str | None:
+    try:
+        fields = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return fields.get("model_type") if isinstance(fields, dict) else None
+
+
+def _require_same(path: Path, bundle: Bundle) -> None:
+    from safetensors.torch import load_file
+
+    from diffdeploy.checkpoints import read_model
+
+    found, held = read_model(path), load_file(bundle.path / WEIGHTS)
+    same = found.config == bundle.manifest.config and all(
+        # In the dtype of the bundle, whose weights were cast when it was made.
+        bool((found.weights[name].to(tensor.dtype) == tensor).all())
+        for name, tensor in held.items()
+    )
+    if not same:
+        raise InputError(f"{bundle.path} does not hold the model of {path}; measure them in separate runs")
+
+
+def _sizes(request: ModelBenchRequest, bundles: Sequence[Bundle]) -> tuple[ModelSize, ...]:
+    """Prompts, then pasts, in ascending order; by default those that all bundles are made for."""
+    axes = [bundle.manifest.graph.axes for bundle in bundles]
+    capacity = min(each["total_sequence_length"].max for each in axes)
+    most_rows = min(each["batch_size"].max for each in axes)
+    if max(request.batch) > most_rows:
+        raise InputError(f"the bundles are made for batches up to {most_rows}, and --batch is {max(request.batch)}")
+    if request.seq and max(request.seq) + NEW_TOKENS > capacity:
+        raise InputError(
+            f"the bundles are made for {capacity} tokens, and --seq {max(request.seq)} with {NEW_TOKENS} new ones is "
+            f"more; give up to {capacity - NEW_TOKENS}"
+        )
+    if capacity <= NEW_TOKENS:
+        raise InputError(
+            f"the bundles are made for {capacity} tokens, and {NEW_TOKENS} are decoded; export longer ones"
+        )
+    usual: dict[What, tuple[int, ...]] = {"prefill": _PROMPTS, "decode": _PASTS}
+    most = capacity - NEW_TOKENS
+    return tuple(
+        ModelSize(what=what, batch_size=batch_size, length=length)
+        for what, lengths in usual.items()
+        for batch_size in sorted(set(request.batch))
+        for length in sorted(set(request.seq or [length for length in lengths if length <= most] or [most]))
+    )
+
+
+def _baseline(given: str | None, candidates: Sequence[ModelCandidate]) -> str:
+    """As asked for, else transformers' usual attention, else the eager model, else the first one."""
+    ranked = sorted(candidates, key=lambda each: ("transformers", "eager", "bundle").index(each.kind))
+    return choose_baseline(given, ranked)
+
+
+def _described(config: DecoderConfig, source: str) -> Model:
+    block = config.attention
+    return Model(
+        source=source,
+        num_layers=config.num_layers,
+        embed_dim=config.embed_dim,
+        vocab_size=config.vocab_size,
+        num_heads=block.num_heads,
+        num_kv_heads=block.num_kv_heads,
+        head_dim=block.head_dim,
+        num_parameters=sum(prod(shape) for shape in config.weight_shapes().values()),
+    )

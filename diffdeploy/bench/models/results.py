@@ -1,0 +1,153 @@
+"""What a benchmark of models says: one row per candidate and size, and their JSON and CSV forms."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from diffdeploy.bench.machine import Machine
+from diffdeploy.bench.models.plan import ModelSize, What
+from diffdeploy.errors import InputError
+from diffdeploy.graphs import DType
+from diffdeploy.records import Record
+
+__all__ = ["Model", "ModelReport", "ModelRow", "read_model_report"]
+
+
+class ModelRow(Record):
+    """One candidate at one size.
+
+    Attributes:
+        name: of the candidate.
+        kind: see `ModelCandidate`, as ``choice``.
+        choice: format, implementation or attention.
+        what: prefill or decode.
+        batch_size: rows.
+        length: tokens of a prompt, or of a past.
+        new_tokens: tokens of a row that a sample computed.
+        status: ``wrong`` candidates are not timed; ``unmeasured`` ones had their turn cut off.
+        reason: why it is wrong.
+        budget_used: error of the logits over the allowed error.
+        num_rounds: samples of the latency.
+        latency_ms: median over the rounds: of a prompt, or of one token of each row.
+        latency_low_ms: lower end of its 95 % confidence interval; ``None`` for fewer than six rounds.
+        latency_high_ms: upper end of it.
+        latency_iqr_ms: distance between the quartiles over the rounds.
+        ratio: median over the rounds of the latency over that of the baseline in the same round.
+        ratio_low: lower end of its 95 % confidence interval.
+        ratio_high: upper end of it.
+        tokens_per_second: of all rows.
+        generate_overhead: of a bundle that decodes, what generation takes over the calls that it makes, relative to
+            those; median over the rounds.
+        peak_bytes: not measured of models.
+    """
+
+    name: str
+    kind: Literal["bundle", "eager", "transformers"]
+    choice: str
+    what: What
+    batch_size: int
+    length: int
+    new_tokens: int
+    status: Literal["measured", "wrong", "unmeasured"]
+    reason: str | None = None
+    budget_used: float | None = None
+    num_rounds: int = 0
+    latency_ms: float | None = None
+    latency_low_ms: float | None = None
+    latency_high_ms: float | None = None
+    latency_iqr_ms: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    tokens_per_second: float | None = None
+    generate_overhead: float | None = None
+    peak_bytes: None = None
+
+    @property
+    def size(self) -> ModelSize:
+        """What was run."""
+        return ModelSize(what=self.what, batch_size=self.batch_size, length=self.length)
+
+
+class Model(Record):
+    """The model that was measured."""
+
+    source: str
+    num_layers: int
+    embed_dim: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_parameters: int
+
+
+class ModelReport(Record):
+    """Everything that one run measured.
+
+    Attributes:
+        schema_version: of this record.
+        status: ``wrong`` when a candidate was; ``interrupted`` when the run did not end.
+        command: that measures the same again.
+        model: what was measured.
+        dtype: of weights and caches.
+        baseline: name of the candidate that ratios refer to.
+        results: rows, by size and then as the candidates were named.
+        environment: what it was measured on.
+    """
+
+    schema_version: Literal[1] = 1
+    status: Literal["measured", "wrong", "interrupted"]
+    command: str
+    model: Model
+    dtype: DType
+    baseline: str
+    results: list[ModelRow]
+    environment: Machine
+
+    @property
+    def sizes(self) -> list[ModelSize]:
+        """That have results, in their order."""
+        return list(dict.fromkeys(row.size for row in self.results))
+
+    def rows_of(self, size: ModelSize) -> list[ModelRow]:
+        """Fastest first; those without a latency at the end."""
+        rows = [row for row in self.results if row.size == size]
+        return sorted(rows, key=lambda row: float("inf") if row.latency_ms is None else row.latency_ms)
+
+    def fields(self) -> dict[str, Any]:
+        """For JSON; `read_model_report` is the inverse."""
+        return {**self.model_dump(), "results": [_without_peak(row) for row in self.results]}
+
+    def to_csv(self) -> str:
+        """One line per row, with the environment in the last columns."""
+        environment = self.environment.model_dump()
+        packages = environment.pop("packages")
+        shared = {"dtype": self.dtype, "baseline": self.baseline, **environment, **packages}
+        rows = [{**_without_peak(row), **shared} for row in self.results]
+        stream = io.StringIO()
+        # The csv module ends lines as DOS does, unless told otherwise.
+        writer = csv.DictWriter(stream, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return stream.getvalue()
+
+
+def _without_peak(row: ModelRow) -> dict[str, Any]:
+    return row.model_dump(exclude={"peak_bytes"})
+
+
+def read_model_report(path: Path) -> ModelReport:
+    """A report that was saved as the JSON of `ModelReport.fields`.
+
+    Raises:
+        InputError: the file cannot be read, or is something else.
+    """
+    try:
+        return ModelReport.model_validate(json.loads(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is not a result of diffdeploy bench of a model; give a file that --save wrote"
+        ) from error
