@@ -21,6 +21,7 @@ from diffdeploy.cli.export import export
 from diffdeploy.cli.generate import generate
 from diffdeploy.cli.inspect import inspect
 from diffdeploy.cli.run import run as run_bundle
+from diffdeploy.cli.serve import serve
 from diffdeploy.cli.sign import sign
 from diffdeploy.cli.verify import verify
 from diffdeploy.errors import DiffDeployError, InputError, UnavailableError
@@ -71,7 +72,7 @@ def _ended_by_interrupts(command: Callable[..., int]) -> Callable[..., int]:
     return run_command
 
 
-for command in (export, convert, generate, verify, diff, run_bundle, inspect, sign, bench, env):
+for command in (export, convert, generate, verify, diff, run_bundle, inspect, sign, serve, bench, env):
     # A command without arguments runs: export takes the sample, bench a random block.
     app.command(command.__name__, no_args_is_help=False)(_ended_by_interrupts(command))
 
