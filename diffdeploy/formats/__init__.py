@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         FileFault,
         Intermediates,
         LayerValues,
+        TritonBackend,
     )
     from diffdeploy.formats.base import Format
     from diffdeploy.formats.options import Device, ExportOptions, RunOptions, Selection
@@ -43,6 +44,7 @@ __all__ = [
     "RunOptions",
     "Selection",
     "Target",
+    "TritonBackend",
     "distributions",
     "export_targets",
     "find_format",
@@ -53,7 +55,17 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(
-        ("ArtifactFacts", "Backend", "CacheBuffers", "Check", "FileFault", "Intermediates", "LayerValues"), "artifact"
+        (
+            "ArtifactFacts",
+            "Backend",
+            "CacheBuffers",
+            "Check",
+            "FileFault",
+            "Intermediates",
+            "LayerValues",
+            "TritonBackend",
+        ),
+        "artifact",
     ),
     "Format": "base",
     **dict.fromkeys(("Device", "ExportOptions", "RunOptions", "Selection"), "options"),

@@ -12,7 +12,15 @@ from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
 from diffdeploy.config import AnyModel
 from diffdeploy.errors import InputError, IntegrityError
-from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
+from diffdeploy.formats.artifact import (
+    ArtifactFacts,
+    Backend,
+    Check,
+    FileFault,
+    Intermediates,
+    LayerValues,
+    TritonBackend,
+)
 from diffdeploy.formats.options import Device, ExportOptions, RunOptions
 from diffdeploy.graphs import DType, GraphSpec, Padding, Variant
 
@@ -49,6 +57,7 @@ class Format(ABC):
         opsets: ONNX operator sets that it writes; empty where it is not ONNX.
         executes: what of a bundle runs as code when it is loaded, so that one from elsewhere has to be trusted;
             ``None`` where loading it runs nothing that the bundle brought.
+        triton: how Triton runs its artifacts; ``None`` where Triton has no backend for them.
     """
 
     name: ClassVar[str]
@@ -67,6 +76,7 @@ class Format(ABC):
     holds_ranges: ClassVar[bool] = False
     opsets: ClassVar[Sequence[int]] = ()
     executes: ClassVar[str | None] = None
+    triton: ClassVar[TritonBackend | None] = None
 
     # What can be done here
 

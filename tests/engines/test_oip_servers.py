@@ -30,7 +30,7 @@ from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.engines
 
-Ask = Callable[[str, Any], tuple[int, Any]]
+Ask = Callable[..., tuple[int, Any]]
 
 
 @contextmanager
@@ -39,7 +39,14 @@ def server(name: str, bundle: Path, *options: str) -> Iterator[tuple[subprocess.
     port = free_port()
     # Without the surroundings of this environment, in which there are other packages.
     surroundings = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [ROOT / f".venv-engines-{name}/bin/diffdeploy", "serve", bundle, "--port", str(port), *options]
+    command: list[str | Path] = [
+        ROOT / f".venv-engines-{name}/bin/diffdeploy",
+        "serve",
+        bundle,
+        "--port",
+        str(port),
+        *options,
+    ]
     folder = tempfile.TemporaryDirectory()
     log = Path(folder.name) / "log"
     with log.open("wb") as stream:
@@ -114,7 +121,7 @@ def resident_kib(process: subprocess.Popen[bytes]) -> int:
 
 @BOTH
 def test_two_thousand_requests(name: str, block: Path) -> None:
-    sizes = [(1, 3), (2, 17), (4, 64), (1, 64), (3, 1)]
+    sizes = [(1, 3), (2, 17), (4, 16), (1, 64), (3, 1)]
     arrays = [hidden(*size, 128, seed=seed) for seed, size in enumerate(sizes)]
     with diffdeploy.load(block, threads=1) as runtime:
         expected = [runtime(hidden_states=array)["output"].tobytes() for array in arrays]
@@ -161,7 +168,8 @@ def test_health_and_metadata(name: str, model: Path) -> None:
 def test_a_model_generates(name: str, model: Path) -> None:
     address = f"/v2/models/{model.name}/infer"
     ids = {"name": "input_ids", "shape": [1, 3], "datatype": "INT64", "data": [100, 101, 102]}
-    text = {"name": "text", "shape": [2], "datatype": "BYTES", "data": ["def main(argv", "import "]}
+    texts = ["def main(argv", "import "]
+    text = {"name": "text", "shape": [2], "datatype": "BYTES", "data": texts}
     with server(name, model) as (_, ask), diffdeploy.load(model) as runtime:
         status, answer = ask(address, {"inputs": [ids], "parameters": {"max_new_tokens": 12}})
         assert status == 200
@@ -172,7 +180,7 @@ def test_a_model_generates(name: str, model: Path) -> None:
         assert status == 200
         (found,) = answer["outputs"]
         assert (found["name"], found["datatype"], found["shape"]) == ("text", "BYTES", [2])
-        assert found["data"] == drawn_texts(runtime, text["data"], drawn)
+        assert found["data"] == drawn_texts(runtime, texts, drawn)
         status, answer = ask(address, {"inputs": [text], "parameters": {**drawn, "temperature": -1}})
         assert (status, answer["error"]) == (400, "temperature is -1.0; accepted is a number above 0")
         # The server writes its own sentence where it cannot read a request at all.

@@ -8,9 +8,17 @@ from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
 from diffdeploy.config import AnyModel
 from diffdeploy.errors import ExportError, InputError
-from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
+from diffdeploy.formats.artifact import (
+    ArtifactFacts,
+    Backend,
+    Check,
+    FileFault,
+    Intermediates,
+    LayerValues,
+    TritonBackend,
+)
 from diffdeploy.formats.base import EVERY_DTYPE, Format
-from diffdeploy.formats.onnx.names import FIRST_OPSET_WITH_ATTENTION, MODEL, ORT, STANDARD
+from diffdeploy.formats.onnx.names import EXTERNAL_DATA, FIRST_OPSET_WITH_ATTENTION, MODEL, ORT, STANDARD
 from diffdeploy.formats.onnx.versions import least_onnxruntime
 from diffdeploy.formats.options import ExportOptions, RunOptions
 from diffdeploy.graphs import DType, GraphSpec, Padding, Variant
@@ -44,6 +52,7 @@ class OnnxFormat(Format):
     # onnxruntime has an allocator of its own.
     torch_allocates = False
     holds_ranges = True
+    triton = TritonBackend(platform="onnxruntime_onnx", backend="onnxruntime", files=(MODEL, EXTERNAL_DATA))
 
     def why_not_run(self, device: str = "cpu", dtype: DType = "float32", *, reference: bool = False) -> str | None:
         """See `Format.why_not_run`."""
