@@ -82,12 +82,14 @@ $(OLDEST)/.installed: pyproject.toml scripts/lowest_versions.py
 VLLM := .venv-engines-vllm
 # Without torch; bundles for them are exported in the environment of `make test`, whose tests start them.
 OIP := .venv-engines-kserve .venv-engines-mlserver
+OPENVINO := .venv-engines-openvino
 
 .PHONY: engines
 
-engines: $(INSTALLED) $(VLLM)/.installed $(OIP:%=%/.installed) ## The tests that run other people's engines.
+engines: $(INSTALLED) $(VLLM)/.installed $(OIP:%=%/.installed) $(OPENVINO)/.installed ## The tests that run other people's engines.
 	$(VLLM)/bin/python -m pytest -m engines tests/engines/test_vllm.py
-	$(BIN)/python -m pytest -m engines tests/engines/test_oip_servers.py -rP --show-capture=stdout
+	$(BIN)/python -m pytest -m engines tests/engines/test_oip_servers.py tests/engines/test_triton.py -rP --show-capture=stdout
+	$(OPENVINO)/bin/python -m pytest -m engines tests/engines/test_openvino.py
 
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv --clear $(VLLM)
@@ -103,4 +105,10 @@ $(OIP:%=%/.installed): .venv-engines-%/.installed: pyproject.toml constraints-%.
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/pip install --quiet -c constraints-$*.txt setuptools
 	$(@D)/bin/pip install --quiet -c constraints-$*.txt --no-build-isolation -e '.[cpu,$(EXTRA)]'
+	touch $@
+
+$(OPENVINO)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(OPENVINO)
+	$(OPENVINO)/bin/pip install --quiet -c constraints.txt torch setuptools
+	$(OPENVINO)/bin/pip install --quiet -c constraints.txt --no-build-isolation -e '.[cpu,openvino,test]'
 	touch $@

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         TritonBackend,
     )
     from diffdeploy.formats.base import Format
-    from diffdeploy.formats.options import Device, ExportOptions, RunOptions, Selection
+    from diffdeploy.formats.options import Device, ExportOptions, RunOptions, RuntimeName, Selection
     from diffdeploy.formats.registry import (
         Target,
         distributions,
@@ -42,6 +42,7 @@ __all__ = [
     "Intermediates",
     "LayerValues",
     "RunOptions",
+    "RuntimeName",
     "Selection",
     "Target",
     "TritonBackend",
@@ -68,7 +69,7 @@ _HOMES = {
         "artifact",
     ),
     "Format": "base",
-    **dict.fromkeys(("Device", "ExportOptions", "RunOptions", "Selection"), "options"),
+    **dict.fromkeys(("Device", "ExportOptions", "RunOptions", "RuntimeName", "Selection"), "options"),
 }
 
 
