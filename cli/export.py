@@ -127,7 +127,7 @@ def export(
         device=device,
         opset=opset,
         onnx_flavor=onnx_flavor,
-        reference=runtime == "reference",
+        runtime=runtime,
         impl=attention_impl,
         seed=seed,
         cases=selection_of(cases) or "full",

@@ -15,12 +15,14 @@ from diffdeploy import __version__
 from diffdeploy.cli import console
 from diffdeploy.cli.bench import bench
 from diffdeploy.cli.convert import convert
+from diffdeploy.cli.deploy import deploy
 from diffdeploy.cli.diff import diff
 from diffdeploy.cli.env import env
 from diffdeploy.cli.export import export
 from diffdeploy.cli.generate import generate
 from diffdeploy.cli.inspect import inspect
 from diffdeploy.cli.run import run as run_bundle
+from diffdeploy.cli.serve import serve
 from diffdeploy.cli.sign import sign
 from diffdeploy.cli.verify import verify
 from diffdeploy.errors import DiffDeployError, InputError, UnavailableError
@@ -71,7 +73,7 @@ def _ended_by_interrupts(command: Callable[..., int]) -> Callable[..., int]:
     return run_command
 
 
-for command in (export, convert, generate, verify, diff, run_bundle, inspect, sign, bench, env):
+for command in (export, convert, generate, verify, diff, run_bundle, inspect, sign, serve, deploy, bench, env):
     # A command without arguments runs: export takes the sample, bench a random block.
     app.command(command.__name__, no_args_is_help=False)(_ended_by_interrupts(command))
 

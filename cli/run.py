@@ -45,7 +45,7 @@ def run(
         options = RunOptions(
             device=device,
             threads=threads,
-            reference=runtime == "reference",
+            runtime=runtime,
             recompile=recompile,
             trust=trust,
             public_key=public_key,

@@ -18,8 +18,8 @@ Device = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="Of the backend on the CPU.", show_default="its own choice")]
 RuntimeName = Annotated[
-    Literal["native", "reference"],
-    typer.Option("--runtime", help="reference: ONNX by onnx.reference, slow, in every dtype."),
+    Literal["native", "reference", "openvino"],
+    typer.Option("--runtime", help="openvino; or reference: ONNX by onnx.reference, slow, in every dtype."),
 ]
 Recompile = Annotated[
     bool, typer.Option("--recompile", help="Compile a compile bundle afresh, on a machine it was not made for.")

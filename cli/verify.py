@@ -13,6 +13,7 @@ from diffdeploy.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from diffdeploy.formats import RuntimeName as Name
     from diffdeploy.verify import Check, Report
 
 __all__ = ["verify"]
@@ -25,7 +26,7 @@ def verify(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="Run the model on this engine, and compare it with the exact result: genai or vllm."),
+        typer.Option(help="What runs it: genai or vllm for models; openvino or reference for ONNX, see --runtime."),
     ] = None,
     tensor_parallel_size: Annotated[
         int | None, typer.Option(min=1, help="Ranks that share each layer, with --engine.", show_default="1")
@@ -80,10 +81,12 @@ def verify(
 
     With --public-key, the signature is checked first, before anything in the bundle is used.
 
-    With --engine, somebody else's engine continues prompts, and its log-probabilities and tokens are compared.
+    With --engine genai or vllm, the engine continues prompts, and its log-probabilities and tokens are compared. With
+    openvino or reference, everything is as without, but for what runs the artifact.
 
     With --self-test, the verification itself is tried: wrong copies of the bundle, each of which must be refused.
     """
+    runtime = _runtime_of(engine, runtime)
     # Before the verification, which takes minutes.
     if save_report is not None and not save_report.parent.is_dir():
         raise InputError(f"{save_report} cannot be written: there is no folder {save_report.parent}")
@@ -93,12 +96,12 @@ def verify(
     # `or None`, since what is at its default was not given.
     run = {
         "--device": device,
-        "--runtime": runtime == "reference" or None,
+        "--runtime": None if runtime == "native" else runtime,
         "--recompile": recompile or None,
         "--trust": trust or None,
         "--public-key": public_key,
     }
-    if engine is not None:
+    if engine is not None and engine != runtime:
         others = {**sweep, **run, **alone, **saved, "--seed": None, "--from-report": from_report, "--k": k}
         _refuse("--engine", "has inputs of its own", others)
         from diffdeploy.cli.verify_engine import run_engine
@@ -114,9 +117,7 @@ def verify(
         raise InputError("no bundle was given; give a directory that diffdeploy exported, or --from-report")
     from diffdeploy.formats import RunOptions
 
-    run_options = RunOptions(
-        device=device, reference=runtime == "reference", recompile=recompile, trust=trust, public_key=public_key
-    )
+    run_options = RunOptions(device=device, runtime=runtime, recompile=recompile, trust=trust, public_key=public_key)
     if self_test:
         others = {"--golden": golden or None, "--warn-only": warn_only or None}
         _refuse("--self-test", "verifies copies with faults in them", {**sweep, **others, **saved})
@@ -145,6 +146,14 @@ def verify(
             activity.phase("reading the checkpoint")
             report = report.with_check(_origin(bundle, checkpoint))
     return _end(report, bundle, save_report, as_json=as_json, warn_only=warn_only)
+
+
+def _runtime_of(engine: str | None, runtime: "Name") -> "Name":
+    """What runs the artifact: engines that are runtimes of artifacts run the same sweep as any other."""
+    if engine not in ("openvino", "reference"):
+        return runtime
+    _refuse(f"--engine {engine}", "is a runtime itself", {"--runtime": None if runtime == "native" else runtime})
+    return "openvino" if engine == "openvino" else "reference"
 
 
 def _end(report: "Report", subject: Path, save_report: Path | None, *, as_json: bool, warn_only: bool) -> int:

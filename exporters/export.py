@@ -157,7 +157,7 @@ def export_bundle(
     found = _checked_format(options)
     device = found.device_of(options)
     # Before the lowering, which takes minutes where it compiles.
-    if verify and (reason := found.why_not_run(device, options.dtype, reference=options.reference)):
+    if verify and (reason := found.why_not_run(device, options.dtype, runtime=options.runtime)):
         raise UnavailableError(f"{reason}; --no-verify exports without running it")
     spec = graph_spec(
         options.graph,
@@ -190,7 +190,7 @@ def export_bundle(
         if verify:
             phase("verifying")
             # Made by this process, and not remembered before it is whole.
-            run_options = RunOptions(device=device, reference=options.reference, trust=True)
+            run_options = RunOptions(device=device, runtime=options.runtime, trust=True)
             report = _accept(Bundle(staging, manifest), run_options, options.cases, progress)
     remember_export(output)
     return Export(output, facts, report)

@@ -140,14 +140,14 @@ def _options_of(target: Target, options: ExportOptions) -> ExportOptions:
     # The first flavor is what a format writes without the option, and some formats have no such option.
     others = target.format.flavors[1:]
     flavor = target.flavor if target.flavor in others else None
-    return replace(options, format=target.format.name, opset=None, onnx_flavor=flavor, reference=False)
+    return replace(options, format=target.format.name, opset=None, onnx_flavor=flavor, runtime="native")
 
 
 def _why_left_out(target: Target, options: ExportOptions, *, verify: bool) -> str | None:
     device = target.format.device_of(options)
     reason = target.format.why_not_export(device, options.dtype)
     if reason is None and verify:
-        reason = target.format.why_not_run(device, options.dtype, reference=options.reference)
+        reason = target.format.why_not_run(device, options.dtype, runtime=options.runtime)
     return reason
 
 

@@ -1,9 +1,11 @@
 """The registry of engines: one row each, and nothing is imported to list them."""
 
 from pkgutil import resolve_name
+from typing import get_args
 
 from diffdeploy.engines.base import Engine
 from diffdeploy.errors import InputError
+from diffdeploy.formats import RuntimeName
 
 __all__ = ["engine_names", "require_engine"]
 
@@ -26,6 +28,8 @@ def require_engine(name: str) -> Engine:
         InputError: there is none.
     """
     if name not in _ROWS:
-        raise InputError(f"engine is {name!r}; accepted: {', '.join(_ROWS)}")
+        # Other runtimes of artifacts are no engines of models, and run the sweep of every bundle.
+        runtimes = [each for each in get_args(RuntimeName) if each != "native"]
+        raise InputError(f"engine is {name!r}; accepted: {', '.join([*_ROWS, *runtimes])}")
     engine: Engine = resolve_name(_ROWS[name])()
     return engine

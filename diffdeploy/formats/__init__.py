@@ -17,9 +17,10 @@ if TYPE_CHECKING:
         FileFault,
         Intermediates,
         LayerValues,
+        TritonBackend,
     )
     from diffdeploy.formats.base import Format
-    from diffdeploy.formats.options import Device, ExportOptions, RunOptions, Selection
+    from diffdeploy.formats.options import Device, ExportOptions, RunOptions, RuntimeName, Selection
     from diffdeploy.formats.registry import (
         Target,
         distributions,
@@ -41,8 +42,10 @@ __all__ = [
     "Intermediates",
     "LayerValues",
     "RunOptions",
+    "RuntimeName",
     "Selection",
     "Target",
+    "TritonBackend",
     "distributions",
     "export_targets",
     "find_format",
@@ -53,10 +56,20 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(
-        ("ArtifactFacts", "Backend", "CacheBuffers", "Check", "FileFault", "Intermediates", "LayerValues"), "artifact"
+        (
+            "ArtifactFacts",
+            "Backend",
+            "CacheBuffers",
+            "Check",
+            "FileFault",
+            "Intermediates",
+            "LayerValues",
+            "TritonBackend",
+        ),
+        "artifact",
     ),
     "Format": "base",
-    **dict.fromkeys(("Device", "ExportOptions", "RunOptions", "Selection"), "options"),
+    **dict.fromkeys(("Device", "ExportOptions", "RunOptions", "RuntimeName", "Selection"), "options"),
 }
 
 

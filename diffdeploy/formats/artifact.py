@@ -16,7 +16,16 @@ from diffdeploy.records import Record
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ArtifactFacts", "Backend", "CacheBuffers", "Check", "FileFault", "Intermediates", "LayerValues"]
+__all__ = [
+    "ArtifactFacts",
+    "Backend",
+    "CacheBuffers",
+    "Check",
+    "FileFault",
+    "Intermediates",
+    "LayerValues",
+    "TritonBackend",
+]
 
 # From inputs of a model by name to its outputs, and to what each layer N gives, ``layers.N.output [B, S, D]``.
 # It raises ExportError where the artifact does not run.
@@ -146,3 +155,22 @@ class FileFault:
     breaks: str
     edit: Callable[[Path], None]
     applies: Callable[[Manifest], bool] = lambda _: True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonBackend:
+    """How Triton Inference Server runs the artifacts of a format.
+
+    Attributes:
+        platform: in its model configuration.
+        backend: in its model configuration.
+        files: of a bundle, that the backend reads, as far as they are there.
+        batches: whether it puts requests together along the first axis.
+        by_position: whether it calls tensors ``INPUT__0`` and so on, in the order of the graph.
+    """
+
+    platform: str
+    backend: str
+    files: tuple[str, ...]
+    batches: bool = True
+    by_position: bool = False

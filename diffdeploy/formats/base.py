@@ -12,8 +12,16 @@ from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
 from diffdeploy.config import AnyModel
 from diffdeploy.errors import InputError, IntegrityError
-from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
-from diffdeploy.formats.options import Device, ExportOptions, RunOptions
+from diffdeploy.formats.artifact import (
+    ArtifactFacts,
+    Backend,
+    Check,
+    FileFault,
+    Intermediates,
+    LayerValues,
+    TritonBackend,
+)
+from diffdeploy.formats.options import Device, ExportOptions, RunOptions, RuntimeName
 from diffdeploy.graphs import DType, GraphSpec, Padding, Variant
 
 if TYPE_CHECKING:
@@ -49,6 +57,7 @@ class Format(ABC):
         opsets: ONNX operator sets that it writes; empty where it is not ONNX.
         executes: what of a bundle runs as code when it is loaded, so that one from elsewhere has to be trusted;
             ``None`` where loading it runs nothing that the bundle brought.
+        triton: how Triton runs its artifacts; ``None`` where Triton has no backend for them.
     """
 
     name: ClassVar[str]
@@ -67,6 +76,7 @@ class Format(ABC):
     holds_ranges: ClassVar[bool] = False
     opsets: ClassVar[Sequence[int]] = ()
     executes: ClassVar[str | None] = None
+    triton: ClassVar[TritonBackend | None] = None
 
     # What can be done here
 
@@ -96,13 +106,15 @@ class Format(ABC):
             return f"format {self.name} is made for {' or '.join(self.devices)}, not for {device}"
         return None
 
-    def why_not_run(self, device: str = "cpu", dtype: DType = "float32", *, reference: bool = False) -> str | None:
+    def why_not_run(
+        self, device: str = "cpu", dtype: DType = "float32", *, runtime: RuntimeName = "native"
+    ) -> str | None:
         """Why bundles of the format cannot be run here; ``None`` when they can.
 
         Args:
             device: ``cpu``, ``cuda`` or ``cuda:N``.
             dtype: dtype of the graph.
-            reference: whether the reference runtime is asked for.
+            runtime: that is asked for.
         """
         kind = device.partition(":")[0]
         if kind not in self.runs:
@@ -155,8 +167,8 @@ class Format(ABC):
         for name, given in (("opset", options.opset), ("onnx flavor", options.onnx_flavor)):
             if given is not None:
                 raise InputError(f"{name} is {given}, which format {options.format} does not have; leave it out")
-        if options.reference:
-            raise InputError(f"the reference runtime interprets ONNX, and format {options.format} is another")
+        if options.runtime != "native":
+            raise InputError(f"runtime {options.runtime} interprets ONNX, and format {options.format} is another")
 
     def engine_files(self, manifest: Manifest, directory: Path) -> Mapping[str, bytes]:
         """Files by name that engines want beside the artifact; each is what a contract expects there, byte for byte.
@@ -214,9 +226,9 @@ class Format(ABC):
         Raises:
             InputError: it was asked for.
         """
-        if options.reference:
+        if options.runtime != "native":
             raise InputError(
-                "the reference runtime interprets standard ONNX operators, and this bundle does not have them"
+                f"runtime {options.runtime} interprets standard ONNX operators, and this bundle does not have them"
             )
         if options.recompile:
             raise InputError(f"format {self.name} cannot be compiled afresh; export it again on this machine")

@@ -6,9 +6,11 @@ from typing import Literal
 
 from diffdeploy.graphs import DType, Logits, Variant
 
-__all__ = ["Device", "ExportOptions", "RunOptions", "Selection"]
+__all__ = ["Device", "ExportOptions", "RunOptions", "RuntimeName", "Selection"]
 
 Device = Literal["cpu", "cuda"]
+# What runs a graph: the runtime of its format; or, of ONNX, the interpreter of the package onnx, or OpenVINO.
+RuntimeName = Literal["native", "reference", "openvino"]
 # Of the cases that a verification runs; see `diffdeploy.verify.sweep.select_cases`.
 Selection = Literal["quick", "full"] | int
 
@@ -30,7 +32,7 @@ class ExportOptions:
         onnx_flavor: ``standard`` for operators of the standard alone; ``ort`` for those that onnxruntime runs fastest.
         impl: how the two attentions are written down.
         seed: random seed for the inputs that the artifact is verified with.
-        reference: verify ONNX with `onnx.reference` in place of onnxruntime.
+        runtime: that the artifact is verified with.
         logits: of a model: at ``all`` new positions, or at the ``last`` alone.
         cases: what it is verified on; the report says which parts of the declared ranges that leaves out.
     """
@@ -45,7 +47,7 @@ class ExportOptions:
     onnx_flavor: str | None = None
     impl: str = "auto"
     seed: int = 0
-    reference: bool = False
+    runtime: RuntimeName = "native"
     logits: Logits = "all"
     cases: Selection = "full"
 
@@ -57,7 +59,7 @@ class RunOptions:
     Attributes:
         device: ``cpu``, ``cuda`` or ``cuda:N``; by default the one that the bundle was made for.
         threads: threads of the backend on the CPU; by default its own choice. Those of torch are the whole process's.
-        reference: run ONNX with `onnx.reference`, which is slow and knows every dtype, in place of onnxruntime.
+        runtime: what runs it; `onnx.reference` is slow and knows every dtype.
         recompile: compile a ``compile`` bundle afresh, on a machine other than the one that it was made for.
         trust: load a bundle that runs code when it is loaded, although no export of this user made it here.
         public_key: file of the key that must have signed the bundle, which is trusted then.
@@ -65,7 +67,7 @@ class RunOptions:
 
     device: str | None = None
     threads: int | None = None
-    reference: bool = False
+    runtime: RuntimeName = "native"
     recompile: bool = False
     trust: bool = False
     public_key: str | Path | None = None

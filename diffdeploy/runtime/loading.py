@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffdeploy.bundle import Bundle, Manifest, is_own_export, open_bundle
 from diffdeploy.errors import InputError, IntegrityError, UnavailableError, UnverifiedWarning
-from diffdeploy.formats import Format, RunOptions, find_format, format_names
+from diffdeploy.formats import Format, RunOptions, RuntimeName, find_format, format_names
 from diffdeploy.runtime.machine import differences, this_machine
 from diffdeploy.runtime.runtime import Runtime
 from diffdeploy.versions import imported_version, installed_versions, release
@@ -45,10 +45,10 @@ def require_runnable(manifest: Manifest, options: RunOptions) -> None:
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads is {options.threads}; accepted is 1 or more")
     device = device_of(manifest, options)
-    if reason := found.why_not_run(device, manifest.graph.dtype, reference=options.reference):
+    if reason := found.why_not_run(device, manifest.graph.dtype, runtime=options.runtime):
         raise UnavailableError(reason)
-    # The reference runtime stands in for the package that could be too old.
-    if not options.reference and (reason := _why_too_old(found, manifest)):
+    # Another runtime stands in for the package that could be too old.
+    if options.runtime == "native" and (reason := _why_too_old(found, manifest)):
         raise UnavailableError(reason)
     # What is compiled here fits this machine, whatever it was compiled for before.
     if not manifest.made_for or options.recompile:
@@ -127,7 +127,7 @@ def load(
     *,
     device: str | None = None,
     threads: int | None = None,
-    reference: bool = False,
+    runtime: RuntimeName = "native",
     recompile: bool = False,
     trust: bool = False,
     public_key: str | Path | None = None,
@@ -138,7 +138,7 @@ def load(
         path: the bundle's directory.
         device: see `RunOptions`, as for the other options.
         threads: of the backend.
-        reference: run ONNX with `onnx.reference`.
+        runtime: run ONNX with ``reference``, which is `onnx.reference`, or ``openvino``.
         recompile: compile afresh.
         trust: run what a bundle from elsewhere brings: the machine code or pickles of some formats.
         public_key: file of the key that must have signed the bundle; one that it signed is trusted.
@@ -153,20 +153,20 @@ def load(
     options = RunOptions(
         device=device,
         threads=threads,
-        reference=reference,
+        runtime=runtime,
         recompile=recompile,
         trust=trust,
         public_key=public_key,
     )
-    runtime = open_runtime(path, options)
-    if not runtime.verified:
+    loaded = open_runtime(path, options)
+    if not loaded.verified:
         warnings.warn(
             f"{path} was exported without verification, so nothing says that it computes what its checkpoint does; run "
             f"diffdeploy verify {path}",
             UnverifiedWarning,
             stacklevel=2,
         )
-    return runtime
+    return loaded
 
 
 def open_runtime(path: str | Path, options: RunOptions) -> Runtime:

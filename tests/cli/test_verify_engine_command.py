@@ -1,6 +1,7 @@
 """``diffdeploy verify --engine``, as far as it goes where no engine is installed."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +20,13 @@ pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engine", "trains"], "engine is 'trains'; accepted: genai, vllm"),
+        (["--engine", "trains"], "engine is 'trains'; accepted: genai, vllm, reference, openvino"),
         (["--engine", "vllm", "--cases", "quick"], "--engine has inputs of its own, so it does not go with --cases"),
         (["--engine", "vllm", "--golden"], "so it does not go with --golden"),
         (["--engine", "vllm", "--save-report", "report.json"], "so it does not go with --save-report"),
         (["--tensor-parallel-size", "2"], "verify without --engine has no ranks"),
+        (["--engine", "reference", "--tensor-parallel-size", "2"], "verify without --engine has no ranks"),
+        (["--engine", "reference", "--runtime", "openvino"], "--engine reference is a runtime itself"),
         (["--engine", "vllm", "--tensor-parallel-size", "0"], "Invalid value for '--tensor-parallel-size'"),
     ],
 )
@@ -79,3 +82,20 @@ def test_vllm_takes_diffllama_directories_alone(
     message = refused(["verify", str(SAMPLE), "--engine", "vllm"], capsys)
     assert "has the layout diffdeploy, and vLLM runs diffllama; diffdeploy convert" in message
     assert "is not a directory" in refused(["verify", str(SAMPLE / "model.safetensors"), "--engine", "vllm"], capsys)
+
+
+@pytest.mark.parametrize("option", ["--engine", "--runtime"])
+def test_another_runtime_runs_the_same_sweep(
+    option: str, sample_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(sample_bundle), option, "reference", "--cases", "2", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["verification"]["backend"].startswith("onnx.reference ")
+    assert said["verification"]["num_cases"] == 2
+
+
+def test_openvino_that_is_not_there(sample_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(["verify", str(sample_bundle), "--engine", "openvino"], capsys, 3)
+    assert message == "error: openvino is not installed; pip install 'diffdeploy[openvino]'"
+    message = refused(["verify", str(sample_bundle), "--engine", "openvino", "--device", "cuda"], capsys, 3)
+    assert message == "error: OpenVINO is run on cpu here, not on cuda"

@@ -71,7 +71,7 @@ def test_the_manifest_says_it_before_the_table(bundle_copy: Path) -> None:
 
 def test_the_reference_runtime_needs_no_onnxruntime(sample_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, onnxruntime, "1.23.0")
-    with load(sample_bundle, reference=True) as runtime:
+    with load(sample_bundle, runtime="reference") as runtime:
         assert runtime(hidden_states=np.ones((1, 3, 128), np.float32))["output"].shape == (1, 3, 128)
 
 

@@ -138,7 +138,7 @@ def test_warmup_of_given_sizes(format_bundle: FormatBundle) -> None:
         ({"device": "tpu"}, InputError, "device is 'tpu'; accepted is cpu, cuda or cuda:N"),
         ({"threads": 0}, InputError, "threads is 0; accepted is 1 or more"),
         ({"recompile": True}, InputError, "format pt2 cannot be compiled afresh"),
-        ({"reference": True}, InputError, "this bundle does not have them"),
+        ({"runtime": "reference"}, InputError, "this bundle does not have them"),
     ],
     ids=["device", "threads", "recompile", "reference"],
 )
@@ -186,7 +186,7 @@ def test_bfloat16_onnx_by_the_reference_runtime(sample: Checkpoint, tmp_path: Pa
     options = ExportOptions(dtype="bfloat16", max_batch_size=2, max_sequence_length=16)
     with pytest.raises(UnavailableError, match="onnxruntime has no bfloat16 attention on cpu"):
         export_bundle(sample, tmp_path / "out", options)
-    by_reference = replace(options, reference=True)
+    by_reference = replace(options, runtime="reference")
     if Version(version("onnx")) < Version("1.23"):
         with pytest.raises(UnavailableError, match="cannot multiply matrices in bfloat16"):
             export_bundle(sample, tmp_path / "out", by_reference)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
-from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault
+from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, TritonBackend
 from diffdeploy.formats.base import Format
 from diffdeploy.formats.options import ExportOptions, RunOptions
 from diffdeploy.graphs import GraphSpec, Variant
@@ -26,6 +26,10 @@ class AotiFormat(Format):
     executes = "machine code"
     # Not Python: a package is loaded by libtorch, from C++ as well.
     machine = ("torch", "platform", "isa", "gpu")
+    # Its README (May 2026, Triton 26.05): no batches along the first axis, and names by position.
+    triton = TritonBackend(
+        platform="torch_aoti", backend="pytorch", files=("model.pt2",), batches=False, by_position=True
+    )
 
     def fastest_impl(self, variant: Variant) -> str:
         """See `Format.fastest_impl`."""

@@ -42,7 +42,7 @@ class CompileFormat(Format):
     def check_run_options(self, manifest: Manifest, options: RunOptions) -> None:
         """See `Format.check_run_options`; these bundles can be compiled afresh."""
         # Without recompile, which the base class refuses.
-        super().check_run_options(manifest, RunOptions(reference=options.reference))
+        super().check_run_options(manifest, RunOptions(runtime=options.runtime))
 
     def open(self, bundle: Bundle, options: RunOptions, device: str) -> Backend:
         """See `Format.open`."""

@@ -1,6 +1,7 @@
 """ONNX: standard operators, or flavor ``ort``, for onnxruntime and other runtimes of the standard."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -8,11 +9,19 @@ from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
 from diffdeploy.config import AnyModel
 from diffdeploy.errors import ExportError, InputError
-from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
+from diffdeploy.formats.artifact import (
+    ArtifactFacts,
+    Backend,
+    Check,
+    FileFault,
+    Intermediates,
+    LayerValues,
+    TritonBackend,
+)
 from diffdeploy.formats.base import EVERY_DTYPE, Format
-from diffdeploy.formats.onnx.names import FIRST_OPSET_WITH_ATTENTION, MODEL, ORT, STANDARD
+from diffdeploy.formats.onnx.names import EXTERNAL_DATA, FIRST_OPSET_WITH_ATTENTION, MODEL, ORT, STANDARD
 from diffdeploy.formats.onnx.versions import least_onnxruntime
-from diffdeploy.formats.options import ExportOptions, RunOptions
+from diffdeploy.formats.options import ExportOptions, RunOptions, RuntimeName
 from diffdeploy.graphs import DType, GraphSpec, Padding, Variant
 from diffdeploy.versions import installed_versions, release
 
@@ -37,18 +46,23 @@ class OnnxFormat(Format):
     flavors = (STANDARD, ORT)
     opsets = OPSETS
     package = "onnxruntime"
-    distributions = ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+    distributions = ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino")
     export_packages = ("onnx", "onnxscript")
     # onnxruntime 1.32 computes no attention in bfloat16 on the CPU.
     runs: ClassVar[Mapping[str, tuple[DType, ...]]] = {"cpu": ("float32", "float16"), "cuda": EVERY_DTYPE}
     # onnxruntime has an allocator of its own.
     torch_allocates = False
     holds_ranges = True
+    triton = TritonBackend(platform="onnxruntime_onnx", backend="onnxruntime", files=(MODEL, EXTERNAL_DATA))
 
-    def why_not_run(self, device: str = "cpu", dtype: DType = "float32", *, reference: bool = False) -> str | None:
+    def why_not_run(
+        self, device: str = "cpu", dtype: DType = "float32", *, runtime: RuntimeName = "native"
+    ) -> str | None:
         """See `Format.why_not_run`."""
-        if reference:
+        if runtime == "reference":
             return _why_no_reference(device, dtype)
+        if runtime == "openvino":
+            return _why_no_openvino(device, dtype)
         if (reason := super().why_not_run(device, dtype)) is not None:
             wrong_dtype = dtype not in self.runs.get(device.partition(":")[0], EVERY_DTYPE)
             return reason + ("; --runtime reference verifies such graphs, slowly" if wrong_dtype else "")
@@ -80,8 +94,8 @@ class OnnxFormat(Format):
             raise InputError(f"onnx flavor is {options.onnx_flavor!r}; accepted: {', '.join(self.flavors)}")
         if options.onnx_flavor == ORT and options.graph == "cached":
             raise InputError("graph is cached, which the flavor ort does not have; leave --onnx-flavor out")
-        if options.onnx_flavor == ORT and options.reference:
-            raise InputError("the reference runtime interprets standard operators alone; leave --onnx-flavor out")
+        if options.onnx_flavor == ORT and options.runtime != "native":
+            raise InputError(f"runtime {options.runtime} knows standard operators alone; leave --onnx-flavor out")
         if options.opset is not None and options.opset not in OPSETS:
             raise InputError(f"opset is {options.opset}; accepted is {OPSETS.start} to {OPSETS.stop - 1}")
 
@@ -104,20 +118,23 @@ class OnnxFormat(Format):
         """See `Format.check_run_options`."""
         standard = manifest.options.flavor != ORT
         super().check_run_options(
-            manifest, RunOptions(reference=options.reference and not standard, recompile=options.recompile)
+            manifest, RunOptions(runtime="native" if standard else options.runtime, recompile=options.recompile)
         )
 
     def open(self, bundle: Bundle, options: RunOptions, device: str) -> Backend:
         """See `Format.open`."""
         from diffdeploy.formats.onnx.backend import OnnxCudaBackend, OnnxReferenceBackend, OnnxRuntimeBackend
         from diffdeploy.formats.onnx.external import require_own_data
+        from diffdeploy.formats.onnx.openvino import OpenVinoBackend
 
         try:
             require_own_data(bundle.path)
         except (ValueError, OSError) as error:
             raise ExportError(f"{MODEL} in {bundle.path} is no ONNX model: {error}") from error
-        if options.reference:
+        if options.runtime == "reference":
             return OnnxReferenceBackend(bundle, options, device)
+        if options.runtime == "openvino":
+            return OpenVinoBackend(bundle, options, device)
         kind = OnnxRuntimeBackend if device == "cpu" else OnnxCudaBackend
         return kind(bundle, options, device)
 
@@ -168,9 +185,15 @@ class OnnxFormat(Format):
         return manifest.options.flavor != ORT
 
 
-def _why_no_reference(device: str, dtype: DType) -> str | None:
-    from importlib.util import find_spec
+def _why_no_openvino(device: str, dtype: DType) -> str | None:
+    if device != "cpu":
+        return f"OpenVINO is run on cpu here, not on {device.partition(':')[0]}"
+    if find_spec("openvino") is None:
+        return "openvino is not installed; pip install 'diffdeploy[openvino]'"
+    return "numpy hands OpenVINO no bfloat16" if dtype == "bfloat16" else None
 
+
+def _why_no_reference(device: str, dtype: DType) -> str | None:
     if device != "cpu":
         return f"the reference runtime runs on cpu, not on {device.partition(':')[0]}"
     if find_spec("onnx") is None:

@@ -1,0 +1,90 @@
+"""A bundle as a model of KServe."""
+
+import asyncio
+from typing import Any
+from uuid import uuid4
+
+import kserve
+from kserve.errors import InvalidInput
+
+from diffdeploy.engines.oip.protocol import Served, TensorMetadata, WireTensor, datatype_of
+from diffdeploy.errors import InputError
+
+__all__ = ["BundleModel", "run_server"]
+
+
+class BundleModel(kserve.Model):
+    """What KServe calls for a bundle.
+
+    Args:
+        name: of the model, in addresses.
+        served: the bundle.
+    """
+
+    def __init__(self, name: str, served: Served) -> None:
+        super().__init__(name)
+        self._served = served
+        # The bundle is open; the server refuses models that say nothing.
+        self.ready = True
+
+    def get_input_types(self) -> list[dict[str, Any]]:
+        """For the metadata."""
+        return _as_dicts(self._served.inputs)
+
+    def get_output_types(self) -> list[dict[str, Any]]:
+        """For the metadata."""
+        return _as_dicts(self._served.outputs)
+
+    async def predict(
+        self,
+        payload: kserve.InferRequest,
+        headers: dict[str, str] | None = None,  # noqa: ARG002 - the server gives them
+    ) -> kserve.InferResponse:
+        """Answer a request.
+
+        Raises:
+            InvalidInput: it is wrong; the server answers with 400 and the sentence.
+        """
+        if not isinstance(payload, kserve.InferRequest):
+            raise InvalidInput("this is a request of the first version of the protocol; accepted is /v2/models")
+        inputs = [
+            WireTensor(name=each.name, datatype=each.datatype, shape=each.shape, data=each.data)
+            for each in payload.inputs
+        ]
+        asked = payload.request_outputs
+        names = [output.name for output in asked] if asked else None
+        try:
+            # In a thread, so that the server answers others, and says that it lives, while a model writes.
+            found = await asyncio.to_thread(self._served.answer, inputs, payload.parameters, names)
+        except InputError as error:
+            raise InvalidInput(str(error)) from error
+        outputs = [
+            kserve.InferOutput(name, list(array.shape), datatype_of(array), data=array) for name, array in found.items()
+        ]
+        # The server has no numbers for FP16 in JSON.
+        binary = payload.use_binary_outputs or any(output.datatype == "FP16" for output in outputs)
+        # Clients may leave the id out, and the server's answers may not.
+        identity = payload.id or str(uuid4())
+        return kserve.InferResponse(identity, self.name, outputs, use_binary_outputs=binary, requested_outputs=asked)
+
+
+def _as_dicts(tensors: tuple[TensorMetadata, ...]) -> list[dict[str, Any]]:
+    return [{**tensor._asdict(), "shape": list(tensor.shape)} for tensor in tensors]
+
+
+class _Server(kserve.ModelServer):
+    """KServe's server at one address; by itself it listens at all of them."""
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(http_port=port, enable_grpc=False)
+        self._host = host
+
+    async def _serve(self) -> None:
+        # The last moment before it listens, and the first at which this is there.
+        self._rest_server.config.host = self._host
+        await super()._serve()
+
+
+def run_server(served: Served, name: str, host: str, port: int) -> None:
+    """Serve a bundle until this process is told to end."""
+    _Server(host, port).start([BundleModel(name, served)])
