@@ -205,6 +205,8 @@ def print_report(report: "Report") -> None:
         console.print(_failure_table(failed))
     if report.guilty is not None:
         console.print(_stage_table(report.guilty))
+    if report.loss is not None:
+        note(f"loss by quantised weights: {report.loss.summary}")
 
 
 def print_faults(faults: "Sequence[FaultResult]") -> None:

@@ -94,6 +94,22 @@ def export(
     ] = "native",
     seed: Annotated[int, typer.Option(help="Of the inputs used to verify.")] = 0,
     cases: Cases = None,
+    weights: Annotated[
+        Literal["int8", "int4"] | None,
+        typer.Option(help="Quantise the matrices of a model, for --onnx-flavor ort.", show_default="as --dtype says"),
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="Numbers that share a scale.", show_default="32")] = None,
+    quantise_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the head, too.")] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text to measure the loss by --weights on.", show_default="filecmp.py of Python"),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Fail above this divergence from the original, in nats a token.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Fail if a smaller share of top tokens is that of the original.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle at --output.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the verification, and say so.")] = False,
     as_json: AsJson = False,
@@ -118,6 +134,8 @@ def export(
         raise InputError(f"--graph is {graph}, which is for a block, and {checkpoint} is a whole model; give --layer")
     if not is_model and logits is not None:
         raise InputError("--logits is of whole models, and this is a block; leave it out")
+    if not is_model and weights is not None:
+        raise InputError("--weights is of whole models, and this is a block; leave it out")
     options = ExportOptions(
         format=format_name,
         graph="model" if is_model else graph or "plain",
@@ -132,6 +150,12 @@ def export(
         seed=seed,
         cases=selection_of(cases) or "full",
         logits=logits or "all",
+        weights=weights,
+        block_size=block_size,
+        quantise_head=quantise_head,
+        text=text,
+        max_kl=max_kl,
+        min_agreement=min_agreement,
     )
     number = None if layer in (None, "all") else _layer_number(layer)
     job = Job(checkpoint, CheckpointOptions(layer=number, **reading), options, force=force, verify=not no_verify)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffdeploy.cli import console
-from diffdeploy.cli.report_output import finish, graph_fields, report_fields
+from diffdeploy.cli.report_output import finish, graph_fields, loss_fields, report_fields
 from diffdeploy.errors import DiffDeployError, VerificationError
 
 if TYPE_CHECKING:
@@ -38,17 +38,21 @@ class Outcome:
         if self.report is not None:
             return report_fields(self.report, self.target)
         assert self.export is not None
+        loss = self.export.loss
         return {
             "status": "unverified",
             "format": self.format_name,
             "bundle": str(self.target),
             "graph": graph_fields(self.export.facts),
             "verification": {"passed": False, "num_cases": 0, "worst": None},
+            **({} if loss is None else {"loss": loss_fields(loss)}),
         }
 
     def print_verdict(self) -> None:
         """The verdict in one line on standard output."""
         if self.report is None:
+            if self.export is not None and self.export.loss is not None:
+                console.note(f"loss by quantised weights: {self.export.loss.summary}")
             console.print_text(f"unverified: {self.target}; run diffdeploy verify {self.target} before it is used")
         else:
             console.print_verdict(self.report, self.target)
@@ -125,6 +129,8 @@ class Job:
         # Its report has to be printed, unlike that of other errors, which have none.
         except RejectedError as error:
             return Outcome(target, self.options.format, None, error)
+        if self.options.weights is not None and done.loss is None:
+            console.note("the loss by quantised weights was not measured: no tokenizer.json is beside the checkpoint")
         return Outcome(target, self.options.format, done, None)
 
 

@@ -83,7 +83,7 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
     return [
         ("bundle", str(bundle.path)),
         ("format", manifest.format + (", verified when it was made" if bundle.verified else ", NOT verified")),
-        ("options", ", ".join(f"{name} {value}" for name, value in manifest.options.model_dump().items())),
+        ("options", ", ".join(f"{name} {value}" for name, value in manifest.options.plain().items())),
         ("graph", manifest.graph.variant),
         ("inputs", tensors(manifest.graph.inputs)),
         ("outputs", tensors(manifest.graph.outputs)),
@@ -117,11 +117,32 @@ def _model_rows(bundle: "Bundle") -> list[tuple[str, str]]:
     return [
         ("model", f"{config.num_layers} layers, {config.vocab_size} tokens, head {tied}"),
         ("mlp", "; ".join(mlps)),
+        *_quantisation_rows(bundle),
         (
             "text",
             f"{', '.join(beside) or 'no tokenizer.json'}; " + (f"ended by token {ends}" if ends else "ended by none"),
         ),
     ]
+
+
+def _quantisation_rows(bundle: "Bundle") -> list[tuple[str, str]]:
+    """What is quantised of a model, and what that lost, where the report says."""
+    from diffdeploy.bundle import REPORT
+    from diffdeploy.verify.report import read_report
+
+    manifest = bundle.manifest
+    if (how := manifest.options.quantisation) is None:
+        return []
+    matrices = "projections and MLPs" + (", and the head" if how.head else "")
+    whole = f"all else {manifest.graph.dtype}" + ("" if how.head else ", the head too")
+    rows = [
+        (
+            "weights",
+            f"{how.weights} in blocks of {how.block_size}, accuracy level {how.accuracy_level}: {matrices}; {whole}",
+        )
+    ]
+    loss = read_report(bundle.path / REPORT).loss if REPORT in manifest.files else None
+    return rows if loss is None else [*rows, ("loss", loss.summary)]
 
 
 def _heads(num_heads: int | None, num_kv_heads: int | None, head_dim: int | None, value_dim: int | None) -> str:

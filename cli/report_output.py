@@ -8,9 +8,9 @@ from diffdeploy.errors import VerificationError
 
 if TYPE_CHECKING:
     from diffdeploy.formats import ArtifactFacts
-    from diffdeploy.verify import Report
+    from diffdeploy.verify import Loss, Report
 
-__all__ = ["finish", "graph_fields", "report_fields"]
+__all__ = ["finish", "graph_fields", "loss_fields", "report_fields"]
 
 
 def finish(report: "Report", subject: Path, *, as_json: bool, error: str | None = None, warn_only: bool = False) -> int:
@@ -71,9 +71,16 @@ def report_fields(report: "Report", subject: Path) -> dict[str, Any]:
             **layers,
             "worst": None if worst is None else {"case": worst.id, "budget_used": worst.budget_used},
             # Those three stand above, or say how a report is stored.
-            **report.model_dump(mode="json", exclude={"format", "graph", "schema_version"}),
+            **report.model_dump(mode="json", exclude={"format", "graph", "schema_version", "loss"}),
         },
+        # Beside the verdict, of which it is no part.
+        **({} if report.loss is None else {"loss": loss_fields(report.loss)}),
     }
+
+
+def loss_fields(loss: "Loss") -> dict[str, Any]:
+    """What quantised weights lost."""
+    return {**loss.model_dump(mode="json"), "worst_layer": loss.worst_layer}
 
 
 def graph_fields(facts: "ArtifactFacts") -> dict[str, Any]:

@@ -24,6 +24,7 @@ _STORED_DTYPES = {
     "BF16": "bfloat16",
     "I64": "int64",
     "I32": "int32",
+    "U8": "uint8",
     "BOOL": "bool",
 }
 

@@ -17,7 +17,6 @@ from diffdeploy.bundle import (
     FileDigest,
     Manifest,
     Provenance,
-    cast_weights,
     frozen_module,
     remember_export,
     staged_bundle,
@@ -26,6 +25,7 @@ from diffdeploy.bundle import (
 from diffdeploy.config import AnyModel
 from diffdeploy.errors import DiffDeployError, ExportError, InputError, UnavailableError
 from diffdeploy.exclusive import without_warnings
+from diffdeploy.exporters.quantising import ShippedWeights, check_quantisation, loss_of, to_quantise
 from diffdeploy.formats import (
     ArtifactFacts,
     ExportOptions,
@@ -38,6 +38,7 @@ from diffdeploy.formats import (
 from diffdeploy.graphs import GraphSpec, graph_spec
 from diffdeploy.runtime.machine import this_machine
 from diffdeploy.verify import (
+    Loss,
     Progress,
     RejectedError,
     Report,
@@ -48,8 +49,6 @@ from diffdeploy.verify import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from diffdeploy.checkpoints import Checkpoint, ModelCheckpoint
     from diffdeploy.modules import AnyModule
 
@@ -61,11 +60,19 @@ _MAX_SEQUENCE_LENGTH = 2048
 
 @dataclass(frozen=True)
 class Export:
-    """A finished export: where the bundle is, what the artifact says of itself, and the report that accepted it."""
+    """A finished export.
+
+    Attributes:
+        path: where the bundle is.
+        facts: what the artifact says of itself.
+        report: of the verification that accepted it, if there was one.
+        loss: by quantised weights, where it was measured.
+    """
 
     path: Path
     facts: ArtifactFacts
     report: Report | None
+    loss: Loss | None = None
 
 
 def _checked_format(options: ExportOptions) -> Format:
@@ -113,14 +120,14 @@ def _impl(found: Format, options: ExportOptions) -> str:
     return found.fastest_impl(options.graph) if options.impl == "auto" else str(options.impl)
 
 
-def _write_weights(config: AnyModel, weights: dict[str, "Tensor"], spec: GraphSpec, seed: int, staging: Path) -> None:
+def _write_weights(config: AnyModel, weights: ShippedWeights, spec: GraphSpec, seed: int, staging: Path) -> None:
     import safetensors.numpy
 
-    arrays = {name: to_array(tensor) for name, tensor in weights.items()}
-    # Golden vectors are of the cast weights: the artifact is to compute what it was given, not what the checkpoint held
-    # before. Serialised first: the library's own file writer hides the reason when a disk is full.
-    (staging / WEIGHTS).write_bytes(safetensors.numpy.save(arrays))
-    (staging / GOLDEN).write_bytes(safetensors.numpy.save(golden_arrays(config, spec, arrays, seed)))
+    computed = {name: to_array(tensor) for name, tensor in weights.computed.items()}
+    # Golden vectors are of the cast and quantised weights: the artifact is to compute what it was given, not what the
+    # checkpoint held before. Serialised first: the library's own file writer hides the reason when a disk is full.
+    (staging / WEIGHTS).write_bytes(safetensors.numpy.save(dict(weights.stored)))
+    (staging / GOLDEN).write_bytes(safetensors.numpy.save(golden_arrays(config, spec, computed, seed)))
 
 
 def export_bundle(
@@ -149,10 +156,13 @@ def export_bundle(
         UnavailableError: a package or disk space is missing.
         ExportError: the block could not be lowered.
         RejectedError: the artifact does not compute what its weights and config say.
+        VerificationError: quantised weights lose more than ``options`` allow.
     """
     import torch
 
     options = options or ExportOptions()
+    check_quantisation(checkpoint, options)
+    checkpoint = to_quantise(checkpoint, options)
     max_sequence_length, _ = settled_length(options, checkpoint)
     found = _checked_format(options)
     device = found.device_of(options)
@@ -168,7 +178,7 @@ def export_bundle(
         logits=options.logits,
         padding=found.padding(options.graph, options.onnx_flavor, checkpoint.config),
     )
-    weights = cast_weights(checkpoint.weights, options.dtype)
+    weights = ShippedWeights.of(checkpoint, options)
     report = None
     with staged_bundle(output, force=force) as staging:
         phase("lowering")
@@ -178,7 +188,7 @@ def export_bundle(
             shutil.copyfile(companion, staging / companion.name)
         length, dtype = spec.axes["sequence_length"].max, getattr(torch, spec.dtype)
         impl = _impl(found, options)
-        block = frozen_module(checkpoint.config, weights, impl=impl, max_positions=length, dtype=dtype)
+        block = frozen_module(checkpoint.config, weights.computed, impl=impl, max_positions=length, dtype=dtype)
         recorded = _lower(found, block, spec, staging, options)
         manifest = _manifest(checkpoint, spec, options, found, recorded)
         for name, content in found.engine_files(manifest, staging).items():
@@ -187,22 +197,28 @@ def export_bundle(
         manifest = write_manifest(staging, manifest)
         # Also of a bundle that is not verified: the command line reports them.
         facts = artifact_facts(Bundle(staging, manifest))
+        if options.weights is not None:
+            phase("measuring the loss")
+        loss = loss_of(Bundle(staging, manifest), weights, options, progress)
         if verify:
             phase("verifying")
             # Made by this process, and not remembered before it is whole.
             run_options = RunOptions(device=device, runtime=options.runtime, trust=True)
-            report = _accept(Bundle(staging, manifest), run_options, options.cases, progress)
+            report = _accept(Bundle(staging, manifest), run_options, options.cases, progress, loss)
     remember_export(output)
-    return Export(output, facts, report)
+    return Export(output, facts, report, loss)
 
 
-def _accept(bundle: Bundle, run_options: RunOptions, cases: Selection, progress: Progress | None) -> Report:
-    """Verify a bundle, and sign it as verified.
+def _accept(
+    bundle: Bundle, run_options: RunOptions, cases: Selection, progress: Progress | None, loss: Loss | None
+) -> Report:
+    """Verify a bundle, and sign it as verified; the loss is written down beside the verdict.
 
     Raises:
         RejectedError: it failed.
     """
     report = verify_bundle(bundle.path, cases=cases, progress=progress, run_options=run_options)
+    report = report.model_copy(update={"loss": loss})
     if not report.passed:
         raise RejectedError(
             f"the exported {bundle.manifest.format} artifact failed verification and was not kept: "

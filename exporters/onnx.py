@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from diffdeploy.arrays import read_safetensors
+from diffdeploy.bundle import WEIGHTS, Quantisation
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import ExportError, InputError
+from diffdeploy.exporters.onnx_nbits import quantise_products
 from diffdeploy.exporters.onnx_norms import small_epsilons_kept
 from diffdeploy.exporters.onnx_ort import OrtGraphModule
 from diffdeploy.exporters.onnx_ort_model import OrtModelModule, require_ort_model
@@ -28,7 +31,15 @@ __all__ = ["lower"]
 _MAX_INLINE_BYTES = 64 * 2**20
 
 
-def lower(block: AnyModule, spec: GraphSpec, directory: Path, *, opset: int, flavor: str) -> None:
+def lower(
+    block: AnyModule,
+    spec: GraphSpec,
+    directory: Path,
+    *,
+    opset: int,
+    flavor: str,
+    quantisation: Quantisation | None = None,
+) -> None:
     """Write ``model.onnx`` into ``directory``; weights above 64 MiB go to ``model.onnx.data`` beside it.
 
     Args:
@@ -37,6 +48,7 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, *, opset: int, fla
         directory: existing directory.
         opset: operator set; from 23 on the attentions are ``Attention`` nodes, below they are decomposed.
         flavor: ``standard`` or ``ort``.
+        quantisation: of the matrices in the weights file that is in ``directory``.
 
     Raises:
         InputError: a block that the operators of the flavor cannot compute.
@@ -60,6 +72,8 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, *, opset: int, fla
     del program.graph.outputs[len(spec.outputs) :]
     if isinstance(block, DiffTransformer) and block.config.tied:
         tie_head(program, block.config.vocab_size, block.config.embed_dim)
+    if quantisation is not None:
+        quantise_products(program, read_safetensors(directory / WEIGHTS), block.config, quantisation)
     _name_axes(program, spec)
     _strip_metadata(program)
     _save(program, directory)

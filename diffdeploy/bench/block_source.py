@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from diffdeploy.bench.results import Block
 from diffdeploy.bench.synthetic import random_checkpoint
-from diffdeploy.bundle import WEIGHTS, Bundle, is_bundle, open_bundle
+from diffdeploy.bundle import Bundle, is_bundle, open_bundle, read_tensors
 from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
 from diffdeploy.errors import InputError
 from diffdeploy.graphs import DType, Variant
@@ -160,9 +160,7 @@ def open_sources(
 
 
 def _of_bundle(bundle: Bundle) -> Checkpoint:
-    from safetensors.torch import load_file
-
-    weights = load_file(bundle.path / WEIGHTS)
+    weights = read_tensors(bundle)
     return Checkpoint(config=bundle.manifest.block, weights=weights, layout="bundle", layer=None, keys=[])
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from diffdeploy.bundle.store import WEIGHTS, Bundle
+from diffdeploy.bundle.store import Bundle
+from diffdeploy.bundle.weights import read_tensors
 from diffdeploy.config import AnyModel, DecoderConfig
 
 if TYPE_CHECKING:
@@ -44,12 +45,11 @@ def eager_module(bundle: Bundle, *, impl: str, device: str = "cpu") -> "AnyModul
         device: where its weights are.
     """
     import torch
-    from safetensors.torch import load_file
 
     spec = bundle.manifest.graph
     module = frozen_module(
         bundle.manifest.config,
-        load_file(bundle.path / WEIGHTS),
+        read_tensors(bundle),
         impl=impl,
         # As many rows as the tables in the artifact have.
         max_positions=spec.axes["sequence_length"].max,

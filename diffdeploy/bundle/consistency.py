@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from diffdeploy.bundle.manifest import Manifest
-from diffdeploy.config import DecoderConfig, is_lambda_vector
+from diffdeploy.bundle.quantised import HEAD, stored_tensors
+from diffdeploy.config import DecoderConfig
 from diffdeploy.errors import InputError, IntegrityError
 from diffdeploy.graphs import DType, GraphSpec, graph_spec
 
@@ -12,7 +13,7 @@ __all__ = ["require_consistent"]
 
 # More rows and positions than any model has; tables of so many positions are still made.
 _MOST = {"batch_size": 2**20, "sequence_length": 2**24}
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 
 def require_consistent(manifest: Manifest, weights: Path) -> None:
@@ -104,8 +105,10 @@ def _first_difference(spec: GraphSpec, implied: GraphSpec) -> str:
 def _require_weights(manifest: Manifest, path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
-    expected = manifest.config.weight_shapes()
-    dtype = _DTYPES[manifest.graph.dtype]
+    quantisation = manifest.options.quantisation
+    if quantisation is not None and quantisation.head and HEAD not in manifest.config.weight_shapes():
+        raise IntegrityError("manifest.json has a quantised head, and the head of its model is the embedding")
+    expected = stored_tensors(manifest.config, quantisation, manifest.graph.dtype)
     try:
         with safe_open(path, framework="numpy") as file:
             names = set(file.keys())
@@ -114,9 +117,9 @@ def _require_weights(manifest: Manifest, path: Path) -> None:
                 raise IntegrityError(
                     f"{path} {where} {odd[0]}: its weights are not those of the block in manifest.json"
                 )
-            for name, shape in expected.items():
+            for name, (dtype, shape) in expected.items():
                 found = file.get_slice(name)
-                wanted = (list(shape), "F32" if is_lambda_vector(name) else dtype)
+                wanted = (list(shape), _DTYPES[dtype])
                 given = (list(found.get_shape()), str(found.get_dtype()))
                 if given != wanted:
                     was, due = (f"{kind} {sizes}" for sizes, kind in (given, wanted))

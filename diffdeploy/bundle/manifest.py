@@ -10,6 +10,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 
 from diffdeploy import __version__
 from diffdeploy.bundle.migration import migrated
+from diffdeploy.bundle.quantised import Quantisation
 from diffdeploy.config import AnyConfig, AnyModel, DecoderConfig
 from diffdeploy.errors import InputError, IntegrityError
 from diffdeploy.graphs import GraphSpec
@@ -83,6 +84,7 @@ class ExportRecord(Record):
         device: ``cpu`` or ``cuda``, the kind of device that the artifact is bound to; ``None`` for any.
         opset: ONNX operator set.
         flavor: which of a format's ways to write the block down was taken.
+        quantisation: of the matrices of a model; ``None`` where all weights are in the dtype of the graph.
     """
 
     attention_impl: str
@@ -90,6 +92,11 @@ class ExportRecord(Record):
     device: Literal["cpu", "cuda"] | None = None
     opset: int | None = None
     flavor: str | None = None
+    quantisation: Quantisation | None = None
+
+    def plain(self) -> dict[str, bool | int | str]:
+        """All of it but `quantisation`, which is a record of its own."""
+        return self.model_dump(exclude={"quantisation"})
 
     @model_serializer(mode="wrap")
     def _what_applies(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""The weights of a bundle: cast as the artifact holds them, and read back."""
+"""The weights of a bundle: cast as the artifact holds them, and read back as the numbers that it computes with."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from diffdeploy.arrays import Array, read_safetensors
+from diffdeploy.arrays import Array, read_safetensors, to_tensor
+from diffdeploy.bundle.quantised import dequantised
 from diffdeploy.bundle.store import WEIGHTS, Bundle
 from diffdeploy.config import is_lambda_vector
 from diffdeploy.errors import InputError
@@ -12,7 +13,7 @@ from diffdeploy.graphs import DType
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["cast_weights", "read_weights"]
+__all__ = ["cast_weights", "read_tensors", "read_weights"]
 
 
 def cast_weights(weights: "Mapping[str, Tensor]", dtype: DType) -> "dict[str, Tensor]":
@@ -46,4 +47,19 @@ def read_weights(bundle: Bundle) -> dict[str, Array]:
     Raises:
         IntegrityError: the file cannot be read.
     """
-    return read_safetensors(bundle.path / WEIGHTS)
+    stored, quantisation = read_safetensors(bundle.path / WEIGHTS), bundle.manifest.options.quantisation
+    return stored if quantisation is None else dequantised(stored, bundle.manifest.config, quantisation)
+
+
+def read_tensors(bundle: Bundle) -> "dict[str, Tensor]":
+    """The same as tensors.
+
+    Raises:
+        IntegrityError: the file cannot be read.
+    """
+    from safetensors.torch import load_file
+
+    if bundle.manifest.options.quantisation is None:
+        # It maps the file, of which nothing is held twice.
+        return load_file(bundle.path / WEIGHTS)
+    return {name: to_tensor(array) for name, array in read_weights(bundle).items()}

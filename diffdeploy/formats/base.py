@@ -158,13 +158,21 @@ class Format(ABC):
         """What a graph makes of its mask; see `GraphSpec`."""
         return "anywhere"
 
+    def quantises(self, flavor: str | None, graph: GraphSpec) -> bool:
+        """Whether matrices of such a graph can be quantised."""
+        return False
+
     def check_options(self, options: ExportOptions) -> None:
         """Refuse options that the format does not have.
 
         Raises:
             InputError: one was given.
         """
-        for name, given in (("opset", options.opset), ("onnx flavor", options.onnx_flavor)):
+        for name, given in (
+            ("opset", options.opset),
+            ("onnx flavor", options.onnx_flavor),
+            ("weights", options.weights),
+        ):
             if given is not None:
                 raise InputError(f"{name} is {given}, which format {options.format} does not have; leave it out")
         if options.runtime != "native":
@@ -212,6 +220,7 @@ class Format(ABC):
             # Instruction sets of a processor, or the GPU.
             ("made_for", set(manifest.made_for), [set(self.machine) - {"isa" if options.device == "cuda" else "gpu"}]),
             ("requires", set(manifest.requires or ()), [set(), {self.package}]),
+            ("quantised weights", options.quantisation is not None, {False, self.quantises(options.flavor, graph)}),
             ("padding", graph.padding, [self.padding(graph.variant, options.flavor, manifest.config)]),
         ):
             if given not in accepted:

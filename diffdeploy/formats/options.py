@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from diffdeploy.bundle import BLOCK_SIZES, Quantisation, WeightBits
+from diffdeploy.errors import InputError
 from diffdeploy.graphs import DType, Logits, Variant
 
 __all__ = ["Device", "ExportOptions", "RunOptions", "RuntimeName", "Selection"]
@@ -13,6 +15,9 @@ Device = Literal["cpu", "cuda"]
 RuntimeName = Literal["native", "reference", "openvino"]
 # Of the cases that a verification runs; see `diffdeploy.verify.sweep.select_cases`.
 Selection = Literal["quick", "full"] | int
+
+# What onnxruntime-genai and llama.cpp take, too.
+_BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,12 @@ class ExportOptions:
         runtime: that the artifact is verified with.
         logits: of a model: at ``all`` new positions, or at the ``last`` alone.
         cases: what it is verified on; the report says which parts of the declared ranges that leaves out.
+        weights: bits of the numbers that matrices are quantised to; by default they are in ``dtype``.
+        block_size: numbers that share a scale; by default 32.
+        quantise_head: quantise the head, too.
+        text: file that the loss by the quantisation is measured on; by default a module of Python's standard library.
+        max_kl: the most that the divergence from the original may be, in nats a token.
+        min_agreement: the least share of tokens that must stay the most probable ones.
     """
 
     format: str = "onnx"
@@ -50,6 +61,26 @@ class ExportOptions:
     runtime: RuntimeName = "native"
     logits: Logits = "all"
     cases: Selection = "full"
+    weights: WeightBits | None = None
+    block_size: int | None = None
+    quantise_head: bool = False
+    text: Path | None = None
+    max_kl: float | None = None
+    min_agreement: float | None = None
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """How matrices are quantised, if they are.
+
+        Raises:
+            InputError: there are no blocks of that size.
+        """
+        if self.weights is None:
+            return None
+        size = _BLOCK_SIZE if self.block_size is None else self.block_size
+        if size not in BLOCK_SIZES:
+            raise InputError(f"block size is {size}; accepted: {', '.join(map(str, BLOCK_SIZES))}")
+        return Quantisation(weights=self.weights, block_size=size, head=self.quantise_head)
 
 
 @dataclass(frozen=True, kw_only=True)

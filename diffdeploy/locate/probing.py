@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from diffdeploy.arrays import Array, epsilon, read_safetensors, to_array
-from diffdeploy.bundle import WEIGHTS, Bundle
+from diffdeploy.arrays import Array, epsilon, to_array
+from diffdeploy.bundle import Bundle, read_weights
 from diffdeploy.graphs import Stage
 from diffdeploy.locate.values import stage_values
 
@@ -95,8 +95,7 @@ class Prober:
 
     def __init__(self, bundle: Bundle, artifact: Runs) -> None:
         self.config, self._spec = bundle.manifest.block, bundle.manifest.graph
-        stored = read_safetensors(bundle.path / WEIGHTS)
-        self.weights = {name: array.astype(np.float64) for name, array in stored.items()}
+        self.weights = {name: array.astype(np.float64) for name, array in read_weights(bundle).items()}
         self.tolerance = _ROUNDINGS * epsilon(self._spec.dtype)
         self.batch_size = min(_MOST_ROWS, self._spec.axes["batch_size"].max)
         self.takes_positions = "position_ids" in self._spec.inputs

@@ -7,9 +7,9 @@ from typing import Any
 from diffdeploy.bundle import Bundle
 from diffdeploy.errors import InputError, UnavailableError
 
-__all__ = ["RowText", "TextDecoder", "Tokenizer"]
+__all__ = ["TOKENIZER", "RowText", "TextDecoder", "Tokenizer"]
 
-_FILE = "tokenizer.json"
+TOKENIZER = "tokenizer.json"
 
 # What tokenizers put where bytes are no character, or not yet.
 _UNFINISHED = "\ufffd"
@@ -31,9 +31,9 @@ class Tokenizer:
     """
 
     def __init__(self, bundle: Bundle) -> None:
-        if _FILE not in bundle.manifest.files:
+        if TOKENIZER not in bundle.manifest.files:
             raise InputError(
-                f"{bundle.path} has no {_FILE}, since none was beside its checkpoint; give tokens with --input-ids"
+                f"{bundle.path} has no {TOKENIZER}, since none was beside its checkpoint; give tokens with --input-ids"
             )
         try:
             import tokenizers
@@ -41,7 +41,7 @@ class Tokenizer:
             raise UnavailableError(
                 "text needs the package tokenizers, which is not installed; pip install 'diffdeploy[text]'"
             ) from error
-        self._path: Path = bundle.path / _FILE
+        self._path: Path = bundle.path / TOKENIZER
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(self._path))
         except Exception as error:

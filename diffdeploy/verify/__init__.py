@@ -5,6 +5,7 @@ from diffdeploy.formats import Check
 from diffdeploy.verify.artifact_checks import artifact_checks, artifact_facts
 from diffdeploy.verify.golden import golden_arrays, verify_golden
 from diffdeploy.verify.layers import num_judged_layers
+from diffdeploy.verify.loss import WINDOW, Loss, measure_loss
 from diffdeploy.verify.metrics import rejudge
 from diffdeploy.verify.report import CaseReport, OutputReport, RejectedError, Report, read_report
 from diffdeploy.verify.run import Progress, verify_bundle
@@ -12,9 +13,11 @@ from diffdeploy.verify.sweep import longest_case
 
 __all__ = [
     "BUDGETS",
+    "WINDOW",
     "Budget",
     "CaseReport",
     "Check",
+    "Loss",
     "OutputReport",
     "Progress",
     "RejectedError",
@@ -23,6 +26,7 @@ __all__ = [
     "artifact_facts",
     "golden_arrays",
     "longest_case",
+    "measure_loss",
     "num_judged_layers",
     "read_report",
     "rejudge",

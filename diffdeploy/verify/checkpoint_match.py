@@ -1,13 +1,19 @@
 """Proof that a bundle comes from a checkpoint: read again, cast again, the same bits."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffdeploy.bundle import WEIGHTS, Provenance, cast_weights, open_bundle
+from diffdeploy.arrays import ArrayView, to_tensor
+from diffdeploy.bundle import WEIGHTS, Manifest, Provenance, cast_weights, open_bundle, quantised, with_own_head
 from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, ModelCheckpoint, read_checkpoint, read_model
 from diffdeploy.checkpoints.fields import shortened
-from diffdeploy.config import DecoderConfig
+from diffdeploy.config import AnyModel, DecoderConfig
 from diffdeploy.errors import InputError, IntegrityError
 from diffdeploy.formats import Check
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["matches_checkpoint"]
 
@@ -30,8 +36,9 @@ def matches_checkpoint(bundle: str | Path, checkpoint: str | Path) -> Check:
     is_model = isinstance(manifest.config, DecoderConfig)
     found = read_model(checkpoint, options) if is_model else read_checkpoint(checkpoint, options)
     # Cast as for the export, since a bundle holds weights in the artifact's dtype.
-    read, stored = cast_weights(found.weights, manifest.graph.dtype), load_file(Path(bundle) / WEIGHTS)
-    problems = [] if found.config == manifest.config else ["its config is another"]
+    config, read = _as_stored(found, manifest)
+    stored = load_file(Path(bundle) / WEIGHTS)
+    problems = [] if config == manifest.config else ["its config is another"]
     if read.keys() != stored.keys():
         problems.append("its weights have other names")
     problems += [
@@ -44,6 +51,17 @@ def matches_checkpoint(bundle: str | Path, checkpoint: str | Path) -> Check:
     others = "" if _digests(found) == _claimed_digests(source) else "; the manifest names other files"
     fine = f"the weights are those of {names}, bit for bit{others}"
     return Check(name="origin", passed=not problems, detail="; ".join(problems) or fine)
+
+
+def _as_stored(found: Checkpoint | ModelCheckpoint, manifest: Manifest) -> "tuple[AnyModel, Mapping[str, Tensor]]":
+    """Config and weights as an export of the checkpoint stores them."""
+    config, weights, quantisation = found.config, found.weights, manifest.options.quantisation
+    if quantisation is None:
+        return config, cast_weights(weights, manifest.graph.dtype)
+    if quantisation.head:
+        config, weights = with_own_head(config, weights)
+    stored = quantised(ArrayView(cast_weights(weights, manifest.graph.dtype)), quantisation)
+    return config, {name: to_tensor(array) for name, array in stored.items()}
 
 
 def _false_claims(found: Checkpoint | ModelCheckpoint, source: Provenance) -> list[str]:

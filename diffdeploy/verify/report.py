@@ -14,6 +14,7 @@ from diffdeploy.graphs import DType
 from diffdeploy.locate import Finding
 from diffdeploy.records import Record, Rounded
 from diffdeploy.verify.coverage import Coverage
+from diffdeploy.verify.loss import Loss
 
 __all__ = [
     "CaseReport",
@@ -136,6 +137,8 @@ class Report(Record):
         greedy_tokens_checked: generated tokens of which the exact margin tells whether they are right; ``None`` where
             nothing was generated.
         guilty: where an artifact that failed first deviates.
+        loss: what quantised weights lost against the original ones when the bundle was made, which is no part of the
+            verdict; ``None`` where it was not measured.
     """
 
     schema_version: Literal[2] = 2
@@ -153,6 +156,7 @@ class Report(Record):
     coverage: list[Coverage] = Field(default_factory=list)
     greedy_tokens_checked: int | None = None
     guilty: Finding | None = None
+    loss: Loss | None = None
 
     @property
     def passed(self) -> bool:

@@ -15,12 +15,14 @@ from diffdeploy.bundle import Manifest, open_bundle, read_weights
 from diffdeploy.checkpoints import Checkpoint, ModelCheckpoint
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.cli.main import main
+from diffdeploy.config import AnyConfig
 from diffdeploy.errors import DiffDeployError, IntegrityError
 from diffdeploy.formats import RunOptions
 from diffdeploy.runtime import least_versions, require_runnable
 from diffdeploy.selftest.local_artifact import LocalArtifact
 from diffdeploy.verify import artifact_checks, verify_bundle
 from diffdeploy.verify.golden import golden_check
+from tests.support.blocks import ROPE, make_config
 from tests.support.bundles import BundleCache, FormatBundle, options_of
 from tests.support.manifests import fields_of, reached, set_to, signed_again
 from tests.support.models import decoder_weights, make_decoder
@@ -128,12 +130,12 @@ def cached_bundle(bundles: BundleCache, sample: Checkpoint) -> Path:
     return bundles.bundle(sample, options_of("onnx", graph="cached", dtype="float16"), verify=False)
 
 
-def model_bundle(bundles: BundleCache) -> Path:
-    config = make_decoder(num_layers=2)
+def model_bundle(bundles: BundleCache, block: AnyConfig | None = None, **changes: Any) -> Path:
+    config = make_decoder(num_layers=2, attention=block)
     found = ModelCheckpoint(
         config=config, weights=decoder_weights(config), layout="diffdeploy", keys=list(config.weight_shapes())
     )
-    return bundles.bundle(found, options_of("onnx", graph="model", max_sequence_length=20), verify=False)
+    return bundles.bundle(found, options_of("onnx", graph="model", max_sequence_length=20, **changes), verify=False)
 
 
 @pytest.fixture(params=["onnx", "onnx cached", "onnx model", "pt2"])
@@ -168,6 +170,25 @@ def test_no_wrong_value_goes_unseen(subject: Path) -> None:
             unseen.append((name, value))
     assert unseen == []
     assert count > 250
+
+
+def test_no_wrong_quantisation_goes_unseen(bundles: BundleCache, tmp_path: Path) -> None:
+    block = make_config(embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, rope=ROPE)
+    path = tmp_path / "bundle"
+    options = {"onnx_flavor": "ort", "weights": "int4", "quantise_head": True}
+    shutil.copytree(model_bundle(bundles, block, **options), path)
+    good, fields = open_bundle(path).manifest, fields_of(path)
+    fields.pop("manifest_sha256")
+    unseen, count = [], 0
+    for name, value, changed in mutated(fields):
+        if not name.startswith("options.quantisation"):
+            continue
+        count += 1
+        signed_again(path, changed)
+        if not means_the_same(path, good) and not is_seen(path):
+            unseen.append((name, value))
+    assert unseen == []
+    assert count > 20
 
 
 @pytest.mark.parametrize(

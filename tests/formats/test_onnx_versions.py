@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from diffdeploy.bundle import Manifest, open_bundle
+from diffdeploy.bundle import Manifest, Quantisation, open_bundle
 from diffdeploy.config import DiffAttentionConfig
 from diffdeploy.formats import find_format
 from diffdeploy.formats.onnx.versions import _TABLE, least_onnxruntime
@@ -75,6 +75,12 @@ def test_any_layer_of_a_model_counts(window: int | None, least: str, manifest: M
     options = manifest.options.model_copy(update={"flavor": "ort"})
 
     assert least_onnxruntime(manifest.model_copy(update={"config": model, "options": options})) == least
+
+
+@pytest.mark.parametrize(("weights", "least"), [("int4", "1.19.0"), ("int8", "1.23.0")])
+def test_quantised_matrices(weights: Any, least: str, manifest: Manifest) -> None:
+    quantised = changed(manifest, opset=20, flavor="ort", quantisation=Quantisation(weights=weights))
+    assert least_onnxruntime(quantised) == least
 
 
 def test_every_graph_runs_on_the_oldest_version_that_the_extra_brings() -> None:

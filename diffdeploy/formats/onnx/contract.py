@@ -21,12 +21,14 @@ from diffdeploy.formats.onnx.external import load_model
 from diffdeploy.formats.onnx.messages import strings, unwritten
 from diffdeploy.formats.onnx.names import (
     FIRST_OPSET_WITH_ATTENTION,
+    MATMUL_NBITS,
     MODEL,
     ORT,
     ORT_ATTENTION,
     ORT_DOMAIN,
     ORT_ROTARY,
 )
+from diffdeploy.formats.onnx.nbits import packed_constants, quantised_products
 
 if TYPE_CHECKING:
     import onnx
@@ -78,9 +80,12 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     # Blocks are written a stream at a time in that flavor.
     by_stream = manifest.options.flavor == ORT and manifest.graph.variant != "model"
     stream_width = manifest.config.attention.head_dim if by_stream else None
+    quantisation = manifest.options.quantisation
+    whole = {name: array for name, array in weights.items() if not (quantisation and quantisation.covers(name))}
     return [
         *structure,
-        weights_bit_for_bit(constants, weights, stream_width),
+        *quantised_products(model, constants, bundle),
+        weights_bit_for_bit(constants, whole, stream_width),
         lambda_constant(constants, manifest, weights),
         rope_constants(constants, manifest),
     ]
@@ -114,6 +119,7 @@ def _standard_operators(model: "onnx.ModelProto", manifest: Manifest, others: li
     problems = [f"operators of domain {domain!r}" for domain in sorted(domains - _STANDARD_DOMAIN - own)]
     contributed = {name for domain, name in operators if domain == ORT_DOMAIN}
     allowed = {ORT_ATTENTION} | ({ORT_ROTARY} if manifest.graph.variant == "model" else set())
+    allowed |= {MATMUL_NBITS} if manifest.options.quantisation is not None else set()
     problems += [f"operator {name} of onnxruntime" for name in sorted(contributed - allowed) if own]
     # Subgraphs and functions among them: operators in those would escape the counts.
     problems += [f"{other}, which no export writes" for other in others]
@@ -191,8 +197,14 @@ def _precision(model: "onnx.ModelProto", manifest: Manifest) -> Check:
         # What a graph says itself of its inner values is no more than a claim.
         values += onnx.shape_inference.infer_shapes(model).graph.value_info
     found = {value.name: value.type.tensor_type.elem_type for value in values}
+    # Another check looks at every bit of what is quantised on purpose.
+    quantised = packed_constants(model) if manifest.options.quantisation is not None else set()
     found |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    problems = [f"{name} is {types.Name(kind)}" for name, kind in found.items() if kind not in accepted]
+    problems = [
+        f"{name} is {types.Name(kind)}"
+        for name, kind in found.items()
+        if kind not in accepted and (kind != types.UINT8 or name not in quantised)
+    ]
     problems += [
         f"{node.op_type} {node.name} computes in {types.Name(attribute.i)}"
         for node in model.graph.node

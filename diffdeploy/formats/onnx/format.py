@@ -84,6 +84,10 @@ class OnnxFormat(Format):
             return "anywhere"
         return "contiguous" if any(block.sliding_window for block in config.blocks.values()) else "counted"
 
+    def quantises(self, flavor: str | None, graph: GraphSpec) -> bool:
+        """See `Format.quantises`: by an operator of onnxruntime, whose result is computed in float32."""
+        return flavor == ORT and graph.variant == "model" and graph.dtype == "float32"
+
     def check_options(self, options: ExportOptions) -> None:
         """Refuse an opset outside 18 to 24, and what the operators of a flavor do not have.
 
@@ -96,6 +100,8 @@ class OnnxFormat(Format):
             raise InputError("graph is cached, which the flavor ort does not have; leave --onnx-flavor out")
         if options.onnx_flavor == ORT and options.runtime != "native":
             raise InputError(f"runtime {options.runtime} knows standard operators alone; leave --onnx-flavor out")
+        if options.weights is not None:
+            _check_quantisation(options)
         if options.opset is not None and options.opset not in OPSETS:
             raise InputError(f"opset is {options.opset}; accepted is {OPSETS.start} to {OPSETS.stop - 1}")
 
@@ -104,8 +110,9 @@ class OnnxFormat(Format):
         from diffdeploy.exporters.onnx import lower
 
         flavor, opset = options.onnx_flavor or STANDARD, options.opset or DEFAULT_OPSET
-        lower(block, spec, directory, opset=opset, flavor=flavor)
-        return {"opset": opset, "flavor": flavor}
+        quantisation = options.quantisation
+        lower(block, spec, directory, opset=opset, flavor=flavor, quantisation=quantisation)
+        return {"opset": opset, "flavor": flavor, "quantisation": quantisation}
 
     def engine_files(self, manifest: Manifest, directory: Path) -> Mapping[str, bytes]:
         """See `Format.engine_files`: onnxruntime-genai's config."""
@@ -191,6 +198,21 @@ def _why_no_openvino(device: str, dtype: DType) -> str | None:
     if find_spec("openvino") is None:
         return "openvino is not installed; pip install 'diffdeploy[openvino]'"
     return "numpy hands OpenVINO no bfloat16" if dtype == "bfloat16" else None
+
+
+def _check_quantisation(options: ExportOptions) -> None:
+    if options.graph != "model":
+        raise InputError(f"weights are {options.weights}, which only whole models have; leave --layer or --weights out")
+    if options.onnx_flavor != ORT:
+        raise InputError(
+            f"weights are {options.weights}, which an operator of onnxruntime multiplies with; give --onnx-flavor {ORT}"
+        )
+    if options.dtype != "float32":
+        raise InputError(
+            f"weights are {options.weights} and dtype is {options.dtype}; quantised weights go with float32, "
+            "leave --dtype out"
+        )
+    _ = options.quantisation  # refuses a size of blocks
 
 
 def _why_no_reference(device: str, dtype: DType) -> str | None:

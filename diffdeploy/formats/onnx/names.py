@@ -3,6 +3,7 @@
 __all__ = [
     "EXTERNAL_DATA",
     "FIRST_OPSET_WITH_ATTENTION",
+    "MATMUL_NBITS",
     "MODEL",
     "ORT",
     "ORT_ATTENTION",
@@ -19,6 +20,8 @@ EXTERNAL_DATA = "model.onnx.data"
 # Operators of the standard alone, or those that onnxruntime runs fastest.
 STANDARD, ORT = "standard", "ort"
 ORT_DOMAIN, ORT_ATTENTION, ORT_ROTARY = "com.microsoft", "GroupQueryAttention", "RotaryEmbedding"
+# A product with a matrix in blocks of a few bits.
+MATMUL_NBITS = "MatMulNBits"
 
 FIRST_OPSET_WITH_ATTENTION = 23
 

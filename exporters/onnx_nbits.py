@@ -1,0 +1,95 @@
+"""Products with quantised matrices: each ``MatMul`` becomes an operator of onnxruntime on the bundle's own blocks."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffdeploy.arrays import Array
+from diffdeploy.bundle import Packed, Quantisation, packed_weights
+from diffdeploy.config import AnyModel
+from diffdeploy.errors import ExportError
+from diffdeploy.formats.onnx.names import MATMUL_NBITS, ORT_DOMAIN
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+__all__ = ["quantise_products"]
+
+_OPERATOR_SET = 1
+
+
+def quantise_products(
+    model: "onnx_ir.Model", stored: Mapping[str, Array], config: AnyModel, quantisation: Quantisation
+) -> None:
+    """Put ``MatMulNBits`` where the model multiplies with the numbers of a quantised matrix.
+
+    Args:
+        model: as the exporter made it from the dequantised weights, with products ``[B, S, K] x [K, N]``.
+        stored: weights as the bundle stores them.
+        config: of the model.
+        quantisation: of its matrices.
+
+    Raises:
+        ExportError: a matrix is not multiplied with as it is.
+    """
+    packed, shapes = packed_weights(stored), config.weight_shapes()
+    # Equal matrices are one constant of the graph, and one of them stands for all.
+    names: dict[bytes, str] = {}
+    wanted = {}
+    for name, matrix in packed.items():
+        wanted[name] = _digest(quantisation.numbers(matrix, shapes[name][1]).T)
+        names.setdefault(wanted[name], name)
+    found = set()
+    for node in list(model.graph):
+        held = node.inputs[1].const_value if node.op_type == "MatMul" and node.inputs[1] is not None else None
+        if held is None or (digest := _digest(held.numpy())) not in names:
+            continue
+        name = names[digest]
+        _replace(model.graph, node, name, packed[name], shapes[name][1], quantisation)
+        found.add(digest)
+    if missing := [name for name, digest in wanted.items() if digest not in found]:
+        raise ExportError(f"the graph has no product with {missing[0]} as it is, so that it cannot be quantised")
+    model.graph.opset_imports.setdefault(ORT_DOMAIN, _OPERATOR_SET)
+
+
+def _digest(matrix: Array) -> bytes:
+    return hashlib.sha256(repr((matrix.dtype, matrix.shape)).encode() + np.ascontiguousarray(matrix).tobytes()).digest()
+
+
+def _replace(
+    graph: "onnx_ir.Graph",
+    product: "onnx_ir.Node",
+    name: str,
+    packed: Packed,
+    num_columns: int,
+    quantisation: Quantisation,
+) -> None:
+    import onnx_ir as ir
+
+    def constant(suffix: str, array: Array) -> ir.Value:
+        full = f"{name}.{suffix}"
+        if full not in graph.initializers:
+            tensor = ir.tensor(array, name=full)
+            kind = ir.TensorType(tensor.dtype)
+            graph.register_initializer(ir.Value(name=full, const_value=tensor, shape=ir.Shape(array.shape), type=kind))
+        return graph.initializers[full]
+
+    x, matrix = product.inputs
+    assert matrix is not None
+    # No accuracy level, which stands for 0: the operator of other providers than the CPU's does not know it.
+    attributes = {
+        "K": num_columns,
+        "N": len(packed.blocks),
+        "bits": quantisation.bits,
+        "block_size": quantisation.block_size,
+    }
+    inputs = [x, constant("blocks", packed.blocks), constant("scales", packed.scales)]
+    node = ir.node(MATMUL_NBITS, inputs, attributes=attributes, domain=ORT_DOMAIN)
+    node.name = product.name
+    (old,), (new,) = product.outputs, node.outputs
+    new.name, new.shape, new.type = old.name, old.shape, old.type
+    ir.convenience.replace_nodes_and_values(graph, product, [product], [node], [old], [new])
+    if not matrix.uses():
+        graph.initializers.pop(str(matrix.name))
