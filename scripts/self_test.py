@@ -1,6 +1,6 @@
 """Self-tests of bundles of the sample in several formats, and the table of all faults as a page of the documentation.
 
-``python scripts/self_test.py onnx onnx-ort pt2 aoti compile --output docs/faults.md [--save FILE]``
+``python scripts/self_test.py onnx onnx-ort pt2 aoti compile onnx-model --output docs/faults.md [--save FILE]``
 
 Formats can be tested in several processes; each saves its results to a file, and a process without formats writes the
 page from files: ``python scripts/self_test.py --load FILE ... --output docs/faults.md``.
@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint
+from diffdeploy.checkpoints import CheckpointOptions, read_checkpoint, read_model
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.formats import export_targets
@@ -31,22 +31,28 @@ compilation; `make slow` puts those into `aoti`, too.
 """
 
 
+# Behind the name of a format, for a bundle of the whole sample.
+OF_MODEL = "-model"
+
+
 def run(format_name: str, folder: Path) -> tuple[SelfTest, float]:
     """Export the sample, test the verification with it, and say how long that took."""
     path = folder / format_name
-    target = export_targets()[format_name]
-    # A flavor that is not the usual one has no cache.
+    target = export_targets()[format_name.removesuffix(OF_MODEL)]
+    is_model = format_name.endswith(OF_MODEL)
+    # A flavor that is not the usual one has no cache of blocks.
     is_usual = target.name == target.format.name
     options = ExportOptions(
         format=target.format.name,
         onnx_flavor=target.flavor,
-        graph="cached" if is_usual else "masked",
+        graph="model" if is_model else "cached" if is_usual else "masked",
         # Small, since the largest cases take most of the time; but beyond 64, where faults of long sequences begin.
         max_batch_size=4,
         max_sequence_length=70,
     )
     # Not layer 0, which has none before it to be confused with.
-    export_bundle(read_checkpoint(SAMPLE, CheckpointOptions(layer=1)), path, options)
+    block = CheckpointOptions(layer=1)
+    export_bundle(read_model(SAMPLE) if is_model else read_checkpoint(SAMPLE, block), path, options)
     start = time.monotonic()
     result = self_test(
         path,
@@ -87,8 +93,35 @@ def page(tests: dict[str, tuple[SelfTest, float]]) -> str:
         lines.append(
             f"| `{name}` | {test.injected} | {test.caught} | {test.with_stage} | {test.located} | {seconds:.0f} |"
         )
-    lines += ["", *families({name: test for name, (test, _) in tests.items()})]
-    found = {name: {fault.name: fault for fault in test.faults} for name, (test, _) in tests.items()}
+    blocks = {name: test for name, (test, _) in tests.items() if not name.endswith(OF_MODEL)}
+    models = {name: test for name, (test, _) in tests.items() if name.endswith(OF_MODEL)}
+    return "\n".join([*lines, *faults_of_blocks(blocks), *(faults_of_models(models) if models else [])]) + "\n"
+
+
+def faults_of_models(tests: dict[str, SelfTest]) -> list[str]:
+    """What caught each fault of whole models, in the order in which they were tried."""
+    found = {name: {fault.name: fault for fault in test.faults} for name, test in tests.items()}
+    lines = [
+        "",
+        "## Whole models",
+        "",
+        "The sample with all its layers; of a fault in one of them the layer is named.",
+        "",
+    ]
+    lines += [f"| fault | in | what is wrong | where | {' | '.join(f'`{name}`' for name in tests)} |"]
+    lines.append("|---" * (4 + len(tests)) + "|")
+    every = {fault.name: fault for test in tests.values() for fault in test.faults}
+    for name, fault in every.items():
+        cells = [cell(of_format.get(name)) for of_format in found.values()]
+        where = fault.expected_stage or ""
+        lines.append(f"| `{name}` | {fault.place} | {fault.breaks} | {where} | {' | '.join(cells)} |")
+    return lines
+
+
+def faults_of_blocks(tests: dict[str, SelfTest]) -> list[str]:
+    """What caught each fault of blocks."""
+    lines = ["", *families(tests)]
+    found = {name: {fault.name: fault for fault in test.faults} for name, test in tests.items()}
     lines += ["", f"| fault | in | what is wrong | stage | {' | '.join(f'`{name}`' for name in tests)} |"]
     lines.append("|---" * (4 + len(tests)) + "|")
     for fault in all_faults():
@@ -100,7 +133,7 @@ def page(tests: dict[str, tuple[SelfTest, float]]) -> str:
             )
     others = [fault.name for fault in all_faults() if not any(fault.name in faults for faults in found.values())]
     lines += ["", f"Faults of other blocks, which this one cannot have: {', '.join(f'`{name}`' for name in others)}."]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:

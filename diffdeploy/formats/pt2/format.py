@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
-from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates
+from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
 from diffdeploy.formats.base import Format
 from diffdeploy.formats.options import ExportOptions, RunOptions
 from diffdeploy.graphs import GraphSpec, Variant
@@ -58,6 +58,12 @@ class Pt2Format(Format):
         from diffdeploy.formats.pt2.intermediates import intermediates
 
         return intermediates(bundle.path)
+
+    def layer_values(self, bundle: Bundle) -> LayerValues:
+        """See `Format.layer_values`."""
+        from diffdeploy.formats.pt2.intermediates import layer_values
+
+        return layer_values(bundle.path, len(bundle.manifest.config.blocks), list(bundle.manifest.graph.outputs))
 
     def read_constants(self, directory: Path, expected: Mapping[str, Array]) -> set[str]:
         """See `Format.read_constants`."""

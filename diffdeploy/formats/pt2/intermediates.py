@@ -1,6 +1,7 @@
 """Intermediate values of an exported program, seen while an interpreter runs it and lets them go."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdeploy.arrays import Array, to_tensor
+from diffdeploy.arrays import Array, to_array, to_tensor
 from diffdeploy.errors import ExportError
-from diffdeploy.formats.artifact import Intermediates
+from diffdeploy.formats.artifact import Intermediates, LayerValues
 from diffdeploy.formats.pt2.backend import load_program
 
-__all__ = ["intermediates"]
+__all__ = ["intermediates", "layer_values"]
+
+# The module of a layer, by its path in what was exported.
+_LAYER = re.compile(r"block\.layers\.(\d+)")
 
 
 def intermediates(directory: Path) -> Intermediates:
@@ -28,12 +32,51 @@ def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str,
         directory: of the bundle.
         inputs: by the names of the graph, in its order.
     """
+    for node, value in _run(_module(directory), [to_tensor(array) for array in inputs.values()]):
+        if node.op == "call_function" and isinstance(value, Tensor):
+            yield f"{node.target} {node.name}", value
+
+
+def layer_values(directory: Path, num_layers: int, outputs: Sequence[str]) -> LayerValues:
+    """What the layers of a model give, beside its outputs: what is computed last in each of its modules."""
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        module = _module(directory)
+        layers = _last_of_layers(module)
+        if len(layers) != num_layers:
+            raise ExportError(f"the program has {len(layers)} modules that are layers, and the model {num_layers}")
+        found = {}
+        for node, value in _run(module, [to_tensor(array) for array in inputs.values()]):
+            if node in layers:
+                found[f"layers.{layers[node]}.output"] = to_array(value)
+            elif node.op == "output":
+                found |= {name: to_array(tensor) for name, tensor in zip(outputs, value, strict=True)}
+        return found
+
+    return run
+
+
+def _last_of_layers(module: torch.fx.GraphModule) -> dict[torch.fx.Node, int]:
+    last: dict[int, torch.fx.Node] = {}
+    for node in module.graph.nodes:
+        # Paths of the modules that were traced, from the outermost on, with their classes.
+        for path, *_ in node.meta.get("nn_module_stack", {}).values():
+            if node.op == "call_function" and (layer := _LAYER.fullmatch(path)):
+                last[int(layer[1])] = node
+    return {node: number for number, node in last.items()}
+
+
+def _module(directory: Path) -> torch.fx.GraphModule:
     try:
         module = load_program(directory).module()
     except Exception as error:
         raise ExportError(str(error)) from error
     assert isinstance(module, torch.fx.GraphModule)
-    tensors = [to_tensor(array) for array in inputs.values()]
+    return module
+
+
+def _run(module: torch.fx.GraphModule, tensors: list[Tensor]) -> Iterator[tuple[torch.fx.Node, Any]]:
+    """Every node, and what it gives."""
     interpreter = torch.fx.Interpreter(module)
     # What `run` would set, which gives nothing but the outputs.
     interpreter.args_iter = iter(tensors)
@@ -48,8 +91,7 @@ def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str,
             for done in last_use.get(node, ()):
                 # Held no longer than the program needs it, as when it runs by itself.
                 del interpreter.env[done]
-            if node.op == "call_function" and isinstance(value, Tensor):
-                yield f"{node.target} {node.name}", value
+            yield node, value
 
 
 def _last_uses(module: torch.fx.GraphModule) -> dict[torch.fx.Node, list[torch.fx.Node]]:
