@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -30,7 +30,28 @@ from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.engines
 
-Ask = Callable[..., tuple[int, Any]]
+
+class Ask:
+    """Asks a server; once for each connection.
+
+    Args:
+        port: of the server, on loopback.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    def raw(self, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, bytes, int]:
+        """Status, what was said, and how much of it is JSON, in the binary form."""
+        with closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)) as connection:
+            connection.request("GET" if body is None else "POST", path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read(), int(answer.headers.get("Inference-Header-Content-Length", 0))
+
+    def __call__(self, path: str, body: Any = None) -> tuple[int, Any]:
+        said = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        status, text, _ = self.raw(path, said, {"Content-Type": "application/json"})
+        return status, json.loads(text) if text[:1] in (b"{", b"[") else text.decode()
 
 
 @contextmanager
@@ -52,17 +73,7 @@ def server(name: str, bundle: Path, *options: str) -> Iterator[tuple[subprocess.
     with log.open("wb") as stream:
         process = subprocess.Popen(command, env=surroundings, stdout=subprocess.PIPE, stderr=stream, cwd=folder.name)
 
-    def ask(path: str, body: Any = None) -> tuple[int, Any]:
-        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
-            if body is None:
-                connection.request("GET", path)
-            else:
-                said = body if isinstance(body, bytes) else json.dumps(body).encode()
-                connection.request("POST", path, said, {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            text = answer.read()
-        return answer.status, json.loads(text) if text[:1] in (b"{", b"[") else text.decode()
-
+    ask = Ask(port)
     try:
         deadline = time.monotonic() + 60
         while True:
@@ -194,6 +205,32 @@ def drawn_texts(runtime: Runtime, texts: list[str], options: dict[str, Any]) -> 
     mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     steps = list(runtime.stream(ids, mask, **options))
     return ["".join(step.texts[row] for step in steps if step.texts) for row in range(len(rows))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_binary_form(dtype: str, sample: Checkpoint, bundles: BundleCache) -> None:
+    options = ExportOptions(dtype=dtype, max_batch_size=4, max_sequence_length=64, cases="quick")  # type: ignore[arg-type]
+    block = bundles.bundle(sample, options)
+    states = hidden(2, 9, 128).astype(dtype)
+    with diffdeploy.load(block, threads=1) as runtime:
+        expected = runtime(hidden_states=states)["output"].tobytes()
+    datatype = {"float32": "FP32", "float16": "FP16"}[dtype]
+    with server("kserve", block, "--threads", "1") as (_, ask):
+
+        def post(shape: list[int], size: int) -> tuple[int, bytes, int]:
+            tensor: dict[str, Any] = {"name": "hidden_states", "shape": shape, "datatype": datatype}
+            tensor["parameters"] = {"binary_data_size": size}
+            head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+            headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
+            return ask.raw(f"/v2/models/{block.name}/infer", head + states.tobytes(), headers)
+
+        status, answer, length = post([2, 9, 128], states.nbytes)
+        assert status == 200, answer
+        assert answer[length:] == expected
+        for shape, size in (([2, 9, 127], states.nbytes), ([2, 9, 128], 7)):
+            status, answer, _ = post(shape, size)
+            assert status == 400, answer
+            assert "error" in json.loads(answer)
 
 
 @BOTH

@@ -5,12 +5,16 @@ from typing import Any
 from uuid import uuid4
 
 import kserve
-from kserve.errors import InvalidInput
+from kserve.errors import InferenceError, InvalidInput, invalid_input_handler
+from kserve.model_server import app
 
 from diffdeploy.engines.oip.protocol import Served, TensorMetadata, WireTensor, datatype_of
 from diffdeploy.errors import InputError
 
 __all__ = ["BundleModel", "run_server"]
+
+# What the server raises where it cannot read the binary form of a request, and would answer with 500.
+_UNREADABLE = (KeyError, TypeError, ValueError)
 
 
 class BundleModel(kserve.Model):
@@ -44,6 +48,7 @@ class BundleModel(kserve.Model):
 
         Raises:
             InvalidInput: it is wrong; the server answers with 400 and the sentence.
+            InferenceError: the runtime failed; the server answers with 500.
         """
         if not isinstance(payload, kserve.InferRequest):
             raise InvalidInput("this is a request of the first version of the protocol; accepted is /v2/models")
@@ -58,6 +63,9 @@ class BundleModel(kserve.Model):
             found = await asyncio.to_thread(self._served.answer, inputs, payload.parameters, names)
         except InputError as error:
             raise InvalidInput(str(error)) from error
+        except _UNREADABLE as error:
+            # From behind the checks, and so no fault of the request.
+            raise InferenceError(f"unexpected {type(error).__name__}: {error}") from error
         outputs = [
             kserve.InferOutput(name, list(array.shape), datatype_of(array), data=array) for name, array in found.items()
         ]
@@ -87,4 +95,6 @@ class _Server(kserve.ModelServer):
 
 def run_server(served: Served, name: str, host: str, port: int) -> None:
     """Serve a bundle until this process is told to end."""
+    for kind in _UNREADABLE:
+        app.add_exception_handler(kind, invalid_input_handler)
     _Server(host, port).start([BundleModel(name, served)])
