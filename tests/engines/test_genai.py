@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,6 +46,15 @@ def test_a_tied_diffllama_with_an_end_of_texts(bundles: BundleCache, tmp_path: P
     assert config["decoder"]["head_size"] == 16
     report = verify_engine(path, GenaiEngine())
     assert report.passed, report.worst
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_quantised_matrices(weights: Any, bundles: BundleCache) -> None:
+    # Against the numbers that the blocks are.
+    options = replace(SMALL, onnx_flavor="ort", weights=weights, quantise_head=True)
+    report = verify_engine(bundles.bundle(read_model(SAMPLE), options), GenaiEngine())
+    assert report.passed, report.worst
+    assert report.num_tokens_checked > 100
 
 
 def test_an_artifact_that_is_wrong_fails(bundle: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.verify import verify_bundle
 from diffdeploy.verify.checkpoint_match import matches_checkpoint
 from diffdeploy.verify.report import read_report
+from tests.checkpoints.test_whole_models import diffllama
 from tests.exporters.test_ort_models import KINDS, SMALL, WIDE
 from tests.support.blocks import make_config
 from tests.support.bundles import BundleCache
@@ -102,6 +103,20 @@ def test_models_of_every_kind(kind: str, options: dict[str, Any], tmp_path: Path
     assert getattr(manifest.config, "tied") is (config.tied and not head)  # noqa: B009 - of a decoder
     embedding = read_weights(open_bundle(done.path))["embedding.weight"]
     np.testing.assert_array_equal(embedding, found.weights["embedding.weight"].float().numpy())
+
+
+def test_a_tied_head_is_untied_and_still_that_of_its_checkpoint(tmp_path: Path) -> None:
+    source = tmp_path / "checkpoint"
+    diffllama(source, tie_word_embeddings=True, eos_token_id=7)
+    options = replace(INT4, block_size=16, quantise_head=True, cases=1)
+    done = export_bundle(read_model(source), tmp_path / "bundle", options)
+    stored, weights = load_file(done.path / WEIGHTS), read_weights(open_bundle(done.path))
+    assert {"embedding.weight", "lm_head.weight.blocks", "lm_head.weight.scales"} <= stored.keys()
+    # Rounded to steps of the head's own scales, of which a block has sixteen.
+    error = np.abs(weights["lm_head.weight"] - weights["embedding.weight"])
+    assert 0 < error.max() <= np.abs(stored["lm_head.weight.scales"]).max() * 1.001
+    check = matches_checkpoint(done.path, source)
+    assert check.passed, check.detail
 
 
 def test_equal_matrices_are_held_once(tmp_path: Path) -> None:

@@ -211,7 +211,8 @@ def _precision(model: "onnx.ModelProto", manifest: Manifest) -> Check:
         for attribute in node.attribute
         if attribute.name in _COMPUTES_IN and attribute.i != types.FLOAT
     ]
-    return make_check("precision", problems, f"nothing narrower than {manifest.graph.dtype}")
+    but = f" but {len(quantised)} quantised matrices" if quantised else ""
+    return make_check("precision", problems, f"nothing narrower than {manifest.graph.dtype}{but}")
 
 
 def _epsilons(model: "onnx.ModelProto", manifest: Manifest) -> Check:
