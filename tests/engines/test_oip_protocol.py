@@ -161,7 +161,7 @@ def test_a_wrong_tensor_is_refused(block: Runtime, tensor: WireTensor, message: 
         ([wire("text", ["a", ""], [2], "BYTES")], NEW, "text 1 has no tokens"),
         ([wire("text", [], [0], "BYTES")], NEW, "the prompt is empty"),
         ([wire("input_ids", [1.5, 2], [1, 2], "INT64")], NEW, "holds something that is no INT64"),
-        ([wire("input_ids", [2**63, 2], [1, 2], "INT64")], NEW, "holds something that is no INT64"),
+        ([wire("input_ids", [2**63, 2**63], [1, 2], "INT64")], NEW, "holds something that is no INT64"),
         ([wire("input_ids", [2**70, 2], [1, 2], "INT64")], NEW, "holds something that is no INT64"),
         ([wire("input_ids", [1, 999], [1, 2], "INT64")], NEW, "input_ids holds numbers from 1 to 999"),
         ([wire("input_ids", [1, 2], [2], "INT64")], NEW, r"input_ids is int64 \[2\]"),

@@ -61,7 +61,7 @@ def test_a_wrong_artifact_fails(sample: Checkpoint, bundles: BundleCache, tmp_pa
     right = bundles.bundle(sample, replace(SMALL, opset=22))
     for name in open_bundle(right).manifest.files:
         (tmp_path / name).write_bytes((right / name).read_bytes())
-    weight = read_weights(open_bundle(right))["v_proj.weight"]
+    weight = read_weights(open_bundle(right))["out_proj.weight"]
     model = onnx.load(tmp_path / "model.onnx")
     (held,) = (t for t in model.graph.initializer if t.raw_data in (weight.tobytes(), weight.T.tobytes()))
     held.raw_data = (np.frombuffer(held.raw_data, np.float32) * np.float32(1.01)).tobytes()
