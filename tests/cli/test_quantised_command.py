@@ -41,6 +41,7 @@ def test_the_loss_is_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow  # the loss on 10,000 tokens, twice
 def test_a_bundle_that_is_not_verified_says_its_loss(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*EXPORT, "--weights", "int8", "--no-verify", "-o", "bundle"]) == 0
     assert "loss by quantised weights" in capsys.readouterr().err
@@ -50,6 +51,7 @@ def test_a_bundle_that_is_not_verified_says_its_loss(capsys: pytest.CaptureFixtu
     assert result["loss"]["text"] == "filecmp.py"
 
 
+@pytest.mark.slow  # the loss on 10,000 tokens; tests/exporters/test_quantised_models.py has the gate on a few
 def test_a_limit_is_a_gate(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*EXPORT, "--weights", "int4", "-o", "bundle"]
     assert "KL is" in refused([*arguments, "--max-kl", "1e-6"], capsys, code=1)

@@ -57,7 +57,15 @@ def _run(trials: Trials, name: str) -> FaultResult:
     return trials.run(next(fault for fault in trials.faults if fault.name == name))
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in QUICK.items() for name in names])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        # Programs are looked into one layer at a time, which takes half a minute.
+        pytest.param(kind, name, marks=[pytest.mark.slow] if kind == "program" else [])
+        for kind, names in QUICK.items()
+        for name in names
+    ],
+)
 def test_faults_are_caught_and_their_layer_is_named(kind: str, name: str, trials_of: Callable[[str], Trials]) -> None:
     found = _run(trials_of(kind), name)
     assert found.caught
