@@ -15,6 +15,7 @@ from diffdeploy.records import Record
 from diffdeploy.verify import CaseReport, OutputReport
 from diffdeploy.verify.decoder import exact_outputs
 from diffdeploy.verify.metrics import Yardstick, measure
+from diffdeploy.verify.values import prompt_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,7 +175,9 @@ class _Truth:
         return self._known[key]
 
     def _exact(self, ids: list[int], stored_as: DType | None) -> Array:
-        outputs = exact_outputs(self._config, self._weights, _inputs(self._spec, ids), self._spec, stored_as)
+        outputs = exact_outputs(
+            self._config, self._weights, prompt_inputs(self._spec, np.array([ids])), self._spec, stored_as
+        )
         return _log_softmax(outputs[self._spec.main_output][0])
 
     def _run(self, ids: list[int]) -> Array:
@@ -183,17 +186,6 @@ class _Truth:
         with torch.no_grad():
             logits = to_array(self._eager(torch.tensor([ids])))
         return _log_softmax(logits[0].astype(np.float64))
-
-
-def _inputs(spec: GraphSpec, ids: list[int]) -> dict[str, Array]:
-    """One sequence without a past, by the names of a graph."""
-    inputs = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
-    if "position_ids" in spec.inputs:
-        inputs["position_ids"] = np.arange(len(ids))[None]
-    for name in spec.caches:
-        _, heads, _, width = spec.inputs[name].shape
-        inputs[name] = np.zeros((1, int(heads), 0, int(width)), spec.dtype)
-    return inputs
 
 
 def _log_softmax(logits_SV: Array) -> Array:

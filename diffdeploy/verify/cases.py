@@ -11,6 +11,7 @@ from diffdeploy.verify.values import (
     EXTREME_KINDS,
     Kind,
     Mask,
+    counted_positions,
     draw_ids,
     draw_past,
     draw_states,
@@ -179,9 +180,7 @@ class Case:
             values = spec.inputs["position_ids"].values
             assert values is not None
             return generator.integers(values.min, values.max + 1, (len(tokens_BT), self.sequence_length))
-        # As generation counts them: padding takes no position.
-        counted = np.maximum(tokens_BT.cumsum(axis=1) - 1, 0)
-        return np.ascontiguousarray(counted[:, self.past_length :])
+        return counted_positions(tokens_BT, self.past_length)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from diffdeploy.formats import Check
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.verify.cases import Case
 from diffdeploy.verify.metrics import measure
+from diffdeploy.verify.values import prompt_inputs
 from diffdeploy.verify.worker import Artifact
 from diffdeploy.verify.yardsticks import Yardsticks
 
@@ -74,10 +75,7 @@ def greedy_tokens(artifact: Artifact, yardsticks: Yardsticks, spec: GraphSpec, s
         )
     # The last token entered no cache, and nothing was computed from it.
     mask = np.concatenate((inputs["attention_mask"], np.ones((len(tokens), new - 1), np.int64)), axis=1)
-    whole = {**inputs, "input_ids": np.ascontiguousarray(tokens[:, :-1]), "attention_mask": mask}
-    if "position_ids" in inputs:
-        whole["position_ids"] = np.ascontiguousarray(np.maximum(mask.cumsum(1) - 1, 0))
-    yardstick = yardsticks.of_logits(whole)
+    yardstick = yardsticks.of_logits(prompt_inputs(spec, tokens[:, :-1], mask))
     allowed = measure(spec.main_output, yardstick.rounded, yardstick).allowed_max_error
     if allowed is None:
         return Greedy(Check(name=_NAME, passed=False, detail="there is no yardstick for their logits"), 0)

@@ -8,8 +8,20 @@ from typing import Literal
 import numpy as np
 
 from diffdeploy.arrays import Array
+from diffdeploy.graphs import GraphSpec
 
-__all__ = ["EXTREME_KINDS", "Kind", "Mask", "draw_ids", "draw_past", "draw_states", "draw_tokens", "without_holes"]
+__all__ = [
+    "EXTREME_KINDS",
+    "Kind",
+    "Mask",
+    "counted_positions",
+    "draw_ids",
+    "draw_past",
+    "draw_states",
+    "draw_tokens",
+    "prompt_inputs",
+    "without_holes",
+]
 
 Kind = Literal[
     "normal",
@@ -146,6 +158,33 @@ def draw_tokens(mask: Mask, generator: np.random.Generator, batch_size: int, tot
         for row, pattern in enumerate(_patterns(generator, batch_size)):
             _hide(tokens[row], *pattern, generator)
     return tokens
+
+
+def counted_positions(tokens_BT: Array, past_length: int = 0) -> Array:
+    """Position ids ``[B, S]`` of what stands behind a past, as generation counts them: padding takes no position.
+
+    The runtime counts by itself: it is what is tried.
+    """
+    counted = np.maximum(tokens_BT.cumsum(axis=1) - 1, 0)
+    return np.ascontiguousarray(counted[:, past_length:])
+
+
+def prompt_inputs(spec: GraphSpec, input_ids_BS: Array, attention_mask_BS: Array | None = None) -> dict[str, Array]:
+    """Inputs of a model by the names of its graph: prompts, and nothing before them.
+
+    Args:
+        spec: interface of the graph.
+        input_ids_BS: int64.
+        attention_mask_BS: int64; ``None`` for tokens alone.
+    """
+    mask = np.ones_like(input_ids_BS) if attention_mask_BS is None else attention_mask_BS
+    inputs = {"input_ids": np.ascontiguousarray(input_ids_BS), "attention_mask": mask}
+    if "position_ids" in spec.inputs:
+        inputs["position_ids"] = counted_positions(mask)
+    for name in spec.caches:
+        _, heads, _, width = spec.inputs[name].shape
+        inputs[name] = np.zeros((len(mask), int(heads), 0, int(width)), spec.inputs[name].dtype)
+    return inputs
 
 
 def without_holes(tokens_BT: Array) -> Array:

@@ -21,6 +21,7 @@ from diffdeploy.graphs import graph_spec
 from diffdeploy.ops import Impl
 from diffdeploy.verify.decoder import exact_outputs
 from diffdeploy.verify.metrics import Yardstick, measure
+from diffdeploy.verify.values import prompt_inputs
 
 __all__ = ["expected_logits", "judge_logits", "tokens_of"]
 
@@ -55,12 +56,7 @@ def expected_logits(plan: ModelPlan, tokens_BS: Array) -> Yardstick:
         max_sequence_length=max(4, length),
         logits="last",
     )
-    inputs = {"input_ids": tokens_BS, "attention_mask": np.ones_like(tokens_BS)}
-    if "position_ids" in spec.inputs:
-        inputs["position_ids"] = np.arange(length)[None].repeat(batch, 0)
-    for name in spec.caches:
-        _, heads, _, width = spec.inputs[name].shape
-        inputs[name] = np.zeros((batch, int(heads), 0, int(width)), plan.dtype)
+    inputs = prompt_inputs(spec, tokens_BS)
     weights = read_safetensors(plan.weights)
     exact = exact_outputs(config, weights, inputs, spec)[spec.main_output][:, -1]
     yardstick = Yardstick(exact, plan.dtype)

@@ -7,6 +7,7 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.selftest.conditions import has_positions, masked, rows_above
 from diffdeploy.selftest.legal.wrapping import Arrays, length_of, of_inputs, of_places, past_of
+from diffdeploy.verify.values import counted_positions
 
 __all__ = ["MASKS_FAULTS", "POSITIONS_FAULTS"]
 
@@ -146,8 +147,7 @@ MASKS_FAULTS = [
 
 
 def _counted(inputs: Arrays) -> Arrays:
-    mask = inputs["attention_mask"]
-    return {"position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0)[:, past_of(inputs) :]}
+    return {"position_ids": counted_positions(inputs["attention_mask"], past_of(inputs))}
 
 
 def _counted_on(inputs: Arrays) -> Arrays:
