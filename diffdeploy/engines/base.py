@@ -1,23 +1,34 @@
 """What an engine is to a verification: which models it runs, in which versions it was tested, and what it answers."""
 
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 from pydantic import Field
 
+from diffdeploy.arrays import Array
 from diffdeploy.config import DecoderConfig
 from diffdeploy.errors import UnavailableError
 from diffdeploy.graphs import DType
+from diffdeploy.processes import WorkerProcess
 from diffdeploy.records import Record
 from diffdeploy.versions import installed_versions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Engine", "EngineRequest", "EngineRound", "EngineRow", "Subject"]
+__all__ = ["Engine", "EngineRequest", "EngineRound", "EngineRow", "Subject", "answer_of", "log_softmax"]
+
+
+def log_softmax(logits: Array) -> Array:
+    """Natural logarithms of probabilities, of logits ``[..., V]``."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +98,24 @@ class EngineRound(Record):
 
     name: str
     rows: list[EngineRow]
+
+
+def answer_of(
+    module: str, request: EngineRequest, environment: Mapping[str, str] | None = None
+) -> tuple[bytes | None, list[str]]:
+    """What a process answers that runs an engine, ``None`` where it did not, and the lines that it said.
+
+    Args:
+        module: of diffdeploy, whose arguments are the files of the request and of the answer.
+        request: what is asked for.
+        environment: variables that are set for the process.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
+        asked.write_text(request.model_dump_json(), encoding="utf-8")
+        with WorkerProcess(module, [str(asked), str(answered)], environment=environment) as process:
+            said = process.said()
+        return (answered.read_bytes() if answered.is_file() else None), said
 
 
 class Engine(ABC):

@@ -1,15 +1,13 @@
 """onnxruntime-genai as an engine: ONNX bundles of models are its model directories."""
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import TypeAdapter
 
-from diffdeploy.engines.base import Engine, EngineRequest, EngineRound, Subject
+from diffdeploy.engines.base import Engine, EngineRequest, EngineRound, Subject, answer_of
 from diffdeploy.errors import DiffDeployError, InputError
-from diffdeploy.processes import WorkerProcess
 
 __all__ = ["GENAI_CONFIG", "GenaiEngine"]
 
@@ -64,12 +62,7 @@ class GenaiEngine(Engine):
             raise InputError(
                 f"--tensor-parallel-size is {request.tensor_parallel_size}, and genai runs a model in one process"
             )
-        with tempfile.TemporaryDirectory() as folder:
-            asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-            asked.write_text(request.model_dump_json(), encoding="utf-8")
-            with WorkerProcess("diffdeploy.engines.genai_worker", [str(asked), str(answered)]) as process:
-                said = process.said()
-            if not answered.is_file():
-                raise DiffDeployError(f"onnxruntime-genai did not run: {said[-1] if said else 'it said nothing'}")
-            answer = answered.read_bytes()
+        answer, said = answer_of("diffdeploy.engines.genai_worker", request)
+        if answer is None:
+            raise DiffDeployError(f"onnxruntime-genai did not run: {said[-1] if said else 'it said nothing'}")
         return TypeAdapter(list[EngineRound]).validate_json(answer)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.engines.base import EngineRequest, EngineRound, EngineRow
+from diffdeploy.engines.base import EngineRequest, EngineRound, EngineRow, log_softmax
+from diffdeploy.engines.genai import GENAI_CONFIG
 
 __all__ = ["main"]
 
@@ -36,7 +37,7 @@ def _generate(model: Any, prompts: list[list[int]], request: EngineRequest) -> l
     parameters = onnxruntime_genai.GeneratorParams(model)
     parameters.set_search_options(max_length=longest + request.max_new_tokens, batch_size=len(prompts))
     generator = onnxruntime_genai.Generator(model, parameters)
-    fill = json.loads((Path(request.model) / "genai_config.json").read_text(encoding="utf-8"))["model"]["pad_token_id"]
+    fill = json.loads((Path(request.model) / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["pad_token_id"]
     # The engine takes what ends a row for padding where it is this token.
     generator.append_tokens(np.array([[*prompt, *[fill] * (longest - len(prompt))] for prompt in prompts], np.int32))
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -52,8 +53,7 @@ def _generate(model: Any, prompts: list[list[int]], request: EngineRequest) -> l
 
 
 def _most_probable(logits_V: Array, count: int) -> dict[int, float]:
-    shifted = logits_V - logits_V.max()
-    logprobs = shifted - np.log(np.exp(shifted).sum())
+    logprobs = log_softmax(logits_V)
     return {int(token): float(logprobs[token]) for token in np.argsort(-logprobs)[:count]}
 
 

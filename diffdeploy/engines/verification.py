@@ -8,12 +8,13 @@ import numpy as np
 
 from diffdeploy.arrays import Array, ArrayView, to_array
 from diffdeploy.bundle import Environment, cast_weights
-from diffdeploy.engines.base import Engine, EngineRequest, EngineRow, Subject
+from diffdeploy.engines.base import Engine, EngineRequest, EngineRow, Subject, log_softmax
 from diffdeploy.errors import InputError
 from diffdeploy.graphs import DType, GraphSpec, graph_spec
 from diffdeploy.records import Record
 from diffdeploy.verify import CaseReport, OutputReport
 from diffdeploy.verify.decoder import exact_outputs
+from diffdeploy.verify.greedy import wrong_tokens
 from diffdeploy.verify.metrics import Yardstick, measure
 from diffdeploy.verify.values import prompt_inputs
 
@@ -178,20 +179,14 @@ class _Truth:
         outputs = exact_outputs(
             self._config, self._weights, prompt_inputs(self._spec, np.array([ids])), self._spec, stored_as
         )
-        return _log_softmax(outputs[self._spec.main_output][0])
+        return log_softmax(outputs[self._spec.main_output][0])
 
     def _run(self, ids: list[int]) -> Array:
         import torch
 
         with torch.no_grad():
             logits = to_array(self._eager(torch.tensor([ids])))
-        return _log_softmax(logits[0].astype(np.float64))
-
-
-def _log_softmax(logits_SV: Array) -> Array:
-    shifted = logits_SV - logits_SV.max(axis=-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
+        return log_softmax(logits[0].astype(np.float64))
 
 
 def _judge(prompt: list[int], row: EngineRow, truth: _Truth, request: EngineRequest) -> tuple[list[OutputReport], int]:
@@ -209,21 +204,19 @@ def _judge(prompt: list[int], row: EngineRow, truth: _Truth, request: EngineRequ
     if allowed is None:  # they have no number, which failed already
         return reports, 0
     exact_NV = known[0][last:-1]
-    second, first = np.sort(exact_NV, axis=-1)[:, -2:].T
-    lost = first - exact_NV[np.arange(len(row.tokens)), row.tokens]
-    # Two numbers that are off towards each other.
-    wrong = np.flatnonzero(lost > 2 * allowed)
+    wrong, num_clear = wrong_tokens(exact_NV, np.array(row.tokens), allowed)
     if len(wrong):
         step = int(wrong[0])
+        lost = exact_NV[step].max() - exact_NV[step, row.tokens[step]]
         reports.append(
             OutputReport.failed(
                 "tokens",
                 f"{len(wrong)} of {len(row.tokens)} are not the most probable ones, first new token {step}: it is "
-                f"{row.tokens[step]}, and {int(exact_NV[step].argmax())} is more probable by {lost[step]:.3g}, where "
+                f"{row.tokens[step]}, and {int(exact_NV[step].argmax())} is more probable by {lost:.3g}, where "
                 f"{2 * allowed:.3g} is allowed",
             )
         )
-    return reports, int((first - second > 2 * allowed).sum())
+    return reports, num_clear
 
 
 def _measured(

@@ -3,17 +3,15 @@
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, get_args
 
 from pydantic import TypeAdapter
 
-from diffdeploy.engines.base import Engine, EngineRequest, EngineRound, Subject
+from diffdeploy.engines.base import Engine, EngineRequest, EngineRound, Subject, answer_of
 from diffdeploy.errors import DiffDeployError, InputError
 from diffdeploy.graphs import DType
-from diffdeploy.processes import WorkerProcess
 
 __all__ = ["TESTED", "VllmEngine", "register"]
 
@@ -88,17 +86,11 @@ class VllmEngine(Engine):
             InputError: its backend lacks the width of the heads, or ranks would split a pair.
             DiffDeployError: it did not run.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-            asked.write_text(request.model_dump_json(), encoding="utf-8")
-            files = [str(asked), str(answered)]
-            # Bound to NUMA nodes, as by default, ranks need one each; a verification has no need to be fast.
-            binding = {_BINDING: os.environ.get(_BINDING, "nobind")}
-            with WorkerProcess("diffdeploy.engines.vllm_worker", files, environment=binding) as process:
-                said = process.said()
-            if not answered.is_file():
-                raise DiffDeployError(f"vLLM did not run: {_cause(said)}")
-            answer = answered.read_bytes()
+        # Bound to NUMA nodes, as by default, ranks need one each; a verification has no need to be fast.
+        binding = {_BINDING: os.environ.get(_BINDING, "nobind")}
+        answer, said = answer_of("diffdeploy.engines.vllm_worker", request, binding)
+        if answer is None:
+            raise DiffDeployError(f"vLLM did not run: {_cause(said)}")
         refused, rounds = TypeAdapter(tuple[str | None, list[EngineRound]]).validate_json(answer)
         if refused is not None:
             raise InputError(refused)
