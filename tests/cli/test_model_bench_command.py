@@ -77,6 +77,17 @@ def test_prefill_and_decode_of_all_candidates(saved: Path) -> None:
     assert {row.ratio for row in report.results if row.name == report.baseline} == {1}
 
 
+def test_a_quantised_model_is_measured_with_the_weights_that_it_has(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = replace(SMALL, onnx_flavor="ort", weights="int8")
+    export_bundle(read_model(llama / "checkpoint"), tmp_path / "int8", options, verify=False)
+    assert main(["bench", str(tmp_path / "int8"), str(llama / "checkpoint"), *TINY, "--save", "int8.json"]) == 0
+    assert "the weights before they were quantised" in capsys.readouterr().err
+    report = read_model_report(Path("int8.json"))
+    assert {(row.kind, row.status) for row in report.results} == {("bundle", "measured"), ("eager", "measured")}
+
+
 def test_the_table_has_a_line_for_each_row(saved: Path) -> None:
     report = read_model_report(saved)
     with saved.with_suffix(".csv").open() as stream:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from diffdeploy.arrays import Array, to_array
-from diffdeploy.bench.models.plan import NEW_TOKENS, ModelCandidate, ModelPlan
+from diffdeploy.bench.models.plan import NEW_TOKENS, ModelCandidate, ModelPlan, opened
 from diffdeploy.formats import RunOptions
 from diffdeploy.runtime import Runtime, open_runtime
 from diffdeploy.runtime.decoding import Decoding
@@ -130,13 +130,16 @@ class _TorchRun(ModelRun):
 class _EagerRun(_TorchRun):
     def __init__(self, plan: ModelPlan, impl: str) -> None:
         import torch
-        from safetensors.torch import load_file
 
-        from diffdeploy.bundle import frozen_module
+        from diffdeploy.bundle import frozen_module, read_tensors
 
         dtype = getattr(torch, plan.dtype)
         self._model: Any = frozen_module(
-            plan.config, load_file(plan.weights), impl=impl, max_positions=plan.max_length, dtype=dtype
+            plan.config,
+            read_tensors(opened(plan.bundle)),
+            impl=impl,
+            max_positions=plan.max_length,
+            dtype=dtype,
         )
 
     def _step(self, tokens: "Tensor", cache: Any) -> tuple["Tensor", Any]:

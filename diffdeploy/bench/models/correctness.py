@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from diffdeploy.arrays import Array, read_safetensors, to_array
+from diffdeploy.arrays import Array, to_array
 from diffdeploy.bench.correctness import Verdict
-from diffdeploy.bench.models.plan import ModelPlan
-from diffdeploy.bundle import frozen_module
+from diffdeploy.bench.models.plan import ModelPlan, opened
+from diffdeploy.bundle import frozen_module, read_tensors, read_weights
 from diffdeploy.config import DecoderConfig
 from diffdeploy.graphs import graph_spec
 from diffdeploy.ops import Impl
@@ -57,7 +57,7 @@ def expected_logits(plan: ModelPlan, tokens_BS: Array) -> Yardstick:
         logits="last",
     )
     inputs = prompt_inputs(spec, tokens_BS)
-    weights = read_safetensors(plan.weights)
+    weights = read_weights(opened(plan.bundle))
     exact = exact_outputs(config, weights, inputs, spec)[spec.main_output][:, -1]
     yardstick = Yardstick(exact, plan.dtype)
     yardstick.add(_eager(plan, tokens_BS, Impl.NAIVE, dtype))
@@ -67,9 +67,8 @@ def expected_logits(plan: ModelPlan, tokens_BS: Array) -> Yardstick:
 
 def _eager(plan: ModelPlan, tokens_BS: Array, impl: Impl, dtype: Any) -> Array:
     import torch
-    from safetensors.torch import load_file
 
-    weights = load_file(plan.weights)
+    weights = read_tensors(opened(plan.bundle))
     model: Any = frozen_module(plan.config, weights, impl=impl, max_positions=plan.max_length, dtype=dtype)
     return to_array(model(torch.from_numpy(tokens_BS), last_only=True)[:, -1])
 

@@ -1,17 +1,26 @@
 """What a benchmark of models measures: one model, the ways to run it, and prefill and decode at some lengths."""
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from diffdeploy.bundle import Bundle, open_bundle
 from diffdeploy.config import AnyModel
 from diffdeploy.graphs import DType
 from diffdeploy.records import Record
 
-__all__ = ["NEW_TOKENS", "ModelCandidate", "ModelPlan", "ModelSize", "What"]
+__all__ = ["NEW_TOKENS", "ModelCandidate", "ModelPlan", "ModelSize", "What", "opened"]
 
 What = Literal["prefill", "decode"]
+
+
+@cache
+def opened(path: Path) -> Bundle:
+    """A bundle whose digests are checked once in a process."""
+    return open_bundle(path)
+
 
 # Tokens that a sample of decoding generates, one after the other: few, so that the past stays about what it is called.
 NEW_TOKENS = 8
@@ -67,7 +76,7 @@ class ModelPlan(Record):
 
     Attributes:
         config: of the model.
-        weights: file with its canonical weights, in ``dtype``.
+        bundle: that holds it, whose weights count.
         dtype: of weights and caches.
         threads: of every candidate.
         sizes: in the order in which they are measured.
@@ -78,7 +87,7 @@ class ModelPlan(Record):
     """
 
     config: Annotated[AnyModel, Field(discriminator="version")]
-    weights: Path
+    bundle: Path
     dtype: DType
     threads: int
     sizes: tuple[ModelSize, ...]

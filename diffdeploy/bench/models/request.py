@@ -18,6 +18,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.formats import RunOptions
 from diffdeploy.ops import Impl
 from diffdeploy.runtime import require_runnable, require_trusted
+from diffdeploy.verify.checkpoint_match import matches_checkpoint
 
 __all__ = ["ModelBenchRequest", "holds_models", "prepare_models"]
 
@@ -93,7 +94,7 @@ def prepare_models(request: ModelBenchRequest, note: Say) -> ModelBench:
     candidates += _of_transformers(checkpoints, bundles[0], note)
     plan = ModelPlan(
         config=config,
-        weights=(bundles[0].path / WEIGHTS).absolute(),
+        bundle=bundles[0].path.absolute(),
         dtype=bundles[0].manifest.graph.dtype,
         threads=torch.get_num_threads(),
         sizes=_sizes(request, bundles),
@@ -157,6 +158,9 @@ def _of_transformers(checkpoints: Sequence[Path], bundle: Bundle, note: Say) -> 
         note(f"transformers is left out: {path} is no directory of a DiffLlama model, which is what it has")
         return []
     _require_same(path, bundle)
+    if bundle.manifest.options.quantisation is not None:
+        note("transformers is left out: it computes with the weights before they were quantised")
+        return []
     return [
         ModelCandidate(name=f"transformers-{name}", kind="transformers", choice=name, path=path.absolute())
         for name in _ATTENTIONS
@@ -172,17 +176,7 @@ def _model_type(path: Path) -> str | None:
 
 
 def _require_same(path: Path, bundle: Bundle) -> None:
-    from safetensors.torch import load_file
-
-    from diffdeploy.checkpoints import read_model
-
-    found, held = read_model(path), load_file(bundle.path / WEIGHTS)
-    same = found.config == bundle.manifest.config and all(
-        # In the dtype of the bundle, whose weights were cast when it was made.
-        bool((found.weights[name].to(tensor.dtype) == tensor).all())
-        for name, tensor in held.items()
-    )
-    if not same:
+    if not matches_checkpoint(bundle.path, path).passed:
         raise InputError(f"{bundle.path} does not hold the model of {path}; measure them in separate runs")
 
 
