@@ -1,11 +1,10 @@
 """What a benchmark says: one row per candidate and size, the environment, and their JSON and CSV forms."""
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any, Literal
 
+from diffdeploy.bench.collected import Status, csv_text, fastest_first
 from diffdeploy.bench.machine import Machine
 from diffdeploy.bench.plan import Size
 from diffdeploy.errors import InputError
@@ -118,7 +117,7 @@ class BenchReport(Record):
     """
 
     schema_version: Literal[1] = 1
-    status: Literal["measured", "wrong", "interrupted"]
+    status: Status
     command: str
     block: Block
     graph: Variant
@@ -134,9 +133,7 @@ class BenchReport(Record):
 
     def rows_of(self, size: Size) -> list[Row]:
         """Fastest first; those without a latency at the end."""
-        rows = [row for row in self.results if row.size == size]
-        # Those keep their order, as sorting is stable.
-        return sorted(rows, key=lambda row: float("inf") if row.latency_ms is None else row.latency_ms)
+        return fastest_first(row for row in self.results if row.size == size)
 
     def fields(self) -> dict[str, Any]:
         """For JSON; `read_report` is the inverse."""
@@ -147,13 +144,7 @@ class BenchReport(Record):
         environment = self.environment.model_dump()
         packages = environment.pop("packages")
         shared = {"graph": self.graph, "dtype": self.dtype, "baseline": self.baseline, **environment, **packages}
-        stream = io.StringIO()
-        # The csv module ends lines as DOS does, unless told otherwise.
-        writer = csv.DictWriter(stream, [*Row.model_fields, *shared], lineterminator="\n")
-        writer.writeheader()
-        for row in self.results:
-            writer.writerow({**row.model_dump(), **shared})
-        return stream.getvalue()
+        return csv_text([*Row.model_fields, *shared], ({**row.model_dump(), **shared} for row in self.results))
 
 
 def read_report(path: Path) -> BenchReport:

@@ -5,12 +5,12 @@ in a process of its own. `Bench.report` can be asked at any time, also after an 
 """
 
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from diffdeploy.bench.collected import Collected, Key
 from diffdeploy.bench.estimate import fits_twice
 from diffdeploy.bench.machine import Machine, free_bytes
 from diffdeploy.bench.measuring_process import MeasuringProcess
@@ -23,7 +23,6 @@ __all__ = ["STEADY_MALLOC", "Bench", "Progress"]
 
 # What goes on now, and how many seconds are left, if that is known.
 Progress = Callable[[str, float | None], None]
-_Key = tuple[str, str]  # a size's id and a candidate's name
 
 # Until the first of a kind has been seen.
 _SECONDS_PER_SIZE, _SECONDS_PER_MEMORY = 20.0, 3.0
@@ -40,7 +39,7 @@ STEADY_MALLOC = {
 _EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
-class Bench:
+class Bench(Collected):
     """One run of a plan.
 
     Args:
@@ -50,12 +49,9 @@ class Bench:
     """
 
     def __init__(self, plan: Plan, block: Block, command: str) -> None:
+        super().__init__()
         self.plan, self.block, self._command = plan, block, command
-        self._environment: Machine | None = None
-        self._samples: dict[_Key, list[float]] = defaultdict(list)
-        self._verdicts: dict[_Key, dict[str, Any]] = {}
-        self._memory: dict[_Key, dict[str, int]] = {}
-        self._finished = False
+        self._memory: dict[Key, dict[str, int]] = {}
 
     def measure(self, progress: Progress) -> None:
         """Time all candidates, then measure the memory of those that are right.
@@ -87,19 +83,10 @@ class Bench:
                     current = ids.index(event["size"])
 
     def _take(self, event: dict[str, Any]) -> None:
-        """Keep what a process has measured."""
-        match event["event"]:
-            case "environment":
-                self._environment = Machine.model_validate(event["environment"])
-            # A worker sends the environment first; what comes without it has no run to belong to.
-            case "machine" if self._environment is not None:
-                self._environment = self._environment.updated(event["other_load"], event["matmul_gflop_per_second"])
-            case "verdict":
-                self._verdicts[event["size"], event["name"]] = event
-            case "sample":
-                self._samples[event["size"], event["name"]].append(event["latency_ms"])
-            case "memory":
-                self._memory[event["size"], event["name"]] = event
+        """See `Collected`; and the memory of a candidate."""
+        super()._take(event)
+        if event["event"] == "memory":
+            self._memory[event["size"], event["name"]] = event
 
     def _measure_memory(self, plan_file: Path, progress: Progress) -> None:
         """Two processes at a time, if there is memory for two: they do not see each other's."""
@@ -132,10 +119,8 @@ class Bench:
             for candidate in self.plan.candidates
             if (size.id, candidate.name) in self._verdicts
         ]
-        wrong = any(row.status == "wrong" for row in rows)
         return BenchReport(
-            # What was interrupted is not called wrong: the rest might have been right.
-            status="interrupted" if not self._finished else "wrong" if wrong else "measured",
+            status=self._status(rows),
             command=self._command,
             block=self.block,
             graph=self.plan.graph,

@@ -1,11 +1,10 @@
 """What a benchmark of models says: one row per candidate and size, and their JSON and CSV forms."""
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any, Literal
 
+from diffdeploy.bench.collected import Status, csv_text, fastest_first
 from diffdeploy.bench.machine import Machine
 from diffdeploy.bench.models.plan import ModelSize, What
 from diffdeploy.errors import InputError
@@ -99,7 +98,7 @@ class ModelReport(Record):
     """
 
     schema_version: Literal[1] = 1
-    status: Literal["measured", "wrong", "interrupted"]
+    status: Status
     command: str
     model: Model
     dtype: DType
@@ -114,8 +113,7 @@ class ModelReport(Record):
 
     def rows_of(self, size: ModelSize) -> list[ModelRow]:
         """Fastest first; those without a latency at the end."""
-        rows = [row for row in self.results if row.size == size]
-        return sorted(rows, key=lambda row: float("inf") if row.latency_ms is None else row.latency_ms)
+        return fastest_first(row for row in self.results if row.size == size)
 
     def fields(self) -> dict[str, Any]:
         """For JSON; `read_model_report` is the inverse."""
@@ -127,12 +125,7 @@ class ModelReport(Record):
         packages = environment.pop("packages")
         shared = {"dtype": self.dtype, "baseline": self.baseline, **environment, **packages}
         rows = [{**_without_peak(row), **shared} for row in self.results]
-        stream = io.StringIO()
-        # The csv module ends lines as DOS does, unless told otherwise.
-        writer = csv.DictWriter(stream, list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return stream.getvalue()
+        return csv_text(list(rows[0]) if rows else [], rows)
 
 
 def _without_peak(row: ModelRow) -> dict[str, Any]:

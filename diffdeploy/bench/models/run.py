@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from diffdeploy.bench.machine import Machine
+from diffdeploy.bench.collected import Collected, Key
 from diffdeploy.bench.measuring_process import MeasuringProcess
 from diffdeploy.bench.medians import estimate, paired_ratios, rounded, times
 from diffdeploy.bench.models.plan import ModelCandidate, ModelPlan, ModelSize
@@ -14,13 +14,11 @@ from diffdeploy.bench.run import STEADY_MALLOC, Progress
 
 __all__ = ["ModelBench"]
 
-_Key = tuple[str, str]  # a size's id and a candidate's name
-
 # Until one has been seen.
 _SECONDS_PER_SIZE = 20.0
 
 
-class ModelBench:
+class ModelBench(Collected):
     """One run of a plan.
 
     Args:
@@ -30,13 +28,10 @@ class ModelBench:
     """
 
     def __init__(self, plan: ModelPlan, model: Model, command: str) -> None:
+        super().__init__()
         self.plan, self.model, self._command = plan, model, command
-        self._environment: Machine | None = None
-        # Milliseconds of samples, whole ones and bare calls.
-        self._samples: dict[_Key, list[float]] = defaultdict(list)
-        self._bare: dict[_Key, list[float]] = defaultdict(list)
-        self._verdicts: dict[_Key, dict[str, Any]] = {}
-        self._finished = False
+        # Milliseconds of bare calls.
+        self._bare: dict[Key, list[float]] = defaultdict(list)
 
     def measure(self, progress: Progress) -> None:
         """Time all candidates.
@@ -64,17 +59,11 @@ class ModelBench:
         self._finished = True
 
     def _take(self, event: dict[str, Any]) -> None:
-        """Keep what the process has measured."""
-        match event["event"]:
-            case "environment":
-                self._environment = Machine.model_validate(event["environment"])
-            case "machine" if self._environment is not None:
-                self._environment = self._environment.updated(event["other_load"], event["matmul_gflop_per_second"])
-            case "verdict":
-                self._verdicts[event["size"], event["name"]] = event
-            case "sample":
-                samples = self._bare if event["bare"] else self._samples
-                samples[event["size"], event["name"]].append(event["latency_ms"])
+        """See `Collected`; bare calls are kept apart."""
+        if event["event"] == "sample" and event["bare"]:
+            self._bare[event["size"], event["name"]].append(event["latency_ms"])
+        else:
+            super()._take(event)
 
     def report(self) -> ModelReport | None:
         """What has been measured so far; ``None`` when there is nothing."""
@@ -86,9 +75,8 @@ class ModelBench:
             for candidate in self.plan.candidates
             if (size.id, candidate.name) in self._verdicts
         ]
-        wrong = any(row.status == "wrong" for row in rows)
         return ModelReport(
-            status="interrupted" if not self._finished else "wrong" if wrong else "measured",
+            status=self._status(rows),
             command=self._command,
             model=self.model,
             dtype=self.plan.dtype,
