@@ -11,7 +11,8 @@ from diffdeploy.cli import console
 from diffdeploy.cli.bench_models import bench_models, refuse_options_of_blocks
 from diffdeploy.cli.bench_view import json_fields, print_bench, print_changes
 from diffdeploy.cli.checkpoint_options import takes_checkpoint_options
-from diffdeploy.cli.shared_options import AsJson, PublicKey, Trust
+from diffdeploy.cli.progress import Activity, activity
+from diffdeploy.cli.shared_options import AsJson, PublicKey, Trust, takes_quiet
 from diffdeploy.errors import DiffDeployError, InputError, VerificationError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 
+@takes_quiet
 @takes_checkpoint_options
 def bench(
     sources: Annotated[
@@ -105,7 +107,7 @@ def bench(
     """
     outputs = Outputs(as_json=as_json, csv=csv, plot=plot, save=save, compare=compare)
     outputs.check()
-    with console.activity("loading torch"):
+    with activity("loading torch", stages=False):
         from diffdeploy.bench.models import ModelBenchRequest, holds_models
         from diffdeploy.bench.request import BenchRequest, prepare
         from diffdeploy.checkpoints import CheckpointOptions
@@ -151,16 +153,12 @@ def bench(
     )
     # Before the bundles are exported, which takes minutes, as the measuring does.
     old = outputs.earlier()
-    with console.activity("loading torch") as activity, prepare(request, activity.phase, console.note) as run:
-        if old is not None:
-            from diffdeploy.bench.changes import require_comparable
-
-            require_comparable(old, run.plan, run.block)
-        failure = _measure(run, activity)
+    with activity("preparing") as doing, prepare(request, doing.phase, console.note, compare_with=old) as run:
+        failure = _measure(run, doing)
         report = run.report()
     if report is None:
         # Nothing was measured, so there is nothing to show first.
-        raise failure or KeyboardInterrupt
+        raise failure if isinstance(failure, DiffDeployError) else KeyboardInterrupt("nothing was measured")
     outputs.write(report, old)
     return _exit_code(report, failure)
 
@@ -213,23 +211,20 @@ def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
-def _measure(run: "Bench | ModelBench", activity: console.Activity) -> KeyboardInterrupt | DiffDeployError | None:
+def _measure(run: "Bench | ModelBench", doing: Activity) -> KeyboardInterrupt | DiffDeployError | None:
     """Run to the end, or to what ended it, so that what was measured by then is not lost."""
 
     def progress(text: str, seconds_left: float | None) -> None:
-        activity.phase(text if seconds_left is None else f"{text}; about {_duration(seconds_left)} left")
+        # Such as `B1-S128: round 3 of 15`: the size is the stage.
+        stage, _, step = text.partition(": ")
+        doing.phase(stage)
+        doing.step(step, seconds_left)
 
     try:
         run.measure(progress)
     except (KeyboardInterrupt, DiffDeployError) as failure:
         return failure
     return None
-
-
-def _duration(seconds: float) -> str:
-    # While something is left to do it is never 0 s.
-    minutes, rest = divmod(max(1, round(seconds)), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,12 +241,14 @@ class Outputs:
         """Find out before anything is measured whether all of it can be written.
 
         Raises:
-            InputError: a file that cannot be written.
+            InputError: a file that cannot be written, or none to compare with.
             UnavailableError: no matplotlib.
         """
+        from diffdeploy.files import check_writable
+
         for path in (self.csv, self.plot, self.save):
-            if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-                raise InputError(f"{path} cannot be written; give a file in a directory that exists")
+            if path is not None:
+                check_writable(path)
         if self.plot is not None:
             from diffdeploy.bench.plot import require_plot
 

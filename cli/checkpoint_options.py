@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from functools import wraps
-from inspect import Parameter, Signature, signature
+from inspect import Parameter, signature
 from typing import Annotated, Any, Literal
 
 import typer
+
+from diffdeploy.cli.shared_options import with_parameters
 
 __all__ = ["takes_checkpoint_options"]
 
@@ -79,7 +81,4 @@ def takes_checkpoint_options(command: Callable[..., int]) -> Callable[..., int]:
         reading = {option.name: given.pop(option.name) for option in added}
         return command(**given, reading=reading)
 
-    # Both are what typer looks at.
-    run_command.__signature__ = Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
-    run_command.__annotations__ = {each.name: each.annotation for each in parameters}
-    return run_command
+    return with_parameters(run_command, parameters)

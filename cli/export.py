@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from diffdeploy.cli import console
 from diffdeploy.cli.all_formats import export_formats
 from diffdeploy.cli.checkpoint_options import takes_checkpoint_options
 from diffdeploy.cli.export_job import Job, export_all
-from diffdeploy.cli.shared_options import AsJson, Cases, selection_of
+from diffdeploy.cli.progress import activity
+from diffdeploy.cli.shared_options import AsJson, Cases, selection_of, takes_quiet
 from diffdeploy.errors import InputError
 from diffdeploy.formats import format_names
 
@@ -27,6 +27,7 @@ def _known_format(name: str) -> str:
     return name
 
 
+@takes_quiet
 @takes_checkpoint_options
 def export(
     checkpoint: Annotated[
@@ -102,7 +103,12 @@ def export(
     quantise_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the head, too.")] = False,
     text: Annotated[
         Path | None,
-        typer.Option(help="Text to measure the loss by --weights on.", show_default="filecmp.py of Python"),
+        typer.Option(
+            help="Text to measure the loss by --weights on.",
+            exists=True,
+            dir_okay=False,
+            show_default="filecmp.py of Python",
+        ),
     ] = None,
     max_kl: Annotated[
         float | None, typer.Option(help="Fail above this divergence from the original, in nats a token.")
@@ -121,7 +127,7 @@ def export(
 
     Nothing is left at --output unless the artifact passes.
     """
-    with console.activity("loading torch"):
+    with activity("loading torch", stages=False):
         from diffdeploy.checkpoints import CheckpointOptions, holds_model
         from diffdeploy.checkpoints.files import SAMPLE
         from diffdeploy.formats import ExportOptions
@@ -166,6 +172,7 @@ def export(
         return export_all(job, output, as_json=as_json)
     if format_name == "all":
         return export_formats(job, output, as_json=as_json)
+    job.check_output(output)
     done = job.run(output)
     return done.finish(as_json=as_json)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffdeploy.cli import console
-from diffdeploy.cli.shared_options import AsJson, Device, PublicKey, Recompile, Threads, Trust
+from diffdeploy.cli.shared_options import AsJson, Device, PublicKey, Recompile, Threads, Trust, takes_quiet
 from diffdeploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ _MAX_NEW_TOKENS = 128
 _WHOLE = 100
 
 
+@takes_quiet
 def generate(
     bundle: Annotated[Path, typer.Argument(help="A bundle that holds a whole model.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
@@ -64,8 +65,11 @@ def generate(
     if chat and input_ids is not None:
         raise InputError("--chat makes a message of text, and --input-ids gives tokens; leave one of them out")
     options = RunOptions(device=device, threads=threads, recompile=recompile, trust=trust, public_key=public_key)
+    # Before the bundle is loaded, which may take minutes.
+    text = prompt if prompt_file is None else _read(prompt_file)
+    given_ids = None if input_ids is None else _numbers(input_ids)
     with open_runtime(bundle, options) as runtime:
-        ids = _numbers(input_ids) if input_ids is not None else _encoded(runtime, prompt, prompt_file, chat=chat)
+        ids = _encoded(runtime, text or "", chat=chat) if given_ids is None else given_ids
         drawn = [option for option in (temperature, top_k, top_p, seed) if option is not None]
         room = runtime.spec.axes["total_sequence_length"].max - len(ids) + 1
         steps = runtime.stream(
@@ -99,17 +103,17 @@ def _numbers(text: str) -> list[int]:
         raise InputError(f"--input-ids is {text!r}; accepted are numbers with commas between them") from error
 
 
-def _encoded(runtime: "Runtime", prompt: str | None, prompt_file: Path | None, *, chat: bool) -> list[int]:
+def _read(prompt_file: Path) -> str:
+    try:
+        return prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{prompt_file} cannot be read as text ({error})") from error
+
+
+def _encoded(runtime: "Runtime", prompt: str, *, chat: bool) -> list[int]:
     from diffdeploy.runtime.chat import ChatTemplate
 
-    # First, since without it no prompt is of use.
     tokenizer = runtime.tokenizer
-    if prompt is None:
-        assert prompt_file is not None
-        try:
-            prompt = prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{prompt_file} cannot be read as text ({error})") from error
     if not chat:
         return tokenizer.encode(prompt)
     # A template writes the special tokens itself.

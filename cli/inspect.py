@@ -8,6 +8,7 @@ import typer
 
 from diffdeploy.cli import console
 from diffdeploy.cli.layer_rows import by_layer, of_layers
+from diffdeploy.cli.progress import activity
 
 if TYPE_CHECKING:
     from diffdeploy.bundle import Bundle
@@ -43,7 +44,7 @@ def inspect(
             checked = "signed; checked only with verify --public-key" if signed else "none"
             console.print_rows([*_bundle_rows(bundle), ("signature", checked)])
         return 0
-    with console.activity("reading the checkpoint"):
+    with activity("reading the checkpoint", stages=False):
         # Checkpoints need torch; bundles are described without it.
         from diffdeploy.checkpoints import holds_model, summarise
 

@@ -1,16 +1,32 @@
 """Options that several commands share."""
 
+from collections.abc import Callable, Iterable
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from diffdeploy.cli import console
 from diffdeploy.errors import InputError
 
 if TYPE_CHECKING:
     from diffdeploy.formats import Selection
 
-__all__ = ["AsJson", "Cases", "Device", "PublicKey", "Recompile", "RuntimeName", "Threads", "Trust", "selection_of"]
+__all__ = [
+    "AsJson",
+    "Cases",
+    "Device",
+    "PublicKey",
+    "Recompile",
+    "RuntimeName",
+    "Threads",
+    "Trust",
+    "selection_of",
+    "takes_quiet",
+    "with_parameters",
+]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Result as one JSON object.")]
 Device = Annotated[
@@ -32,6 +48,29 @@ PublicKey = Annotated[
     typer.Option(help="Load a bundle only if this key (PEM) signed it; it is trusted then.", show_default="any bundle"),
 ]
 Cases = Annotated[str | None, typer.Option(help="Inputs to verify on: quick, full or a number.", show_default="full")]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result, warnings and errors, nothing else.")]
+
+
+def with_parameters(command: Callable[..., int], parameters: Iterable[Parameter]) -> Callable[..., int]:
+    """Give a function that takes anything the parameters that typer makes options of."""
+    parameters = list(parameters)
+    # Both are what typer looks at.
+    command.__signature__ = Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return command
+
+
+def takes_quiet(command: Callable[..., int]) -> Callable[..., int]:
+    """The command with ``--quiet``."""
+
+    @wraps(command)
+    def run_command(*arguments: Any, quiet: bool, **options: Any) -> int:
+        with console.quietly(quiet):
+            return command(*arguments, **options)
+
+    own = signature(command).parameters.values()
+    quiet = Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=_Quiet)
+    return with_parameters(run_command, [*own, quiet])
 
 
 def selection_of(cases: str | None) -> "Selection | None":

@@ -14,9 +14,11 @@ from diffdeploy.bench.candidate_choice import (
     eager_candidates,
     given_candidates,
 )
+from diffdeploy.bench.changes import require_comparable
 from diffdeploy.bench.estimate import require_memory
 from diffdeploy.bench.machine import free_bytes
 from diffdeploy.bench.plan import Candidate, Plan, Size
+from diffdeploy.bench.results import BenchReport
 from diffdeploy.bench.run import Bench
 from diffdeploy.bundle import cast_weights
 from diffdeploy.checkpoints import CheckpointOptions
@@ -75,16 +77,19 @@ class BenchRequest:
 
 
 @contextmanager
-def prepare(request: BenchRequest, phase: Say, note: Say) -> Iterator[Bench]:
+def prepare(
+    request: BenchRequest, phase: Say, note: Say, *, compare_with: BenchReport | None = None
+) -> Iterator[Bench]:
     """A run with everything that it needs; the exports made for it are removed at the end of the block.
 
     Args:
         request: what is asked for.
         phase: called with a few words when something begins that takes a while.
         note: called with what is left out, and why.
+        compare_with: an earlier run that the result is to be compared with.
 
     Raises:
-        InputError: options that do not fit each other, or a file that cannot be read.
+        InputError: options that do not fit each other, a file that cannot be read, or a run that cannot be compared.
         UnavailableError: this machine lacks a device, a package or the memory.
         ExportError: a format could not be exported.
     """
@@ -100,6 +105,8 @@ def prepare(request: BenchRequest, phase: Say, note: Say) -> Iterator[Bench]:
         plan = _plan(request, source, eager, targets, Path(folder))
         # Before the exports, which take minutes.
         require_memory(plan, free_bytes(plan.device))
+        if compare_with is not None:
+            require_comparable(compare_with, plan, source.block)
         _write_weights(source, plan)
         plan = _with_exports(plan, request, source, targets, phase, note)
         phase("starting")

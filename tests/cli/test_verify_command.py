@@ -219,7 +219,7 @@ def test_a_report_is_judged_again(sample_bundle: Path, tmp_path: Path, capsys: p
 def test_warn_only_says_what_failed_and_exits_0(wrong_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["verify", str(wrong_bundle), "--cases", "2", "--warn-only"]
     out, err = said_by(arguments, capsys)
-    assert err.startswith(f"warning: {wrong_bundle} failed verification: ")
+    assert f"\nwarning: {wrong_bundle} failed verification: " in err
     assert out.startswith("failed: ")
     fields = json_of(arguments, capsys)
     assert (fields["status"], fields["verification"]["passed"]) == ("failed", False)
