@@ -82,7 +82,7 @@ def _verdict(result: "FormatResult") -> str:
 
 def _budget_used(result: "FormatResult") -> str:
     worst = None if result.report is None else result.report.worst
-    return "-" if worst is None or worst.budget_used is None else f"{worst.budget_used:.0%}"
+    return console.share(None if worst is None else worst.budget_used)
 
 
 def _size_bytes(bundle: Path) -> int:

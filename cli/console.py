@@ -1,7 +1,9 @@
 """All printing: results to standard output, everything else to standard error."""
 
 import json
+import re
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +34,7 @@ __all__ = [
     "print_verdict",
     "print_whole",
     "quietly",
+    "share",
     "standard_error",
     "warn",
 ]
@@ -128,13 +131,24 @@ def _say(text: str) -> None:
 
 # Rich has no width without end; no table of ours is as wide as this.
 _UNLIMITED = 10_000
+# A column of values; narrower ones would be all edge.
+_NARROWEST = 20
+_MANY_TIMES = 100
+# Of columns of figures: a name, and what was asked for.
+_LEAST_FIGURES = 4
 
 
 def print_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Names and values in two columns on standard output."""
-    width = max(len(name) for name, _ in rows)
+    """Names and values in two columns on standard output; a terminal breaks values between words."""
+    width = max(len(name) for name, _ in rows) + 2
+    stdout = _standard_output()
+    room = max(stdout.width - width, _NARROWEST) if stdout.is_terminal else _UNLIMITED
     for name, value in rows:
-        print_text(f"{name:<{width}}  {value}")
+        # Paths and digests stay whole, to be copied.
+        lines = textwrap.wrap(on_one_line(value), room, break_long_words=False, break_on_hyphens=False) or [""]
+        print_text(f"{name:<{width}}{lines[0]}")
+        for line in lines[1:]:
+            print_text(" " * width + line)
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -149,19 +163,42 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_figures(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output with a title: names in the first column, figures in the others."""
+    """A table on standard output with a title: names in the first column, figures in the others.
+
+    The last columns are left out of a terminal that is too narrow for them, since a figure that is cut is none.
+    """
+    print_text(title)
+    stdout, shown = _standard_output(), len(headings)
+    table = _figures(headings, rows, shown)
+    while stdout.is_terminal and shown > _LEAST_FIGURES and _width(table) > stdout.width:
+        shown -= 1
+        table = _figures(headings, rows, shown)
+    print_whole(table, stdout)
+    if shown < len(headings):
+        print_text(f"in a wider terminal also: {', '.join(headings[shown:])}")
+
+
+def _figures(headings: Sequence[str], rows: Sequence[Sequence[str]], shown: int) -> "Table":
+    """The first columns of a table."""
     from rich import box
     from rich.table import Table
 
-    print_text(title)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     # Folded, not cut: a name must be whole to be used.
     table.add_column(headings[0], overflow="fold")
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in headings[1:shown]:
+        # A word a line, as figures are narrow.
+        table.add_column(re.sub(r" (?!%)", "\n", heading), justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(cell, row))
-    print_whole(table, _standard_output())
+        table.add_row(*map(cell, row[:shown]))
+    return table
+
+
+def _width(table: "Table") -> int:
+    """Of a table that has all the room it wants."""
+    from rich.console import Console
+
+    return Console(width=_UNLIMITED).measure(table).maximum
 
 
 def cell(text: str) -> str:
@@ -179,11 +216,17 @@ def _standard_output() -> "Console":
 
 def print_whole(table: "Table", console: "Console") -> None:
     """Print a table; in a log or a pipe, which have no edge to fit into, as wide as it needs to be."""
-    # Rich takes 80 columns where it finds no terminal. It measures a table within the width that it has, hence twice.
+    # Rich takes 80 columns where it finds no terminal.
     if not console.is_terminal:
-        console.width = _UNLIMITED
-        console.width = console.measure(table).maximum
+        console.width = _width(table)
     console.print(table)
+
+
+def share(budget_used: float | None) -> str:
+    """A share of an error budget in a few letters; a multiple where that is easier to read."""
+    if budget_used is None:
+        return "-"
+    return f"{budget_used:.0%}" if budget_used < _MANY_TIMES else f"{budget_used:.2g} x"
 
 
 def print_verdict(report: "Report", bundle: Path) -> None:
@@ -194,8 +237,8 @@ def print_verdict(report: "Report", bundle: Path) -> None:
         ("golden vectors match", "golden vectors differ") if report.selection == "golden" else ("passed", "failed")
     )
     verdict = fine if report.passed else wrong
-    share = ""
+    used = ""
     if worst is not None and worst.budget_used is not None:
-        share = f"worst {worst.id} used {worst.budget_used:.0%} of its error budget; "
+        used = f"worst {worst.id} used {share(worst.budget_used)} of its error budget; "
     untried = "" if report.untried is None else f"; not tried: {report.untried}"
-    print_text(f"{verdict}: {bundle} ({len(report.cases)} cases; {share}{report.backend}{untried})")
+    print_text(f"{verdict}: {bundle} ({len(report.cases)} cases; {used}{report.backend}{untried})")

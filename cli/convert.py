@@ -66,7 +66,7 @@ def convert(
         console.print_json(_fields(done))
     else:
         worst = done.record.worst
-        used = "" if worst.budget_used is None else f"; worst {worst.id} used {worst.budget_used:.0%} of its budget"
+        used = f"; worst {worst.id} used {console.share(worst.budget_used)} of its budget"
         console.print_text(f"passed: {place} ({len(done.record.cases)} cases{used})")
     return 0
 

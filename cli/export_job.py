@@ -1,5 +1,6 @@
 """Running exports: one bundle, or one for each layer of a checkpoint."""
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,12 +64,26 @@ class Outcome:
         """Print everything; give the exit code."""
         if self.report is not None:
             error = None if self.rejected is None else str(self.rejected)
-            return finish(self.report, self.target, as_json=as_json, error=error)
+            code = finish(self.report, self.target, as_json=as_json, error=error)
+            if self.export is not None and not as_json:
+                self._note_next_steps()
+            return code
         if as_json:
             console.print_json(self.fields)
         else:
             self.print_verdict()
         return 0
+
+    def _note_next_steps(self) -> None:
+        """What to do with the bundle, to be copied."""
+        assert self.export is not None
+        place = shlex.quote(str(self.target))
+        call = f"run {place} --input inputs.npz --output outputs.npz"
+        if self.export.facts.num_layers:
+            given = '--prompt "def main("' if (self.target / "tokenizer.json").is_file() else "--input-ids 1,2,3"
+            call = f"generate {place} {given}"
+        console.note(f"run it:   diffdeploy {call}")
+        console.note(f"check it: diffdeploy verify {place}, on the machine that will run it")
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,10 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
     rope = "none" if config.rope is None else f"{config.rope.style}, theta {config.rope.theta:g}"
     axes = ", ".join(f"{name} {bounds.min} to {bounds.max}" for name, bounds in manifest.graph.axes.items())
 
-    def tensors(specs: Any) -> str:
-        rows = by_layer((name, f"{spec.dtype} {list(spec.shape)}") for name, spec in specs.items())
-        return ", ".join(f"{name} {what}" for name, what in rows)
+    def tensors(heading: str, specs: Any) -> list[tuple[str, str]]:
+        rows = by_layer((name, f"{spec.dtype} [{', '.join(map(str, spec.shape))}]") for name, spec in specs.items())
+        # One on each line, and the heading before the first.
+        return [("" if number else heading, f"{name} {what}") for number, (name, what) in enumerate(rows)]
 
     layer = "" if source.layer is None else f", layer {source.layer}"
     return [
@@ -86,8 +87,8 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
         ("format", manifest.format + (", verified when it was made" if bundle.verified else ", NOT verified")),
         ("options", ", ".join(f"{name} {value}" for name, value in manifest.options.plain().items())),
         ("graph", manifest.graph.variant),
-        ("inputs", tensors(manifest.graph.inputs)),
-        ("outputs", tensors(manifest.graph.outputs)),
+        *tensors("inputs", manifest.graph.inputs),
+        *tensors("outputs", manifest.graph.outputs),
         ("ranges", axes),
         *_model_rows(bundle),
         ("width", f"{config.embed_dim}"),

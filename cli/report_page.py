@@ -136,9 +136,8 @@ def _stages(report: "Report") -> list[str]:
     guilty = report.guilty
     if guilty is None:
         return [*said, "<p>Nothing failed, so no stage of the formula was looked at by itself.</p>"]
-    said.append(
-        f"<p>First deviating: {text(guilty.stage or 'none')}, {text(guilty.detail)}; found by {guilty.found_by}.</p>"
-    )
+    first = guilty.stage or "none"
+    said.append(f"<p>First that deviates: {text(f'{first}; {guilty.detail}')}; found by {guilty.found_by}.</p>")
     if not guilty.stages:
         return said
     rows = [

@@ -1,9 +1,11 @@
 """The tables of a verification and of a self-test, on standard error."""
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffdeploy.cli import console
+from diffdeploy.errors import on_one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,19 +16,25 @@ if TYPE_CHECKING:
 
 __all__ = ["print_families", "print_faults", "print_report"]
 
+# With all columns; narrower terminals show the ones that a reader needs first.
+_WIDE = 110
+_NARROW_NAME = 24
+
 
 def print_report(report: "Report") -> None:
     """The tables of a verification, on standard error: the contract, the cases by what they try, and what failed."""
+    stderr = console.standard_error()
+    wide = not stderr.is_terminal or stderr.width >= _WIDE
     _print(_contract_table(report))
     if report.cases:
-        _print(_case_table(report))
+        _print(_case_table(report, wide=wide))
     if report.coverage:
         _print(_coverage_table(report))
     failed = [(case.id, output) for case in report.cases for output in case.outputs if not output.passed]
     if failed:
-        _print(_failure_table(failed))
+        _print(_failure_table(failed, wide=wide))
     if report.guilty is not None:
-        _print(_stage_table(report.guilty))
+        _print(_stage_table(report.guilty, wide=wide))
     if report.loss is not None:
         console.note(f"loss by quantised weights: {report.loss.summary}")
 
@@ -66,8 +74,13 @@ def _contract_table(report: "Report") -> "Table":
     return table
 
 
-def _case_table(report: "Report") -> "Table":
-    table = _table(("inputs", "", "worst case"), ("cases", "rmse", "eager", "budget", "smallest k"))
+def _case_table(report: "Report", *, wide: bool) -> "Table":
+    numbers = ["cases", *(["rmse", "eager rmse"] if wide else []), "budget\nused", "k\nneeded"]
+    table = _table(("inputs", "", "worst case"), numbers, whole=("worst case",))
+    table.caption = (
+        f"budget used: error over what is allowed, which is k = {report.budget.k:g} times what a right computation is "
+        "off, and a floor\nk needed: the smallest k that the case would pass with"
+    )
     groups: dict[str, list[CaseReport]] = {}
     for case in report.cases:
         groups.setdefault(case.group, []).append(case)
@@ -77,18 +90,30 @@ def _case_table(report: "Report") -> "Table":
         table.add_row(
             console.cell(group),
             _mark(all(case.passed for case in cases), wrong="FAILED"),
-            console.cell(worst.id),
+            _name(worst.id, wide=wide),
             str(len(cases)),
-            _number(worst.rmse),
-            _number(worst.eager_rmse),
-            "-" if worst.budget_used is None else f"{worst.budget_used:.0%}",
+            *((_number(worst.rmse), _number(worst.eager_rmse)) if wide else ()),
+            console.share(worst.budget_used),
             _number(worst.smallest_k),
         )
     return table
 
 
+def _name(name: str, *, wide: bool) -> str:
+    """The name of a case or a node, broken between its parts where there is little room."""
+    if wide:
+        return console.cell(name)
+    lines = [""]
+    for part in re.findall(r"[^-_ ]*[-_ ]?", on_one_line(name)):
+        if lines[-1] and len(lines[-1] + part) > _NARROW_NAME:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(map(console.cell, lines))
+
+
 def _coverage_table(report: "Report") -> "Table":
-    table = _table(("range", "declared", "compared whole", "compared in part", "not tried"), ("sizes",))
+    words = ("range", "declared", "compared\nwhole", "compared\nin part", "not tried")
+    table = _table(words, ("sizes\nrun",), whole=("range", "declared"))
     for part in report.coverage:
         ranges = (part.declared, part.compared_whole, part.compared_in_part)
         said = ["-" if found is None else f"{found.min} to {found.max}" for found in ranges]
@@ -97,38 +122,38 @@ def _coverage_table(report: "Report") -> "Table":
     return table
 
 
-def _failure_table(failed: "Sequence[tuple[str, OutputReport]]") -> "Table":
-    table = _table(("failed", "output", "why"), ("max error", "allowed", "eager"))
+def _failure_table(failed: "Sequence[tuple[str, OutputReport]]", *, wide: bool) -> "Table":
+    table = _table(("failed", "output", "why"), ("max\nerror", "allowed", "eager's\nerror"), whole=("failed", "output"))
     for case_id, output in failed:
         why = output.reason if output.worst_index is None else f"largest error at {output.worst_index}"
         figures = (output.max_error, output.allowed_max_error, output.eager_max_error)
-        table.add_row(*map(console.cell, (case_id, output.output, str(why))), *map(_number, figures))
+        words = (_name(case_id, wide=wide), console.cell(output.output), console.cell(str(why)))
+        table.add_row(*words, *map(_number, figures))
     return table
 
 
-def _stage_table(finding: "Finding") -> "Table":
+def _stage_table(finding: "Finding", *, wide: bool) -> "Table":
     """Where a failed artifact goes wrong: all stages that it shows, or the one sentence that there is."""
-    table = _table(("stage", "", "where"), ("error", "eager", "times"))
+    table = _table(("stage", "", "where"), ("rmse", "eager\nrmse", "ratio"), whole=("stage", "where"))
     for stage in finding.stages:
         figures = (stage.rmse, stage.eager_rmse, stage.amplification)
         found = _mark(not stage.deviates, wrong="WRONG")
-        table.add_row(stage.stage, found, console.cell(stage.node or "-"), *map(_number, figures))
+        table.add_row(stage.stage, found, _name(stage.node or "-", wide=wide), *map(_number, figures))
     if not finding.stages:
         table.add_row(finding.stage or "not found", "", console.cell(finding.detail), "-", "-", "-")
     return table
 
 
-def _table(words: Sequence[str], numbers: Sequence[str]) -> "Table":
-    """Columns of words on the left, of numbers on the right."""
+def _table(words: Sequence[str], numbers: Sequence[str], *, whole: Sequence[str] = ()) -> "Table":
+    """Columns of words on the left, of numbers on the right; those that are whole are not broken."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     for heading in words:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading in whole)
     for heading in numbers:
-        # Seven characters hold figures such as 1.2e-05, whatever the words beside them take.
-        table.add_column(heading, justify="right", no_wrap=True, min_width=min(7, len(heading)))
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 

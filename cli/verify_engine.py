@@ -70,7 +70,7 @@ def _failure(report: "EngineReport", path: Path) -> str | None:
 
 def _verdict(report: "EngineReport", path: Path) -> str:
     worst = report.worst
-    share = "" if worst is None or worst.budget_used is None else f"; worst {worst.id} used {worst.budget_used:.0%}"
+    share = "" if worst is None else f"; worst {worst.id} used {console.share(worst.budget_used)}"
     ranks = f", tensor parallel {report.tensor_parallel_size}" if report.tensor_parallel_size > 1 else ""
     return (
         f"{'passed' if report.passed else 'failed'}: {path} on {report.engine} {report.version}, {report.dtype}{ranks} "

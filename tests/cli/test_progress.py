@@ -172,3 +172,15 @@ def test_an_interrupted_verification_does_not_speak_of_what_was_kept(
     monkeypatch.setattr(Activity, "progress", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert main(["verify", str(sample_bundle)]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
+
+
+def test_an_export_says_what_to_do_next(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["export", "--layer", "1", *SMALL, "-o", "my out", "--force"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "run it:   diffdeploy run 'my out' --input inputs.npz --output outputs.npz",
+        "check it: diffdeploy verify 'my out', on the machine that will run it",
+    ]
+    for silent in ("--json", "--quiet"):
+        assert main([*arguments, silent]) == 0
+        assert "run it:" not in capsys.readouterr().err
