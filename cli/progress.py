@@ -50,7 +50,9 @@ class Activity:
         """
         self._step = f" {text}" if text else ""
         self._left = "" if seconds_left is None else f", about {duration(seconds_left)} left"
-        self._show(self._stage + self._step + self._left)
+        # The time first: a narrow terminal cuts the name of the step.
+        between = ":" if self._left and self._step else ""
+        self._show(self._stage + self._left + between + self._step)
 
     def progress(self, done: int, total: int, name: str) -> None:
         """Begin a step of the stage of which there are several that take about equally long.
@@ -99,8 +101,14 @@ def activity(text: str, *, stages: bool = True) -> Iterator[Activity]:
     if console.is_quiet():
         yield Activity(text, _ignore, _ignore)
     elif (stderr := console.standard_error()).is_terminal:
-        with stderr.status(console.cell(text)) as status:
-            yield Activity(text, lambda line: status.update(console.cell(line)), _ignore)
+        # With a spinner before it, and without a second line, which would jump.
+        room = stderr.width - 3
+
+        def line(said: str) -> str:
+            return console.cell(said if len(said) <= room else said[: room - 1] + "…")
+
+        with stderr.status(line(text)) as status:
+            yield Activity(text, lambda said: status.update(line(said)), _ignore)
     else:
         doing = Activity(text, _ignore, console.note if stages else _ignore)
         with _heartbeats(doing):

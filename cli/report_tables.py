@@ -23,8 +23,7 @@ _NARROW_NAME = 24
 
 def print_report(report: "Report") -> None:
     """The tables of a verification, on standard error: the contract, the cases by what they try, and what failed."""
-    stderr = console.standard_error()
-    wide = not stderr.is_terminal or stderr.width >= _WIDE
+    wide = _is_wide()
     _print(_contract_table(report))
     if report.cases:
         _print(_case_table(report, wide=wide))
@@ -41,15 +40,16 @@ def print_report(report: "Report") -> None:
 
 def print_faults(faults: "Sequence[FaultResult]") -> None:
     """The table of a self-test on standard error: each fault, what caught it, and the stage that was named."""
-    table = _table(("fault", "", "caught by", "stage", "named"), ())
+    wide = _is_wide()
+    table = _table(("fault", "", "caught by", "stage that was named"), (), whole=("fault", "caught by"))
     for fault in faults:
-        named = "-" if fault.located is None else _mark(fault.located, fault.stage or "none")
+        said = fault.stage or "none"
+        named = "-" if fault.located is None else said if fault.located else f"{said}; it is {fault.expected_stage}"
         table.add_row(
-            fault.name,
+            _name(fault.name, wide=wide),
             _mark(fault.caught, "caught", "NOT SEEN") if fault.provable or fault.caught else "cannot be proved",
-            ", ".join(fault.by),
-            fault.expected_stage or "-",
-            named,
+            _name(", ".join(fault.by), wide=wide),
+            named if fault.located is None else _mark(fault.located, named),
         )
     _print(table)
 
@@ -159,6 +159,11 @@ def _table(words: Sequence[str], numbers: Sequence[str], *, whole: Sequence[str]
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}"
+
+
+def _is_wide() -> bool:
+    stderr = console.standard_error()
+    return not stderr.is_terminal or stderr.width >= _WIDE
 
 
 def _print(table: "Table") -> None:

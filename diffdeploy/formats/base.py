@@ -17,6 +17,7 @@ from diffdeploy.formats.artifact import (
     Backend,
     Check,
     FileFault,
+    GraphNode,
     Intermediates,
     LayerValues,
     TritonBackend,
@@ -273,6 +274,10 @@ class Format(ABC):
 
     def layer_values(self, bundle: Bundle) -> LayerValues | None:
         """What the layers of a model give; ``None`` where only outputs can be seen."""
+        return None
+
+    def nodes(self, bundle: Bundle) -> Sequence[GraphNode] | None:
+        """The nodes of the artifact's graph, in their order; ``None`` where there is no graph to read."""
         return None
 
     # Self-test
