@@ -144,12 +144,12 @@ def _print(results: "list[FormatResult]", measured: "BenchReport | None") -> Non
     headings = ("format", "verdict", "budget used", "MiB", "load s", *(f"{size.id} ms" for size in sizes))
     rows = [_row(result, measured) for result in results if result.verdict != "left out"]
     if measured is not None:
-        rows.append([f"eager {EAGER}", "", "", "", "", *_cells(EAGER, measured)])
-    console.print_table(headings, rows)
+        rows.append(["eager", "", "", "", "", *_cells(EAGER, measured)])
+    console.print_figures("one block in every format", headings, rows)
     if measured is not None:
         console.print_text(
-            f"latency in brackets as a ratio to eager {EAGER}, measured in turns, {measured.environment.threads} "
-            "threads; load and first call in a fresh process, imports apart"
+            f"ms: latency, in brackets its ratio to eager ({EAGER}), measured in turns, {measured.environment.threads} "
+            "threads; load s: loading and the first call in a fresh process, without imports"
         )
 
 

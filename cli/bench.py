@@ -11,6 +11,7 @@ from diffdeploy.cli import console
 from diffdeploy.cli.bench_models import bench_models, refuse_options_of_blocks
 from diffdeploy.cli.bench_view import json_fields, print_bench, print_changes
 from diffdeploy.cli.checkpoint_options import takes_checkpoint_options
+from diffdeploy.cli.completion import complete_formats, complete_impls, complete_layer
 from diffdeploy.cli.progress import Activity, activity
 from diffdeploy.cli.shared_options import AsJson, PublicKey, Trust, takes_quiet
 from diffdeploy.errors import DiffDeployError, InputError, VerificationError
@@ -34,66 +35,83 @@ def bench(
         ),
     ] = None,
     impl: Annotated[
-        str, typer.Option(help="Implementations of the eager block, and softmax: names with commas, all or none.")
+        str,
+        typer.Option(
+            help="Implementations of the eager block, and softmax: comma-separated names, all or none.",
+            autocompletion=complete_impls,
+        ),
     ] = "all",
     format_names: Annotated[
         str | None,
         typer.Option(
             "--format",
-            help="Formats to export for this: names with commas, all or none.",
+            help="Formats to export for the run: comma-separated names, all or none.",
             show_default="all; none when a bundle is given",
+            autocompletion=complete_formats,
         ),
     ] = None,
     seq: Annotated[
         str | None,
         typer.Option(
-            help="Sequence lengths, with commas; with --graph cached those of the past, of which one token is decoded.",
+            help="Sequence lengths, comma-separated; with --graph cached, lengths of the past before one token.",
             show_default="128,512,2048; 128,512,2048,8192,32768 with --graph cached",
         ),
     ] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1",
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     embed_dim: Annotated[
         int | None, typer.Option(min=1, help="Model width of a random block.", show_default="1024")
     ] = None,
-    num_heads: Annotated[int | None, typer.Option(min=1, help="Its differential heads.", show_default="8")] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="Differential heads of a random block.", show_default="8")
+    ] = None,
     num_kv_heads: Annotated[
-        int | None, typer.Option(min=1, help="Its key/value heads.", show_default="as --num-heads")
+        int | None, typer.Option(min=1, help="Key/value heads of a random block.", show_default="as --num-heads")
     ] = None,
     head_dim: Annotated[
-        int | None, typer.Option(min=1, help="Its stream width.", show_default="--embed-dim / --num-heads / 2")
+        int | None,
+        typer.Option(min=1, help="Stream width of a random block.", show_default="--embed-dim / --num-heads / 2"),
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="Of weights and inputs.", show_default="float32, or that of the bundle"),
+        typer.Option(
+            help="Dtype of weights and inputs: float32, float16 or bfloat16.",
+            metavar="DTYPE",
+            show_default="float32, or that of the bundle",
+        ),
     ] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where everything runs.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device that everything runs on.")] = "cpu",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of every candidate, on a CPU.", show_default="as torch does")
+        int | None, typer.Option(min=1, help="Number of CPU threads of every candidate.", show_default="torch's choice")
     ] = None,
     graph: Annotated[
         Literal["plain", "masked", "cached"] | None,
         typer.Option(
-            help="Hidden states; with a padding mask; one token with a key/value cache.",
+            help="Graph: hidden states alone, with a padding mask, or one token with a key/value cache.",
             show_default="plain, or that of the bundle",
         ),
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Candidate that ratios refer to.", show_default="naive, or the first one")
+        str | None, typer.Option(help="Candidate that the ratios refer to.", show_default="naive, or the first one")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Per size.", show_default="what fits 12 s, from 9 to 31")
+        int | None, typer.Option(min=1, help="Rounds per size.", show_default="what fits 12 s, from 9 to 31")
     ] = None,
-    layer: Annotated[int | None, typer.Option(help="0-based layer of it.", show_default="the only one")] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="0-based layer of the checkpoint.", show_default="the only one", autocompletion=complete_layer
+        ),
+    ] = None,
     *,
     reading: dict[str, Any],
     trust: Trust = False,
     public_key: PublicKey = None,
     as_json: AsJson = False,
-    csv: Annotated[Path | None, typer.Option(help="Also write a table to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw latency over length: .svg or .png.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write the figures to this CSV file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also plot latency over length: an .svg or .png file.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
     compare: Annotated[
-        Path | None, typer.Option(help="Say what changed since the run that --save wrote to this file.")
+        Path | None, typer.Option(help="Report what changed since the run that --save wrote to this file.")
     ] = None,
 ) -> int:
     """Measure implementations, formats and plain softmax attention in one run, each verified before it is timed.

@@ -28,24 +28,33 @@ def generate(
     bundle: Annotated[Path, typer.Argument(help="A bundle that holds a whole model.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
-    input_ids: Annotated[str | None, typer.Option(help="Tokens to continue, such as 1,2,3.")] = None,
+    input_ids: Annotated[str | None, typer.Option(help="Token ids to continue, such as 1,2,3.")] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Make the text a message, by the model's chat template, and let it answer.")
+        bool, typer.Option("--chat", help="Send the text as a chat message, using the model's template.")
     ] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens to come.", show_default="128, or as many as fit")
+        int | None, typer.Option(help="Largest number of new tokens.", show_default="128, or as many as fit")
     ] = None,
-    min_new_tokens: Annotated[int, typer.Option(help="Least tokens to come.")] = 0,
+    min_new_tokens: Annotated[int, typer.Option(help="Smallest number of new tokens.")] = 0,
     temperature: Annotated[
-        float | None, typer.Option(help="Draw tokens; logits are divided by this.", show_default="the most probable")
+        float | None, typer.Option(help="Sample tokens, with logits divided by this.", show_default="the most probable")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many tokens.", show_default="all")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from this many of the most probable tokens.", show_default="all")
+    ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw from the most probable with so much probability.", show_default="all")
+        float | None,
+        typer.Option(
+            help="Sample from the most probable tokens that together have this probability.", show_default="all"
+        ),
     ] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Against tokens that are there; 1 for none.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed for the draws.", show_default="another one each time")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Penalty for tokens that occurred already; 1 for none.")
+    ] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed for the sampling.", show_default="another one each time")
+    ] = None,
     device: Device = None,
     threads: Threads = None,
     recompile: Recompile = False,

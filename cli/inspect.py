@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffdeploy.cli import console
+from diffdeploy.cli.completion import complete_layout
 from diffdeploy.cli.layer_rows import by_layer, of_layers
 from diffdeploy.cli.progress import activity
 from diffdeploy.errors import InputError
@@ -22,7 +23,10 @@ __all__ = ["inspect"]
 def inspect(
     path: Annotated[Path, typer.Argument(help="A bundle or a checkpoint.", metavar="BUNDLE|CHECKPOINT")],
     layout: Annotated[
-        str | None, typer.Option(help="Layout of a checkpoint.", show_default="recognised by its keys")
+        str | None,
+        typer.Option(
+            help="Layout of a checkpoint.", show_default="recognised by its keys", autocompletion=complete_layout
+        ),
     ] = None,
     draw: Annotated[
         Path | None, typer.Option(help="Also draw the graph around the attentions of one layer: an .svg file.")

@@ -21,6 +21,7 @@ from diffdeploy.cli.export import export
 from diffdeploy.cli.generate import generate
 from diffdeploy.cli.inspect import inspect
 from diffdeploy.cli.interrupts import ended_by_interrupts
+from diffdeploy.cli.panels import in_panels
 from diffdeploy.cli.run import run as run_bundle
 from diffdeploy.cli.serve import serve
 from diffdeploy.cli.sign import sign
@@ -62,7 +63,7 @@ def _root(
 
 for command in (export, convert, generate, verify, diff, run_bundle, inspect, sign, serve, deploy, bench, env):
     # A command without arguments runs: export takes the sample, bench a random block.
-    app.command(command.__name__, no_args_is_help=False)(ended_by_interrupts(command))
+    app.command(command.__name__, no_args_is_help=False)(ended_by_interrupts(in_panels(command)))
 
 
 # What cleans up after Ctrl-C, such as temporary folders and processes, then does so too when the system ends us.

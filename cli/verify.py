@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from diffdeploy.cli.completion import complete_engine
 from diffdeploy.cli.progress import activity
 from diffdeploy.cli.report_files import ReportFiles
 from diffdeploy.cli.report_output import finish
@@ -15,14 +16,13 @@ from diffdeploy.cli.shared_options import (
     Recompile,
     RuntimeName,
     Trust,
+    refuse_together,
     selection_of,
     takes_quiet,
 )
 from diffdeploy.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from diffdeploy.formats import RunOptions, Selection
     from diffdeploy.formats import RuntimeName as Name
     from diffdeploy.verify import Check, Report
@@ -38,10 +38,13 @@ def verify(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="What runs it: genai or vllm for models; openvino or reference for ONNX, see --runtime."),
+        typer.Option(
+            help="Engine: genai or vllm for models; openvino or reference for ONNX, as with --runtime.",
+            autocompletion=complete_engine,
+        ),
     ] = None,
     tensor_parallel_size: Annotated[
-        int | None, typer.Option(min=1, help="Ranks that share each layer, with --engine.", show_default="1")
+        int | None, typer.Option(min=1, help="Number of ranks that share each layer, with --engine.", show_default="1")
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Prove that the weights are still those of this checkpoint.")
@@ -49,12 +52,12 @@ def verify(
     cases: Annotated[
         str | None,
         typer.Option(
-            help="quick, full, or how many: quick ones first, random ones last.",
+            help="Verification inputs: quick, full or a number of cases, quick ones first.",
             show_default="full; none beside --load-inputs",
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the inputs.", show_default="as the bundle was made")
+        int | None, typer.Option(min=0, help="Seed for the verification inputs.", show_default="as the bundle was made")
     ] = None,
     load_inputs: Annotated[
         Path | None, typer.Option(help="Verify on these inputs: .safetensors or .npz with the graph's input names.")
@@ -63,11 +66,11 @@ def verify(
         Path | None, typer.Option(help="Write the inputs of all cases: .safetensors or .npz.")
     ] = None,
     golden: Annotated[
-        bool, typer.Option("--golden", help="Run the stored inputs alone, with numpy and the format's runtime.")
+        bool, typer.Option("--golden", help="Run only the stored inputs, with numpy and the format's runtime.")
     ] = False,
     self_test: Annotated[
         bool,
-        typer.Option("--self-test", help="Put faults into copies of the bundle, and see that each is caught."),
+        typer.Option("--self-test", help="Put faults into copies of the bundle, and check that each is caught."),
     ] = False,
     from_report: Annotated[
         Path | None, typer.Option(help="Judge the figures of this report again, without running anything.")
@@ -120,17 +123,17 @@ def verify(
     }
     if engine is not None and engine != runtime:
         others = {**sweep, **run, **alone, **saved, "--seed": None, "--from-report": from_report, "--k": k}
-        _refuse("--engine", "has inputs of its own", others)
+        refuse_together("--engine", "has inputs of its own", others)
         from diffdeploy.cli.verify_engine import run_engine
 
         return run_engine(bundle, engine, tensor_parallel_size, seed, files, as_json=as_json, warn_only=warn_only)
-    _refuse("verify without --engine", "has no ranks", {"--tensor-parallel-size": tensor_parallel_size})
+    refuse_together("verify without --engine", "has no ranks", {"--tensor-parallel-size": tensor_parallel_size})
     if from_report is not None:
-        _refuse("--from-report", "runs nothing", {**sweep, **run, **alone})
+        refuse_together("--from-report", "runs nothing", {**sweep, **run, **alone})
         files.check()
         report = _judged_again(from_report, bundle, k)
         return _end(report, bundle or from_report, files, as_json=as_json, warn_only=warn_only)
-    _refuse("verify without --from-report", "judges by its own table", {"--k": k})
+    refuse_together("verify without --from-report", "judges by its own table", {"--k": k})
     if bundle is None:
         raise InputError("no bundle was given; give a directory that diffdeploy exported, or --from-report")
     from diffdeploy.formats import RunOptions
@@ -138,12 +141,12 @@ def verify(
     run_options = RunOptions(device=device, runtime=runtime, recompile=recompile, trust=trust, public_key=public_key)
     if self_test:
         others = {"--golden": golden or None, "--warn-only": warn_only or None}
-        _refuse("--self-test", "verifies copies with faults in them", {**sweep, **others, **saved})
+        refuse_together("--self-test", "verifies copies with faults in them", {**sweep, **others, **saved})
         from diffdeploy.cli.selftest import run_self_test
 
         return run_self_test(bundle, run_options, files, as_json=as_json)
     if golden:
-        _refuse("--golden", "runs the stored inputs alone", sweep)
+        refuse_together("--golden", "runs the stored inputs alone", sweep)
     inputs = _Inputs(selection_of(cases), seed, load_inputs, save_inputs)
     files.check()
     report = _verified(bundle, None if golden else inputs, run_options, checkpoint)
@@ -195,7 +198,9 @@ def _runtime_of(engine: str | None, runtime: "Name") -> "Name":
     """What runs the artifact: engines that are runtimes of artifacts run the same sweep as any other."""
     if engine not in ("openvino", "reference"):
         return runtime
-    _refuse(f"--engine {engine}", "is a runtime itself", {"--runtime": None if runtime == "native" else runtime})
+    refuse_together(
+        f"--engine {engine}", "is a runtime itself", {"--runtime": None if runtime == "native" else runtime}
+    )
     return "openvino" if engine == "openvino" else "reference"
 
 
@@ -203,11 +208,6 @@ def _end(report: "Report", subject: Path, files: ReportFiles, *, as_json: bool, 
     # Files first: a pipe that was closed ends the command at the first line that is printed.
     files.write(report, subject)
     return finish(report, subject, as_json=as_json, warn_only=warn_only)
-
-
-def _refuse(option: str, why: str, others: "Mapping[str, object]") -> None:
-    if given := [name for name, value in others.items() if value is not None]:
-        raise InputError(f"{option} {why}, so it does not go with {', '.join(given)}; leave one out")
 
 
 def _signature(public_key: str | Path) -> "Check":
