@@ -16,7 +16,6 @@ from diffdeploy.bench.candidate_choice import (
 )
 from diffdeploy.bench.changes import require_comparable
 from diffdeploy.bench.estimate import require_memory
-from diffdeploy.bench.machine import free_bytes
 from diffdeploy.bench.plan import Candidate, Plan, Size
 from diffdeploy.bench.results import BenchReport
 from diffdeploy.bench.run import Bench
@@ -27,6 +26,7 @@ from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.formats import Device, RunOptions, Target, export_targets
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.ops import Impl
+from diffdeploy.runtime.machine import free_bytes
 
 __all__ = ["BenchRequest", "prepare"]
 
