@@ -96,7 +96,7 @@ class Backend(ABC):
 
         Args:
             batch_size: rows.
-            capacity: most tokens of a row.
+            capacity: tokens of a row that there must be room for.
             fill: what the buffers hold before.
         """
         return None
@@ -107,14 +107,23 @@ class Backend(ABC):
 
 
 class CacheBuffers(ABC):
-    """Buffers ``[B, h_kv, capacity, w]`` that one batch of sequences is computed with; rows are padded on the right."""
+    """Buffers ``[B, h_kv, capacity, w]`` that one batch of sequences is computed with.
+
+    Where the graph counts tokens, those of a row lie side by side in them, and it is padded on the right; elsewhere a
+    token lies where the mask has it.
+
+    Attributes:
+        capacity: tokens of a row that there is room for.
+    """
+
+    capacity: int
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Array]) -> Array:
         """What is computed from new tokens, whose keys and values are written behind those of earlier calls.
 
         Args:
-            inputs: by the names of the graph, all but the caches; the mask ``[B, T]`` counts the tokens of each row.
+            inputs: by the names of the graph, all but the caches; the mask is ``[B, T]``.
         """
 
     @abstractmethod

@@ -22,7 +22,7 @@ from diffdeploy.formats.artifact import (
     TritonBackend,
 )
 from diffdeploy.formats.options import Device, ExportOptions, RunOptions, RuntimeName
-from diffdeploy.graphs import DType, GraphSpec, Padding, Variant
+from diffdeploy.graphs import Cache, DType, GraphSpec, Padding, Variant
 
 if TYPE_CHECKING:
     from diffdeploy.modules import AnyModule
@@ -54,6 +54,7 @@ class Format(ABC):
         torch_allocates: whether its memory on CUDA comes from torch's allocator, whose peak can be read.
         holds_ranges: whether the artifact itself holds the declared ranges, so that a manifest that promises more is
             found out.
+        caches: how graphs of models can keep keys and values, see `GraphSpec`.
         opsets: ONNX operator sets that it writes; empty where it is not ONNX.
         executes: what of a bundle runs as code when it is loaded, so that one from elsewhere has to be trusted;
             ``None`` where loading it runs nothing that the bundle brought.
@@ -74,6 +75,7 @@ class Format(ABC):
     machine: ClassVar[tuple[str, ...]] = ()
     torch_allocates: ClassVar[bool] = True
     holds_ranges: ClassVar[bool] = False
+    caches: ClassVar[tuple[Cache, ...]] = ("growing",)
     opsets: ClassVar[Sequence[int]] = ()
     executes: ClassVar[str | None] = None
     triton: ClassVar[TritonBackend | None] = None
@@ -221,6 +223,7 @@ class Format(ABC):
             ("made_for", set(manifest.made_for), [set(self.machine) - {"isa" if options.device == "cuda" else "gpu"}]),
             ("requires", set(manifest.requires or ()), [set(), {self.package}]),
             ("quantised weights", options.quantisation is not None, {False, self.quantises(options.flavor, graph)}),
+            ("cache", graph.cache, self.caches),
             ("padding", graph.padding, [self.padding(graph.variant, options.flavor, manifest.config)]),
         ):
             if given not in accepted:

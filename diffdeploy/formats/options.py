@@ -6,7 +6,7 @@ from typing import Literal
 
 from diffdeploy.bundle import BLOCK_SIZES, Quantisation, WeightBits
 from diffdeploy.errors import InputError
-from diffdeploy.graphs import DType, Logits, Variant
+from diffdeploy.graphs import Cache, DType, Logits, Variant
 
 __all__ = ["Device", "ExportOptions", "RunOptions", "RuntimeName", "Selection"]
 
@@ -39,6 +39,7 @@ class ExportOptions:
         seed: random seed for the inputs that the artifact is verified with.
         runtime: that the artifact is verified with.
         logits: of a model: at ``all`` new positions, or at the ``last`` alone.
+        cache: of a model: ``growing``, or ``in-place``, see `GraphSpec`.
         cases: what it is verified on; the report says which parts of the declared ranges that leaves out.
         weights: bits of the numbers that matrices are quantised to; by default they are in ``dtype``.
         block_size: numbers that share a scale; by default 32.
@@ -60,6 +61,7 @@ class ExportOptions:
     seed: int = 0
     runtime: RuntimeName = "native"
     logits: Logits = "all"
+    cache: Cache = "growing"
     cases: Selection = "full"
     weights: WeightBits | None = None
     block_size: int | None = None

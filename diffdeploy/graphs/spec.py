@@ -7,7 +7,7 @@ from diffdeploy.config import AnyConfig, AnyModel, DecoderConfig
 from diffdeploy.errors import InputError
 from diffdeploy.records import Record
 
-__all__ = ["DType", "GraphSpec", "Logits", "Padding", "Range", "TensorSpec", "Variant", "graph_spec"]
+__all__ = ["Cache", "DType", "GraphSpec", "Logits", "Padding", "Range", "TensorSpec", "Variant", "graph_spec"]
 
 DType = Literal["float32", "float16", "bfloat16"]
 Variant = Literal["plain", "masked", "cached", "model"]
@@ -18,6 +18,9 @@ Logits = Literal["all", "last"]
 # What a graph makes of its mask: it looks where padding is; or it counts the tokens of a row, between which there may
 # be padding, or not.
 Padding = Literal["anywhere", "counted", "contiguous"]
+
+# What an artifact does with new keys and values: it returns them behind the past ones, or writes them into buffers.
+Cache = Literal["growing", "in-place"]
 
 # torch.export takes a traced size of 0 or 1 for a constant.
 _SMALLEST_DYNAMIC = 2
@@ -62,6 +65,8 @@ class GraphSpec(Record):
         padding: ``anywhere`` where the graph looks at its mask; ``counted`` and ``contiguous`` where it counts the
             tokens of a row, and gives nothing for padding, of which the latter takes none between tokens; see
             `diffdeploy.runtime.right_padding` for what is fed to it.
+        cache: ``in-place`` where the artifact writes new keys and values into buffers that the caller passes; see
+            `of_artifact`. The runtime takes and returns growing caches all the same.
     """
 
     variant: Variant
@@ -70,6 +75,7 @@ class GraphSpec(Record):
     axes: dict[str, Range]
     sums: dict[str, tuple[str, ...]]
     padding: Padding = "anywhere"
+    cache: Cache = "growing"
 
     @property
     def dtype(self) -> DType:
@@ -102,6 +108,32 @@ class GraphSpec(Record):
         """At which positions a model gives logits."""
         return "last" if self.outputs[self.main_output].shape[1:2] == (1,) else "all"
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that a buffer of an in-place cache has room for.
+
+        One more than the longest sequence: torch.export would make a case of its own of a sequence that fills it.
+        """
+        return self.axes["total_sequence_length"].max + 1
+
+    def of_artifact(self) -> "GraphSpec":
+        """The interface of the file itself.
+
+        With an in-place cache it takes buffers ``[B, h_kv, capacity, w]``, of which it reads the first ``T`` tokens
+        after writing the last ``S`` of them, ``T`` being the width of ``attention_mask``. It returns no cache.
+        """
+        if self.cache == "growing":
+            return self
+        inputs = {
+            name: tensor.model_copy(update={"shape": (*tensor.shape[:2], self.capacity, tensor.shape[3])})
+            if name in self.caches
+            else tensor
+            for name, tensor in self.inputs.items()
+        }
+        outputs = {self.main_output: self.outputs[self.main_output]}
+        axes = {name: bounds for name, bounds in self.axes.items() if name != "past_sequence_length"}
+        return self.model_copy(update={"inputs": inputs, "outputs": outputs, "axes": axes, "sums": {}})
+
     def with_all_logits(self) -> "GraphSpec":
         """The same graph of a model, with logits at every position."""
         output = self.outputs[self.main_output]
@@ -118,6 +150,7 @@ def graph_spec(
     max_sequence_length: int,
     logits: Logits = "all",
     padding: Padding = "anywhere",
+    cache: Cache = "growing",
 ) -> GraphSpec:
     """The interface of a graph of a block or of a model, with all axes dynamic.
 
@@ -129,6 +162,7 @@ def graph_spec(
         max_sequence_length: longest sequence, past included.
         logits: of a model, at which positions.
         padding: of a model, see `GraphSpec`.
+        cache: of a model, see `GraphSpec`.
 
     Raises:
         InputError: a maximum is so low that its axis would not be dynamic, or the variant is not one of the config.
@@ -139,6 +173,8 @@ def graph_spec(
     if padding != "anywhere" and not is_model:
         raise InputError(f"padding is {padding}, which graphs of blocks do not have")
     has_past = variant in ("cached", "model")
+    if cache != "growing" and not is_model:
+        raise InputError(f"cache is {cache}, which graphs of blocks do not have")
     axes = _axes(max_batch_size, max_sequence_length, has_past=has_past)
     total = "total_sequence_length" if has_past else "sequence_length"
     inputs, outputs = {}, {}
@@ -171,6 +207,7 @@ def graph_spec(
         axes=axes,
         sums={total: ("past_sequence_length", "sequence_length")} if has_past else {},
         padding=padding,
+        cache=cache,
     )
 
 

@@ -31,8 +31,8 @@ class AttentionBlock(nn.Module):
     """What both versions share: projections, rotary embedding, cache, masks and the operator.
 
     The formula is taken in public steps, which exporters reuse and faults replace, in this order: `normalise_queries`,
-    `normalise_keys`, `rotate_queries`, `rotate_keys`, `append` to the cache, `key_mask`, `lambda_`, `attend`,
-    `normalise`, `join`, `project`.
+    `normalise_keys`, `rotate_queries`, `rotate_keys`, `append` to the cache or `write` into it, `key_mask`, `lambda_`,
+    `attend`, `normalise`, `join`, `project`.
 
     Args:
         config: sizes and flags.
@@ -137,6 +137,22 @@ class AttentionBlock(nn.Module):
             raise InputError(f"past key holds {past[0].shape[2]} tokens, and past value {past[1].shape[2]}")
         return torch.cat((past[0], new[0]), dim=2), torch.cat((past[1], new[1]), dim=2)
 
+    def write(self, buffers: KeyValueCache, new: KeyValueCache, total_length: int) -> KeyValueCache:
+        """Write new tokens into buffers, behind the past tokens that they hold.
+
+        Args:
+            buffers: keys and values ``[B, h_kv, capacity, w]``, changed in place.
+            new: keys and values ``[B, h_kv, S, w]``.
+            total_length: ``T``, past and new tokens; at most the capacity.
+
+        Returns:
+            Views ``[B, h_kv, T, w]`` of the buffers: past and new tokens.
+        """
+        places = torch.arange(total_length - new[0].shape[2], total_length, device=new[0].device)
+        for buffer, side in zip(buffers, new, strict=True):
+            buffer.index_copy_(2, places, side)
+        return buffers[0][:, :, :total_length], buffers[1][:, :, :total_length]
+
     def key_mask(self, attention_mask: Tensor) -> Tensor:
         """``[B, T]``, ``True`` for tokens."""
         return attention_mask.to(torch.bool)
@@ -218,6 +234,7 @@ class AttentionBlock(nn.Module):
         past_key_values: KeyValueCache | None = None,
         *,
         causal: bool | None = None,
+        total_length: int | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
         """All steps, with the caller's rotary embedding.
 
@@ -227,6 +244,7 @@ class AttentionBlock(nn.Module):
             rotate: turns queries and keys ``[B, H, S, d]``.
             past_key_values: cache, or ``None``.
             causal: in place of the config's.
+            total_length: ``T``, where ``past_key_values`` are buffers that are written in place, see `write`.
 
         Returns:
             ``[B, S, D]``, and the keys and values that were attended to; without a past the keys are those of the
@@ -245,7 +263,11 @@ class AttentionBlock(nn.Module):
         v_BHTe = _split_heads(self.v_proj(hidden_states), config.value_dim)
         if past_key_values is not None:
             new = k_BHTd if config.streams_share_keys else pair_streams(k_BHTd)
-            k_BHTd, v_BHTe = self.append(past_key_values, (new, v_BHTe))
+            k_BHTd, v_BHTe = (
+                self.append(past_key_values, (new, v_BHTe))
+                if total_length is None
+                else self.write(past_key_values, (new, v_BHTe), total_length)
+            )
         if attention_mask is not None and attention_mask.ndim == 2:
             _check_key_mask(attention_mask, v_BHTe)
             attention_mask = self.key_mask(attention_mask)[:, None, None]

@@ -53,6 +53,10 @@ def _counts_tokens(target: FaultTarget) -> bool:
     return target.spec.padding != "anywhere"
 
 
+def _writes_in_place(target: FaultTarget) -> bool:
+    return _counts_tokens(target) or target.spec.cache == "in-place"
+
+
 def _several_layers(target: FaultTarget) -> bool:
     return target.decoder is not None and target.decoder.num_layers > 1
 
@@ -178,7 +182,7 @@ class MemoryReused(StandIn):
         return outputs
 
 
-@_faulty("cache_shared_between_sequences", "batches that take turns are written into one buffer", _counts_tokens)
+@_faulty("cache_shared_between_sequences", "batches that take turns are written into one buffer", _writes_in_place)
 class SharedBetweenSequences(StandIn):
     """A buffer is made once for each size, and every batch of sequences of that size gets it."""
 
@@ -192,7 +196,7 @@ class SharedBetweenSequences(StandIn):
         return self._made[batch_size, capacity]
 
 
-@_faulty("cache_written_beyond", "a cell behind the newest token is written", _counts_tokens)
+@_faulty("cache_written_beyond", "a cell behind the newest token is written", _writes_in_place)
 class WrittenBeyond(StandIn):
     """A cell behind the newest token is written in place, which nothing reads until a later call counts on it."""
 
