@@ -200,7 +200,7 @@ def test_bad_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     cases = [
         (truncated, "may be truncated"),
         (pickled, "never executed"),
-        (unknown, "layout that is not known"),
+        (unknown, "no known layout"),
         (weights_file(tmp_path / "nan.safetensors", lambda_q1=lambda_q1), "lambda_q1 holds NaN"),
         (
             weights_file(tmp_path / "shape.safetensors", **{"out_proj.weight": torch.zeros(24, 47)}),
