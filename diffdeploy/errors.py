@@ -46,7 +46,7 @@ class InputError(DiffDeployError, ValueError):
 
 
 class UnavailableError(DiffDeployError):
-    """This machine lacks something that was asked for: a package, a device, disk space."""
+    """This machine lacks something that the request needs: a package, a device, disk space."""
 
     exit_code = 3
 

@@ -39,7 +39,7 @@ def _frequency(rope: RopeConfig, channel: int, width: int) -> float:
 
 
 def _divided(rope: RopeConfig, scaling: RopeScaling, pair: int, width: int) -> float:
-    """Weight of the divided frequency: 0 from ``beta_fast`` turns in the original context on, 1 up to ``beta_slow``."""
+    """Degree to which frequencies are divided, from 0 (``beta_fast`` turns or more) to 1 (``beta_slow`` or fewer)."""
 
     def pair_with(turns: float) -> float:
         length = scaling.original_max_position_embeddings

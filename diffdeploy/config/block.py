@@ -60,7 +60,7 @@ def check_sizes(config: "AnyConfig") -> None:
         rope is None or rope.rotary_dim is not None or config.head_dim % 2 == 0,
         "head_dim",
         config.head_dim,
-        "even when rotary embedding is used, since it turns pairs of channels",
+        "even when rotary embedding is used, since it rotates pairs of channels",
     )
     require(
         rope is None or rope.width(config.head_dim) <= config.head_dim,

@@ -116,7 +116,7 @@ def _frequencies(config: RopeConfig, width: int) -> Tensor:
 
 
 def _divided(config: RopeConfig, scaling: RopeScaling, width: int) -> Tensor:
-    """Weight of the divided frequency for each pair of channels, from 0 to 1 (arXiv 2309.00071, section 3.2)."""
+    """Degree, 0 to 1, to which the frequency of each channel pair is divided (arXiv 2309.00071, section 3.2)."""
     length = scaling.original_max_position_embeddings
     # Index of the pair with that number of turns in the original context; fractional unless boundaries are rounded.
     first, last = (
