@@ -73,7 +73,7 @@ def test_what_cannot_be_made_is_said(capsys: pytest.CaptureFixture[str]) -> None
         ),
         (["--format", "flash2", "--dtype", "float16", "--device", "cpu"], "made for cuda, not for cpu"),
         (["--format", "pt2", "--onnx-flavor", "ort"], "onnx flavor is ort, which format pt2 does not have"),
-        (["--format", "aoti", "--runtime", "reference"], "interprets ONNX, and format aoti is another"),
+        (["--format", "aoti", "--runtime", "reference"], "runs only ONNX, but the format is aoti"),
         (["--onnx-flavor", "ort", "--graph", "cached"], "graph is cached"),
         (["--onnx-flavor", "ort", "--runtime", "reference"], "standard operators alone"),
         (["--format", "all", "--layer", "all"], "give one of them a name"),
