@@ -306,7 +306,7 @@ def test_a_manifest_cannot_say_that_another_flavor_is_quantised(int4: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_kl": 1e-4}, "lose too much and were not kept: KL is .* nats a token, and at most 0.0001"),
+        ({"max_kl": 1e-4}, "lose too much and were not kept: KL is .* nats per token, but the limit is 0.0001"),
         ({"min_agreement": 0.999}, "lose too much and were not kept: the top token is the same for 0.9"),
     ],
 )
@@ -326,10 +326,10 @@ REFUSED: dict[str, tuple[ExportOptions, str]] = {
         replace(INT4, format="pt2", onnx_flavor=None),
         "weights is int4, which format pt2 does not have",
     ),
-    "size alone": (replace(SMALL, block_size=32), "block size is of quantised weights, and there are none"),
-    "head alone": (replace(SMALL, quantise_head=True), "quantise head is of quantised weights"),
-    "limit alone": (replace(SMALL, max_kl=0.1), "max kl is of quantised weights"),
-    "negative limit": (replace(INT4, max_kl=-0.1), "max kl is -0.1; accepted is a number of nats from 0 on"),
+    "size alone": (replace(SMALL, block_size=32), "block size needs quantised weights, but there are none"),
+    "head alone": (replace(SMALL, quantise_head=True), "quantise head needs quantised weights"),
+    "limit alone": (replace(SMALL, max_kl=0.1), "max kl needs quantised weights"),
+    "negative limit": (replace(INT4, max_kl=-0.1), "max kl is -0.1; accepted is a number of nats, 0 or more"),
     "no share": (replace(INT4, min_agreement=99.0), "min agreement is 99.0; accepted is a share, 0 to 1"),
     "no text": (replace(INT4, text=Path("nowhere.txt")), "nowhere.txt cannot be read as text"),
 }
