@@ -90,6 +90,11 @@ def _checked_format(options: ExportOptions) -> Format:
             f"attention implementation {str(options.impl)!r} is not available in format {options.format}; "
             f"accepted: {', '.join(('auto', *found.impls))}"
         )
+    if options.cache not in found.caches:
+        raise InputError(
+            f"cache is {options.cache}, which format {options.format} does not have; accepted: "
+            f"{', '.join(found.caches)}"
+        )
     if options.seed < 0:
         raise InputError(f"seed is {options.seed}; accepted is 0 or more")
     found.check_options(options)
@@ -179,6 +184,7 @@ def export_bundle(
         max_sequence_length=max_sequence_length,
         logits=options.logits,
         padding=found.padding(options.graph, options.onnx_flavor, checkpoint.config),
+        cache=options.cache,
     )
     weights = ShippedWeights.of(checkpoint, options)
     report = None

@@ -13,7 +13,7 @@ __all__ = ["GraphModule", "example", "trace"]
 
 
 class GraphModule(nn.Module):
-    """A block or model with the signature of a graph: tensors in the order of its inputs and outputs."""
+    """A block or model with the signature of an artifact: it takes and returns tensors in the artifact's order."""
 
     def __init__(self, block: AnyModule, spec: GraphSpec) -> None:
         super().__init__()
@@ -21,9 +21,10 @@ class GraphModule(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the block on the inputs of `GraphSpec.inputs`, in that order."""
-        inputs = dict(zip(self.spec.inputs, tensors, strict=True))
-        outputs = run_graph(self.block, inputs, last_only=self.spec.logits == "last")
-        return tuple(outputs[name] for name in self.spec.outputs)
+        spec = self.spec
+        inputs = dict(zip(spec.inputs, tensors, strict=True))
+        outputs = run_graph(self.block, inputs, last_only=spec.logits == "last", in_place=spec.cache == "in-place")
+        return tuple(outputs[name] for name in spec.outputs)
 
 
 def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
@@ -34,10 +35,14 @@ def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tu
     axes: dict[str, Any] = {
         name: torch.export.Dim(name, min=bounds.min, max=bounds.max) for name, bounds in spec.axes.items()
     }
-    sizes = {"batch_size": min(3, spec.axes["batch_size"].max), "sequence_length": 2, "past_sequence_length": 2}
-    for total, parts in spec.sums.items():
+    sizes = {
+        "batch_size": min(3, spec.axes["batch_size"].max),
+        "sequence_length": 2,
+        "past_sequence_length": 2,
+        "total_sequence_length": 4,
+    }
+    for total in spec.sums:
         axes[total] = torch.export.Dim.DYNAMIC  # follows from its parts
-        sizes[total] = sum(sizes[part] for part in parts)
     tensors, dynamic = [], []
     for tensor in spec.inputs.values():
         shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
@@ -60,6 +65,7 @@ def trace(block: AnyModule, spec: GraphSpec, device: str = "cpu") -> torch.expor
     from torch.export.passes import move_to_device_pass
     from torch.utils._sympy.value_ranges import ValueRanges
 
+    spec = spec.of_artifact()
     tensors, dynamic = example(spec, getattr(torch, spec.dtype))
     # Implementations depend on the target device, and would otherwise see the CPU that they are traced on.
     with traced_for(device):

@@ -24,7 +24,7 @@ def test_a_campaign_goes_on_where_it_was_stopped(
     report = read_report(sample_bundle / "verification.json")
     exports = []
 
-    def runs_of_export(number: int, seeds: int) -> Iterator[Run]:
+    def runs_of_export(number: int, seeds: int, *, cases: object) -> Iterator[Run]:
         exports.append(number)
         yield from (Run(number * seeds + seed, "onnx", report) for seed in range(seeds))
 

@@ -39,6 +39,7 @@ def require_consistent(manifest: Manifest, weights: Path) -> None:
             max_batch_size=spec.axes["batch_size"].max,
             max_sequence_length=spec.axes["sequence_length"].max,
             padding=spec.padding,
+            cache=spec.cache,
             logits=spec.logits if spec.main_output in spec.outputs else "all",
         )
     except InputError as error:

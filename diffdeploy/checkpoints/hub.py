@@ -12,7 +12,7 @@ _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def in_local_cache(path: Path) -> Path | None:
-    """Directory of the repository that a path names; ``None`` if the path exists or is not the form of such a name.
+    """Directory of the repository that a path names; ``None`` if the path exists or is not such a name.
 
     Raises:
         InputError: the cache does not contain the repository, or the package that reads the cache is not installed.

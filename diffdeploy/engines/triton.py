@@ -42,6 +42,8 @@ def deploy_to_triton(bundle: Bundle, repository: Path, *, name: str, force: bool
         UnavailableError: the disk is full.
     """
     manifest = bundle.manifest
+    if manifest.graph.cache == "in-place":
+        raise InputError(f"{bundle.path} has an in-place cache, but Triton keeps no buffers between requests")
     backend = require_format(manifest.format).triton
     if backend is None:
         accepted = [each for each in format_names() if require_format(each).triton is not None]

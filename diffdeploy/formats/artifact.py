@@ -96,7 +96,7 @@ class Backend(ABC):
 
         Args:
             batch_size: number of rows.
-            capacity: maximum number of tokens in a row.
+            capacity: number of tokens in a row for which there must be space.
             fill: initial value of the buffers.
         """
         return None
@@ -107,14 +107,23 @@ class Backend(ABC):
 
 
 class CacheBuffers(ABC):
-    """Cache buffers ``[B, h_kv, capacity, w]`` for one batch of sequences; rows are padded on the right."""
+    """Cache buffers ``[B, h_kv, capacity, w]`` for one batch of sequences.
+
+    If the graph counts tokens, the tokens of a row are contiguous in the buffers, with padding on the right; otherwise
+    each token has the same position as in the mask.
+
+    Attributes:
+        capacity: number of tokens in a row for which there is space.
+    """
+
+    capacity: int
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Array]) -> Array:
         """Compute the main output for new tokens, whose keys and values are appended to those of earlier calls.
 
         Args:
-            inputs: inputs by name, without the caches; the mask ``[B, T]`` counts the tokens of each row.
+            inputs: inputs by name, without the caches; the mask is ``[B, T]``.
         """
 
     @abstractmethod

@@ -22,7 +22,7 @@ from diffdeploy.formats.artifact import (
     TritonBackend,
 )
 from diffdeploy.formats.options import Device, ExportOptions, RunOptions, RuntimeName
-from diffdeploy.graphs import DType, GraphSpec, Padding, Variant
+from diffdeploy.graphs import Cache, DType, GraphSpec, Padding, Variant
 
 if TYPE_CHECKING:
     from diffdeploy.modules import AnyModule
@@ -54,6 +54,7 @@ class Format(ABC):
         torch_allocates: true if its memory on CUDA comes from torch's allocator, whose peak can be measured.
         holds_ranges: true if the artifact itself contains the declared ranges, so that a manifest that promises more is
             detected.
+        caches: kinds of caches that graphs of models can have, see `GraphSpec`.
         opsets: ONNX operator sets that it writes; empty for other formats.
         executes: description of the parts of a bundle that run as code when it is loaded, for which a foreign bundle
             must be trusted; ``None`` if loading runs no code from the bundle.
@@ -74,6 +75,7 @@ class Format(ABC):
     machine: ClassVar[tuple[str, ...]] = ()
     torch_allocates: ClassVar[bool] = True
     holds_ranges: ClassVar[bool] = False
+    caches: ClassVar[tuple[Cache, ...]] = ("growing",)
     opsets: ClassVar[Sequence[int]] = ()
     executes: ClassVar[str | None] = None
     triton: ClassVar[TritonBackend | None] = None
@@ -219,6 +221,7 @@ class Format(ABC):
             ("made_for", set(manifest.made_for), [set(self.machine) - {"isa" if options.device == "cuda" else "gpu"}]),
             ("requires", set(manifest.requires or ()), [set(), {self.package}]),
             ("quantised weights", options.quantisation is not None, {False, self.quantises(options.flavor, graph)}),
+            ("cache", graph.cache, self.caches),
             ("padding", graph.padding, [self.padding(graph.variant, options.flavor, manifest.config)]),
         ):
             if given not in accepted:

@@ -42,7 +42,7 @@ def make_check(name: str, problems: list[str], fine: str) -> Check:
 
 def declared_facts(bundle: Bundle, attention_ops: int, opset: int | None = None) -> ArtifactFacts:
     """Facts of an artifact whose interface is the one declared in the manifest."""
-    spec = bundle.manifest.graph
+    spec = bundle.manifest.graph.of_artifact()
     return ArtifactFacts(
         variant=spec.variant,
         attention_ops=attention_ops,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from diffdeploy.bundle import BLOCK_SIZES, Quantisation, WeightBits
 from diffdeploy.errors import InputError
-from diffdeploy.graphs import DType, Logits, Variant
+from diffdeploy.graphs import Cache, DType, Logits, Variant
 
 __all__ = ["Device", "ExportOptions", "RunOptions", "RuntimeName", "Selection"]
 
@@ -39,6 +39,7 @@ class ExportOptions:
         seed: random seed for the inputs that the artifact is verified with.
         runtime: runtime that the artifact is verified with.
         logits: positions at which a model returns logits: ``all`` new ones, or only the ``last``.
+        cache: kind of cache of a model, ``growing`` or ``in-place``, see `GraphSpec`.
         cases: selection of verification cases; the report says which parts of the declared ranges it leaves out.
         weights: bits of the numbers that matrices are quantised to; by default they are in ``dtype``.
         block_size: count of numbers that share a scale; 32 by default.
@@ -60,6 +61,7 @@ class ExportOptions:
     seed: int = 0
     runtime: RuntimeName = "native"
     logits: Logits = "all"
+    cache: Cache = "growing"
     cases: Selection = "full"
     weights: WeightBits | None = None
     block_size: int | None = None

@@ -9,7 +9,7 @@ import numpy as np
 from diffdeploy.arrays import to_array, to_tensor
 from diffdeploy.errors import DiffDeployError, ExportError
 from diffdeploy.exclusive import without_warnings
-from diffdeploy.formats.artifact import Backend
+from diffdeploy.formats.artifact import Backend, CacheBuffers
 from diffdeploy.formats.options import RunOptions
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ __all__ = ["TorchBackend"]
 class TorchBackend(Backend):
     """Runs a torch callable that takes the graph's inputs in order."""
 
+    # The callable for the tensors of the graph, and the artifact itself.
     _call: Any
+    _artifact: Any
 
     def open(self, options: RunOptions) -> None:
         """Load the callable.
@@ -36,15 +38,26 @@ class TorchBackend(Backend):
             torch.set_num_threads(options.threads)
         try:
             with without_warnings():  # torch warns about its own internals
-                self._call = self.load(options)
+                self._artifact = self.load(options)
         except DiffDeployError:  # already has a message and an exit code
             raise
         except Exception as error:
             raise ExportError(f"torch {torch.__version__} cannot load {self.bundle.path}: {error}") from error
+        from diffdeploy.formats.in_place import as_growing
+
+        self._call = self._artifact if self.spec.cache == "growing" else as_growing(self.spec, self._artifact)
 
     @abstractmethod
     def load(self, options: RunOptions) -> Callable[..., "Sequence[Tensor]"]:
-        """Load the callable, which takes the graph's inputs and returns its outputs, in order."""
+        """Load the callable, which takes the inputs and returns the outputs of `GraphSpec.of_artifact`, in order."""
+
+    def buffers(self, batch_size: int, capacity: int, fill: float) -> CacheBuffers | None:
+        """See `Backend.buffers`; all buffers have the capacity with which the artifact was traced."""
+        if self.spec.cache == "growing":
+            return None
+        from diffdeploy.formats.in_place import TorchBuffers
+
+        return TorchBuffers(self.spec, self._artifact, self.device, batch_size, fill)
 
     def run(self, inputs: Sequence[Any], *, as_torch: bool) -> Sequence[Any]:
         """Call it without gradients, on the device that it was loaded for."""
@@ -64,4 +77,4 @@ class TorchBackend(Backend):
 
     def close(self) -> None:
         """Release the callable."""
-        self._call = None
+        self._call = self._artifact = None

@@ -2,10 +2,11 @@
 
 from diffdeploy.graphs.padding import clear_padding
 from diffdeploy.graphs.run import run_graph, zero_inputs
-from diffdeploy.graphs.spec import DType, GraphSpec, Logits, Padding, Range, TensorSpec, Variant, graph_spec
+from diffdeploy.graphs.spec import Cache, DType, GraphSpec, Logits, Padding, Range, TensorSpec, Variant, graph_spec
 from diffdeploy.graphs.stages import Stage, stage_of_weight
 
 __all__ = [
+    "Cache",
     "DType",
     "GraphSpec",
     "Logits",

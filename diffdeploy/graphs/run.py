@@ -11,16 +11,19 @@ from diffdeploy.graphs.spec import GraphSpec
 __all__ = ["run_graph", "zero_inputs"]
 
 
-def run_graph(module: Any, inputs: Mapping[str, Any], *, last_only: bool = False) -> dict[str, Any]:
+def run_graph(
+    module: Any, inputs: Mapping[str, Any], *, last_only: bool = False, in_place: bool = False
+) -> dict[str, Any]:
     """Call an eager block or model with inputs and outputs named as in its graph.
 
     Args:
         module: a `diffdeploy.modules.AttentionBlock` or `diffdeploy.modules.DiffTransformer`.
         inputs: tensors by the names of `GraphSpec.inputs`.
         last_only: true if a model returns only the logits of the last position.
+        in_place: true if the caches of a model are buffers that the call updates.
 
     Returns:
-        Tensors by the names of `GraphSpec.outputs`.
+        Tensors by the names of `GraphSpec.outputs`; the first ``T`` tokens of a cache that is updated in place.
     """
     names = [name for name in inputs if name.startswith("past_key_values.")]
     past = [(inputs[key], inputs[value]) for key, value in zip(names[::2], names[1::2], strict=True)]
@@ -28,7 +31,7 @@ def run_graph(module: Any, inputs: Mapping[str, Any], *, last_only: bool = False
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     present = []
     if "input_ids" in inputs:
-        output, present = module(inputs["input_ids"], mask, positions, past, last_only=last_only)
+        output, present = module(inputs["input_ids"], mask, positions, past, last_only=last_only, in_place=in_place)
     elif past:
         output, cache = module(inputs["hidden_states"], mask, positions, past[0])
         present = [cache]

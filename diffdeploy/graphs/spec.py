@@ -7,7 +7,7 @@ from diffdeploy.config import AnyConfig, AnyModel, DecoderConfig
 from diffdeploy.errors import InputError
 from diffdeploy.records import Record
 
-__all__ = ["DType", "GraphSpec", "Logits", "Padding", "Range", "TensorSpec", "Variant", "graph_spec"]
+__all__ = ["Cache", "DType", "GraphSpec", "Logits", "Padding", "Range", "TensorSpec", "Variant", "graph_spec"]
 
 DType = Literal["float32", "float16", "bfloat16"]
 Variant = Literal["plain", "masked", "cached", "model"]
@@ -18,6 +18,9 @@ Logits = Literal["all", "last"]
 # Use of the mask in a graph: it reads where the padding is, or counts the tokens of a row. In the latter case, padding
 # between tokens may or may not be allowed.
 Padding = Literal["anywhere", "counted", "contiguous"]
+
+# Handling of new keys and values in an artifact: it returns them appended to the past, or writes them into buffers.
+Cache = Literal["growing", "in-place"]
 
 # torch.export treats a traced size of 0 or 1 as a constant.
 _SMALLEST_DYNAMIC = 2
@@ -62,6 +65,8 @@ class GraphSpec(Record):
         padding: ``anywhere`` if the graph reads its mask; ``counted`` and ``contiguous`` if it counts the tokens of a
             row and returns nothing for padding, where ``contiguous`` allows no padding between tokens; see
             `diffdeploy.runtime.right_padding` for the inputs that it is given.
+        cache: ``in-place`` if the artifact writes new keys and values into buffers that the caller passes; see
+            `of_artifact`. The runtime takes and returns growing caches in either case.
     """
 
     variant: Variant
@@ -70,6 +75,7 @@ class GraphSpec(Record):
     axes: dict[str, Range]
     sums: dict[str, tuple[str, ...]]
     padding: Padding = "anywhere"
+    cache: Cache = "growing"
 
     @property
     def dtype(self) -> DType:
@@ -102,6 +108,32 @@ class GraphSpec(Record):
         """Positions at which a model returns logits."""
         return "last" if self.outputs[self.main_output].shape[1:2] == (1,) else "all"
 
+    @property
+    def capacity(self) -> int:
+        """Number of tokens for which a buffer of an in-place cache has space.
+
+        It is one more than the longest sequence, since torch.export would specialise for a sequence that fills it.
+        """
+        return self.axes["total_sequence_length"].max + 1
+
+    def of_artifact(self) -> "GraphSpec":
+        """Interface of the artifact file itself.
+
+        With an in-place cache, it takes buffers ``[B, h_kv, capacity, w]``, writes the last ``S`` of ``T`` tokens and
+        then reads the first ``T``, where ``T`` is the width of ``attention_mask``. It returns no cache.
+        """
+        if self.cache == "growing":
+            return self
+        inputs = {
+            name: tensor.model_copy(update={"shape": (*tensor.shape[:2], self.capacity, tensor.shape[3])})
+            if name in self.caches
+            else tensor
+            for name, tensor in self.inputs.items()
+        }
+        outputs = {self.main_output: self.outputs[self.main_output]}
+        axes = {name: bounds for name, bounds in self.axes.items() if name != "past_sequence_length"}
+        return self.model_copy(update={"inputs": inputs, "outputs": outputs, "axes": axes, "sums": {}})
+
     def with_all_logits(self) -> "GraphSpec":
         """The same graph of a model, but with logits at every position."""
         output = self.outputs[self.main_output]
@@ -118,6 +150,7 @@ def graph_spec(
     max_sequence_length: int,
     logits: Logits = "all",
     padding: Padding = "anywhere",
+    cache: Cache = "growing",
 ) -> GraphSpec:
     """Interface of a graph of a block or of a model, with all axes dynamic.
 
@@ -129,6 +162,7 @@ def graph_spec(
         max_sequence_length: longest sequence, past included.
         logits: positions at which a model returns logits.
         padding: use of the mask in a model, see `GraphSpec`.
+        cache: kind of cache of a model, see `GraphSpec`.
 
     Raises:
         InputError: a maximum is too low for a dynamic axis, or the variant does not fit the config.
@@ -139,6 +173,8 @@ def graph_spec(
     if padding != "anywhere" and not is_model:
         raise InputError(f"padding is {padding}, which only graphs of models have")
     has_past = variant in ("cached", "model")
+    if cache != "growing" and not is_model:
+        raise InputError(f"cache is {cache}, which only graphs of models have")
     axes = _axes(max_batch_size, max_sequence_length, has_past=has_past)
     total = "total_sequence_length" if has_past else "sequence_length"
     inputs, outputs = {}, {}
@@ -171,6 +207,7 @@ def graph_spec(
         axes=axes,
         sums={total: ("past_sequence_length", "sequence_length")} if has_past else {},
         padding=padding,
+        cache=cache,
     )
 
 

@@ -30,8 +30,8 @@ class AttentionBlock(nn.Module):
     """Base class of both versions: projections, rotary embedding, cache, masks and the operator.
 
     The formula is computed in public steps, which exporters reuse and faults replace, in this order:
-    `normalise_queries`, `normalise_keys`, `rotate_queries`, `rotate_keys`, `append` to the cache, `key_mask`,
-    `lambda_`, `attend`, `normalise`, `join`, `project`.
+    `normalise_queries`, `normalise_keys`, `rotate_queries`, `rotate_keys`, `append` to the cache or `write` into it,
+    `key_mask`, `lambda_`, `attend`, `normalise`, `join`, `project`.
 
     Args:
         config: sizes and flags of the block.
@@ -136,6 +136,22 @@ class AttentionBlock(nn.Module):
             raise InputError(f"past key holds {past[0].shape[2]} tokens, but past value holds {past[1].shape[2]}")
         return torch.cat((past[0], new[0]), dim=2), torch.cat((past[1], new[1]), dim=2)
 
+    def write(self, buffers: KeyValueCache, new: KeyValueCache, total_length: int) -> KeyValueCache:
+        """Write new tokens into buffers, after the past tokens in them.
+
+        Args:
+            buffers: keys and values ``[B, h_kv, capacity, w]``, which are changed in place.
+            new: new keys and values ``[B, h_kv, S, w]``.
+            total_length: number ``T`` of past and new tokens, at most the capacity.
+
+        Returns:
+            Views ``[B, h_kv, T, w]`` of the buffers, with past and new tokens.
+        """
+        places = torch.arange(total_length - new[0].shape[2], total_length, device=new[0].device)
+        for buffer, side in zip(buffers, new, strict=True):
+            buffer.index_copy_(2, places, side)
+        return buffers[0][:, :, :total_length], buffers[1][:, :, :total_length]
+
     def key_mask(self, attention_mask: Tensor) -> Tensor:
         """Boolean mask ``[B, T]``, ``True`` for tokens."""
         return attention_mask.to(torch.bool)
@@ -218,6 +234,7 @@ class AttentionBlock(nn.Module):
         past_key_values: KeyValueCache | None = None,
         *,
         causal: bool | None = None,
+        total_length: int | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
         """Compute all steps with the caller's rotary embedding.
 
@@ -227,6 +244,7 @@ class AttentionBlock(nn.Module):
             rotate: function that rotates queries and keys ``[B, H, S, d]``.
             past_key_values: cache as in `forward`, or ``None``.
             causal: overrides the config's ``causal``.
+            total_length: length ``T``, if ``past_key_values`` are buffers that are updated in place, see `write`.
 
         Returns:
             Output ``[B, S, D]``, and the keys and values that were attended to; without a past, the keys are those of
@@ -245,7 +263,11 @@ class AttentionBlock(nn.Module):
         v_BHTe = _split_heads(self.v_proj(hidden_states), config.value_dim)
         if past_key_values is not None:
             new = k_BHTd if config.streams_share_keys else pair_streams(k_BHTd)
-            k_BHTd, v_BHTe = self.append(past_key_values, (new, v_BHTe))
+            k_BHTd, v_BHTe = (
+                self.append(past_key_values, (new, v_BHTe))
+                if total_length is None
+                else self.write(past_key_values, (new, v_BHTe), total_length)
+            )
         if attention_mask is not None and attention_mask.ndim == 2:
             _check_key_mask(attention_mask, v_BHTe)
             attention_mask = self.key_mask(attention_mask)[:, None, None]

@@ -52,7 +52,13 @@ class DecoderLayer(nn.Module):
         self.ffn = GatedMlp(config.mlp, embed_dim, device=device, dtype=dtype)
 
     def forward(
-        self, x_BSD: Tensor, attention_mask: Tensor | None, rotate: Rotation, past: KeyValueCache | None
+        self,
+        x_BSD: Tensor,
+        attention_mask: Tensor | None,
+        rotate: Rotation,
+        past: KeyValueCache | None,
+        *,
+        total_length: int | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
         """Compute one layer.
 
@@ -61,11 +67,14 @@ class DecoderLayer(nn.Module):
             attention_mask: see `AttentionBlock.forward`.
             rotate: function that rotates queries and keys ``[B, H, S, d]``.
             past: keys and values of past tokens, or ``None``.
+            total_length: see `AttentionBlock.compute`.
 
         Returns:
             Output ``[B, S, D]``, and the keys and values that were attended to.
         """
-        attended, cache = self.self_attn.compute(self.attention_norm(x_BSD), attention_mask, rotate, past)
+        attended, cache = self.self_attn.compute(
+            self.attention_norm(x_BSD), attention_mask, rotate, past, total_length=total_length
+        )
         x_BSD = x_BSD + attended
         return x_BSD + self.ffn(self.ffn_norm(x_BSD)), cache
 
@@ -160,6 +169,7 @@ class DiffTransformer(nn.Module):
         past_key_values: Sequence[KeyValueCache] | None = None,
         *,
         last_only: bool = False,
+        in_place: bool = False,
     ) -> Any:
         """Predict the next token at every position.
 
@@ -169,6 +179,8 @@ class DiffTransformer(nn.Module):
             position_ids: integer positions ``[B, S]``; ``P .. P + S - 1`` by default, whatever the mask.
             past_key_values: keys and values of each layer, from an earlier call; ``P`` may be 0.
             last_only: true to return only the logits of the last position.
+            in_place: true if ``past_key_values`` are buffers ``[B, h_kv, capacity, w]`` that begin with the past, into
+                which new tokens are written; ``T`` is then the width of ``attention_mask``.
 
         Returns:
             Logits ``[B, S, vocab_size]`` or ``[B, 1, vocab_size]``; with ``past_key_values``, also the cache of ``T``
@@ -177,7 +189,7 @@ class DiffTransformer(nn.Module):
         Raises:
             InputError: shapes do not fit, a past comes without a mask, or positions exceed ``max_positions``.
         """
-        past_length = 0
+        past_length, total_length = 0, None
         if past_key_values is not None:
             if len(past_key_values) != self.config.num_layers:
                 raise InputError(
@@ -185,13 +197,17 @@ class DiffTransformer(nn.Module):
                 )
             if attention_mask is None:
                 raise InputError("past_key_values needs an attention_mask [B, P + S] that marks tokens and padding")
-            past_length = past_key_values[0][0].shape[2]
+            if in_place:
+                total_length = attention_mask.shape[1]
+                past_length = total_length - input_ids.shape[1]
+            else:
+                past_length = past_key_values[0][0].shape[2]
         turn = self.rotation(input_ids.shape[1], position_ids, past_length)
         x_BSD = self.embedding(input_ids)
         caches: list[KeyValueCache] = []
         for number, layer in enumerate(self.layers):
             past = None if past_key_values is None else past_key_values[number]
-            x_BSD, cache = layer(x_BSD, attention_mask, turn, past)
+            x_BSD, cache = layer(x_BSD, attention_mask, turn, past, total_length=total_length)
             caches.append(cache)
         if last_only:
             x_BSD = x_BSD[:, -1:]

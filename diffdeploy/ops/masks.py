@@ -127,8 +127,8 @@ def visibility(
         # Some runtimes broadcast the batch and head axes of a mask, but not its query and key axes.
         attn_mask = _checked(attn_mask, q_BHSd, key_length).expand(-1, -1, length, key_length)
     band = None
-    square = bool(length == key_length)
-    if causal and (sliding_window is not None or attn_mask is not None or not square):
+    # Lengths are compared last, and only if nothing else decides, since a comparison becomes a guard in a trace.
+    if causal and (sliding_window is not None or attn_mask is not None or bool(length != key_length)):
         newest = torch.arange(length, device=q_BHSd.device)[:, None] + (key_length - length)
         keys = torch.arange(key_length, device=q_BHSd.device)
         band = keys <= newest

@@ -22,9 +22,9 @@ __all__ = ["Decoding"]
 class Decoding:
     """The cache of a batch of sequences, which grows with each call.
 
-    If the backend updates caches in place, the tokens of a row are contiguous in its buffers, without padding. A token
-    that a later mask hides, such as the filling of a finished row, must therefore be the last one, and the next token
-    overwrites it.
+    If the backend updates caches in place and counts tokens, the tokens of a row are contiguous in its buffers, without
+    padding. A token that a later mask hides, such as the filling of a finished row, must therefore be the last one, and
+    the next token overwrites it.
 
     Args:
         runtime: runtime of a model.
@@ -56,7 +56,7 @@ class Decoding:
         if wider is not None and self.buffers is not None:
             for name, array in self.buffers.arrays().items():
                 wider.arrays()[name][:, :, : self._capacity] = array
-        self.buffers, self._capacity = wider, capacity
+        self.buffers, self._capacity = wider, capacity if wider is None else wider.capacity
 
     def feed(self, tokens_BS: Array, mask_BT: Array) -> Array:
         """Feed tokens and compute the logits ``[B, V]`` that follow the last token of each row.
@@ -80,7 +80,10 @@ class Decoding:
         return logits
 
     def _inputs(self, tokens_BS: Array, mask_BT: Array) -> dict[str, Array]:
-        inputs: dict[str, Array] = {"input_ids": tokens_BS, "attention_mask": mask_BT, **self._caches}
+        return {**self._new(tokens_BS, mask_BT), **self._caches}
+
+    def _new(self, tokens_BS: Array, mask_BT: Array) -> dict[str, Array]:
+        inputs: dict[str, Array] = {"input_ids": tokens_BS, "attention_mask": mask_BT}
         if "position_ids" in self._spec.inputs:
             # Padding does not count as a position.
             counted = np.maximum(mask_BT.cumsum(1) - 1, 0)
@@ -97,6 +100,8 @@ class Decoding:
         self.reserve(mask_BT.shape[1])
         if self.buffers is None:
             return partial(self._runtime, **self._inputs(tokens_B1, mask_BT))
+        if self._spec.padding == "anywhere":
+            return partial(self.buffers.run, self._new(tokens_B1, mask_BT))
         before_B = mask_BT[:, :-1].sum(1)
         return partial(self.buffers.run, self._inputs_in_place(tokens_B1, before_B, before_B + 1))
 
@@ -107,6 +112,9 @@ class Decoding:
         return last
 
     def _in_place(self, buffers: CacheBuffers, tokens_BS: Array, mask_BT: Array) -> Array:
+        if self._spec.padding == "anywhere":
+            last: Array = buffers.run(self._new(tokens_BS, mask_BT))[:, -1]
+            return last
         length = tokens_BS.shape[1]
         new_BS, before_B = mask_BT[:, -length:] == 1, mask_BT[:, :-length].sum(1)
         if self.num_tokens and len(tokens_BS) > 1:
@@ -139,13 +147,16 @@ class Decoding:
         """Keys and values of all tokens so far ``[B, h_kv, T, w]``, by the names of the graph's cache outputs.
 
         Args:
-            mask_BT: mask of the last call. In caches that are updated in place, entries of padding are set to 0.
+            mask_BT: mask of the last call. If tokens are counted, entries of padding are set to 0.
         """
         if self.buffers is None:
             return {self._spec.caches[name]: array for name, array in self._caches.items()}
-        found = {}
+        total, found = mask_BT.shape[1], {}
         for name, buffer in self.buffers.arrays().items():
-            whole = np.zeros((*buffer.shape[:2], mask_BT.shape[1], buffer.shape[3]), buffer.dtype)
+            if self._spec.padding == "anywhere":
+                found[self._spec.caches[name]] = buffer[:, :, :total].copy()
+                continue
+            whole = np.zeros((*buffer.shape[:2], total, buffer.shape[3]), buffer.dtype)
             for row, shown in enumerate(mask_BT == 1):
                 whole[row][:, shown] = buffer[row, :, : int(shown.sum())]
             found[self._spec.caches[name]] = whole

@@ -59,13 +59,15 @@ class _Buffers(CacheBuffers):
     """Buffers with a fault in their inputs or in their content."""
 
     def __init__(self, buffers: CacheBuffers, owner: StandIn) -> None:
-        self._buffers, self._owner = buffers, owner
+        self._buffers, self._owner, self.capacity = buffers, owner, buffers.capacity
 
     def run(self, inputs: Mapping[str, Array]) -> Array:
         mask_BT = inputs["attention_mask"]
         past_length = mask_BT.shape[1] - inputs["input_ids"].shape[1]
         logits = self._buffers.run(self._owner.given(dict(inputs), past_length))
-        self._owner.spoil(self.arrays(), cast("Array", mask_BT.sum(1) - 1), past_length)
+        # If tokens are not counted, rows are as long as the mask.
+        counts_B = mask_BT.sum(1) if self._owner.spec.padding != "anywhere" else np.full(*mask_BT.shape)
+        self._owner.spoil(self.arrays(), cast("Array", counts_B - 1), past_length)
         return logits
 
     def arrays(self) -> dict[str, Array]:

@@ -52,6 +52,7 @@ class _SharedBuffers(CacheBuffers):
         import onnxruntime
 
         self._session, self._main_output = session, spec.main_output
+        self.capacity = capacity
         self._binding = session.io_binding()
         self._values = {}
         for name, present in spec.caches.items():

@@ -28,13 +28,15 @@ _PAYLOADS = re.compile(r"data/(weights|constants)/model_\1_config\.json|data/(we
 _PLAIN = re.compile(r"data/(weights/weight|constants/tensor)_\d+|archive_format|archive_version|byteorder|version|"
                     r"\.data/(version|serialization_id)|\.format_version|\.storage_alignment")  # fmt: skip
 
-# All operators that exports of a block call; each only computes a tensor or a size from tensors and sizes.
+# All operators that exports of a block call. Each only computes a tensor or a size from tensors and sizes, or writes
+# into a tensor within its bounds, as `index_copy_` does for a cache.
 _ATEN = frozenset(
     {
         *("__and__", "__or__", "_assert_scalar", "_assert_tensor_metadata", "_softmax", "_to_copy", "add", "addcmul"),
         *("alias", "all", "and", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "chunk"),
         *("clone", "contiguous", "copy", "cumsum", "detach", "detach_", "div", "embedding", "eq", "exp", "expand"),
-        *("expand_as", "flatten", "floor_divide", "full", "full_like", "ge", "gelu", "gt", "index", "index_select"),
+        *("expand_as", "flatten", "floor_divide", "full", "full_like", "ge", "gelu", "gt", "index", "index_copy_"),
+        *("index_select",),
         *("le", "lift_fresh_copy", "linear", "logical_and", "logical_not", "logical_or", "lt", "masked_fill"),
         *("matmul", "max", "maximum", "mean", "min", "minimum", "mul", "narrow", "ne", "neg", "new_zeros"),
         *("ones", "ones_like", "pad", "constant_pad_nd", "permute", "pow", "reciprocal", "repeat"),

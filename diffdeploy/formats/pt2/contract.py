@@ -51,7 +51,9 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     said = f"{found[0]} scaled_dot_product_attention and {found[1]} softmax or exp calls"
     return [
         make_check("attention", [] if found == (expected, 0) else [f"{said}; expected {expected} and 0"], said),
-        make_check("interface", _interface(program, manifest.graph), "dtypes, sizes and ranges as declared"),
+        make_check(
+            "interface", _interface(program, manifest.graph.of_artifact()), "dtypes, sizes and ranges as declared"
+        ),
         _precision(calls, constants, manifest.graph.dtype),
         norm_epsilons([_epsilon(node) for node in calls if "rms_norm" in str(node.target)], manifest),
         weights_bit_for_bit(constants, weights),

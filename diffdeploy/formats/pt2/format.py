@@ -22,6 +22,7 @@ class Pt2Format(Format):
 
     name = "pt2"
     holds_ranges = True
+    caches = ("growing", "in-place")
 
     def fastest_impl(self, variant: Variant) -> str:
         """See `Format.fastest_impl`."""
@@ -57,13 +58,13 @@ class Pt2Format(Format):
         """See `Format.intermediates`."""
         from diffdeploy.formats.pt2.intermediates import intermediates
 
-        return intermediates(bundle.path)
+        return intermediates(bundle.path, bundle.manifest.graph)
 
     def layer_values(self, bundle: Bundle) -> LayerValues:
         """See `Format.layer_values`."""
         from diffdeploy.formats.pt2.intermediates import layer_values
 
-        return layer_values(bundle.path, len(bundle.manifest.config.blocks), list(bundle.manifest.graph.outputs))
+        return layer_values(bundle.path, len(bundle.manifest.config.blocks), bundle.manifest.graph)
 
     def read_constants(self, directory: Path, expected: Mapping[str, Array]) -> set[str]:
         """See `Format.read_constants`."""

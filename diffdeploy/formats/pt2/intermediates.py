@@ -1,7 +1,7 @@
 """Intermediate values of an exported program, observed while an interpreter runs it."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from torch import Tensor
 from diffdeploy.arrays import Array, to_array, to_tensor
 from diffdeploy.errors import ExportError
 from diffdeploy.formats.artifact import Intermediates, LayerValues
+from diffdeploy.formats.in_place import buffers_of, caches_of
 from diffdeploy.formats.pt2.backend import load_program
+from diffdeploy.graphs import GraphSpec
 
 __all__ = ["intermediates", "layer_values"]
 
@@ -20,24 +22,26 @@ __all__ = ["intermediates", "layer_values"]
 _LAYER = re.compile(r"block\.layers\.(\d+)")
 
 
-def intermediates(directory: Path) -> Intermediates:
+def intermediates(directory: Path, spec: GraphSpec) -> Intermediates:
     """Intermediate values of the program in a bundle: every stage, for both streams together."""
-    return Intermediates(partial(_values, directory))
+    return Intermediates(partial(_values, directory, spec))
 
 
-def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str, Tensor]]:
+def _values(directory: Path, spec: GraphSpec, inputs: Mapping[str, Array]) -> Iterator[tuple[str, Tensor]]:
     """Name of the node and value of every tensor that the program computes, in the order of the graph.
 
     Args:
         directory: directory of the bundle.
+        spec: interface of the graph.
         inputs: inputs by the names of the graph, in its order.
     """
-    for node, value in _run(_module(directory), [to_tensor(array) for array in inputs.values()]):
+    tensors = buffers_of(spec, [to_tensor(array) for array in inputs.values()])
+    for node, value in _run(_module(directory), tensors):
         if node.op == "call_function" and isinstance(value, Tensor):
             yield f"{node.target} {node.name}", value
 
 
-def layer_values(directory: Path, num_layers: int, outputs: Sequence[str]) -> LayerValues:
+def layer_values(directory: Path, num_layers: int, spec: GraphSpec) -> LayerValues:
     """Function that computes a model's outputs and those of its layers, the last result of each layer's module."""
 
     def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -45,12 +49,14 @@ def layer_values(directory: Path, num_layers: int, outputs: Sequence[str]) -> La
         layers = _last_of_layers(module)
         if len(layers) != num_layers:
             raise ExportError(f"the program has {len(layers)} layer modules, but the model has {num_layers}")
+        tensors = buffers_of(spec, [to_tensor(array) for array in inputs.values()])
         found = {}
-        for node, value in _run(module, [to_tensor(array) for array in inputs.values()]):
+        for node, value in _run(module, tensors):
             if node in layers:
                 found[f"layers.{layers[node]}.output"] = to_array(value)
             elif node.op == "output":
-                found |= {name: to_array(tensor) for name, tensor in zip(outputs, value, strict=True)}
+                given = caches_of(spec, tensors, value)
+                found |= {name: to_array(tensor) for name, tensor in zip(spec.outputs, given, strict=True)}
         return found
 
     return run

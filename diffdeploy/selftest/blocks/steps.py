@@ -34,8 +34,11 @@ class Steps(AttentionBlock):
         past_key_values: KeyValueCache | None = None,
         *,
         causal: bool | None = None,
+        total_length: int | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
-        output, cache = super().compute(hidden_states, attention_mask, rotate, past_key_values, causal=causal)
+        output, cache = super().compute(
+            hidden_states, attention_mask, rotate, past_key_values, causal=causal, total_length=total_length
+        )
         return output, cache if past_key_values is None else self.handed_on(past_key_values, hidden_states, cache)
 
     def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:

@@ -53,6 +53,10 @@ def _counts_tokens(target: FaultTarget) -> bool:
     return target.spec.padding != "anywhere"
 
 
+def _writes_in_place(target: FaultTarget) -> bool:
+    return _counts_tokens(target) or target.spec.cache == "in-place"
+
+
 def _several_layers(target: FaultTarget) -> bool:
     return target.decoder is not None and target.decoder.num_layers > 1
 
@@ -178,7 +182,7 @@ class MemoryReused(StandIn):
         return outputs
 
 
-@_faulty("cache_shared_between_sequences", "alternating batches are written into one buffer", _counts_tokens)
+@_faulty("cache_shared_between_sequences", "alternating batches are written into one buffer", _writes_in_place)
 class SharedBetweenSequences(StandIn):
     """One buffer is created for each size, and used for every batch of sequences of that size."""
 
@@ -192,7 +196,7 @@ class SharedBetweenSequences(StandIn):
         return self._made[batch_size, capacity]
 
 
-@_faulty("cache_written_beyond", "a cell after the newest token is written", _counts_tokens)
+@_faulty("cache_written_beyond", "a cell after the newest token is written", _writes_in_place)
 class WrittenBeyond(StandIn):
     """A cell after the newest token is written in place, which has no effect until a later call depends on it."""
 
