@@ -197,7 +197,7 @@ def test_bfloat16_is_refused(block: Runtime) -> None:
         update={"outputs": {"output": block.spec.outputs["output"].model_copy(update={"dtype": "bfloat16"})}}
     )
     runtime: Any = SimpleNamespace(spec=spec, bundle=block.bundle)
-    with pytest.raises(InputError, match="is in bfloat16, which the Open Inference Protocol cannot carry"):
+    with pytest.raises(InputError, match="is in bfloat16, which the Open Inference Protocol cannot represent"):
         Served(runtime)
 
 
