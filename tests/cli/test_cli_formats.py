@@ -75,7 +75,7 @@ def test_what_cannot_be_made_is_said(capsys: pytest.CaptureFixture[str]) -> None
         (["--format", "pt2", "--onnx-flavor", "ort"], "onnx flavor is ort, which format pt2 does not have"),
         (["--format", "aoti", "--runtime", "reference"], "runs only ONNX, but the format is aoti"),
         (["--onnx-flavor", "ort", "--graph", "cached"], "graph is cached"),
-        (["--onnx-flavor", "ort", "--runtime", "reference"], "standard operators alone"),
+        (["--onnx-flavor", "ort", "--runtime", "reference"], "supports only standard operators"),
         (["--format", "all", "--layer", "all"], "give one of them a name"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -310,7 +310,7 @@ def test_a_wrong_config_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("diffdeploy.checkpoints.diffllama._SCALING", {"linear": ("factor", "low_freq_factor")})
     convert_model(in_memory(config), tmp_path / "out")  # fields that a kind does not have say nothing
     monkeypatch.setattr(convert, "diffllama_config", lambda given: given)
-    with pytest.raises(VerificationError, match="is read back with another config"):
+    with pytest.raises(VerificationError, match="is read with another config"):
         convert_model(in_memory(config), tmp_path / "wrong")
 
 

@@ -321,7 +321,7 @@ def test_a_loss_beyond_what_was_asked_for_keeps_nothing(changes: dict[str, Any],
 REFUSED: dict[str, tuple[ExportOptions, str]] = {
     "another size": (replace(INT4, block_size=24), "block size is 24; accepted: 16, 32, 64, 128, 256"),
     "standard flavor": (replace(INT4, onnx_flavor=None), "give --onnx-flavor ort"),
-    "float16": (replace(INT4, dtype="float16"), "go with float32"),
+    "float16": (replace(INT4, dtype="float16"), "need float32"),
     "another format": (
         replace(INT4, format="pt2", onnx_flavor=None),
         "weights is int4, which format pt2 does not have",
@@ -345,7 +345,7 @@ def test_what_cannot_be_quantised_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_a_limit_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     found = replace(read_model(SAMPLE), companions=())
-    with pytest.raises(InputError, match=r"no tokenizer\.json beside the checkpoint"):
+    with pytest.raises(InputError, match=r"the checkpoint has no tokenizer\.json"):
         export_bundle(found, tmp_path / "bundle", replace(INT4, max_kl=0.1))
 
 
