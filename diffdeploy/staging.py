@@ -58,7 +58,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _no_space(output: Path) -> UnavailableError:
-    return UnavailableError(f"no space left to write {output}; nothing was kept: free some and try again")
+    return UnavailableError(f"no space left to write {output}; nothing was kept: free some space and try again")
 
 
 def _clear_remains(output: Path, marker: str) -> None:

@@ -44,16 +44,16 @@ def num_calls(width: int, value_width: int) -> int:
 def unsupported(request: Request) -> DiffDeployError | None:
     """Reason that FlashAttention-2 cannot run: the device, package, dtype, width or mask; ``None`` if it can."""
     if request.device != "cuda":
-        return UnavailableError(f"flash2 runs on CUDA only, and the tensors are on {request.device}")
+        return UnavailableError(f"flash2 runs on CUDA only, but the tensors are on {request.device}")
     if find_spec("flash_attn") is None:
         return UnavailableError("flash2 needs the package flash-attn, which is not installed")
     if request.dtype not in (torch.float16, torch.bfloat16):
-        return InputError(f"flash2 runs in float16 and bfloat16, and the tensors are {request.dtype}")
+        return InputError(f"flash2 runs in float16 and bfloat16, but the tensors are {request.dtype}")
     splits = num_calls(request.width, request.value_width) != _STREAMS
     width = max(request.width, request.value_width // 2 if splits else request.value_width)
     if width > _MAX_WIDTH or request.width % 8 or request.value_width % 8:
         return InputError(
-            f"flash2 has kernels for head widths that are multiples of 8 up to {_MAX_WIDTH}, and this one is {width}"
+            f"flash2 has kernels for head widths that are multiples of 8 up to {_MAX_WIDTH}, but this one is {width}"
         )
     return unsupported_mask(request)
 
@@ -65,12 +65,12 @@ def unsupported_mask(request: Request) -> InputError | None:
         return None
     if not is_key_padding(mask, request.q.shape[0], key_length):
         return InputError(
-            f"flash2 takes masks that hide keys from all queries alike, boolean [B, 1, 1, {key_length}], and this one "
-            f"is {mask.dtype} {list(mask.shape)}"
+            f"flash2 takes masks that hide the same keys from all queries, boolean [B, 1, 1, {key_length}], but this "
+            f"one is {mask.dtype} {list(mask.shape)}"
         )
     if length != key_length:
         return InputError(
-            f"flash2 takes padding only when queries and keys are the same tokens, and there are {length} queries and "
+            f"flash2 takes padding only when queries and keys are the same tokens, but there are {length} queries and "
             f"{key_length} keys"
         )
     return None
