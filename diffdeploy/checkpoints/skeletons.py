@@ -1,24 +1,24 @@
-"""What stands around the blocks of a whole model: one table of names for each family of code bases."""
+"""The parts of a whole model around its blocks, with one table of names for each family of code bases."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 __all__ = ["LLAMA", "SKELETONS", "Skeleton", "find_skeleton"]
 
-# Older files carry what follows from the config.
+# Older files contain values that follow from the config.
 _TABLES = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skeleton:
-    """Names of the tensors of a model that are no part of a block, behind what all keys begin with.
+    """Names of a model's tensors outside the blocks, without the prefix that all keys share.
 
     Attributes:
-        name: of the family.
+        name: name of the family.
         embedding: key of the token embedding.
-        layer: what the keys of a layer begin with; ``{}`` stands for its number.
-        block: what those of its attention begin with, behind that.
-        parts: names of the other tensors of a layer, behind the same, by their canonical names.
+        layer: prefix of the keys of a layer, in which ``{}`` stands for its number.
+        block: prefix of the keys of its attention, after ``layer``.
+        parts: names of the other tensors of a layer, after ``layer``, by their canonical names.
         norm: key of the final norm.
         head: key of the output head.
     """
@@ -32,13 +32,13 @@ class Skeleton:
     head: str
 
     def layers(self, keys: Collection[str]) -> Iterator[int]:
-        """Numbers of layers that have anything, ascending."""
+        """Numbers of layers with at least one tensor, ascending."""
         before, after = self.layer.split("{}")
         found = {key.removeprefix(before).partition(after)[0] for key in keys if key.startswith(before)}
         yield from sorted(int(number) for number in found if number.isdecimal())
 
     def is_irrelevant(self, key: str) -> bool:
-        """Whether a key is known, and nobody needs it."""
+        """True if a key is known and can be ignored."""
         return key.endswith(_TABLES)
 
 
@@ -52,7 +52,7 @@ def _mlp(prefix: str, act: str) -> dict[str, str]:
 
 
 LLAMA = Skeleton(
-    name="Llama's names, as transformers has them",
+    name="Llama's names, as in transformers",
     embedding="model.embed_tokens.weight",
     layer="model.layers.{}.",
     block="self_attn.",
@@ -84,5 +84,5 @@ SKELETONS = (
 
 
 def find_skeleton(keys: Collection[str]) -> Skeleton | None:
-    """The family whose embedding is there; ``None`` for a checkpoint of blocks."""
+    """Family whose embedding is among the keys; ``None`` for a checkpoint of blocks."""
     return next((each for each in SKELETONS if each.embedding in keys), None)

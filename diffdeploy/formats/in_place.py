@@ -1,4 +1,4 @@
-"""Caches that an artifact of torch writes in place: the runtime's growing caches in front of it, and buffers to keep.
+"""In-place caches of torch artifacts: the conversion from and to growing caches, and buffers for generation.
 
 Shape suffixes: B batch, S new tokens, P past tokens, T = P + S.
 """
@@ -21,10 +21,10 @@ Call = Callable[..., "Sequence[Tensor]"]
 
 
 def buffers_of(spec: GraphSpec, tensors: "Sequence[Tensor]") -> "list[Tensor]":
-    """The inputs of the artifact: each past ``[B, h_kv, P, w]`` stands in front of a buffer ``[B, h_kv, capacity, w]``.
+    """Inputs of the artifact, in which each past ``[B, h_kv, P, w]`` begins a buffer ``[B, h_kv, capacity, w]``.
 
     Args:
-        spec: interface of the graph, with any cache.
+        spec: interface of the graph, with either kind of cache.
         tensors: inputs of the graph, in its order.
     """
     if spec.cache == "growing":
@@ -33,7 +33,7 @@ def buffers_of(spec: GraphSpec, tensors: "Sequence[Tensor]") -> "list[Tensor]":
     for name, tensor in zip(spec.inputs, tensors, strict=True):
         if name in spec.caches:
             batch, heads, past_length, width = tensor.shape
-            # Zeros, of which the system makes memory when they are written to.
+            # Zeros, since the system allocates their memory only when they are written to.
             buffer = tensor.new_zeros(batch, heads, spec.capacity, width)
             buffer[:, :, :past_length] = tensor
             taken.append(buffer)
@@ -43,23 +43,23 @@ def buffers_of(spec: GraphSpec, tensors: "Sequence[Tensor]") -> "list[Tensor]":
 
 
 def caches_of(spec: GraphSpec, inputs: "Sequence[Tensor]", outputs: "Sequence[Tensor]") -> "list[Tensor]":
-    """The outputs of the graph, in its order.
+    """Outputs of the graph, in its order.
 
     Args:
-        spec: interface of the graph, with any cache.
-        inputs: those of the artifact, after the call that wrote into them.
-        outputs: those of the artifact.
+        spec: interface of the graph, with either kind of cache.
+        inputs: inputs of the artifact, after the call that wrote into them.
+        outputs: outputs of the artifact.
     """
     if spec.cache == "growing":
         return list(outputs)
     named = dict(zip(spec.inputs, inputs, strict=True))
     total = named["attention_mask"].shape[1]
-    # Copies, which do not keep whole buffers.
+    # Copies, since views would keep the whole buffers in memory.
     return [*outputs, *(named[name][:, :, :total].clone() for name in spec.caches)]
 
 
 def as_growing(spec: GraphSpec, call: Call) -> Call:
-    """An artifact with an in-place cache as a callable that takes and returns the tensors of the graph."""
+    """Wrap an artifact with an in-place cache as a callable that takes and returns the tensors of the graph."""
 
     def run(*tensors: "Tensor") -> "Sequence[Tensor]":
         inputs = buffers_of(spec, tensors)
@@ -69,21 +69,21 @@ def as_growing(spec: GraphSpec, call: Call) -> Call:
 
 
 class TorchBuffers(CacheBuffers):
-    """Buffers of one batch of sequences.
+    """Cache buffers of one batch of sequences.
 
     Args:
         spec: interface of the graph, with an in-place cache.
         call: the artifact.
-        device: where it runs.
-        batch_size: rows.
-        fill: what the buffers hold before.
+        device: device that it runs on.
+        batch_size: number of rows.
+        fill: initial value of the buffers.
     """
 
     def __init__(self, spec: GraphSpec, call: Call, device: str, batch_size: int, fill: float) -> None:
         self._spec, self._call, self._device = spec, call, device
         self.capacity = spec.capacity
         artifact = spec.of_artifact()
-        # Zeros are not written: the system makes memory of them when they are.
+        # Zeros need not be written: the system allocates their memory only when they are written to.
         make = torch.zeros if fill == 0 else torch.empty
         self._buffers = {
             name: make(

@@ -1,4 +1,4 @@
-"""What the backends that run a torch callable share."""
+"""Base class of the backends that run a torch callable."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -19,9 +19,9 @@ __all__ = ["TorchBackend"]
 
 
 class TorchBackend(Backend):
-    """Runs a torch callable that takes the graph's inputs in their order."""
+    """Runs a torch callable that takes the graph's inputs in order."""
 
-    # What takes the tensors of the graph, and the artifact itself.
+    # The callable for the tensors of the graph, and the artifact itself.
     _call: Any
     _artifact: Any
 
@@ -34,12 +34,12 @@ class TorchBackend(Backend):
         import torch
 
         if options.threads is not None:
-            # Torch has one pool for the process, and no setting for a single program.
+            # torch has one thread pool for the process, and no setting for a single program.
             torch.set_num_threads(options.threads)
         try:
-            with without_warnings():  # torch warns of its own workings
+            with without_warnings():  # torch warns about its own internals
                 self._artifact = self.load(options)
-        except DiffDeployError:  # which has a sentence of its own, and an exit code
+        except DiffDeployError:  # already has a message and an exit code
             raise
         except Exception as error:
             raise ExportError(f"torch {torch.__version__} cannot load {self.bundle.path}: {error}") from error
@@ -52,7 +52,7 @@ class TorchBackend(Backend):
         """Load the callable, which takes the inputs and returns the outputs of `GraphSpec.of_artifact`, in order."""
 
     def buffers(self, batch_size: int, capacity: int, fill: float) -> CacheBuffers | None:
-        """See `Backend.buffers`; all have the capacity that the artifact was traced with."""
+        """See `Backend.buffers`; all buffers have the capacity with which the artifact was traced."""
         if self.spec.cache == "growing":
             return None
         from diffdeploy.formats.in_place import TorchBuffers
@@ -63,18 +63,18 @@ class TorchBackend(Backend):
         """Call it without gradients, on the device that it was loaded for."""
         import torch
 
-        # Compiled code takes memory for contiguous, whatever strides a tensor has.
+        # Compiled code assumes contiguous memory, whatever the strides of a tensor are.
         tensors = [to_tensor(value) if isinstance(value, np.ndarray) else value.contiguous() for value in inputs]
         if self.device == "cpu":
             with torch.no_grad():
                 outputs = self._call(*tensors)
         else:
-            # Outputs go back to where the inputs are, which may be the CPU.
+            # Outputs are moved to the device of the inputs, which may be the CPU.
             home = tensors[0].device
             with torch.no_grad():
                 outputs = [output.to(home) for output in self._call(*(tensor.to(self.device) for tensor in tensors))]
         return outputs if as_torch else [to_array(output) for output in outputs]
 
     def close(self) -> None:
-        """Let the callable go."""
+        """Release the callable."""
         self._call = self._artifact = None

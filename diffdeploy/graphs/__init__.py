@@ -1,4 +1,4 @@
-"""Graphs: the interface of what is deployed, and the stages of the formula that it computes."""
+"""Graphs: the interface of a deployed graph, and the stages of the formula that it computes."""
 
 from diffdeploy.graphs.padding import clear_padding
 from diffdeploy.graphs.run import run_graph, zero_inputs

@@ -90,7 +90,7 @@ def test_a_chat_template_makes_the_prompt(chatty: str, capsys: pytest.CaptureFix
     [
         (["--chat", "--prompt", "a"], "has no chat template"),
         (["--chat", "--input-ids", "1"], "--chat makes a message of text, and --input-ids gives tokens"),
-        (["--stop", "", "--prompt", "a"], "stop holds an empty text"),
+        (["--stop", "", "--prompt", "a"], "stop contains an empty text"),
         (["--min-new-tokens", "-1", "--prompt", "a"], "min_new_tokens is -1"),
         (["--repetition-penalty", "0", "--prompt", "a"], "repetition_penalty is 0.0; accepted is a number above 0"),
         (["--prompt", "a" * 60], "the prompt has 60 tokens and 1 are to come; the bundle was exported for 48"),

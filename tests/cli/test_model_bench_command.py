@@ -119,7 +119,7 @@ def test_a_run_is_compared_with_an_earlier_one(saved: Path, llama: Path, capsys:
         for what in ("prefill", "decode")
         for name in ("bundle", "eager-auto", "transformers-sdpa", "transformers-eager")
     ]
-    assert "the baseline was transformers-sdpa, and is eager-auto" in refused(
+    assert "the baseline was transformers-sdpa, but is eager-auto now" in refused(
         ["bench", str(llama / "bundle"), *TINY, "--compare", str(saved)], capsys
     )
 
@@ -177,10 +177,10 @@ def test_what_does_not_go_together_is_refused(
     assert "does not hold the model of" in said(model, str(llama / "bundle"))
     assert "does not hold the model of" in said(model, str(llama / "checkpoint"))
     assert "holds a block" in said(model, str(sample_bundle))
-    assert "made for 48 tokens, and --seq 41 with 8 new ones is more; give up to 40" in said(model, "--seq", "41")
-    assert "made for batches up to 4, and --batch is 5" in said(model, "--batch", "5")
+    assert "made for 48 tokens, but --seq 41 with 8 new ones is more; give up to 40" in said(model, "--seq", "41")
+    assert "made for batches up to 4, but --batch is 5" in said(model, "--batch", "5")
     assert "implementation 'fast' is not known" in said(model, "--impl", "fast")
-    assert "baseline 'other' is not among what is measured" in said(model, "--baseline", "other")
+    assert "baseline 'other' is not among the candidates" in said(model, "--baseline", "other")
     assert "is not a result of diffdeploy bench of a model" in said(
         model, "--compare", str(llama / "bundle/manifest.json")
     )

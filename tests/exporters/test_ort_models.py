@@ -176,8 +176,8 @@ def test_logits_of_the_last_token_of_each_row(tmp_path: Path) -> None:
 def test_what_the_operator_does_not_take_is_refused(tmp_path: Path) -> None:
     found = read_model(SAMPLE)
     for block, message in (
-        (make_config(**{**WIDE, "head_dim": 6}), "multiples of 8, and keys and values of this model have 12"),
-        (make_config(**WIDE, value_head_dim=24), "keys and values of one width, .* have 16 and 24"),
+        (make_config(**{**WIDE, "head_dim": 6}), "multiples of 8, but keys and values of this model have 12"),
+        (make_config(**WIDE, value_head_dim=24), "keys and values of the same width, .* have 16 and 24"),
     ):
         config = make_decoder(num_layers=1, attention=block)
         odd = replace(found, config=config, weights=decoder_weights(config), companions=())

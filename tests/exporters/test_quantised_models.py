@@ -310,7 +310,7 @@ def test_a_manifest_cannot_say_that_another_flavor_is_quantised(int4: Path, tmp_
     ("changes", "message"),
     rest_is_slow(
         [
-            ({"max_kl": 1e-4}, "lose too much and were not kept: KL is .* nats a token, and at most 0.0001"),
+            ({"max_kl": 1e-4}, "lose too much and were not kept: KL is .* nats per token, but the limit is 0.0001"),
             ({"min_agreement": 0.999}, "lose too much and were not kept: the top token is the same for 0.9"),
         ]
     ),
@@ -326,15 +326,15 @@ def test_a_loss_beyond_what_was_asked_for_keeps_nothing(changes: dict[str, Any],
 REFUSED: dict[str, tuple[ExportOptions, str]] = {
     "another size": (replace(INT4, block_size=24), "block size is 24; accepted: 16, 32, 64, 128, 256"),
     "standard flavor": (replace(INT4, onnx_flavor=None), "give --onnx-flavor ort"),
-    "float16": (replace(INT4, dtype="float16"), "go with float32"),
+    "float16": (replace(INT4, dtype="float16"), "need float32"),
     "another format": (
         replace(INT4, format="pt2", onnx_flavor=None),
         "weights is int4, which format pt2 does not have",
     ),
-    "size alone": (replace(SMALL, block_size=32), "block size is of quantised weights, and there are none"),
-    "head alone": (replace(SMALL, quantise_head=True), "quantise head is of quantised weights"),
-    "limit alone": (replace(SMALL, max_kl=0.1), "max kl is of quantised weights"),
-    "negative limit": (replace(INT4, max_kl=-0.1), "max kl is -0.1; accepted is a number of nats from 0 on"),
+    "size alone": (replace(SMALL, block_size=32), "block size needs quantised weights, but there are none"),
+    "head alone": (replace(SMALL, quantise_head=True), "quantise head needs quantised weights"),
+    "limit alone": (replace(SMALL, max_kl=0.1), "max kl needs quantised weights"),
+    "negative limit": (replace(INT4, max_kl=-0.1), "max kl is -0.1; accepted is a number of nats, 0 or more"),
     "no share": (replace(INT4, min_agreement=99.0), "min agreement is 99.0; accepted is a share, 0 to 1"),
     "no text": (replace(INT4, text=Path("nowhere.txt")), "nowhere.txt cannot be read as text"),
 }
@@ -350,7 +350,7 @@ def test_what_cannot_be_quantised_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_a_limit_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     found = replace(read_model(SAMPLE), companions=())
-    with pytest.raises(InputError, match=r"no tokenizer\.json beside the checkpoint"):
+    with pytest.raises(InputError, match=r"the checkpoint has no tokenizer\.json"):
         export_bundle(found, tmp_path / "bundle", replace(INT4, max_kl=0.1))
 
 

@@ -136,8 +136,8 @@ def test_warmup_of_given_sizes(format_bundle: FormatBundle) -> None:
     [
         ({"device": "tpu"}, InputError, "device is 'tpu'; accepted is cpu, cuda or cuda:N"),
         ({"threads": 0}, InputError, "threads is 0; accepted is 1 or more"),
-        ({"recompile": True}, InputError, "format pt2 cannot be compiled afresh"),
-        ({"runtime": "reference"}, InputError, "this bundle does not have them"),
+        ({"recompile": True}, InputError, "format pt2 cannot be recompiled"),
+        ({"runtime": "reference"}, InputError, "which this bundle does not have"),
     ],
     ids=["device", "threads", "recompile", "reference"],
 )
@@ -237,9 +237,9 @@ def test_bundles_of_another_machine_are_refused(format_bundle: FormatBundle, tmp
     for change, message in (
         (
             {"torch": "1.0"},
-            f"compiled for torch 1.0, and here is {re.escape(torch.__version__)}; --recompile compiles it afresh",
+            f"compiled for torch 1.0, but this machine has {re.escape(torch.__version__)}; --recompile compiles it",
         ),
-        ({"python": "2.7"}, r"compiled for python 2.7, and here is 3\."),
+        ({"python": "2.7"}, r"compiled for python 2.7, but this machine has 3\."),
         ({"isa": f"{manifest.made_for['isa']} avx99"}, "compiled for a processor with avx99, which this one lacks"),
     ):
         write_manifest(copy, manifest.model_copy(update={"made_for": {**manifest.made_for, **change}}))
@@ -256,7 +256,9 @@ def test_bundles_of_another_machine_are_refused(format_bundle: FormatBundle, tmp
 def test_a_gpu_is_named() -> None:
     made_for = {"torch": "2.13.0", "gpu": "NVIDIA H200, compute capability 9.0"}
     assert differences(made_for, dict(made_for)) == []
-    assert differences(made_for, {"torch": "2.13.0"}) == ["gpu NVIDIA H200, compute capability 9.0, and here is none"]
+    assert differences(made_for, {"torch": "2.13.0"}) == [
+        "gpu NVIDIA H200, compute capability 9.0, but this machine has none"
+    ]
 
 
 @pytest.mark.slow

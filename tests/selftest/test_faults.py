@@ -170,7 +170,7 @@ def test_stages_are_located_where_each_stream_is_computed_by_itself(
 ) -> None:
     """`GroupQueryAttention` takes each stream alone, and may turn queries and keys inside."""
     ort = ExportOptions(onnx_flavor="ort", graph=graph, max_batch_size=4, max_sequence_length=70)
-    with pytest.raises(InputError, match="multiples of 8, and the values of this block have 12"):
+    with pytest.raises(InputError, match="multiples of 8, but the values of this block have 12"):
         export_bundle(checkpoint_of(CONFIG), tmp_path / "bundle", ort, verify=False)
     wider = make_config(embed_dim=8 * width, head_dim=width)
     trials = Trials(bundles.bundle(checkpoint_of(wider), ort, verify=False))
@@ -303,7 +303,7 @@ def test_a_bundle_that_fails_by_itself_proves_nothing(bundle_of: Callable[[str],
     )
     BY_NAME["lambda_negated"].inject(faulty)
     write_manifest(copy, faulty.manifest)
-    with pytest.raises(VerificationError, match="fails verification without any fault put in"):
+    with pytest.raises(VerificationError, match="fails verification without any fault"):
         self_test(copy)
 
 

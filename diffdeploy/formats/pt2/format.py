@@ -1,4 +1,4 @@
-"""``torch.export``: a program that any Python with torch loads, with its ranges checked by itself."""
+"""``torch.export``: a program that any Python with torch loads, and that checks its own ranges."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ __all__ = ["Pt2Format"]
 
 
 class Pt2Format(Format):
-    """``model.pt2``: an exported program."""
+    """A bundle with ``model.pt2``, an exported program."""
 
     name = "pt2"
     holds_ranges = True
@@ -26,7 +26,7 @@ class Pt2Format(Format):
 
     def fastest_impl(self, variant: Variant) -> str:
         """See `Format.fastest_impl`."""
-        # As in the format aoti; two attentions for a cache too, as this format promises them.
+        # As in the format aoti, but with two attentions for a cache, too, as this format promises.
         return "padded"
 
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
