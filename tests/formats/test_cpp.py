@@ -15,7 +15,7 @@ from diffdeploy.verify.oracle import oracle
 from tests.support.bundles import FormatBundle
 from tests.support.paths import ROOT
 
-SOURCE = ROOT / "examples" / "run_aoti.cpp"
+SOURCE = ROOT / "examples" / "cpp" / "run_aoti.cpp"
 
 
 @pytest.fixture(scope="module")
