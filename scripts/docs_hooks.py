@@ -1,9 +1,10 @@
 """Pages that are made when the documentation is built: from the commands, the packages, and files at the root.
 
-mkdocs calls `on_files` by its name.
+mkdocs calls the functions whose names begin with `on_`.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -62,16 +63,30 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     return files
 
 
+def on_page_content(html: str, **_: object) -> str:
+    """Keep options and file names in code between backticks from being broken at their hyphens and slashes."""
+    return re.sub(r"<code>([^<]+)</code>", lambda code: f"<code>{_unbroken(code[1])}</code>", html)
+
+
+def _unbroken(code: str) -> str:
+    return re.sub(
+        r"\S*[-/]\S*", lambda word: word[0] if len(word[0]) > 40 else f'<span class="word">{word[0]}</span>', code
+    )
+
+
 def cli_page() -> str:
     """Every command with its arguments and options, as typer itself writes them."""
     command = [sys.executable, "-m", "typer", "diffdeploy.cli.main", "utils", "docs", "--name", "diffdeploy"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    # The list of commands, which typer cuts off after a few words; the table of contents has them.
+    text = re.sub(r"\*\*Commands\*\*:.*?(?=^## )", "", text, count=1, flags=re.DOTALL | re.MULTILINE)
     return text.replace("# `diffdeploy`\n", "# Command line\n", 1)
 
 
 def python_page(page: str) -> str:
     """The public names of its packages; one that several have is described where it is imported from first."""
-    sections = ["# Python API" if page == "api.md" else f"# {', '.join(PYTHON[page])}"]
+    topic = page.removesuffix(".md").partition("-")[2]
+    sections = [f"# Python API: {topic}" if topic else "# Python API"]
     for module in PYTHON[page]:
         sections.append(f"## `{module}`\n\n{_about(module)}")
         for name in public_names(module):
