@@ -18,7 +18,7 @@ from tests.support.paths import ROOT
 # The compiler reads all headers of torch, which takes it most of a minute.
 pytestmark = pytest.mark.slow
 
-SOURCE = ROOT / "examples" / "run_aoti.cpp"
+SOURCE = ROOT / "examples" / "cpp" / "run_aoti.cpp"
 
 
 @pytest.fixture(scope="module")
