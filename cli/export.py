@@ -134,7 +134,7 @@ def export(
         from diffdeploy.formats import ExportOptions
 
     checkpoint = SAMPLE if checkpoint is None else checkpoint
-    is_model = layer is None and holds_model(checkpoint)
+    is_model = layer is None and holds_model(checkpoint, reading["names"])
     if is_model and format_name == "all":
         raise InputError("--format all compares the formats of one block; give --layer, or the name of a format")
     if is_model and graph is not None:

@@ -34,6 +34,8 @@ class CheckpointOptions:
         rope: rotary style, ``half-reversed`` for ``half`` with the negative angle, or ``none``.
         rope_theta: rotary base.
         gqa_layout: map from query streams to key streams when ``h_kv < h``.
+        names: names of a whole model's tensors outside its blocks, as JSON, if they are not those of a known code base;
+            see `diffdeploy.checkpoints.skeletons.skeleton_of`.
     """
 
     # Misspelt names raise an error.
@@ -53,6 +55,7 @@ class CheckpointOptions:
     rope: Literal["interleaved", "half", "half-reversed", "none"] | None = None
     rope_theta: float | None = None
     gqa_layout: GqaLayout | None = None
+    names: str | None = None
 
     def given(self) -> dict[str, bool | int | float | str]:
         """The options that were given, by name."""

@@ -1,9 +1,12 @@
 """The parts of a whole model around its blocks, with one table of names for each family of code bases."""
 
+import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-__all__ = ["LLAMA", "SKELETONS", "Skeleton", "find_skeleton"]
+from diffdeploy.errors import InputError
+
+__all__ = ["LLAMA", "SKELETONS", "Skeleton", "find_skeleton", "skeleton_of"]
 
 # Older files contain values that follow from the config.
 _TABLES = "rotary_emb.inv_freq"
@@ -83,6 +86,59 @@ SKELETONS = (
 )
 
 
-def find_skeleton(keys: Collection[str]) -> Skeleton | None:
-    """Family whose embedding is among the keys; ``None`` for a checkpoint of blocks."""
-    return next((each for each in SKELETONS if each.embedding in keys), None)
+# Names in a table of the user's own; every tensor of the MLP but its biases and PolyNorm's weights has to be there.
+_PLACES = ("embedding", "layer", "attention", "norm", "head")
+_REQUIRED_PARTS = [name for name in LLAMA.parts if not name.endswith(".bias") and ".act." not in name]
+
+
+def find_skeleton(keys: Collection[str], names: str | None = None) -> Skeleton | None:
+    """Family whose embedding is among the keys; ``None`` for a checkpoint of blocks.
+
+    Args:
+        keys: keys of the checkpoint.
+        names: a table of the user's own, see `skeleton_of`, which replaces the families.
+
+    Raises:
+        InputError: ``names`` is not such a table, or its embedding is not among the keys.
+    """
+    if names is None:
+        return next((each for each in SKELETONS if each.embedding in keys), None)
+    skeleton = skeleton_of(names)
+    if skeleton.embedding not in keys:
+        raise InputError(f"the embedding is {skeleton.embedding} in the table of names, and the checkpoint lacks it")
+    return skeleton
+
+
+def skeleton_of(names: str) -> Skeleton:
+    """Read a table of names that the user wrote.
+
+    Args:
+        names: JSON object with ``embedding``, ``norm`` and ``head``, which are keys; ``layer``, the prefix of a layer
+            with ``{}`` for its number; ``attention``, the prefix of a block after it; and, after ``layer``, the names
+            of the layer's other tensors by their canonical names, such as ``ffn.gate_proj.weight``.
+
+    Raises:
+        InputError: it is not such an object.
+    """
+    try:
+        table = json.loads(names)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the table of names is not JSON: {error}") from error
+    known = (*_PLACES, *LLAMA.parts)
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise InputError(f"the table of names is not an object of strings; accepted names: {', '.join(known)}")
+    if unknown := [name for name in table if name not in known]:
+        raise InputError(f"the table of names has {', '.join(unknown)}; accepted: {', '.join(known)}")
+    if absent := [name for name in (*_PLACES, *_REQUIRED_PARTS) if name not in table]:
+        raise InputError(f"the table of names lacks {', '.join(absent)}")
+    if table["layer"].count("{}") != 1:
+        raise InputError(f"layer is {table['layer']!r} in the table of names; accepted is a prefix with one {{}} in it")
+    return Skeleton(
+        name="the names given",
+        embedding=table["embedding"],
+        layer=table["layer"],
+        block=table["attention"],
+        parts={name: key for name, key in table.items() if name not in _PLACES},
+        norm=table["norm"],
+        head=table["head"],
+    )

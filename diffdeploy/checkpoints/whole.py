@@ -104,9 +104,17 @@ class _Weights(Mapping[str, Tensor]):
         return self._held[1][of_block]
 
 
-def holds_model(path: str | Path) -> bool:
-    """True if a checkpoint has a token embedding, and therefore is a whole model or part of one."""
-    return find_skeleton(set(open_tensors(Path(path)).keys())) is not None
+def holds_model(path: str | Path, names: str | None = None) -> bool:
+    """True if a checkpoint has a token embedding, and therefore is a whole model or part of one.
+
+    Args:
+        path: the checkpoint.
+        names: see `CheckpointOptions`.
+
+    Raises:
+        InputError: the files cannot be read, or ``names`` does not fit them.
+    """
+    return find_skeleton(set(open_tensors(Path(path)).keys()), names) is not None
 
 
 def read_model(path: str | Path, options: CheckpointOptions | None = None) -> ModelCheckpoint:
@@ -123,7 +131,7 @@ def read_model(path: str | Path, options: CheckpointOptions | None = None) -> Mo
     options = options or CheckpointOptions()
     file = open_tensors(Path(path))
     fields, keys = read_config_fields(file.path), set(file.keys())
-    skeleton = find_skeleton(keys)
+    skeleton = find_skeleton(keys, options.names)
     if skeleton is None:
         raise InputError(f"{file.path} has no token embedding, so it is not a whole model; --layer exports its blocks")
     found = find_blocks(file.keys(), fields, options.layout, file.path)
