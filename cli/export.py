@@ -71,6 +71,13 @@ def export(
         Literal["all", "last"] | None,
         typer.Option(help="Positions that a model gives logits for: all new ones, or the last.", show_default="all"),
     ] = None,
+    cache: Annotated[
+        Literal["growing", "in-place"] | None,
+        typer.Option(
+            help="Keys and values of a model: returned longer, or written into buffers; aoti and pt2 have both.",
+            show_default="growing",
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"],
         typer.Option(help="Dtype of weights and graph: float32, float16 or bfloat16.", metavar="DTYPE"),
@@ -155,15 +162,14 @@ def export(
         of_checks = {"--cases": cases, "--runtime": None if runtime == "native" else runtime, "--seed": seed or None}
         refuse_together("--no-verify", "runs nothing", of_checks)
     checkpoint = SAMPLE if checkpoint is None else checkpoint
-    is_model = layer is None and holds_model(checkpoint)
+    is_model = layer is None and holds_model(checkpoint, reading["names"])
     if is_model and format_name == "all":
         raise InputError("--format all compares the formats of one block; give --layer, or the name of a format")
     if is_model and graph is not None:
         raise InputError(f"--graph is {graph}, which is for a block, and {checkpoint} is a whole model; give --layer")
-    if not is_model and logits is not None:
-        raise InputError("--logits is of whole models, and this is a block; leave it out")
-    if not is_model and weights is not None:
-        raise InputError("--weights is of whole models, and this is a block; leave it out")
+    for option, given in {"--logits": logits, "--cache": cache, "--weights": weights}.items():
+        if not is_model and given is not None:
+            raise InputError(f"{option} is of whole models, and this is a block; leave it out")
     options = ExportOptions(
         format=format_name,
         graph="model" if is_model else graph or "plain",
@@ -178,6 +184,7 @@ def export(
         seed=seed,
         cases=selection_of(cases) or "full",
         logits=logits or "all",
+        cache=cache or "growing",
         weights=weights,
         block_size=block_size,
         quantise_head=quantise_head,

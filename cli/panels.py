@@ -13,8 +13,8 @@ from diffdeploy.cli.shared_options import with_parameters
 __all__ = ["PANELS", "in_panels"]
 
 _READING = (
-    *("layout", "prefix", "depth", "lambda_init", "output_scale", "causal", "sliding_window", "norm", "norm_eps"),
-    *("qk_norm_eps", "rope", "rope_theta", "gqa_layout"),
+    *("layout", "prefix", "names", "depth", "lambda_init", "output_scale", "causal", "sliding_window", "norm"),
+    *("norm_eps", "qk_norm_eps", "rope", "rope_theta", "gqa_layout"),
 )
 _OPEN, _OUTPUT, _HOW_RUN = "What the checkpoint leaves open", "Result", "How it runs"
 _TRUST = "Whether the bundle is trusted"
@@ -22,7 +22,7 @@ _TRUST = "Whether the bundle is trusted"
 # By command: names of parameters, whose order in a group is that of the command.
 PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "export": {
-        "What is exported": ("format_name", "layer", "graph", "logits"),
+        "What is exported": ("format_name", "layer", "graph", "logits", "cache"),
         "How": (
             *("dtype", "device", "max_batch_size", "max_sequence_length", "opset", "onnx_flavor", "attention_impl"),
         ),

@@ -97,7 +97,7 @@ def test_a_failure_is_seen(sample_bundle: Path) -> None:
     said = "\n".join(reader.texts)
     assert ("class", "verdict failed") in reader.attributes
     assert sum(attribute == ("class", "failed") for attribute in reader.attributes) == 2  # a cross and a stage
-    assert "the error of output is 4e+04 times what is allowed, largest at [0, 0, 1]" in said
+    assert "the error of output is 4e+04 times the allowed one, largest at [0, 0, 1]" in said
     assert "WRONG" in said
 
 

@@ -44,7 +44,7 @@ def test_a_failure_says_what_is_wrong_and_exits_as_before(sample_bundle: Path) -
     assert 0 < len(failed) < len(report.cases) + len(report.contract)
     message = failed[0].find("failure")
     assert message is not None
-    assert "times what is allowed" in (message.get("message") or "")
+    assert "times the allowed one" in (message.get("message") or "")
     assert main(["verify", "--from-report", stored, "--k", "0.001", "--junit", "out.xml", "--warn-only"]) == 0
     assert len(suite_of(Path("out.xml")).findall("testcase/failure")) == len(failed)
 
