@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-# Boxes upstream and downstream of an attention: from the projections of queries to that of outputs.
-_UP, _DOWN = 9, 8
 _BOX_WIDTH, _BOX_HEIGHT, _GAP_X, _GAP_Y, _EDGE = 168, 34, 18, 26, 16
 # What fits a box.
 _LETTERS = 27
@@ -59,7 +57,7 @@ def draw(nodes: "Sequence[GraphNode]", attention: range, title: str) -> bytes:
 
 
 def _around(nodes: "Sequence[GraphNode]", attention: range) -> "list[GraphNode]":
-    """The nodes within reach of those attentions, in their order."""
+    """The nodes between projections of queries, keys and values and that of outputs, in their order."""
     makers = {name: number for number, node in enumerate(nodes) for name in node.gives}
     before = [[makers[name] for name in node.takes if name in makers] for node in nodes]
     after: list[list[int]] = [[] for _ in nodes]
@@ -68,24 +66,22 @@ def _around(nodes: "Sequence[GraphNode]", attention: range) -> "list[GraphNode]"
             after[other].append(number)
     found = [number for number, node in enumerate(nodes) if node.kind == "attention"]
     start = [found[number] for number in attention]
-    chosen = _reach(start, before, nodes, _UP) | _reach(start, after, nodes, _DOWN)
+    chosen = _reach(start, before, nodes) | _reach(start, after, nodes)
     # What makes a constant ready for a node is a part of it.
     chosen |= {other for number in chosen for other in before[number] if not nodes[other].takes}
     return [nodes[number] for number in sorted(chosen)]
 
 
-def _reach(start: Iterable[int], edges: Sequence[Sequence[int]], nodes: "Sequence[GraphNode]", steps: int) -> set[int]:
-    """What can be reached in so many steps, of which moving numbers is none; other attentions are not passed."""
-    left = dict.fromkeys(start, steps)
-    waiting = list(left)
+def _reach(start: Iterable[int], edges: Sequence[Sequence[int]], nodes: "Sequence[GraphNode]") -> set[int]:
+    """What can be reached without passing a projection or another attention; projections are the last that is shown."""
+    found = set(start)
+    waiting = list(found)
     while waiting:
-        here = waiting.pop()
-        for other in edges[here]:
-            rest = left[here] - (nodes[other].kind != "layout")
-            if nodes[other].kind != "attention" and rest >= 0 and rest > left.get(other, -1):
-                left[other] = rest
-                waiting.append(other)
-    return set(left)
+        for other in edges[waiting.pop()]:
+            if nodes[other].kind != "attention" and other not in found:
+                found.add(other)
+                waiting += [] if nodes[other].kind == "projection" else [other]
+    return found
 
 
 def _boxes(nodes: "Sequence[GraphNode]", sizes: set[str]) -> list[_Box]:

@@ -149,7 +149,7 @@ class Intermediates:
     hidden: Collection[Stage] = ()
 
 
-NodeKind = Literal["attention", "layout", "sizes", "other"]
+NodeKind = Literal["attention", "projection", "layout", "sizes", "other"]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ class GraphNode:
 
     Attributes:
         operator: its name without a domain.
-        kind: ``layout`` for what only moves numbers, ``sizes`` for what computes sizes and no tensors.
+        kind: ``projection`` for a product with weights, ``layout`` for an operator that only moves numbers, ``sizes``
+            for an operator that computes sizes and no tensors.
         takes: names of the values that it takes, but for constants.
         gives: names of the values that it gives.
         constants: names of the weights and tables that it takes, where they have one of their own.

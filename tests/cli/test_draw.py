@@ -27,26 +27,29 @@ def boxes_of(data: bytes) -> list[tuple[str, str]]:
 
 def test_chains_that_only_move_numbers_share_a_box() -> None:
     nodes = [
-        GraphNode("MatMul", "other", ("x",), ("q",), ("block.q_proj.weight",)),
+        GraphNode("MatMul", "projection", ("x",), ("q",), ("block.q_proj.weight",)),
         GraphNode("Shape", "sizes", ("x",), ("s",)),
         GraphNode("Reshape", "layout", ("q", "s"), ("r",)),
         GraphNode("Transpose", "layout", ("r",), ("t",)),
         GraphNode("Attention", "attention", ("t", "t", "t"), ("a",)),
         GraphNode("Attention", "attention", ("t", "t", "t"), ("b",)),
         GraphNode("Sub", "other", ("a", "b"), ("y",)),
+        GraphNode("MatMul", "projection", ("y",), ("o",), ("block.out_proj.weight",)),
+        GraphNode("Next", "other", ("o",), ("n",)),
         GraphNode("Elsewhere", "other", ("x",), ("z",)),
     ]
     data = draw(nodes, range(2), "title")
     assert boxes_of(data) == [
         ("value", "x"),
-        ("other", "MatMul; q_proj.weight"),
+        ("projection", "MatMul; q_proj.weight"),
         ("layout", "Reshape · Transpose"),
         ("attention", "Attention"),
         ("attention", "Attention"),
         ("other", "Sub"),
+        ("projection", "MatMul; out_proj.weight"),
     ]
-    # x to MatMul, MatMul to the chain, the chain three times to each attention, each of which goes to Sub.
-    assert len(list(ElementTree.fromstring(data).iter(f"{SVG}path"))) == 1 + 1 + 6 + 2
+    # x to MatMul, MatMul to the chain, the chain three times to each attention, each of which goes to Sub, and on.
+    assert len(list(ElementTree.fromstring(data).iter(f"{SVG}path"))) == 1 + 1 + 6 + 2 + 1
     # Of one attention alone; the other is not passed.
     assert Counter(kind for kind, _ in boxes_of(draw(nodes, range(1), "title")))["attention"] == 1
 
@@ -60,7 +63,7 @@ def test_a_block_from_its_input_to_its_output(name: str, product: str, format_bu
     assert (kinds["attention"], kinds["value"]) == (2, 1)
     assert "sizes" not in kinds
     # Queries, keys, values and outputs; lambda on its way to the difference.
-    assert sum(said.split(";")[0] == product for _, said in boxes) == 4
+    assert [said.split(";")[0] for kind, said in boxes if kind == "projection"] == [product] * 4
     assert any("_frozen_lambda" in said for _, said in boxes)
     assert b"<script" not in data
     assert main(["inspect", str(format_bundle(name)), "--draw", "again.svg"]) == 0
@@ -72,6 +75,8 @@ def test_one_layer_of_a_model(model_bundle: Path, capsys: pytest.CaptureFixture[
         assert main(["inspect", str(model_bundle), "--draw", "out.svg", "--layer", str(layer)]) == 0
         said = " ".join(text for _, text in boxes_of(Path("out.svg").read_bytes()))
         assert f"layers.{layer}.self_attn._frozen_lambda" in said
+        # Between its own projections, whose weights are those of no other layer.
+        assert not [other for other in range(4) if other != layer and f"layers.{other}." in said]
         assert said.count("_frozen_lambda") == 1
     capsys.readouterr()
     message = refused(["inspect", str(model_bundle), "--draw", "x.svg", "--layer", "4"], capsys)

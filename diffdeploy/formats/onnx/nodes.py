@@ -5,10 +5,11 @@ from pathlib import Path
 from diffdeploy.errors import ExportError
 from diffdeploy.formats.artifact import GraphNode, NodeKind
 from diffdeploy.formats.onnx.external import load_model
-from diffdeploy.formats.onnx.names import ORT_ATTENTION
+from diffdeploy.formats.onnx.names import MATMUL_NBITS, ORT_ATTENTION
 
 __all__ = ["nodes"]
 
+_PRODUCTS = {"Gemm", "MatMul", MATMUL_NBITS}
 _LAYOUT = {"Cast", "Expand", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
 
@@ -35,6 +36,9 @@ def nodes(directory: Path) -> list[GraphNode]:
         takes = tuple(name for name in node.input if name and name not in constants)
         kind: NodeKind = "attention" if node.op_type in attention else "layout" if node.op_type in _LAYOUT else "other"
         own = tuple(name for name in node.input if name in constants and "." in name)
+        # Below operator set 23 the scores are products, too, but not with weights.
+        if node.op_type in _PRODUCTS and len(takes) < len(node.input):
+            kind = "projection"
         # What is computed of shapes alone, and is no part of a table.
         if node.op_type in ("Shape", "Size") or (takes and not own and sizes.issuperset(takes)):
             kind = "sizes"

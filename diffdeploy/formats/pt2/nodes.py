@@ -11,9 +11,10 @@ from diffdeploy.formats.pt2.backend import load_program
 __all__ = ["nodes"]
 
 _ATTENTION = "scaled_dot_product_attention"
+_PRODUCTS = {"addmm", "linear", "matmul", "mm"}
 _LAYOUT = {
-    *("_unsafe_view", "contiguous", "expand", "getitem", "pad", "permute", "reshape", "select", "slice", "squeeze"),
-    *("to", "_to_copy", "transpose", "unbind", "unsqueeze", "view"),
+    *("_unsafe_view", "alias", "clone", "contiguous", "expand", "flatten", "getitem", "pad", "permute", "reshape"),
+    *("select", "slice", "squeeze", "to", "_to_copy", "transpose", "unbind", "unsqueeze", "view"),
 }
 
 
@@ -44,7 +45,8 @@ def nodes(directory: Path) -> list[GraphNode]:
         given = [other.name for other in node.all_input_nodes]
         takes = tuple(name for name in given if name not in stored)
         constants = tuple(stored[name] for name in given if name in stored)
-        found.append(GraphNode(_operator(node), _kind(node), takes, (node.name,), constants))
+        kind = "projection" if _operator(node) in _PRODUCTS and constants else _kind(node)
+        found.append(GraphNode(_operator(node), kind, takes, (node.name,), constants))
     return found
 
 
