@@ -1,10 +1,10 @@
 """FlashAttention-2 through the ``flash-attn`` package, eagerly on CUDA.
 
-It wants equal widths of queries, keys and values, so the values (width ``2d``) are met in one of two ways: queries and
-keys zero-padded to ``2d``, two calls; or the values split in halves, four calls. Any other width is met by padding.
+It requires queries, keys and values of equal width. Values of width ``2d`` are handled in one of two ways: queries and
+keys are zero-padded to ``2d`` (two calls), or the values are split into halves (four calls). Other widths are padded.
 
 Shape suffixes: B batch, H heads, S query length, T key length, N tokens without padding, d stream width, e value width.
-Its own layout has heads behind positions: ``[B, S, H, d]``.
+The package's own layout has heads after positions: ``[B, S, H, d]``.
 """
 
 from importlib.util import find_spec
@@ -28,49 +28,49 @@ _STREAMS = 2
 
 
 def pads(width: int, value_width: int) -> bool:
-    """Whether zero-padding (two calls of width ``e``) is chosen over splitting the values (four calls of width ``d``).
+    """True if zero-padding (two calls of width ``e``) is preferred to splitting the values (four calls of width ``d``).
 
-    Both take 16 d multiplications and additions per query and key, but padding computes each exponential once and not
-    twice. Above 128 the kernels of the package have smaller tiles, which costs more than that.
+    Both take 16 d multiplications and additions per query and key, but padding computes each exponential once, not
+    twice. Above width 128 the kernels of the package have smaller tiles, which costs more than that saves.
     """
     return value_width not in (width, 2 * width) or width < value_width <= _WIDEST_FAST
 
 
 def num_calls(width: int, value_width: int) -> int:
-    """How many attentions `flash2` runs: one per stream, or two where the values are split."""
+    """Number of attentions that `flash2` runs: one per stream, or two if the values are split."""
     return _STREAMS if width == value_width or pads(width, value_width) else 2 * _STREAMS
 
 
 def unsupported(request: Request) -> DiffDeployError | None:
-    """What FlashAttention-2 demands and does not get: a device, a package, a dtype, a width or a mask."""
+    """Reason that FlashAttention-2 cannot run: the device, package, dtype, width or mask; ``None`` if it can."""
     if request.device != "cuda":
-        return UnavailableError(f"flash2 runs on CUDA only, and the tensors are on {request.device}")
+        return UnavailableError(f"flash2 runs on CUDA only, but the tensors are on {request.device}")
     if find_spec("flash_attn") is None:
         return UnavailableError("flash2 needs the package flash-attn, which is not installed")
     if request.dtype not in (torch.float16, torch.bfloat16):
-        return InputError(f"flash2 runs in float16 and bfloat16, and the tensors are {request.dtype}")
+        return InputError(f"flash2 runs in float16 and bfloat16, but the tensors are {request.dtype}")
     splits = num_calls(request.width, request.value_width) != _STREAMS
     width = max(request.width, request.value_width // 2 if splits else request.value_width)
     if width > _MAX_WIDTH or request.width % 8 or request.value_width % 8:
         return InputError(
-            f"flash2 has kernels for head widths that are multiples of 8 up to {_MAX_WIDTH}, and this one is {width}"
+            f"flash2 has kernels for head widths that are multiples of 8 up to {_MAX_WIDTH}, but this one is {width}"
         )
     return unsupported_mask(request)
 
 
 def unsupported_mask(request: Request) -> InputError | None:
-    """Why a mask cannot be expressed: it must hide keys from all queries alike, as padding does, and `S` equal `T`."""
+    """Error for a mask, unless it hides the same keys from all queries, as padding does, and `S` equals `T`."""
     mask, length, key_length = request.attn_mask, request.length, request.key_length
     if mask is None:
         return None
     if not is_key_padding(mask, request.q.shape[0], key_length):
         return InputError(
-            f"flash2 takes masks that hide keys from all queries alike, boolean [B, 1, 1, {key_length}], and this one "
-            f"is {mask.dtype} {list(mask.shape)}"
+            f"flash2 takes masks that hide the same keys from all queries, boolean [B, 1, 1, {key_length}], but this "
+            f"one is {mask.dtype} {list(mask.shape)}"
         )
     if length != key_length:
         return InputError(
-            f"flash2 takes padding only when queries and keys are the same tokens, and there are {length} queries and "
+            f"flash2 takes padding only when queries and keys are the same tokens, but there are {length} queries and "
             f"{key_length} keys"
         )
     return None
@@ -79,11 +79,11 @@ def unsupported_mask(request: Request) -> InputError | None:
 # Twice the time of `stacked_wide` (docs/operator-speed.md, H200, bfloat16, 2048 positions).
 @register(Impl.FLASH2, num_attentions=2, supports=unsupported, cost=0.25)
 def flash2(request: Request, *, pad: bool | None = None) -> Tensor:
-    """Calls of ``flash_attn_func``, or ``flash_attn_varlen_func`` when there is padding, whose rows give 0.
+    """Compute with ``flash_attn_func``, or ``flash_attn_varlen_func`` if there is padding, whose rows return 0.
 
     Args:
-        request: which `unsupported` has nothing against.
-        pad: which way to equal widths; by default `pads` decides.
+        request: a request that `unsupported` does not reject.
+        pad: true to pad, false to split the values; `pads` decides by default.
     """
     width, value_width = request.width, request.value_width
     if pad is None:
@@ -106,14 +106,14 @@ def flash2(request: Request, *, pad: bool | None = None) -> Tensor:
 
 
 def _key_padding(request: Request) -> Tensor | None:
-    """The mask as ``[B, T]``, ``True`` for tokens."""
+    """The mask as ``[B, T]``, ``True`` for tokens; ``None`` without a mask."""
     if request.attn_mask is None:
         return None
     return request.attn_mask.reshape(-1, request.key_length).expand(request.q.shape[0], request.key_length)
 
 
 class _Attention:
-    """One call of the package, in this project's layout; without the padding tokens, where there are some."""
+    """One call of the package in this project's tensor layout, which leaves out padding tokens if there are any."""
 
     def __init__(self, key_padding: Tensor | None, settings: dict[str, Any]) -> None:
         import flash_attn

@@ -172,12 +172,15 @@ def test_motif_with_its_polynorm(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "vocabulary": ({"vocab_size": 54}, "vocab_size in config.json is 54, and the embedding in .* has 53 rows"),
+    "vocabulary": ({"vocab_size": 54}, "vocab_size in config.json is 54, but the embedding in .* has 53 rows"),
     "layers": ({"num_hidden_layers": 4}, r"has the layers 0, 1, 2; accepted are all from 0 to 3, as config.json says"),
     "width": ({"intermediate_size": 41}, "intermediate_size in config.json is 41"),
-    "activation": ({"hidden_act": "silu"}, "hidden_act in config.json is 'silu', and the MLPs have PolyNorm's weights"),
-    "eps": ({"rms_norm_eps": None}, "says rms_norm_eps, the epsilon of the norms around the blocks"),
-    "untied": ({"tie_word_embeddings": False}, "has an embedding, and lacks lm_head.weight: it is no whole model"),
+    "activation": ({"hidden_act": "silu"}, "hidden_act in config.json is 'silu', but the MLPs have PolyNorm's weights"),
+    "eps": ({"rms_norm_eps": None}, "states rms_norm_eps, the epsilon of the norms around the blocks"),
+    "untied": (
+        {"tie_word_embeddings": False},
+        "has an embedding, but lacks lm_head.weight, so it is not a whole model",
+    ),
     "unsaid": ({"tie_word_embeddings": None}, "lacks lm_head.weight, and no config.json says"),
     "wrong": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings in config.json is 'yes'; accepted is true or false"),
     "capped": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping in config.json is 30.0"),
@@ -195,7 +198,7 @@ def test_what_is_no_whole_model_is_refused_in_one_sentence(name: str, tmp_path: 
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("model.norm.weight", "lacks model.norm.weight: it is no whole model"),
+        ("model.norm.weight", "lacks model.norm.weight, so it is not a whole model"),
         ("model.layers.1.mlp.up_proj.weight", r"lacks model\.layers\.1\.mlp\.up_proj\.weight"),
         ("model.layers.1.mlp.act_fn.bias", r"lacks model\.layers\.1\.mlp\.act_fn\.bias"),
         ("model.layers.1.self_attn.q_proj.weight", "layer 1 of .* has no block of layout motif"),
@@ -216,7 +219,7 @@ def test_no_tensor_is_dropped(tmp_path: Path) -> None:
     read_model(tmp_path)
     stored["model.layers.2.mlp.router.weight"] = torch.ones(3)
     save_file(stored, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"holds model\.layers\.2\.mlp\.router\.weight, which has no place"):
+    with pytest.raises(InputError, match=r"contains model\.layers\.2\.mlp\.router\.weight, which does not belong"):
         read_model(tmp_path)
 
 
@@ -224,7 +227,7 @@ def test_blocks_alone_are_no_model(tmp_path: Path) -> None:
     blocks = {key: tensor for key, tensor in load_file(SAMPLE / "model.safetensors").items() if "self_attn" in key}
     save_file(blocks, tmp_path / "blocks.safetensors")
     assert not holds_model(tmp_path / "blocks.safetensors")
-    with pytest.raises(InputError, match="holds no token embedding, so it is no whole model"):
+    with pytest.raises(InputError, match="has no token embedding, so it is not a whole model"):
         read_model(tmp_path / "blocks.safetensors")
 
 

@@ -80,7 +80,7 @@ def test_padding_goes_through_varlen(pad: bool, name: str) -> None:
     ("mask", "message"),
     [
         (torch.ones(2, 1, 1, 7, dtype=torch.bool), "3 queries and 7 keys"),
-        (torch.ones(3, 7, dtype=torch.bool), r"boolean \[B, 1, 1, 7\], and this one is torch.bool \[3, 7\]"),
+        (torch.ones(3, 7, dtype=torch.bool), r"boolean \[B, 1, 1, 7\], but this one is torch.bool \[3, 7\]"),
         (torch.zeros(1, 1, 1, 7), "this one is torch.float32"),
     ],
     ids=["cache", "by-query", "additive"],

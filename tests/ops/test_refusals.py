@@ -13,7 +13,7 @@ from tests.support.operator_inputs import random_inputs
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attn_mask": torch.ones(3, 3, dtype=torch.bool)}, "accepted is what broadcasts to"),
+        ({"attn_mask": torch.ones(3, 3, dtype=torch.bool)}, "accepted are shapes that broadcast to"),
         ({"attn_mask": torch.ones(5, 5, dtype=torch.int64)}, "accepted is boolean"),
         ({"attn_mask": torch.ones(1, 1, 1, 5, 5, dtype=torch.bool)}, "at most 4 axes"),
         ({"sliding_window": 2, "causal": False}, "needs a causal operator"),

@@ -11,8 +11,8 @@ from diffdeploy.formats.compile.backend import ARTIFACT
 
 __all__ = ["checks", "facts"]
 
-# Inductor's wrapper is Python source inside the artifact; which operator it calls depends on the device. Its lines name
-# buffers, unlike those of the graphs that are stored beside it; equal lines are copies of one call.
+# Inductor's wrapper is Python source inside the artifact; the operator that it calls depends on the device. Its lines
+# name buffers, unlike those of the graphs stored next to it; equal lines are copies of one call.
 _ATTENTION = re.compile(rb"\b\w*buf\d+ = torch\.ops\.aten\._scaled_dot_product_\w+\.default\([^\n\\]*")
 
 
