@@ -41,8 +41,10 @@ def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tu
         "past_sequence_length": 2,
         "total_sequence_length": 4,
     }
-    for total in spec.sums:
-        axes[total] = torch.export.Dim.DYNAMIC  # follows from its parts
+    if "total_sequence_length" in axes:
+        # It follows from its parts; with a cache in place, torch before 2.13 would doubt the declared range, for a
+        # minimum of T and 2 T that it does not know to be T.
+        axes["total_sequence_length"] = torch.export.Dim.DYNAMIC
     tensors, dynamic = [], []
     for tensor in spec.inputs.values():
         shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
@@ -70,10 +72,13 @@ def trace(block: AnyModule, spec: GraphSpec, device: str = "cpu") -> torch.expor
     # Implementations depend on the target device, and would otherwise see the CPU that they are traced on.
     with traced_for(device):
         program = torch.export.export(GraphModule(block, spec), tensors, dynamic_shapes=(dynamic,))
-    for expression in program.range_constraints:
-        if len(expression.free_symbols) > 1:  # torch assumes 2 as the minimum of each term of a sum
-            (total,) = (spec.axes[name] for name in spec.sums)
-            program.range_constraints[expression] = ValueRanges(total.min, total.max)
+    nodes = {node.name: node for node in program.graph.nodes}
+    for tensor, name in zip(spec.inputs.values(), program.graph_signature.user_inputs, strict=True):
+        for axis, size in zip(tensor.shape, nodes[str(name)].meta["val"].shape, strict=True):
+            # Without a declared range, torch assumes 2 as the minimum.
+            if axis == "total_sequence_length" and not isinstance(size, int):
+                total = spec.axes[axis]
+                program.range_constraints[size.node.expr] = ValueRanges(total.min, total.max)
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
