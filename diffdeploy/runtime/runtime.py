@@ -41,7 +41,8 @@ class Runtime:
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, device: str) -> None:
-        self.bundle, self.device = bundle, device
+        self.bundle = bundle
+        self.device = device
         self.spec: GraphSpec = bundle.manifest.graph
         self._backend: Backend | None = backend
         self._description = backend.description

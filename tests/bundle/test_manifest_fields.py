@@ -26,6 +26,7 @@ from tests.support.blocks import ROPE, make_config
 from tests.support.bundles import BundleCache, FormatBundle, options_of
 from tests.support.manifests import fields_of, reached, set_to, signed_again
 from tests.support.models import decoder_weights, make_decoder
+from tests.support.pairwise import rest_is_slow
 
 GONE = "a key that is not there"
 
@@ -138,7 +139,7 @@ def model_bundle(bundles: BundleCache, block: AnyConfig | None = None, **changes
     return bundles.bundle(found, options_of("onnx", graph="model", max_sequence_length=20, **changes), verify=False)
 
 
-@pytest.fixture(params=["onnx", "onnx cached", "onnx model", "pt2"])
+@pytest.fixture(params=rest_is_slow(["onnx model", "pt2", "onnx", "onnx cached"], quick=2))
 def subject(
     request: pytest.FixtureRequest,
     format_bundle: FormatBundle,

@@ -25,6 +25,7 @@ from diffdeploy.runtime.decoding import Decoding
 from tests.checkpoints.test_whole_models import diffllama
 from tests.support.bundles import BundleCache
 from tests.support.commands import refused
+from tests.support.pairwise import rest_is_slow
 
 pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 
@@ -77,6 +78,7 @@ def test_prefill_and_decode_of_all_candidates(saved: Path) -> None:
     assert {row.ratio for row in report.results if row.name == report.baseline} == {1}
 
 
+@pytest.mark.slow
 def test_a_quantised_model_is_measured_with_the_weights_that_it_has(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,7 +124,7 @@ def test_a_run_is_compared_with_an_earlier_one(saved: Path, llama: Path, capsys:
     )
 
 
-@pytest.mark.parametrize("flavor", [None, "ort"])
+@pytest.mark.parametrize("flavor", rest_is_slow(["ort", None]))
 def test_a_bare_call_is_the_one_that_generation_makes(flavor: str | None, bundles: BundleCache) -> None:
     path = bundles.bundle(read_model(SAMPLE), replace(SMALL, onnx_flavor=flavor))
     tokens = np.random.default_rng(0).integers(0, 256, (2, 12))

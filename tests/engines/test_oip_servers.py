@@ -39,11 +39,11 @@ class Ask:
     """
 
     def __init__(self, port: int) -> None:
-        self._port = port
+        self.port = port
 
     def raw(self, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, bytes, int]:
         """Status, what was said, and how much of it is JSON, in the binary form."""
-        with closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)) as connection:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
             connection.request("GET" if body is None else "POST", path, body, headers)
             answer = connection.getresponse()
             return answer.status, answer.read(), int(answer.headers.get("Inference-Header-Content-Length", 0))
