@@ -22,7 +22,16 @@ from diffdeploy.compat import MultiheadFlashDiff1
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.files import write_arrays
 from tests.support.bundles import BundleCache
-from tests.support.pages import Block, blocks, commands, named_calls, pages, shown_calls, written_pages
+from tests.support.pages import (
+    Block,
+    blocks,
+    commands,
+    indented_commands,
+    named_calls,
+    pages,
+    shown_calls,
+    written_pages,
+)
 from tests.support.paths import ROOT
 
 # Why a block is not run, in the words of the pages.
@@ -30,7 +39,9 @@ REASONS = {
     "network": "it asks a package index",
     "engine": "it needs an engine that has an environment of its own, where `make engines` runs the same command",
     "server": "it serves until it is interrupted; tests/engines starts it",
+    "make": "it is a target of the Makefile, which installs and takes long",
     "shown": "it is the text of a file that is run",
+    "elsewhere": "docs/export.md has the same commands, and is run",
     "no template in the sample": "tests/runtime/test_chat.py renders those of other models",
 }
 
@@ -80,6 +91,9 @@ def test_what_is_not_run_says_why(page: Path) -> None:
     for block in blocks(page):
         assert block.not_run is None or block.not_run in REASONS, f"{page}:{block.line}"
         assert block.language, f"{page}:{block.line} has no language"
+    # Commands in indented blocks would be run by nobody; the README's stand there for CI.
+    indented = [words for words in indented_commands(page) if words[0] != "make"]
+    assert not indented, f"{page}: put {indented} into a fenced block"
 
 
 @pytest.mark.parametrize("page", SHORT)
