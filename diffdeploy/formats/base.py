@@ -151,8 +151,13 @@ class Format(ABC):
         return options.device or self.devices[0]
 
     @abstractmethod
-    def fastest_impl(self, variant: Variant) -> str:
-        """The implementation that ``auto`` stands for; graphs serve all sizes. See docs/operator-speed.md."""
+    def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
+        """The implementation that ``auto`` stands for; graphs serve all sizes. See docs/operator-speed.md.
+
+        Args:
+            options: of the export.
+            config: of the block or the model.
+        """
 
     def padding(self, variant: Variant, flavor: str | None, config: AnyModel) -> Padding:
         """What a graph makes of its mask; see `GraphSpec`."""

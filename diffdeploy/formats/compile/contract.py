@@ -12,8 +12,12 @@ from diffdeploy.formats.compile.backend import ARTIFACT
 __all__ = ["checks", "facts"]
 
 # Inductor's wrapper is Python source inside the artifact; which operator it calls depends on the device. Its lines name
-# buffers, unlike those of the graphs that are stored beside it; equal lines are copies of one call.
-_ATTENTION = re.compile(rb"\b\w*buf\d+ = torch\.ops\.aten\._scaled_dot_product_\w+\.default\([^\n\\]*")
+# buffers, unlike those of the graphs that are stored beside it; equal lines are copies of one call. Of `fused`, the
+# kernel for any number of queries is in every graph; beside its calls, which stand deep in functions, a trial is kept.
+_ATTENTION = re.compile(
+    rb"\b\w*buf\d+ = torch\.ops\.aten\._scaled_dot_product_\w+\.default\([^\n\\]*"
+    rb"| {8}prefill_\d+\.run\([^\n\\]*"
+)
 
 
 def _attentions(bundle: Bundle) -> int:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
+from diffdeploy.config import AnyModel
 from diffdeploy.errors import InputError
 from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check
 from diffdeploy.formats.base import Format
 from diffdeploy.formats.options import ExportOptions, RunOptions
-from diffdeploy.graphs import DType, GraphSpec, Variant
+from diffdeploy.graphs import DType, GraphSpec
 
 if TYPE_CHECKING:
     from diffdeploy.modules import AnyModule
@@ -30,7 +31,7 @@ class Flash2Format(Format):
     dtypes = ("float16", "bfloat16")
     runs: ClassVar[Mapping[str, tuple[DType, ...]]] = {"cuda": ("float16", "bfloat16")}
 
-    def fastest_impl(self, variant: Variant) -> str:
+    def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
         """See `Format.fastest_impl`."""
         return "flash2"
 
