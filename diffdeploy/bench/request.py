@@ -91,11 +91,9 @@ def prepare(request: BenchRequest, phase: Say, note: Say) -> Iterator[Bench]:
     _set_up_torch(request)
     source = _source(request)
     with tempfile.TemporaryDirectory(prefix="diffdeploy-bench-") as folder:
-        graph, dtype = source.graph(request.graph), source.dtype(request.dtype)
+        dtype = source.dtype(request.dtype)
         # First, since a name that is not known must be refused before anything is said.
-        eager = eager_candidates(
-            request.impl, source.checkpoint.config, device=request.device, dtype=dtype, graph=graph
-        )
+        eager = eager_candidates(request.impl, source.checkpoint.config, device=request.device, dtype=dtype)
         targets = _targets(request, source, dtype, note)
         plan = _plan(request, source, eager, targets, Path(folder))
         # Before the exports, which take minutes.

@@ -41,6 +41,8 @@ CASES: list[tuple[str, Variant, DType]] = [
     ("compile", "cached", "bfloat16"),
     ("flash2", "plain", "float16"),
     ("flash2", "plain", "bfloat16"),
+    ("flash2", "masked", "bfloat16"),
+    ("flash2", "cached", "float16"),
     ("onnx", "plain", "float32"),
     ("onnx", "masked", "float16"),
     ("onnx", "cached", "float32"),

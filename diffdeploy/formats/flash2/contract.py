@@ -12,8 +12,11 @@ __all__ = ["checks", "facts"]
 
 
 def _calls(bundle: Bundle) -> int:
-    config = bundle.manifest.block
-    return num_calls(config.head_dim, config.value_dim)
+    calls = (
+        num_calls(config.head_dim, config.value_dim, shares_keys=config.streams_share_keys)
+        for config in bundle.manifest.config.blocks.values()
+    )
+    return sum(calls)
 
 
 def facts(bundle: Bundle) -> ArtifactFacts:

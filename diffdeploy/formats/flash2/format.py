@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
 from diffdeploy.config import AnyModel
-from diffdeploy.errors import InputError
 from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check
 from diffdeploy.formats.base import Format
 from diffdeploy.formats.options import ExportOptions, RunOptions
@@ -34,18 +33,6 @@ class Flash2Format(Format):
     def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
         """See `Format.fastest_impl`."""
         return "flash2"
-
-    def check_options(self, options: ExportOptions) -> None:
-        """Refuse what FlashAttention-2 does not have.
-
-        Raises:
-            InputError: a graph with a mask, or an option of another format.
-        """
-        super().check_options(options)
-        if options.graph != "plain":
-            raise InputError(
-                f"graph is {options.graph}, and FlashAttention-2 takes no mask; accepted for flash2 is plain"
-            )
 
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """See `Format.lower`."""
