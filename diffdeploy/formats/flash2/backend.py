@@ -15,7 +15,7 @@ __all__ = ["Flash2Backend"]
 
 
 class Flash2Backend(TorchBackend):
-    """Runs the block or model eagerly; every attention is a call of the package flash-attn."""
+    """Runs the block eagerly; every attention is a call of the package flash-attn."""
 
     @property
     def description(self) -> str:
@@ -28,11 +28,10 @@ class Flash2Backend(TorchBackend):
 
     def load(self, options: RunOptions) -> Callable[..., Sequence["Tensor"]]:
         """See `TorchBackend.load`."""
-        module = eager_module(self.bundle, impl=self.bundle.manifest.options.attention_impl, device=self.device)
-        last_only = self.spec.logits == "last"
+        block = eager_module(self.bundle, impl=self.bundle.manifest.options.attention_impl, device=self.device)
 
         def call(*tensors: "Tensor") -> Sequence["Tensor"]:
-            outputs = run_graph(module, dict(zip(self.spec.inputs, tensors, strict=True)), last_only=last_only)
+            outputs = run_graph(block, dict(zip(self.spec.inputs, tensors, strict=True)))
             return [outputs[name] for name in self.spec.outputs]
 
         return call

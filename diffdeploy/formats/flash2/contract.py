@@ -12,11 +12,8 @@ __all__ = ["checks", "facts"]
 
 
 def _calls(bundle: Bundle) -> int:
-    calls = (
-        num_calls(config.head_dim, config.value_dim, shares_keys=config.streams_share_keys)
-        for config in bundle.manifest.config.blocks.values()
-    )
-    return sum(calls)
+    config = bundle.manifest.block
+    return num_calls(config.head_dim, config.value_dim, shares_keys=config.streams_share_keys)
 
 
 def facts(bundle: Bundle) -> ArtifactFacts:

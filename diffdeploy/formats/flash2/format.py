@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
 from diffdeploy.config import AnyModel
+from diffdeploy.errors import InputError
 from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check
 from diffdeploy.formats.base import Format
 from diffdeploy.formats.options import ExportOptions, RunOptions
@@ -33,6 +34,16 @@ class Flash2Format(Format):
     def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
         """See `Format.fastest_impl`."""
         return "flash2"
+
+    def check_options(self, options: ExportOptions) -> None:
+        """Refuse what the format does not have.
+
+        Raises:
+            InputError: a whole model, or an option of another format.
+        """
+        super().check_options(options)
+        if options.graph == "model":
+            raise InputError("format flash2 is for blocks, and this is a whole model; give --layer, or another format")
 
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """See `Format.lower`."""
