@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow campaign fuzz benchmarks clean
+.PHONY: demo lint test slow campaign fuzz benchmarks coverage docs dist clean
 
 demo: $(INSTALLED) ## Export the bundled sample to ONNX, verify it, and let it write some Python.
 	$(BIN)/diffdeploy export --format onnx --output artifacts/demo --force
@@ -13,6 +13,11 @@ demo: $(INSTALLED) ## Export the bundled sample to ONNX, verify it, and let it w
 WORKERS ?= 2
 IN_PARALLEL = --numprocesses=$(WORKERS) --dist=loadgroup
 PYTEST = $(BIN)/pytest $(IN_PARALLEL)
+
+lint: $(INSTALLED) ## The checks that run no code of the package.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 test: $(INSTALLED) ## All checks and tests of a change.
 	$(BIN)/ruff check .
@@ -44,8 +49,48 @@ benchmarks: $(INSTALLED) ## Measure on this machine, which should be idle, and w
 	$(BENCH) --graph cached --save $(RESULTS)/cpu-float32-cached.json
 	$(BIN)/python scripts/benchmarks_page.py docs/benchmarks.md $(RESULTS)/*.json
 
+coverage: $(INSTALLED) ## Which lines and branches the tests run.
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '$(EVERYTHING)' pytest-cov
+	$(PYTEST) --cov --cov-report=term --cov-report=html:build/coverage
+
+# Without torch: pages are made from the source and from the command line alone.
+DOCS := $(VENV)-docs
+
+docs: $(DOCS)/.installed ## The documentation, in build/site; a broken link or reference is an error.
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+	$(DOCS)/bin/python scripts/check_site.py build/site
+
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/pip install --quiet -c constraints.txt setuptools
+	$(DOCS)/bin/pip install --quiet -c constraints.txt --no-build-isolation -e '.[docs]'
+	touch $@
+
+DIST := $(VENV)-dist
+
+dist: $(DIST)/.installed ## The wheel and the source distribution, checked, and tried in empty environments.
+	rm -rf dist build/tried
+	$(DIST)/bin/python -m build --no-isolation
+	$(DIST)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(DIST)-export
+	$(DIST)-export/bin/pip install --quiet -c constraints.txt "$$(echo dist/*.whl)[export,cpu,text]"
+	mkdir -p build/tried
+	cd build/tried && ../../$(DIST)-export/bin/diffdeploy export --format onnx --output demo
+	cd build/tried && ../../$(DIST)-export/bin/diffdeploy generate demo --prompt "def main(" --max-new-tokens 40
+	@# What serves a bundle needs no torch.
+	$(PYTHON) -m venv --clear $(DIST)-runtime
+	$(DIST)-runtime/bin/pip install --quiet -c constraints.txt "$$(echo dist/*.whl)[cpu,text]"
+	! $(DIST)-runtime/bin/python -c 'import torch' 2>/dev/null
+	cd build/tried && ../../$(DIST)-runtime/bin/diffdeploy verify demo --golden
+	cd build/tried && ../../$(DIST)-runtime/bin/diffdeploy generate demo --prompt "def main(" --max-new-tokens 40
+
+$(DIST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(DIST)
+	$(DIST)/bin/pip install --quiet -c constraints.txt setuptools build twine
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-engines-* build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -83,13 +128,17 @@ VLLM := .venv-engines-vllm
 # Without torch; bundles for them are exported in the environment of `make test`, whose tests start them.
 OIP := .venv-engines-kserve .venv-engines-mlserver
 OPENVINO := .venv-engines-openvino
+# Without diffdeploy, too: optimum loads bundles by itself.
+OPTIMUM := .venv-engines-optimum
+ENGINES := $(VLLM) $(OIP) $(OPENVINO) $(OPTIMUM)
 
 .PHONY: engines
 
-engines: $(INSTALLED) $(VLLM)/.installed $(OIP:%=%/.installed) $(OPENVINO)/.installed ## The tests that run other people's engines.
+engines: $(INSTALLED) $(ENGINES:%=%/.installed) ## The tests that run other people's engines; one needs npm and Chromium.
 	$(VLLM)/bin/python -m pytest -m engines tests/engines/test_vllm.py
 	$(BIN)/python -m pytest -m engines tests/engines/test_oip_servers.py tests/engines/test_triton.py -rP --show-capture=stdout
 	$(OPENVINO)/bin/python -m pytest -m engines tests/engines/test_openvino.py
+	$(BIN)/python -m pytest -m engines tests/examples
 
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv --clear $(VLLM)
@@ -111,4 +160,10 @@ $(OPENVINO)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(OPENVINO)
 	$(OPENVINO)/bin/pip install --quiet -c constraints.txt torch setuptools
 	$(OPENVINO)/bin/pip install --quiet -c constraints.txt --no-build-isolation -e '.[cpu,openvino,test]'
+	touch $@
+
+$(OPTIMUM)/.installed: constraints-optimum.txt
+	$(PYTHON) -m venv --clear $(OPTIMUM)
+	$(OPTIMUM)/bin/pip install --quiet -c constraints-optimum.txt torch setuptools
+	$(OPTIMUM)/bin/pip install --quiet -c constraints-optimum.txt optimum-onnx onnxruntime
 	touch $@

@@ -1,11 +1,15 @@
 """The options that say what a checkpoint cannot, once for every command that reads one."""
 
+import json
 from collections.abc import Callable
 from functools import wraps
 from inspect import Parameter, Signature, signature
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+
+from diffdeploy.errors import InputError
 
 __all__ = ["takes_checkpoint_options"]
 
@@ -63,8 +67,24 @@ def _options(
         Literal["canonical", "legacy"] | None,
         typer.Option(help="Which key stream a query stream reads.", show_default="as config.json says"),
     ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file with the names of a model's tensors outside its blocks.", show_default="recognised"
+        ),
+    ] = None,
 ) -> None:
     """Nothing: only the signature is of use."""
+
+
+def _table(path: Path | None) -> str | None:
+    """The table in a file, without the spaces between its parts."""
+    if path is None:
+        return None
+    try:
+        return json.dumps(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--names {path} cannot be read: {error}") from error
 
 
 def takes_checkpoint_options(command: Callable[..., int]) -> Callable[..., int]:
@@ -77,6 +97,7 @@ def takes_checkpoint_options(command: Callable[..., int]) -> Callable[..., int]:
     @wraps(command)
     def run_command(**given: Any) -> int:
         reading = {option.name: given.pop(option.name) for option in added}
+        reading["names"] = _table(reading["names"])
         return command(**given, reading=reading)
 
     # Both are what typer looks at.

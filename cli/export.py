@@ -66,6 +66,13 @@ def export(
         Literal["all", "last"] | None,
         typer.Option(help="Of a model: at all new positions, or at the last.", show_default="all"),
     ] = None,
+    cache: Annotated[
+        Literal["growing", "in-place"] | None,
+        typer.Option(
+            help="Keys and values of a model: returned longer, or written into buffers; aoti and pt2 have both.",
+            show_default="growing",
+        ),
+    ] = None,
     dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of weights and graph.")] = "float32",
     device: Annotated[
         Literal["cpu", "cuda"] | None,
@@ -127,13 +134,15 @@ def export(
         from diffdeploy.formats import ExportOptions
 
     checkpoint = SAMPLE if checkpoint is None else checkpoint
-    is_model = layer is None and holds_model(checkpoint)
+    is_model = layer is None and holds_model(checkpoint, reading["names"])
     if is_model and format_name == "all":
         raise InputError("--format all compares the formats of one block; give --layer, or the name of a format")
     if is_model and graph is not None:
         raise InputError(f"--graph is {graph}, which is for a block, and {checkpoint} is a whole model; give --layer")
     if not is_model and logits is not None:
         raise InputError("--logits is of whole models, and this is a block; leave it out")
+    if not is_model and cache is not None:
+        raise InputError("--cache is of whole models, and this is a block; leave it out")
     if not is_model and weights is not None:
         raise InputError("--weights is of whole models, and this is a block; leave it out")
     options = ExportOptions(
@@ -150,6 +159,7 @@ def export(
         seed=seed,
         cases=selection_of(cases) or "full",
         logits=logits or "all",
+        cache=cache or "growing",
         weights=weights,
         block_size=block_size,
         quantise_head=quantise_head,

@@ -1,6 +1,6 @@
 """diffdeploy: differential attention from a checkpoint to a verified deployment bundle.
 
-The public names below are imported when they are first used, so that ``import diffdeploy`` stays light.
+The public names below are imported on first use, so that ``import diffdeploy`` stays light.
 """
 
 from importlib import import_module

@@ -1,10 +1,10 @@
-"""Arrays between numpy, torch and safetensors; bfloat16 included, which numpy knows through ml_dtypes."""
+"""Conversion of arrays between numpy, torch and safetensors, including bfloat16, which numpy gets from ml_dtypes."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes  # numpy knows the name bfloat16 once this is imported
+import ml_dtypes  # importing it registers bfloat16 with numpy
 import numpy as np
 
 from diffdeploy.errors import IntegrityError
@@ -16,7 +16,7 @@ __all__ = ["Array", "ArrayView", "epsilon", "read_safetensors", "smallest_normal
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# By the names of the safetensors format.
+# Keys are the dtype names of the safetensors format.
 _STORED_DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -35,25 +35,25 @@ def epsilon(dtype: "str | np.dtype[Any]") -> float:
 
 
 def smallest_normal(dtype: "str | np.dtype[Any]") -> float:
-    """The smallest positive number of a floating dtype that has its full precision."""
+    """Smallest positive number of a floating dtype at full precision (the smallest normal number)."""
     return float(ml_dtypes.finfo(dtype).smallest_normal)  # type: ignore[no-untyped-call]
 
 
 def to_tensor(array: Array) -> "Tensor":
-    """The array as a tensor on the CPU that shares its memory; a copy where the array may not be written to."""
+    """Convert an array to a CPU tensor that shares its memory, or to a copy if the array is read-only."""
     import torch
 
-    # torch warns of memory that it may not write to, and refuses negative strides.
+    # torch warns about read-only memory and refuses negative strides.
     if not array.flags.writeable or not array.flags.c_contiguous:
         array = array.copy()
     if array.dtype.name == "bfloat16":
-        # Neither library knows the other's bfloat16, so its bits cross as int16.
+        # numpy and torch do not know each other's bfloat16, so the bits cross as int16.
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def to_array(tensor: "Tensor") -> Array:
-    """The tensor as an array; it shares the memory of a tensor on the CPU."""
+    """Convert a tensor to an array, which shares the memory of a CPU tensor."""
     import torch
 
     tensor = tensor.detach().cpu()
@@ -65,10 +65,10 @@ def to_array(tensor: "Tensor") -> Array:
 
 
 class ArrayView(Mapping[str, Array]):
-    """Tensors as arrays, each made when it is asked for: of weights that are read lazily, none is held.
+    """Mapping that converts tensors to arrays on access and keeps none, so that lazily read weights stay on disk.
 
     Args:
-        tensors: by name.
+        tensors: tensors by name.
     """
 
     def __init__(self, tensors: "Mapping[str, Tensor]") -> None:
@@ -85,10 +85,10 @@ class ArrayView(Mapping[str, Array]):
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:
-    """All arrays of a file.
+    """Read all arrays of a file.
 
     Raises:
-        IntegrityError: not a safetensors file, or one that cannot be read.
+        IntegrityError: the file is not a safetensors file, or cannot be read.
     """
     from safetensors import SafetensorError, deserialize
 

@@ -1,4 +1,4 @@
-"""How exact an artifact must be: the budget of each dtype, with what it is based on."""
+"""The error budget of each dtype: how exact an artifact must be, with the evidence behind each number."""
 
 from diffdeploy.graphs import DType
 from diffdeploy.records import Record
@@ -7,14 +7,15 @@ __all__ = ["BUDGETS", "CEILINGS", "Budget"]
 
 
 class Budget(Record):
-    """Allowed error: ``k`` times what a right computation costs, plus a floor in units of the dtype's spacing.
+    """Allowed error: ``k`` times the error of a correct computation, plus a floor in units of the dtype's spacing.
 
-    A right computation costs the error of the eager block, or that of storing the streams, whichever is larger.
+    The error of a correct computation is that of the eager block, or that of storing the streams, whichever is larger.
 
     Attributes:
-        k: factor, for the root mean square and for the maximum alike.
-        rmse_floor: times the spacing of numbers as large as the root mean square of the exact result.
-        max_floor: times the spacing of numbers as large as the largest exact one.
+        k: factor for both the root mean square error and the maximum error.
+        rmse_floor: floor of the root mean square error, in multiples of the dtype's spacing at the root mean square of
+            the exact result.
+        max_floor: floor of the maximum error, in multiples of the dtype's spacing at the largest exact value.
     """
 
     k: float
@@ -22,23 +23,25 @@ class Budget(Record):
     max_floor: float
 
 
-# How the numbers were found: `make campaign` verifies random right exports and reports the share of the budget that
+# How the numbers were found: `make campaign` verifies random correct exports and reports the share of the budget that
 # they use; docs/verification.md has the whole table.
-# k: 3 is a right computation that differs from eager in the order of its sums and in what it rounds on the way. Half
-# precision accumulates in fp32, so what is stored dominates, and storing the streams is in the yardstick: 7,000 outputs
-# of campaigns would have passed with k = 1.41. fp32 accumulates in what it stores, so in right exports the difference
-# amplifies sums that eager never makes. 1 of 25,000 outputs needed k = 8.6: one head on a constant input, where the
-# streams nearly cancel; the formula in torch, as two attentions in fp32, was as far off as the export (4.6e-7).
-# floors: outputs are stored in the dtype, so even a perfect computation is off by up to eps/2 per element; in fp32,
-# whose eager sums of equal numbers can be exact, by the roundings of a few additions.
-# What this sees: the smallest fault of the tests beside single weights, a rotary base off by 5 %, used 7,000 budgets of
-# fp32 when its k was 8. One weight off by a thousandth used 0.7: it is the contract that sees it.
+# k: 3 covers a correct computation that differs from eager in the order of its sums and in its intermediate roundings.
+# Half precision accumulates in fp32, so the rounding of stored values dominates, and the yardstick includes storing the
+# streams: 7,000 outputs of campaigns would have passed with k = 1.41. fp32 accumulates in the dtype that it stores, so
+# the difference amplifies errors of sums that eager never makes. 1 of 25,000 outputs needed k = 8.6: one head on a
+# constant input, where the streams nearly cancel; the formula in torch, computed as two attentions in fp32, had the
+# same error as the export (4.6e-7).
+# floors: outputs are stored in the dtype, so even a perfect computation is off by up to eps/2 per element; eager sums
+# of equal numbers can be exact in fp32, where the floor covers the roundings of a few additions.
+# What this detects: apart from single weights, the smallest fault of the tests, a rotary base off by 5 %, used 7,000
+# times the fp32 budget when its k was 8. One weight off by a thousandth used 0.7: the contract detects that.
 BUDGETS: dict[DType, Budget] = {
     "float32": Budget(k=12.0, rmse_floor=4.0, max_floor=8.0),
     "float16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
     "bfloat16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
 }
 
-# Of eager's own error, as a share of the root mean square of the exact result: what is further off is no yardstick. On
-# ordinary inputs of 43,000 outputs of right exports the largest were 1.2e-5, 1.7e-3 and 1.4e-2.
+# Largest error of eager itself, as a share of the root mean square of the exact result; an eager block that is further
+# off cannot serve as a yardstick. In 43,000 outputs of correct exports on ordinary inputs the largest shares were
+# 1.2e-5, 1.7e-3 and 1.4e-2.
 CEILINGS: dict[DType, float] = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}

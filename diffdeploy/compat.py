@@ -1,7 +1,8 @@
-"""The public modules under their own names: same constructor arguments, state-dict keys and results, one core.
+"""Drop-in replacements for the public modules: same constructor arguments, state-dict keys and results, one core.
 
-Source of arguments and keys: microsoft/unilm, Diff-Transformer (V1: three modules, V2: one), and
-vasqu/multihead-sdpadiff (four variants). Unlike the originals they take masks, single tokens and CPUs without triton.
+Arguments and keys follow microsoft/unilm, Diff-Transformer (V1: three modules, V2: one), and
+vasqu/multihead-sdpadiff (four variants). Unlike the originals, they accept masks and single tokens, and run on CPUs
+without Triton.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 RelativePositions = tuple[Tensor, Tensor]
-# The rotary kernel of all the originals turns neighbouring channels.
+# The rotary kernel of all the originals rotates neighbouring channels.
 _STYLE: RopeStyle = "interleaved"
 
 
@@ -56,7 +57,7 @@ def _config(
 
 
 def _rotation(rel_pos: RelativePositions | None) -> Rotation:
-    """Rotary embedding by the caller's tables, cosines and sines ``[S, d/2]``."""
+    """Rotary embedding from the caller's tables of cosines and sines, each ``[S, d/2]``."""
     if rel_pos is None:
         return lambda x_BHSd: x_BHSd
     cos, sin = rel_pos
@@ -64,11 +65,11 @@ def _rotation(rel_pos: RelativePositions | None) -> Rotation:
 
 
 class _Multihead(DiffAttention):
-    """A V1 module whose caller brings the rotary tables."""
+    """A V1 module that takes its rotary tables from the caller."""
 
     _impl: Impl
     _gqa_layout: GqaLayout
-    # In the modules that take a mask it stands in place of the causal one.
+    # In the modules that accept a mask, it replaces the causal mask.
     _mask_replaces_causality = True
 
     def __init__(self, embed_dim: int, depth: int, num_heads: int, num_kv_heads: int | None = None) -> None:
@@ -77,18 +78,18 @@ class _Multihead(DiffAttention):
     def forward(  # type: ignore[override]  # the originals' signature
         self, x: Tensor, rel_pos: RelativePositions | None = None, attn_mask: Tensor | None = None
     ) -> Tensor:
-        """Attend, causally unless a mask is given.
+        """Compute attention, which is causal unless a mask is given.
 
         Args:
-            x: ``[B, S, D]``.
+            x: input, ``[B, S, D]``.
             rel_pos: cosines and sines ``[S, d/2]``, applied to interleaved pairs.
-            attn_mask: boolean (``True`` is seen) or additive, broadcastable to ``[B, 1 or h or 2h, S, S]``.
+            attn_mask: boolean (``True`` keeps a key) or additive mask, broadcastable to ``[B, 1 or h or 2h, S, S]``.
 
         Returns:
-            ``[B, S, D]``.
+            Output, ``[B, S, D]``.
 
         Raises:
-            InputError: a mask that does not fit.
+            InputError: the mask does not fit.
         """
         causal = not (self._mask_replaces_causality and attn_mask is not None)
         mask = attn_mask if attn_mask is None or attn_mask.ndim != 2 else attn_mask[None, None]
@@ -97,9 +98,9 @@ class _Multihead(DiffAttention):
 
 
 class _MultiheadSdpaDiff(_Multihead):
-    """Takes the head counts of the softmax model of equal size, and halves them."""
+    """A V1 module that takes the head counts of the softmax model of equal size, and halves them."""
 
-    # All four repeat the key heads before they split the streams.
+    # All four variants repeat the key heads before they split the streams.
     _gqa_layout: GqaLayout = "legacy"
 
     def __init__(self, embed_dim: int, depth: int, num_heads: int, num_kv_heads: int | None = None) -> None:
@@ -110,25 +111,25 @@ class _MultiheadSdpaDiff(_Multihead):
 
 
 class MultiheadSdpaDiff1(_MultiheadSdpaDiff):
-    """Variant 1 of multihead-sdpadiff: four calls."""
+    """Variant 1 of multihead-sdpadiff, which makes four attention calls."""
 
     _impl = Impl.FOUR_CALL
 
 
 class MultiheadSdpaDiff2(_MultiheadSdpaDiff):
-    """Variant 2 of multihead-sdpadiff: two calls with wide values."""
+    """Variant 2 of multihead-sdpadiff, which makes two attention calls with wide values."""
 
     _impl = Impl.TWO_CALL
 
 
 class MultiheadSdpaDiff3(_MultiheadSdpaDiff):
-    """Variant 3 of multihead-sdpadiff: one call of ``4h`` heads."""
+    """Variant 3 of multihead-sdpadiff, which makes one attention call with ``4h`` heads."""
 
     _impl = Impl.STACKED_SPLIT
 
 
 class MultiheadSdpaDiff4(_MultiheadSdpaDiff):
-    """Variant 4 of multihead-sdpadiff: one call of ``2h`` heads with wide values."""
+    """Variant 4 of multihead-sdpadiff, which makes one attention call with ``2h`` heads and wide values."""
 
     _impl = Impl.STACKED_WIDE
 
@@ -137,12 +138,12 @@ class MultiheadDiffAttn(_Multihead):
     """Microsoft's naive module."""
 
     _impl = Impl.NAIVE
-    # It repeats key heads first, and so reads other keys than Microsoft's flash modules from the same weights.
+    # It repeats the key heads first, so it pairs other keys with the same weights than Microsoft's flash modules do.
     _gqa_layout: GqaLayout = "legacy"
 
 
 class MultiheadFlashDiff1(_Multihead):
-    """Microsoft's module for a FlashAttention with unequal widths; here the fastest implementation on the device."""
+    """Microsoft's module for a FlashAttention with unequal widths; it runs the device's fastest implementation here."""
 
     _impl = Impl.AUTO
     _gqa_layout: GqaLayout = "canonical"
@@ -150,7 +151,7 @@ class MultiheadFlashDiff1(_Multihead):
 
 
 class MultiheadFlashDiff2(MultiheadFlashDiff1):
-    """Microsoft's module for stock FlashAttention; the same function as `MultiheadFlashDiff1`."""
+    """Microsoft's module for stock FlashAttention; it computes the same function as `MultiheadFlashDiff1`."""
 
 
 class MultiheadFlashDiffV2(DiffAttentionV2):
@@ -175,10 +176,10 @@ class MultiheadFlashDiffV2(DiffAttentionV2):
     def forward(  # type: ignore[override]  # the original's signature
         self, x: Tensor, rel_pos: RelativePositions | None = None, attn_mask: Tensor | None = None
     ) -> Tensor:
-        """Attend causally; see `MultiheadFlashDiff1`, whose masks come on top of causality too.
+        """Compute causal attention; as in `MultiheadFlashDiff1`, a mask is combined with the causal mask.
 
         Raises:
-            InputError: a mask that does not fit.
+            InputError: the mask does not fit.
         """
         mask = attn_mask if attn_mask is None or attn_mask.ndim != 2 else attn_mask[None, None]
         output, _ = self.compute(x, mask, _rotation(rel_pos))

@@ -1,4 +1,4 @@
-"""The errors users meet. Each class is one exit code of the command line."""
+"""The errors that users meet. Each class is one exit code of the command line."""
 
 __all__ = [
     "DiffDeployError",
@@ -13,7 +13,7 @@ __all__ = [
 
 
 def on_one_line(text: str) -> str:
-    """The text in one line that changes nothing on a terminal, whatever names out of files it holds."""
+    """Escape a text, which may hold names from files, so that it stays on one line and cannot control a terminal."""
     line = " ".join(text.splitlines())
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
@@ -21,32 +21,32 @@ def on_one_line(text: str) -> str:
 class DiffDeployError(Exception):
     """Base of every error that diffdeploy raises on purpose.
 
-    The message is one sentence: what was given, what is accepted, what to do next. It stays on one line, and changes
-    nothing on a terminal, whatever name out of a file it holds.
+    The message is one sentence that says what was given, what is accepted and what to do next. It is escaped to stay on
+    one line and to send no control characters to a terminal, whatever names it quotes from files.
     """
 
     exit_code = 4
 
-    # Not when it is made, since torch.compile traces how errors are made that are never raised.
+    # Escaped here and not in the constructor, since torch.compile also traces constructors of errors never raised.
     def __str__(self) -> str:
         return on_one_line(super().__str__())
 
 
 class VerificationError(DiffDeployError):
-    """The artifact does not compute what its weights and config say."""
+    """The artifact does not compute what its weights and config define."""
 
     exit_code = 1
 
 
 class InputError(DiffDeployError, ValueError):
-    """An argument, a checkpoint or an input tensor is not acceptable."""
+    """An argument, a checkpoint or an input tensor is invalid."""
 
-    # What the command-line library exits with for a wrong option, too.
+    # The command-line library uses the same exit code for an invalid option.
     exit_code = 2
 
 
 class UnavailableError(DiffDeployError):
-    """This machine lacks something that was asked for: a package, a device, disk space."""
+    """This machine lacks something that the request needs: a package, a device, disk space."""
 
     exit_code = 3
 
@@ -58,10 +58,10 @@ class ExportError(DiffDeployError):
 
 
 class IntegrityError(DiffDeployError):
-    """A bundle is not what its manifest says."""
+    """A bundle does not match its manifest."""
 
     exit_code = 5
 
 
 class UnverifiedWarning(UserWarning):
-    """A bundle is loaded that no verification has accepted."""
+    """The loaded bundle has not passed a verification."""

@@ -1,6 +1,6 @@
-"""Numbers of the formula in numpy fp64, from config and weights: lambda, the rotary tables, the key map.
+"""Numbers of the formula in numpy fp64, computed from config and weights: lambda, the rotary tables, the key map.
 
-They are computed apart from `diffdeploy.modules`, so that what is exported can be held against them.
+They do not use `diffdeploy.modules`, so that they can serve as an independent reference for exported graphs.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ __all__ = ["key_head", "lambda_of_heads", "lambda_value", "rope_tables"]
 
 
 def rope_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, Array]:
-    """Cosines and sines of ``position * theta ** (-2j / r)``, scaled, each ``[length, r/2]``, float64."""
+    """Cosines and sines of ``position * theta ** (-2j / r)``, each scaled and ``[length, r/2]``, float64."""
     width = rope.width(head_dim)
     angles = np.outer(np.arange(length), [_frequency(rope, j, width) for j in range(0, width, 2)])
     factor = 1.0 if rope.scaling is None else rope.scaling.attention_scaling
@@ -22,7 +22,7 @@ def rope_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, Ar
 
 
 def _frequency(rope: RopeConfig, channel: int, width: int) -> float:
-    """One frequency, as the transformers library defines the scalings (``modeling_rope_utils``)."""
+    """Frequency of one channel; scalings follow the transformers library (``modeling_rope_utils``)."""
     plain, scaling = float(rope.theta ** -(channel / width)), rope.scaling
     if scaling is None:
         return plain
@@ -39,7 +39,7 @@ def _frequency(rope: RopeConfig, channel: int, width: int) -> float:
 
 
 def _divided(rope: RopeConfig, scaling: RopeScaling, pair: int, width: int) -> float:
-    """0 for pairs that turn ``beta_fast`` times in the original context and more, 1 for ``beta_slow`` and less."""
+    """Degree to which frequencies are divided, from 0 (``beta_fast`` turns or more) to 1 (``beta_slow`` or fewer)."""
 
     def pair_with(turns: float) -> float:
         length = scaling.original_max_position_embeddings
@@ -49,15 +49,15 @@ def _divided(rope: RopeConfig, scaling: RopeScaling, pair: int, width: int) -> f
     if scaling.truncate:
         low, high = float(np.floor(low)), float(np.ceil(high))
     low, high = max(low, 0.0), min(high, width - 1.0)
-    # The source widens a ramp of no length, which would divide by zero.
+    # The source widens an empty ramp, which would otherwise divide by zero.
     high = high + 0.001 if low == high else high
     return float(np.clip((pair - low) / (high - low), 0.0, 1.0))
 
 
 def lambda_of_heads(config: AnyConfig, weights: Mapping[str, Array]) -> Array:
-    """Lambda of each head, ``[h]``, float64, where it does not depend on the token.
+    """Lambda of each head, ``[h]``, float64, for blocks whose lambda does not depend on the token.
 
-    ``exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init`` (arXiv 2410.05258, equation 2), or ``lambda_init`` itself.
+    It is ``exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init`` (arXiv 2410.05258, equation 2), or ``lambda_init`` itself.
     """
     assert config.lambda_init is not None
     if config.lambda_kind == "fixed":
@@ -68,13 +68,13 @@ def lambda_of_heads(config: AnyConfig, weights: Mapping[str, Array]) -> Array:
 
 
 def lambda_value(config: AnyConfig, weights: Mapping[str, Array]) -> float:
-    """The one lambda of all heads, float64."""
+    """The one lambda that all heads share, float64."""
     assert config.constant_lambda
     return float(lambda_of_heads(config, weights)[0])
 
 
 def key_head(config: AnyConfig, head: int, stream: int) -> int:
-    """Which of the ``num_key_streams`` key heads stream ``stream`` of query head ``head`` reads.
+    """Index of the key head, of ``num_key_streams``, that stream ``stream`` of query head ``head`` reads.
 
     Source: `DiffAttentionConfig.gqa_layout`.
     """

@@ -1,7 +1,7 @@
-"""One thread at a time where torch or Python keep settings for the whole process.
+"""A lock around code that changes settings of torch or Python for the whole process.
 
-Tracing, loading of compiled artifacts and the filter of warnings all change such settings for a while. Two threads that
-did so at once would restore each other's changes, and leave a wrong setting behind for good.
+Tracing, loading compiled artifacts and filtering warnings all change such settings for a while. Two threads doing so at
+once would restore each other's changes and leave a wrong setting behind for good.
 """
 
 import threading
@@ -18,14 +18,14 @@ _lock = threading.RLock()
 
 @contextmanager
 def exclusively() -> Iterator[None]:
-    """Let no other thread change process-wide settings while the block runs."""
+    """Keep other threads from changing process-wide settings while the block runs."""
     with _lock:
         yield
 
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an attribute of a module or a class another value while the block runs."""
+    """Set an attribute of a module or a class to another value while the block runs."""
     with _lock:
         before = getattr(owner, name)
         setattr(owner, name, value)

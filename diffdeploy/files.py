@@ -1,4 +1,4 @@
-"""Digests of files, and named arrays in .safetensors and .npz files as users bring and take them."""
+"""Digests of files, and named arrays in the .safetensors and .npz files that users provide and receive."""
 
 import hashlib
 import io
@@ -16,7 +16,7 @@ _SUFFIXES = (".safetensors", ".npz")
 
 
 def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file: the one digest that ties checkpoints, bundles and artifacts together."""
+    """Hexadecimal sha256 digest of a file, the one digest that ties checkpoints, bundles and artifacts together."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -27,10 +27,10 @@ def _check_suffix(path: Path) -> None:
 
 
 def check_target(path: Path, *, force: bool = False) -> None:
-    """Check that a file can be written, before the work whose result it takes.
+    """Check that a file can be written, before starting the work that produces its content.
 
     Raises:
-        InputError: another ending, a file that is there already, or a folder that is not.
+        InputError: the suffix is not accepted, the file exists, or its folder does not.
     """
     _check_suffix(path)
     if not path.parent.is_dir():
@@ -40,10 +40,10 @@ def check_target(path: Path, *, force: bool = False) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, Array]:
-    """All arrays of a file, by name.
+    """Read all arrays of a file, by name.
 
     Raises:
-        InputError: no such file, another ending, or not what its ending says.
+        InputError: the file does not exist, its suffix is not accepted, or its content does not match the suffix.
     """
     _check_suffix(path)
     if not path.is_file():
@@ -51,33 +51,33 @@ def read_arrays(path: Path) -> dict[str, Array]:
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
-        # A pickle inside an .npz could run code.
+        # A pickle inside an .npz file could run code.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return dict(arrays)
-    except Exception as error:  # whatever numpy, zlib and zipfile raise at files that are cut, foreign, or lie
+    except Exception as error:  # numpy, zlib and zipfile raise many kinds for truncated, foreign or forged files
         raise InputError(f"{path} cannot be read as {path.suffix}; it may be truncated") from error
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write all arrays in one file, which appears whole or not at all.
+    """Write all arrays into one file, which appears complete or not at all.
 
     Raises:
-        InputError: a dtype that the kind of file does not have.
+        InputError: the file type cannot store one of the dtypes.
         UnavailableError: the file cannot be written.
     """
     import safetensors.numpy
 
     if path.suffix == ".safetensors":
-        # The library's own file writer hides the reason when a disk is full.
+        # The file writer of safetensors hides the reason when a disk is full.
         data = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     else:
         if any(array.dtype.name == "bfloat16" for array in arrays.values()):
-            raise InputError(f"{path} is .npz, which has no bfloat16; give a .safetensors file")
+            raise InputError(f"{path} is .npz, which cannot store bfloat16; give a .safetensors file")
         stream = io.BytesIO()
-        # Not with allow_pickle=False, which numpy 2.0 and 2.1 write as one more array; these hold numbers, not objects.
+        # numpy 2.0 and 2.1 would store allow_pickle=False as another array; the arrays hold numbers, not objects.
         np.savez(stream, **arrays)  # type: ignore[arg-type]
         data = stream.getvalue()
-    # Beside the target, since a rename is atomic within one file system alone.
+    # A sibling of the target, since a rename is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.part")
     try:
         temporary.write_bytes(data)

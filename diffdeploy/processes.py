@@ -1,4 +1,4 @@
-"""Fresh Python processes that run one module of diffdeploy, and what they said if they died."""
+"""Fresh Python processes that run one module of diffdeploy, and their last words if they died."""
 
 import os
 import signal
@@ -16,13 +16,13 @@ __all__ = ["WorkerProcess"]
 
 
 class WorkerProcess:
-    """A process that runs ``python -m module``. It ends with the ``with`` block: killed if that fails, else waited for.
+    """A process running ``python -m module``. At the end of the ``with`` block it is killed on failure, else awaited.
 
     Args:
         module: dotted name of a module of diffdeploy.
         arguments: command-line arguments of the module.
         environment: variables that are set in addition to those of this process.
-        takes_input: whether `stdin` is a pipe; otherwise it is empty.
+        takes_input: true if `stdin` is a pipe; otherwise standard input is empty.
     """
 
     def __init__(
@@ -33,13 +33,13 @@ class WorkerProcess:
         environment: Mapping[str, str] | None = None,
         takes_input: bool = False,
     ) -> None:
-        # A file, not a pipe: one that nobody reads would stop the process when it is full.
+        # A file and not a pipe, since a full pipe that nobody reads would block the process.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        # The same diffdeploy must run there, also where it is imported from a source tree.
+        # The process must import the same diffdeploy, even when it runs from a source tree.
         package_root = str(Path(diffdeploy.__file__).parents[1])
         search_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            # -P: a file in the current folder must not stand in for a module of the library.
+            # -P: a file in the current folder must not shadow a module of the library.
             [sys.executable, "-P", "-m", module, *arguments],
             stdin=subprocess.PIPE if takes_input else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -60,28 +60,28 @@ class WorkerProcess:
 
     @property
     def stdin(self) -> IO[bytes]:
-        """Pipe to its standard input."""
+        """Pipe to the standard input of the process."""
         assert self._process.stdin is not None
         return self._process.stdin
 
     @property
     def stdout(self) -> IO[bytes]:
-        """Pipe from its standard output."""
+        """Pipe from the standard output of the process."""
         assert self._process.stdout is not None
         return self._process.stdout
 
     def wait(self) -> int:
-        """Wait until it has ended; returns its exit status."""
+        """Wait for the process to end and return its exit status."""
         return self._process.wait()
 
     def said(self) -> list[str]:
-        """Wait until it has ended; returns the lines that it wrote to standard error."""
+        """Wait for the process to end and return the lines that it wrote to standard error."""
         self.wait()
         self._log.seek(0)
         return self._log.read().decode(errors="replace").strip().splitlines()
 
     def obituary(self) -> str:
-        """Wait until it has ended; returns how, and the last line that it wrote to standard error."""
+        """Wait for the process to end; return how it ended and the last line that it wrote to standard error."""
         status, said = self.wait(), self.said()
         how = f"ended with status {status}" if status >= 0 else f"was ended by signal {-status}{_named(-status)}"
         return how + (f": {said[-1]}" if said else "")

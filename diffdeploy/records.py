@@ -1,4 +1,4 @@
-"""The base of every record that is written to JSON and read back."""
+"""The base class of every record that is written to JSON and read back."""
 
 from typing import Annotated
 
@@ -6,11 +6,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 __all__ = ["Record", "Rounded"]
 
-# Four digits are what a person reads; more would let a record differ where nothing that matters does.
+# A person reads four digits; more would make records differ where nothing relevant differs.
 Rounded = Annotated[float, AfterValidator(lambda value: float(f"{value:.4g}"))]
 
 
 class Record(BaseModel):
-    """A frozen record; unknown fields are refused, so that a misspelt one is not lost in silence."""
+    """A frozen record that rejects unknown fields, so that a misspelt field is not silently lost."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all: written beside their place, and renamed once."""
+"""Directories that appear complete or not at all: written to a temporary sibling, and renamed once."""
 
 import errno
 import fcntl
@@ -16,9 +16,9 @@ from diffdeploy.errors import InputError, UnavailableError
 
 __all__ = ["staged_directory"]
 
-# What `tempfile.mkdtemp` puts behind a prefix; a folder that a user calls `.out.old-notes` is none of ours.
+# The suffix that `tempfile.mkdtemp` adds to a prefix; a user's folder `.out.old-notes` does not match.
 _RANDOM = re.compile(r"[a-z0-9_]{8}")
-# Seconds, within which whoever makes such a folder has locked it.
+# Time in seconds within which the creator of such a folder has locked it.
 _YOUNG_S = 60
 
 
@@ -39,7 +39,7 @@ def _check_output(output: Path, marker: str, what: str, *, force: bool) -> None:
 
 def _replace(staging: Path, output: Path) -> None:
     """Move ``staging`` to ``output`` in one rename; an old directory is kept aside until the new one is in place."""
-    # A rename may replace an empty folder, and no other.
+    # A rename can replace a directory only if it is empty.
     if not output.exists() or not any(output.iterdir()):
         staging.replace(output)
         return
@@ -47,25 +47,25 @@ def _replace(staging: Path, output: Path) -> None:
     output.replace(aside)
     try:
         staging.replace(output)
-    except BaseException:  # an interrupt between the two renames must not lose the old one either
+    except BaseException:  # an interrupt between the two renames must not lose the old directory
         aside.replace(output)
         raise
     shutil.rmtree(aside)
 
 
-# The disk is full, a quota is, or files may not grow any more.
+# The disk is full, the quota is exhausted, or the limit on file size is reached.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _no_space(output: Path) -> UnavailableError:
-    return UnavailableError(f"no space left to write {output}; nothing was kept: free some and try again")
+    return UnavailableError(f"no space left to write {output}; nothing was kept: free some space and try again")
 
 
 def _clear_remains(output: Path, marker: str) -> None:
-    """Remove what killed writers to the same place left, and put back a directory that one had set aside."""
+    """Remove what killed writers to the same output left behind, and restore a directory that one had set aside."""
     alive = False
     for staging in _siblings(output, "new"):
-        # One that was just made is not locked yet.
+        # A folder that was just created is not locked yet.
         young = staging.is_symlink() or time.time() - staging.lstat().st_mtime < _YOUNG_S
         lock = None if young else _locked(staging)
         if lock is None:
@@ -73,7 +73,7 @@ def _clear_remains(output: Path, marker: str) -> None:
         else:
             shutil.rmtree(staging, ignore_errors=True)
             os.close(lock)
-    if alive:  # a writer that is at work may have set a directory aside itself
+    if alive:  # a running writer may itself have set a directory aside
         return
     for aside in _siblings(output, "old"):
         if not output.exists() and (aside / marker).is_file():
@@ -83,14 +83,14 @@ def _clear_remains(output: Path, marker: str) -> None:
 
 
 def _siblings(output: Path, kind: str) -> list[Path]:
-    """The temporary folders of one kind that writers to ``output`` make beside it."""
+    """Temporary folders of one kind that writers to ``output`` create next to it."""
     prefix = f".{output.name}.{kind}-"
     found = output.parent.glob(f"{glob.escape(prefix)}*")
     return [path for path in found if _RANDOM.fullmatch(path.name.removeprefix(prefix))]
 
 
 def _locked(directory: Path) -> int | None:
-    """A descriptor that holds the lock of a directory until it is closed, or its process ends; ``None`` if taken."""
+    """File descriptor that locks a directory until it is closed or its process ends; ``None`` if already locked."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,7 +103,7 @@ def _locked(directory: Path) -> int | None:
 def _staging_beside(output: Path) -> Path:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        # A sibling, since a folder is renamed within one file system alone.
+        # A sibling, since a folder can be renamed only within one file system.
         return Path(tempfile.mkdtemp(prefix=f".{output.name}.new-", dir=output.parent))
     except OSError as error:
         if error.errno in _NO_SPACE:
@@ -113,32 +113,32 @@ def _staging_beside(output: Path) -> Path:
 
 @contextmanager
 def staged_directory(output: Path, *, marker: str, what: str, force: bool = False) -> Iterator[Path]:
-    """A temporary sibling of ``output`` that becomes ``output`` when the block ends well, and is removed otherwise.
+    """Yield a temporary sibling of ``output`` that is renamed to ``output`` on success, and removed otherwise.
 
-    Siblings that killed writers left are removed, too; those of writers that run are locked.
+    Siblings that killed writers left behind are removed, too; those of running writers are locked.
 
     Args:
-        output: the directory; made with its parents.
-        marker: file by which a directory of this kind is known; ``force`` replaces no other.
-        what: what such a directory is called in errors.
-        force: replace one that is there.
+        output: the directory to create, along with its parents.
+        marker: file that identifies a directory of this kind; ``force`` replaces no other directory.
+        what: name of such a directory in error messages.
+        force: true to replace an existing directory.
 
     Raises:
-        InputError: ``output`` is taken or cannot be written.
+        InputError: ``output`` exists or cannot be written.
         UnavailableError: the disk is full.
     """
-    # First, since it may put back a directory that would then be in the way.
+    # First, since it may restore a directory that would then be in the way.
     _clear_remains(output, marker)
     _check_output(output, marker, what, force=force)
     staging: Path | None = None
-    # Parents that do not exist yet go again with a writer that fails.
+    # If the writer fails, parents that it created are removed again.
     made = [p for p in (output.parent, *output.parent.parents) if not p.exists()]
     finished, lock = False, None
     try:
         staging = _staging_beside(output)
         lock = _locked(staging)
         yield staging
-        # A temporary folder is for its owner alone; what is kept is as open as other files of the user.
+        # Only the owner can read a temporary folder; the result gets the user's usual permissions.
         staging.chmod(0o777 & ~_umask())
         _replace(staging, output)
         finished = True
@@ -149,10 +149,10 @@ def staged_directory(output: Path, *, marker: str, what: str, force: bool = Fals
     finally:
         if lock is not None:
             os.close(lock)
-        # Not in an except clause: an interrupt cleans up as well.
+        # Outside an except clause, so that an interrupt also cleans up.
         if not finished:
             if staging is not None:
-                # What went wrong first is what the user must hear of.
+                # The first error is the one that the user must see.
                 shutil.rmtree(staging, ignore_errors=True)
             for directory in made:
                 if directory.is_dir() and not any(directory.iterdir()):
@@ -160,7 +160,7 @@ def staged_directory(output: Path, *, marker: str, what: str, force: bool = Fals
 
 
 def _umask() -> int:
-    # It can be read only by setting another.
+    # The umask can be read only by setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask

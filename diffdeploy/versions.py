@@ -9,7 +9,7 @@ __all__ = ["imported_version", "installed_versions", "release"]
 
 
 def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
-    """Version of each distribution that is installed; the others are left out."""
+    """Versions of those distributions that are installed; the others are omitted."""
     versions = {}
     for name in distributions:
         try:
@@ -20,20 +20,20 @@ def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
 
 
 def imported_version(package: str) -> str:
-    """What an installed package says of itself.
+    """Version that an installed package reports about itself.
 
     Args:
-        package: import name. It may come from one of several distributions, and where two are installed over each
-            other, the package alone knows which one it is.
+        package: import name. It may come from one of several distributions; if two are installed over each other,
+            only the package itself knows which one is active.
     """
     return str(import_module(package).__version__)
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The first three numbers of a version, for comparison; a build or a preview counts as its release.
+    """First three numbers of a version, for comparison; a build or pre-release counts as its release.
 
     Args:
-        version: such as ``1.24``, ``2.13.0+cpu`` or ``2.14.0a0+git1234``.
+        version: version string, such as ``1.24``, ``2.13.0+cpu`` or ``2.14.0a0+git1234``.
     """
     numbers = re.match(r"\d+(\.\d+)*", version)
     assert numbers is not None, version

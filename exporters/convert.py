@@ -1,4 +1,4 @@
-"""The life of a conversion: a checkpoint of another code base, read back and compared before it is put in place."""
+"""Conversion to a checkpoint of another code base, which is read back and compared before it is moved into place."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,20 +24,20 @@ __all__ = ["RECORD", "Conversion", "ConversionRecord", "Target", "convert_model"
 Target = Literal["diffllama"]
 
 RECORD = "conversion.json"
-# Positions of the longest case; every weight but rows of the embedding has a part in every one of them.
+# Number of positions of the longest case; every weight except rows of the embedding affects each of them.
 _LONGEST = 33
 
 
 class ConversionRecord(Record):
-    """What ``conversion.json`` holds: where the weights come from, and how near the written ones are.
+    """Content of ``conversion.json``: the origin of the weights, and the error of the written ones.
 
     Attributes:
-        schema_version: of this file.
-        target: code base whose checkpoint it is.
-        dtype: of the weights, which sets the budget of the comparison.
+        schema_version: version of the schema of this file.
+        target: code base of the written checkpoint.
+        dtype: dtype of the weights, which determines the budget of the comparison.
         provenance: checkpoint that was read.
-        environment: versions of what wrote it.
-        cases: logits of what was written against those of what was read, both in fp64.
+        environment: versions of the software that wrote it.
+        cases: comparisons of the logits of the written and the read model, both in fp64.
     """
 
     schema_version: Literal[1] = 1
@@ -55,7 +55,7 @@ class ConversionRecord(Record):
 
 @dataclass(frozen=True)
 class Conversion:
-    """A finished conversion: where it is, the files with weights, and the record beside them."""
+    """A finished conversion: its location, the files with weights, and the record next to them."""
 
     path: Path
     weight_files: list[str]
@@ -70,22 +70,22 @@ def convert_model(
     force: bool = False,
     phase: Callable[[str], None] = lambda _: None,
 ) -> Conversion:
-    """Write a decoder as a checkpoint of another code base, and put it at ``output`` when its logits are the same.
+    """Write a decoder as a checkpoint of another code base, and move it to ``output`` if its logits are the same.
 
     Args:
         found: the decoder, from `diffdeploy.read_model`.
-        output: directory; made with its parents.
+        output: directory to create, along with its parents.
         target: the code base.
-        force: replace an earlier conversion that is at ``output``.
-        phase: called with a few words when a phase of the work begins.
+        force: true to replace an earlier conversion at ``output``.
+        phase: callback that receives a few words when a phase begins.
 
     Raises:
-        InputError: the code base cannot hold the model, or ``output`` is not acceptable.
+        InputError: the code base cannot represent the model, or ``output`` is not acceptable.
         UnavailableError: the disk is full.
-        VerificationError: what was written computes something else.
+        VerificationError: the written checkpoint computes something else.
     """
     assert target in get_args(Target)
-    wanted = diffllama_config(found.config)  # refused before anything is written
+    wanted = diffllama_config(found.config)  # raises before anything is written
     with staged_directory(output, marker=RECORD, what="conversion", force=force) as staging:
         phase("writing")
         weight_files = write_diffllama(found, staging)
@@ -93,13 +93,13 @@ def convert_model(
         written = read_model(staging)
         if written.config != wanted:
             raise VerificationError(
-                f"what was written is read back with another config than {found.layout} was read with; nothing was kept"
+                f"the written checkpoint is read with another config than {found.layout} was; nothing was kept"
             )
         dtype = _dtype(found)
         cases = _compare(found, written, dtype)
         if failed := next((case for case in cases if not case.passed), None):
             raise VerificationError(
-                f"what was written computes other logits, and was not kept: {failed.id}: {failed.failure}"
+                f"the written checkpoint computes other logits, and was not kept: {failed.id}: {failed.failure}"
             )
         record = ConversionRecord(
             target=target,
@@ -113,13 +113,13 @@ def convert_model(
 
 
 def _dtype(found: ModelCheckpoint) -> DType:
-    """The dtype whose rounding the comparison allows: that of the weights, and float32 for wider ones."""
+    """Dtype whose rounding the comparison allows: that of the weights, or float32 for wider ones."""
     name = str(found.weights["embedding.weight"].dtype).removeprefix("torch.")
     return next((dtype for dtype in get_args(DType) if dtype == name), "float32")
 
 
 def _compare(found: ModelCheckpoint, written: ModelCheckpoint, dtype: DType) -> list[CaseReport]:
-    """Logits in fp64 of both; what they may differ by follows from what rounding costs the model that was read."""
+    """Compare the logits of both in fp64; the allowed difference follows from the cost of rounding in the source."""
     import torch
 
     from diffdeploy.modules import DiffTransformer
@@ -144,7 +144,7 @@ def _compare(found: ModelCheckpoint, written: ModelCheckpoint, dtype: DType) -> 
 
 
 def _cases(spec: GraphSpec) -> list[Case]:
-    """A long one, one with padding, and one whose positions reach to the end of the rotary table."""
+    """A long case, one with padding, and one whose positions reach the end of the rotary table."""
     longest = min(_LONGEST, spec.axes["sequence_length"].max)
     return [
         Case(batch_size=1, sequence_length=longest, seed=0),

@@ -1,4 +1,4 @@
-"""The life of an export: checkpoint, cast weights, lowered artifact, verification, then one rename into place."""
+"""The steps of an export: checkpoint, cast weights, lowered artifact, verification, then one rename into place."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Export", "export_bundle", "lower_block", "provenance_of", "settled_length"]
 
-# Where neither the user nor the checkpoint says how long sequences get.
+# Longest sequence if neither the user nor the checkpoint states it.
 _MAX_SEQUENCE_LENGTH = 2048
 
 
@@ -63,10 +63,10 @@ class Export:
     """A finished export.
 
     Attributes:
-        path: where the bundle is.
-        facts: what the artifact says of itself.
-        report: of the verification that accepted it, if there was one.
-        loss: by quantised weights, where it was measured.
+        path: directory of the bundle.
+        facts: facts read from the artifact.
+        report: report of the verification that accepted it, if there was one.
+        loss: loss by quantised weights, if it was measured.
     """
 
     path: Path
@@ -76,19 +76,24 @@ class Export:
 
 
 def _checked_format(options: ExportOptions) -> Format:
-    """The format of an export, after the checks that need no weights."""
+    """Format of an export, after the checks that need no weights."""
     found = require_format(options.format)
     device = found.device_of(options)
-    # First what no machine can do: it is the user's to change, not the machine's.
+    # First, errors that hold on every machine: the user can correct those, unlike those of the machine.
     if reason := found.why_not_made_for(device, options.dtype):
         raise InputError(reason)
     if reason := found.why_not_export(device, options.dtype):
         raise UnavailableError(reason)
-    # Refused here and not by the operator: an implementation may exist, and yet be none that this format ships.
+    # Checked here and not by the operator, since an implementation may exist without being one that this format ships.
     if options.impl not in ("auto", *found.impls):
         raise InputError(
-            f"attention implementation {str(options.impl)!r} is not what format {options.format} ships; "
+            f"attention implementation {str(options.impl)!r} is not available in format {options.format}; "
             f"accepted: {', '.join(('auto', *found.impls))}"
+        )
+    if options.cache not in found.caches:
+        raise InputError(
+            f"cache is {options.cache}, which format {options.format} does not have; accepted: "
+            f"{', '.join(found.caches)}"
         )
     if options.seed < 0:
         raise InputError(f"seed is {options.seed}; accepted is 0 or more")
@@ -97,9 +102,10 @@ def _checked_format(options: ExportOptions) -> Format:
 
 
 def settled_length(options: ExportOptions, checkpoint: "Checkpoint | ModelCheckpoint") -> tuple[int, str | None]:
-    """The longest sequence, and a sentence where it is neither what was asked for nor what the checkpoint says.
+    """The longest sequence, and a sentence if it differs from both the request and the checkpoint.
 
-    Left open, it is ``max_position_embeddings`` of ``config.json`` as far as a verification reaches, or 2048.
+    By default, it is ``max_position_embeddings`` of ``config.json``, limited to what a verification can handle, or
+    2048.
     """
     if options.max_sequence_length is not None:
         return options.max_sequence_length, None
@@ -110,8 +116,8 @@ def settled_length(options: ExportOptions, checkpoint: "Checkpoint | ModelCheckp
     reason = None
     if said is not None and taken < said:
         reason = (
-            f"max_position_embeddings is {said}, more than a verification reaches in memory; the longest sequence is "
-            f"{taken}, or what --max-sequence-length says"
+            f"max_position_embeddings is {said}, more than a verification can handle in memory; the longest sequence "
+            f"is {taken}; --max-sequence-length overrides it"
         )
     return taken, reason
 
@@ -124,8 +130,9 @@ def _write_weights(config: AnyModel, weights: ShippedWeights, spec: GraphSpec, s
     import safetensors.numpy
 
     computed = {name: to_array(tensor) for name, tensor in weights.computed.items()}
-    # Golden vectors are of the cast and quantised weights: the artifact is to compute what it was given, not what the
-    # checkpoint held before. Serialised first: the library's own file writer hides the reason when a disk is full.
+    # Golden vectors use the cast and quantised weights: the artifact must compute with the weights that it was given,
+    # not with those of the checkpoint. Serialised first, since the file writer of safetensors hides the reason when a
+    # disk is full.
     (staging / WEIGHTS).write_bytes(safetensors.numpy.save(dict(weights.stored)))
     (staging / GOLDEN).write_bytes(safetensors.numpy.save(golden_arrays(config, spec, computed, seed)))
 
@@ -140,23 +147,23 @@ def export_bundle(
     phase: Callable[[str], None] = lambda _: None,
     progress: Progress | None = None,
 ) -> Export:
-    """Lower a block or model, verify the artifact, put the bundle at ``output``; whatever fails leaves nothing there.
+    """Lower a block or model, verify the artifact, and move the bundle to ``output``; a failure leaves nothing there.
 
     Args:
         checkpoint: the block or the model, from `diffdeploy.read_checkpoint` or `diffdeploy.read_model`.
-        output: directory of the bundle; made with its parents.
-        options: what to make.
-        force: replace a bundle that is at ``output``.
-        verify: run the verification; without it the manifest says that the bundle is not verified.
-        phase: called with a few words when a phase of the export begins.
-        progress: called with cases done, cases in all, and the name of the next one.
+        output: directory of the bundle, which is created along with its parents.
+        options: options for the artifact.
+        force: true to replace a bundle at ``output``.
+        verify: true to run the verification; otherwise the manifest says that the bundle is not verified.
+        phase: callback that receives a few words when a phase of the export begins.
+        progress: callback that receives the cases done, the cases in total, and the name of the next one.
 
     Raises:
         InputError: an option, a weight or ``output`` is not acceptable.
         UnavailableError: a package or disk space is missing.
         ExportError: the block could not be lowered.
-        RejectedError: the artifact does not compute what its weights and config say.
-        VerificationError: quantised weights lose more than ``options`` allow.
+        RejectedError: the artifact does not compute what its weights and config define.
+        VerificationError: the loss by quantised weights exceeds the limits in ``options``.
     """
     import torch
 
@@ -166,7 +173,7 @@ def export_bundle(
     max_sequence_length, _ = settled_length(options, checkpoint)
     found = _checked_format(options)
     device = found.device_of(options)
-    # Before the lowering, which takes minutes where it compiles.
+    # Checked before lowering, which takes minutes if it compiles.
     if verify and (reason := found.why_not_run(device, options.dtype, runtime=options.runtime)):
         raise UnavailableError(f"{reason}; --no-verify exports without running it")
     spec = graph_spec(
@@ -177,12 +184,13 @@ def export_bundle(
         max_sequence_length=max_sequence_length,
         logits=options.logits,
         padding=found.padding(options.graph, options.onnx_flavor, checkpoint.config),
+        cache=options.cache,
     )
     weights = ShippedWeights.of(checkpoint, options)
     report = None
     with staged_bundle(output, force=force) as staging:
         phase("lowering")
-        # Before the lowering: aoti writes the digest of this file into its package.
+        # Written before lowering, since aoti writes the digest of this file into its package.
         _write_weights(checkpoint.config, weights, spec, options.seed, staging)
         for companion in checkpoint.companions:
             shutil.copyfile(companion, staging / companion.name)
@@ -193,16 +201,16 @@ def export_bundle(
         manifest = _manifest(checkpoint, spec, options, found, recorded)
         for name, content in found.engine_files(manifest, staging).items():
             (staging / name).write_bytes(content)
-        # Signed as not verified, so that the verification opens the directory as any user would.
+        # The manifest says that the bundle is not verified, and the verification opens the directory as any user would.
         manifest = write_manifest(staging, manifest)
-        # Also of a bundle that is not verified: the command line reports them.
+        # Read even without verification, since the command line reports the facts.
         facts = artifact_facts(Bundle(staging, manifest))
         if options.weights is not None:
             phase("measuring the loss")
         loss = loss_of(Bundle(staging, manifest), weights, options, progress)
         if verify:
             phase("verifying")
-            # Made by this process, and not remembered before it is whole.
+            # The export is recorded only once it is complete, so this process trusts it explicitly.
             run_options = RunOptions(device=device, runtime=options.runtime, trust=True)
             report = _accept(Bundle(staging, manifest), run_options, options.cases, progress, loss)
     remember_export(output)
@@ -212,27 +220,27 @@ def export_bundle(
 def _accept(
     bundle: Bundle, run_options: RunOptions, cases: Selection, progress: Progress | None, loss: Loss | None
 ) -> Report:
-    """Verify a bundle, and sign it as verified; the loss is written down beside the verdict.
+    """Verify a bundle and mark it as verified; the loss is recorded next to the verdict.
 
     Raises:
-        RejectedError: it failed.
+        RejectedError: the verification failed.
     """
     report = verify_bundle(bundle.path, cases=cases, progress=progress, run_options=run_options)
     report = report.model_copy(update={"loss": loss})
     if not report.passed:
         raise RejectedError(
             f"the exported {bundle.manifest.format} artifact failed verification and was not kept: "
-            f"{report.first_failure()}; --no-verify keeps one, for diffdeploy verify to look into",
+            f"{report.first_failure()}; --no-verify keeps one, for diffdeploy verify to examine",
             report,
         )
-    # The report needs a digest too, so the manifest is signed again.
+    # The report needs a digest, too, so the manifest is written again.
     (bundle.path / REPORT).write_bytes(report.to_bytes())
     write_manifest(bundle.path, bundle.manifest.model_copy(update={"verified": True}))
     return report
 
 
 def lower_block(block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> None:
-    """Write the artifact of a block into a directory that holds its weights, and nothing else.
+    """Write the artifact of a block, and nothing else, into a directory that contains its weights.
 
     Args:
         block: frozen block in the dtype of the graph, on the CPU.
@@ -252,11 +260,11 @@ def lower_block(block: "AnyModule", spec: GraphSpec, directory: Path, options: E
 def _lower(
     found: Format, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions
 ) -> Mapping[str, Any]:
-    """Lower a block; what torch raises while it does becomes one sentence."""
+    """Lower a block, and turn errors of torch into one sentence."""
     try:
-        with without_warnings():  # torch warns of its own workings; what matters is verified
+        with without_warnings():  # torch warns about its own internals; the artifact is verified anyway
             return found.lower(block, spec, directory, options)
-    # A full disk or too little memory is not torch's refusal of the block, and has a sentence of its own.
+    # A full disk or a lack of memory is not torch's rejection of the block, and has its own message.
     except (OSError, MemoryError, DiffDeployError):
         raise
     except Exception as error:
@@ -264,13 +272,13 @@ def _lower(
 
 
 def _reason(error: Exception) -> str:
-    """What a long message of torch says: what is violated and the first detail of it, else its last line."""
+    """Essence of a long message of torch: the violation and its first detail, else the last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # Dynamo says what was wrong in a paragraph of this name, before advice to developers.
+    # Dynamo describes the error in a paragraph with this heading, before advice to developers.
     for line in lines:
         if line.startswith("Explanation: "):
             return line.removeprefix("Explanation: ")
-    # torch.export lists each violated constraint on a line that begins with a dash, under a sentence that says so.
+    # torch.export lists each violated constraint on a line that begins with a dash, below a heading.
     details = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
     return f"{lines[0]} {details[0]}" if details else lines[-1]
 
@@ -291,7 +299,7 @@ def _manifest(
         options=ExportRecord(
             attention_impl=_impl(found, options, checkpoint.config),
             seed=options.seed,
-            # Where the file runs on every device, a device in the manifest would send its users to that one.
+            # If the file runs on every device, a device in the manifest would restrict its users to that one.
             device=device if found.is_bound_to_device else None,
             **recorded,
         ),
@@ -299,15 +307,15 @@ def _manifest(
         verified=False,
         environment=Environment.current(distributions()),
         provenance=provenance_of(checkpoint),
-        # Filled in by `write_manifest`, which alone knows what is in the directory.
+        # `write_manifest` adds the files, since only it knows the content of the directory.
         files={},
     )
-    # Behind the rest, from which it follows.
+    # Computed last, since it depends on the rest of the manifest.
     return manifest.model_copy(update={"requires": found.least_versions(manifest)})
 
 
 def provenance_of(checkpoint: "Checkpoint | ModelCheckpoint") -> Provenance:
-    """The record of what was read, and how."""
+    """Record of the files that were read, and of the options for reading them."""
     return Provenance(
         files={file.name: FileDigest(size=file.size, sha256=file.sha256) for file in checkpoint.files},
         layout=checkpoint.layout,

@@ -1,4 +1,4 @@
-"""Lowering to ONNX: standard operators, two attentions per layer, nothing that does not depend on the input."""
+"""Lowering to ONNX: standard operators, two attentions per layer, and no node that does not depend on the input."""
 
 import logging
 from pathlib import Path
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["lower"]
 
-# A protobuf message ends at 2 GiB, and whoever reads one holds it twice; a file beside it is mapped.
+# A protobuf message is limited to 2 GiB, and readers need it twice in memory; a separate file is mapped.
 _MAX_INLINE_BYTES = 64 * 2**20
 
 
@@ -40,18 +40,18 @@ def lower(
     flavor: str,
     quantisation: Quantisation | None = None,
 ) -> None:
-    """Write ``model.onnx`` into ``directory``; weights above 64 MiB go to ``model.onnx.data`` beside it.
+    """Write ``model.onnx`` into ``directory``; weights above 64 MiB go to ``model.onnx.data`` next to it.
 
     Args:
         block: frozen block in the dtype of the graph.
         spec: interface of the graph.
         directory: existing directory.
-        opset: operator set; from 23 on the attentions are ``Attention`` nodes, below they are decomposed.
+        opset: operator set; from 23 on, attentions are ``Attention`` nodes, and below they are decomposed.
         flavor: ``standard`` or ``ort``.
-        quantisation: of the matrices in the weights file that is in ``directory``.
+        quantisation: quantisation of the matrices in the directory's weights file.
 
     Raises:
-        InputError: a block that the operators of the flavor cannot compute.
+        InputError: the operators of the flavor cannot compute the block.
         ExportError: the block could not be lowered.
     """
     graph: nn.Module = GraphModule(block, spec)
@@ -59,7 +59,7 @@ def lower(
     if isinstance(block, DiffTransformer):
         graph = _WithLayers(block, spec)
         names += map(layer_output, range(block.config.num_layers))
-    # Modules of their own: which operators are written is decided while the block is traced.
+    # Separate modules, since tracing the block determines the operators that are written.
     if flavor == ORT and isinstance(block, DiffTransformer):
         require_ort_model(block.config)
         graph = OrtModelModule(block, spec)
@@ -68,7 +68,7 @@ def lower(
         graph = OrtGraphModule(block, spec)
     with _scores_in_float32(), small_epsilons_kept(block, opset):
         program = _export(graph.eval(), spec, names, opset)
-    # Named while they were outputs; between layers, verification looks at them.
+    # Named while they are outputs; the verification reads the values between layers.
     del program.graph.outputs[len(spec.outputs) :]
     if isinstance(block, DiffTransformer) and block.config.tied:
         tie_head(program, block.config.vocab_size, block.config.embed_dim)
@@ -80,10 +80,10 @@ def lower(
 
 
 class _WithLayers(GraphModule):
-    """A model whose layers' outputs are outputs of the graph as well."""
+    """A model whose graph also returns the outputs of its layers."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Run the model, and take what each layer gives."""
+        """Run the model and collect the output of each layer."""
         given: list[Tensor] = []
         assert isinstance(self.block, DiffTransformer)
         hooks = [
@@ -99,11 +99,11 @@ class _WithLayers(GraphModule):
 
 
 def _scores_in_float32() -> TorchFunctionMode:
-    """Within it attentions of float16 are traced as casts to float32, the attention, and a cast back.
+    """Trace float16 attentions in the ``with`` block as casts to float32, the attention, and a cast back.
 
-    onnxruntime's CPU keeps scores in the dtype of the queries. Outliers, as activations of language models have them,
-    make some beyond 65504, and infinity minus infinity is NaN, also where a mask hides that score from the query. It
-    has no product in float16 either, so that the casts cost nothing: 28.5 ms and 28.1 ms at 512 positions of 8 heads.
+    onnxruntime's CPU provider keeps scores in the dtype of the queries. With outliers, as in activations of language
+    models, some scores exceed 65504, and infinity minus infinity is NaN, even if a mask hides that score from the
+    query. It has no float16 product either, so the casts cost nothing: 28.5 ms and 28.1 ms at 512 positions of 8 heads.
     """
     attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -119,31 +119,32 @@ def _scores_in_float32() -> TorchFunctionMode:
 
 def _require_ort(config: AnyConfig) -> None:
     if not config.causal:
-        raise InputError("onnxruntime's GroupQueryAttention is causal, and this block is not; leave --onnx-flavor out")
-    # Queries and keys are padded to the width of the values, so that is the one that counts.
+        raise InputError("onnxruntime's GroupQueryAttention is causal, but this block is not; omit --onnx-flavor")
+    # Queries and keys are padded to the width of the values, so only that width counts.
     if config.value_dim % 8:
         raise InputError(
-            "onnxruntime's GroupQueryAttention takes widths that are multiples of 8, and the values of this block have "
-            f"{config.value_dim}; leave --onnx-flavor out"
+            "onnxruntime's GroupQueryAttention needs widths that are multiples of 8, but the values of this block have "
+            f"{config.value_dim}; omit --onnx-flavor"
         )
     if config.value_dim < config.head_dim:
         raise InputError(
-            "onnxruntime's GroupQueryAttention takes values that are as wide as queries, and those of this block are "
-            f"narrower, {config.value_dim} and {config.head_dim}; leave --onnx-flavor out"
+            "onnxruntime's GroupQueryAttention needs values that are as wide as queries, but those of this block are "
+            f"narrower, {config.value_dim} and {config.head_dim}; omit --onnx-flavor"
         )
 
 
 def _save(model: "onnx_ir.Model", directory: Path) -> None:
     import onnx_ir
 
-    # The weights alone: they are known before anything is written, and a protobuf that is too large fails half-way.
+    # Estimated from the weights alone before anything is written, since writing a protobuf that is too large fails
+    # midway.
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     onnx_ir.save(model, directory / MODEL, external_data=EXTERNAL_DATA if size > _MAX_INLINE_BYTES else None)
 
 
 def _export(graph: nn.Module, spec: GraphSpec, outputs: list[str], opset: int) -> "onnx_ir.Model":
     tensors, dynamic = example(spec, getattr(torch, spec.dtype))
-    # At each export it warns of the operators that it skips because torchvision is not installed.
+    # Every export warns about operators that it skips because torchvision is not installed.
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -161,12 +162,12 @@ def _export(graph: nn.Module, spec: GraphSpec, outputs: list[str], opset: int) -
     finally:
         logger.setLevel(level)
     if program is None:
-        raise ExportError(f"torch.onnx.export gave no program at opset {opset}")
+        raise ExportError(f"torch.onnx.export returned no program at opset {opset}")
     return program.model
 
 
 def _name_axes(model: "onnx_ir.Model", spec: GraphSpec) -> None:
-    """Call the axes of inputs and outputs by their declared names, also those which torch names after a sum."""
+    """Give the axes of inputs and outputs their declared names, including those that torch names after a sum."""
     import onnx_ir
 
     for value in (*model.graph.inputs, *model.graph.outputs):

@@ -23,19 +23,19 @@ _OPERATOR_SET = 1
 def quantise_products(
     model: "onnx_ir.Model", stored: Mapping[str, Array], config: AnyModel, quantisation: Quantisation
 ) -> None:
-    """Put ``MatMulNBits`` where the model multiplies with the numbers of a quantised matrix.
+    """Replace products with dequantised matrices in the model by ``MatMulNBits``.
 
     Args:
-        model: as the exporter made it from the dequantised weights, with products ``[B, S, K] x [K, N]``.
+        model: model that was exported with the dequantised weights, with products ``[B, S, K] x [K, N]``.
         stored: weights as the bundle stores them.
-        config: of the model.
-        quantisation: of its matrices.
+        config: config of the model.
+        quantisation: quantisation of its matrices.
 
     Raises:
-        ExportError: a matrix is not multiplied with as it is.
+        ExportError: the graph has no plain product with a matrix.
     """
     packed, shapes = packed_weights(stored), config.weight_shapes()
-    # Equal matrices are one constant of the graph, and one of them stands for all.
+    # Equal matrices share one constant of the graph, and one of them represents all.
     names: dict[bytes, str] = {}
     wanted = {}
     for name, matrix in packed.items():
@@ -50,7 +50,7 @@ def quantise_products(
         _replace(model.graph, node, name, packed[name], shapes[name][1], quantisation)
         found.add(digest)
     if missing := [name for name, digest in wanted.items() if digest not in found]:
-        raise ExportError(f"the graph has no product with {missing[0]} as it is, so that it cannot be quantised")
+        raise ExportError(f"the graph has no plain product with {missing[0]}, so it cannot be quantised")
     model.graph.opset_imports.setdefault(ORT_DOMAIN, _OPERATOR_SET)
 
 
@@ -78,7 +78,7 @@ def _replace(
 
     x, matrix = product.inputs
     assert matrix is not None
-    # No accuracy level, which stands for 0: the operator of other providers than the CPU's does not know it.
+    # The accuracy level is omitted, which means 0: the operator in providers other than the CPU's does not know it.
     attributes = {
         "K": num_columns,
         "N": len(packed.blocks),

@@ -1,7 +1,7 @@
-"""RMS norms with an epsilon that torch's ONNX exporter would leave out.
+"""RMS norms whose epsilon torch's ONNX exporter would drop.
 
-Below opset 23 a norm is written as single operators, and the optimiser that runs behind the exporter removes an
-addition of anything up to 1e-8, as if it were 0: rows of zeros then give NaN (torch 2.13).
+Below opset 23, a norm is decomposed into single operators, and the optimiser that follows the exporter removes an
+addition of anything up to 1e-8 as if it were 0: rows of zeros then return NaN (torch 2.13).
 """
 
 import math
@@ -15,16 +15,16 @@ from diffdeploy.modules import AnyModule
 
 __all__ = ["small_epsilons_kept"]
 
-# The first opset with an operator for the norm, which holds epsilon as an attribute.
+# The first opset with an operator for the norm, which stores epsilon as an attribute.
 _HAS_OPERATOR = 23
-# What is larger stays; measured, 1e-6 does and 1e-8 does not.
+# Larger epsilons are kept; as measured, 1e-6 is kept and 1e-8 is not.
 _SMALL = 1e-7
 
 
 class _ScaledNorm(nn.Module):
-    """The same norm of numbers ``c`` times as large, with ``c ** 2`` times the epsilon, which is then near 1.
+    """An equivalent norm of numbers ``c`` times as large, with ``c ** 2`` times the epsilon, which is then near 1.
 
-    ``c`` is a power of 2, so that nothing is rounded otherwise.
+    ``c`` is a power of 2, so that no rounding changes.
     """
 
     def __init__(self, norm: nn.RMSNorm, eps: float) -> None:
@@ -42,7 +42,7 @@ class _ScaledNorm(nn.Module):
 
 @contextmanager
 def small_epsilons_kept(block: AnyModule, opset: int) -> Iterator[None]:
-    """Within it the block has norms that the exporter writes down with their epsilons."""
+    """Replace the block's norms in the ``with`` block by norms that keep their epsilons in the exporter."""
     replaced: list[tuple[nn.Module, str, nn.RMSNorm]] = []
     if opset < _HAS_OPERATOR:
         for owner in list(block.modules()):

@@ -1,4 +1,4 @@
-"""The block in onnxruntime's own operators: per stream one ``GroupQueryAttention``, with the rotary embedding in it.
+"""A block in onnxruntime's own operators: one ``GroupQueryAttention`` per stream, which includes the rotary embedding.
 
 Shape suffixes: B batch, S sequence length, H heads, D model width, d stream width, e value width.
 """
@@ -25,19 +25,19 @@ _OPERATOR = f"{ORT_DOMAIN}::{ORT_ATTENTION}"
 class OrtGraphModule(nn.Module):
     """A block with the signature of a graph, for export to ONNX only: torch cannot run it.
 
-    Queries and keys are zero-padded to the width of the values, which is exact, since the operator wants equal widths.
-    The rows of a projection are taken apart by stream, so that no stream is cut out of its result.
+    Queries and keys are zero-padded to the width of the values, which is exact, since the operator needs equal widths.
+    The rows of a projection are separated by stream, so that no stream has to be sliced out of its result.
 
     Args:
-        block: frozen and causal.
-        spec: ``plain`` or ``masked``.
+        block: frozen and causal block.
+        spec: interface of the graph, ``plain`` or ``masked``.
     """
 
     def __init__(self, block: AttentionBlock, spec: GraphSpec) -> None:
         super().__init__()
         self.block, self.spec = block, spec
         config = block.config
-        # The operator embeds positions 0 .. S-1, whatever it is given, and takes tables of multiples of 8.
+        # The operator always embeds positions 0 .. S-1, and needs tables whose widths are multiples of 8.
         self.turns_inside = (
             config.rope is not None
             and config.rope.width(config.head_dim) == config.head_dim
@@ -49,13 +49,13 @@ class OrtGraphModule(nn.Module):
         self.keys = None if shared or config.permutes_key_streams else _by_stream(block.k_proj, config.head_dim)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of the graph from its inputs, both in the order of the spec."""
+        """Compute the outputs of the graph from its inputs, both in the order of the spec."""
         inputs = dict(zip(self.spec.inputs, tensors, strict=True))
         x_BSD = inputs["hidden_states"]
         block, config = self.block, self.block.config
         v_BSHe = _heads(block.v_proj(x_BSD), config.value_dim)
         seen_bias, dead = _bias(x_BSD, inputs.get("attention_mask"), config)
-        # Once for both streams, since a weight that two products read is left to be transposed at run time.
+        # Once for both streams, since a weight that two products read is transposed at run time.
         all_keys = None if self.keys is not None else block.normalise_keys(_heads(block.k_proj(x_BSD), config.head_dim))
         streams = []
         for stream in (0, 1):
@@ -89,7 +89,7 @@ class OrtGraphModule(nn.Module):
         return k_BHSd.transpose(1, 2), v_BHSe.transpose(1, 2)
 
     def _rotate(self, x_BSHd: Tensor, position_ids: Tensor | None) -> Tensor:
-        """Rotary embedding, where the operator does not do it."""
+        """Apply the rotary embedding, unless the operator includes it."""
         rotary = self.block.rotary
         if rotary is None or self.turns_inside:
             return x_BSHd
@@ -98,7 +98,7 @@ class OrtGraphModule(nn.Module):
         return rotate(x_BSHd, cos, sin, rotary.config.style)
 
     def _attend(self, q_BSHd: Tensor, k_BSHd: Tensor, v_BSHe: Tensor, bias: Tensor | None) -> Tensor:
-        """One stream (contrib operator ``GroupQueryAttention``, onnxruntime's ``ContribOperators.md``)."""
+        """Attention of one stream (contrib operator ``GroupQueryAttention``, onnxruntime's ``ContribOperators.md``)."""
         batch, length, num_heads, width = q_BSHd.shape
         num_kv_heads, value_width = v_BSHe.shape[2:]
         padding = (0, value_width - width)
@@ -141,7 +141,7 @@ def _heads(x_BSD: Tensor, width: int) -> Tensor:
 
 
 def _by_stream(projection: nn.Linear, width: int) -> nn.ModuleList:
-    """The rows ``[heads, 2, d]`` of a projection as one projection for each stream."""
+    """Split the rows ``[heads, 2, d]`` of a projection into one projection per stream."""
     parts = []
     for stream in (0, 1):
 
@@ -157,16 +157,16 @@ def _by_stream(projection: nn.Linear, width: int) -> nn.ModuleList:
 
 
 def _without_padding(k_BSHd: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Keys that padding cannot score with, where the bias that hides it may be smaller than a score: in float16."""
+    """Keys with padding set to 0 in float16, where the bias that hides padding may be smaller than a score."""
     if attention_mask is None or k_BSHd.dtype != torch.float16:
         return k_BSHd
     return k_BSHd.masked_fill((attention_mask == 0)[:, :, None, None], 0.0)
 
 
 def _bias(x_BSD: Tensor, attention_mask: Tensor | None, config: AnyConfig) -> tuple[Tensor | None, Tensor | None]:
-    """What a padding mask adds to the scores, ``[B, 1, S, S]``, and the rows ``[B, S, 1, 1]`` that see nothing.
+    """Bias ``[B, 1, S, S]`` that a padding mask adds to the scores, and the fully masked rows ``[B, S, 1, 1]``.
 
-    Hidden keys get a large finite number: minus infinity minus itself, in a block of keys that are all hidden, is NaN.
+    Hidden keys get a large finite number, since minus infinity minus itself, in a fully hidden block of keys, is NaN.
     """
     if attention_mask is None:
         return None, None
@@ -183,7 +183,7 @@ def _bias(x_BSD: Tensor, attention_mask: Tensor | None, config: AnyConfig) -> tu
     smallest = torch.finfo(x_BSD.dtype).min
     bias = torch.zeros((), dtype=x_BSD.dtype).masked_fill(~seen.mask, smallest / 2)
     if x_BSD.dtype == torch.float16:
-        # The operator keeps scores in float32, and outliers make some that are half of the smallest float16; keys of
-        # padding score 0 here, so that nothing is added to the whole of it.
+        # The operator keeps scores in float32, and outliers make some as large as half of the smallest float16; keys of
+        # padding score 0 here, so the bias is not added to a larger negative score.
         bias = bias.masked_fill(~seen.mask & (attention_mask == 0)[:, None, None], smallest)
     return bias, seen.dead.transpose(1, 2)

@@ -1,8 +1,8 @@
-"""A model in onnxruntime's own operators: one ``GroupQueryAttention`` a layer, over both streams of all heads.
+"""A model in onnxruntime's own operators: one ``GroupQueryAttention`` per layer, for both streams of all heads.
 
-It counts the tokens of each row, and writes the new ones behind the past: into another buffer, or in place where past
-and present are bound to one. Keys are held as everywhere, ``[k1 | k2]`` after the rotary embedding, which is therefore
-an operator before it: turned inside of it, the halves of a pair would have to be interlaced.
+The operator counts the tokens of each row, and appends the new ones to the past: in another buffer, or in place if past
+and present are bound to the same one. As everywhere, keys are stored as ``[k1 | k2]`` after the rotary embedding, which
+is therefore a separate operator: inside of the attention, it would require the halves of a pair to be interleaved.
 
 Shape suffixes: B batch, H heads, S new tokens, P past tokens, T = P + S, d stream width, e value width.
 """
@@ -24,26 +24,26 @@ from diffdeploy.ops.rows import padded_queries
 
 __all__ = ["OrtModelModule", "require_ort_model"]
 
-# The operator takes widths that are multiples of it.
+# Widths must be multiples of this number for the operator.
 _WIDTH = 8
 
 
 def require_ort_model(config: DecoderConfig) -> None:
-    """Refuse models whose caches the operator does not take.
+    """Reject models whose caches the operator does not support.
 
     Raises:
-        InputError: keys and values differ in width, or the width is no multiple of 8.
+        InputError: keys and values differ in width, or the width is not a multiple of 8.
     """
     block = config.attention
     if block.key_cache_dim != block.value_dim:
         raise InputError(
-            "onnxruntime's GroupQueryAttention takes keys and values of one width, and those in the cache of this "
-            f"model have {block.key_cache_dim} and {block.value_dim}; leave --onnx-flavor out"
+            "onnxruntime's GroupQueryAttention needs keys and values of the same width, but those in the cache of this "
+            f"model have {block.key_cache_dim} and {block.value_dim}; omit --onnx-flavor"
         )
     if block.value_dim % _WIDTH:
         raise InputError(
-            "onnxruntime's GroupQueryAttention takes widths that are multiples of 8, and keys and values of this model "
-            f"have {block.value_dim}; leave --onnx-flavor out"
+            "onnxruntime's GroupQueryAttention needs widths that are multiples of 8, but keys and values of this model "
+            f"have {block.value_dim}; omit --onnx-flavor"
         )
 
 
@@ -51,8 +51,8 @@ class OrtModelModule(GraphModule):
     """A model with the signature of a graph, for export to ONNX only: torch cannot run it.
 
     Args:
-        model: frozen; steps of its blocks are replaced.
-        spec: of a model whose rows are padded on the right.
+        model: frozen model, in whose blocks some steps are replaced.
+        spec: interface of a model whose rows are padded on the right.
     """
 
     def __init__(self, model: DiffTransformer, spec: GraphSpec) -> None:
@@ -60,7 +60,7 @@ class OrtModelModule(GraphModule):
         self._steps = [_Steps(layer.self_attn) for layer in model.layers]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of the graph from its inputs, both in the order of the spec, and what each layer gives."""
+        """Compute the outputs of the graph from its inputs, both in the order of the spec, and those of each layer."""
         model = self.block
         assert isinstance(model, DiffTransformer)
         inputs = dict(zip(self.spec.inputs, tensors, strict=True))
@@ -79,7 +79,7 @@ class OrtModelModule(GraphModule):
             outputs |= {self.spec.caches[keys]: steps.present[0], self.spec.caches[values]: steps.present[1]}
             given.append(x_BSD)
         if self.spec.logits == "last":
-            # The last token of a row, behind which there may be padding.
+            # Position of the last token of a row, which padding may follow.
             past_length = mask_BT.shape[1] - x_BSD.shape[1]
             last_B = (tokens_B - past_length - 1).clamp(min=0)
             x_BSD = x_BSD.gather(1, last_B[:, None, None].expand(-1, 1, x_BSD.shape[2]))
@@ -88,11 +88,11 @@ class OrtModelModule(GraphModule):
 
 
 class _Steps:
-    """The steps of a block in which the operator stands: appending to the cache, and attention.
+    """The steps of a block that the operator replaces: appending to the cache, and attention.
 
     Attributes:
-        rows: tokens of each row but one ``[B]``, and those of the longest ``[1]``, both int32.
-        present: keys and values with the new tokens, once `attend` was called.
+        rows: number of tokens of each row minus one ``[B]``, and that of the longest ``[1]``, both int32.
+        present: keys and values including the new tokens, after `attend` was called.
     """
 
     rows: tuple[Tensor, Tensor]
@@ -101,12 +101,12 @@ class _Steps:
     def __init__(self, block: AttentionBlock) -> None:
         self._config: AnyConfig = block.config
         self._past: KeyValueCache | None = None
-        # Methods of the instance, which the block's own steps call.
+        # Set as methods of the instance, which the block's own steps call.
         for name, step in (("append", self.append), ("attend", self.attend)):
             setattr(block, name, step)
 
     def append(self, past: KeyValueCache, new: KeyValueCache) -> KeyValueCache:
-        """The new tokens alone; see `AttentionBlock.append`."""
+        """Return only the new tokens; see `AttentionBlock.append`."""
         self._past = past
         return new
 
@@ -141,7 +141,7 @@ class _Steps:
 
 
 def _rotation(model: DiffTransformer, position_ids: Tensor | None) -> Rotation:
-    """Turns ``[B, H, S, d]`` by contrib operator ``RotaryEmbedding``."""
+    """Function that rotates ``[B, H, S, d]`` with the contrib operator ``RotaryEmbedding``."""
     rotary = model.rotary
     if rotary is None or position_ids is None:
         return lambda x_BHSd: x_BHSd

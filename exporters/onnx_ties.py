@@ -1,4 +1,4 @@
-"""A head that is the embedding, stored once: the exporter would fold its transposition into a second copy."""
+"""A tied head that shares the embedding's constant: the exporter would fold a transposed copy of it."""
 
 from typing import TYPE_CHECKING
 
@@ -11,12 +11,12 @@ __all__ = ["tie_head"]
 
 
 def tie_head(model: "onnx_ir.Model", vocab_size: int, embed_dim: int) -> None:
-    """Let the product of the head read the embedding ``[V, D]`` itself: ``Gemm`` with ``transB`` on rows.
+    """Replace the product in the head by a ``Gemm`` with ``transB``, which reads the embedding ``[V, D]`` itself.
 
     Args:
-        model: as the exporter made it, with a product ``[B, S, D] x [D, V]``.
-        vocab_size: ``V``.
-        embed_dim: ``D``.
+        model: model as it was exported, with a product ``[B, S, D] x [D, V]``.
+        vocab_size: number of tokens ``V``.
+        embed_dim: model width ``D``.
     """
     import onnx_ir as ir
 
@@ -57,7 +57,7 @@ def tie_head(model: "onnx_ir.Model", vocab_size: int, embed_dim: int) -> None:
 def _is(
     value: "onnx_ir.Value | None", rows: int, other: "onnx_ir.Value | None" = None, *, turned: bool = False
 ) -> bool:
-    """Whether a value is an initializer of so many rows, and another one turned."""
+    """True if a value is an initializer with so many rows, equal to another one or, if ``turned``, to its transpose."""
     held = None if value is None else value.const_value
     if held is None or len(held.shape) != 2 or held.shape[0] != rows:  # noqa: PLR2004 - a matrix
         return False

@@ -1,4 +1,4 @@
-"""``torch.export``: a program that any Python with torch loads, with its ranges checked by itself."""
+"""Lowering to ``torch.export``: a program that any Python with torch loads, and that checks its own ranges."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ __all__ = ["lower"]
 
 
 def lower(block: AnyModule, spec: GraphSpec, directory: Path) -> None:
-    """Write ``model.pt2``; `torch.export.load` reads it, and its module takes the graph's inputs in their order."""
+    """Write ``model.pt2``, which `torch.export.load` reads; its module takes the graph's inputs in order."""
     program = trace(block, spec, ANY_DEVICE)
-    # Sample inputs would be a pickle in the file, and are none that anybody needs.
+    # Sample inputs would be a pickle in the file, and nobody needs them.
     program.example_inputs = None
     torch.export.save(program, directory / MODEL)

@@ -1,4 +1,4 @@
-"""Quantised weights in the life of an export: what is stored, what is computed with, and what is lost by it."""
+"""Quantised weights during an export: those that are stored, those that the artifact computes with, and the loss."""
 
 import math
 import sysconfig
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 __all__ = ["ShippedWeights", "check_quantisation", "loss_of", "to_quantise"]
 
-# On every machine, and among the files that the sample was not trained on.
+# This text is on every machine, and was not used for training the sample.
 _TEXT = "filecmp.py"
 
 
 @dataclass(frozen=True)
 class ShippedWeights:
-    """The weights of a bundle.
+    """The weights of a bundle in three forms.
 
     Attributes:
-        original: cast to the dtype of the graph.
-        stored: as the weights file has them.
-        computed: what the artifact computes with: the original ones, or the numbers that quantised ones stand for.
+        original: weights cast to the dtype of the graph.
+        stored: weights as the weights file contains them.
+        computed: weights with which the artifact computes: the original ones, or the dequantised ones.
     """
 
     original: "Mapping[str, Tensor]"
@@ -41,11 +41,11 @@ class ShippedWeights:
 
     @classmethod
     def of(cls, checkpoint: "Checkpoint | ModelCheckpoint", options: ExportOptions) -> "ShippedWeights":
-        """Cast the weights of a checkpoint, and quantise them if that was asked for.
+        """Cast the weights of a checkpoint, and quantise them on request.
 
         Raises:
-            InputError: a weight is too large for the dtype.
-            UnavailableError: there is nothing to quantise with.
+            InputError: a weight is out of range for the dtype.
+            UnavailableError: the quantiser is not installed.
         """
         original = cast_weights(checkpoint.weights, options.dtype)
         stored = {name: to_array(tensor) for name, tensor in original.items()}
@@ -57,23 +57,21 @@ class ShippedWeights:
 
 
 def check_quantisation(checkpoint: "Checkpoint | ModelCheckpoint", options: ExportOptions) -> None:
-    """Refuse options of quantised weights that have none, and a loss that cannot be measured.
+    """Reject options of quantised weights without quantisation, and a loss that cannot be measured.
 
     Raises:
-        InputError: one was given.
+        InputError: such an option was given.
     """
     asked: dict[str, object] = {"text": options.text, "max kl": options.max_kl, "min agreement": options.min_agreement}
     given = [name for name, value in asked.items() if value is not None]
     others = {"block size": options.block_size is not None, "quantise head": options.quantise_head}
     alone = [*(name for name, is_given in others.items() if is_given), *given]
     if options.weights is None and alone:
-        raise InputError(f"{alone[0]} is of quantised weights, and there are none; give --weights int8 or int4")
+        raise InputError(f"{alone[0]} needs quantised weights, but there are none; give --weights int8 or int4")
     if given and TOKENIZER not in _companions(checkpoint):
-        raise InputError(
-            f"{given[0]} is of a text, and there is no {TOKENIZER} beside the checkpoint to read one with; leave it out"
-        )
+        raise InputError(f"{given[0]} needs a text, but the checkpoint has no {TOKENIZER} to read one with; omit it")
     if options.max_kl is not None and not 0 <= options.max_kl < math.inf:
-        raise InputError(f"max kl is {options.max_kl}; accepted is a number of nats from 0 on")
+        raise InputError(f"max kl is {options.max_kl}; accepted is a number of nats, 0 or more")
     if options.min_agreement is not None and not 0 <= options.min_agreement <= 1:
         raise InputError(f"min agreement is {options.min_agreement}; accepted is a share, 0 to 1")
     if options.text is not None:
@@ -85,7 +83,7 @@ def _companions(checkpoint: "Checkpoint | ModelCheckpoint") -> set[str]:
 
 
 def to_quantise(checkpoint: "Checkpoint | ModelCheckpoint", options: ExportOptions) -> "Checkpoint | ModelCheckpoint":
-    """The checkpoint, with a head of its own where that is to be quantised."""
+    """The checkpoint, with a separate head if the head is to be quantised."""
     if not options.quantise_head:
         return checkpoint
     config, weights = with_own_head(checkpoint.config, checkpoint.weights)
@@ -98,11 +96,11 @@ def loss_of(
     options: ExportOptions,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Loss | None:
-    """What quantised weights lose; ``None`` where none are, or where no tokenizer came with the checkpoint.
+    """Measure the loss by quantised weights; ``None`` without quantisation or without a tokenizer.
 
     Raises:
         InputError: the text has less than two tokens, or one that the model does not know.
-        VerificationError: more than was asked for.
+        VerificationError: the loss exceeds a limit.
     """
     if options.weights is None or TOKENIZER not in bundle.manifest.files:
         return None
@@ -128,7 +126,7 @@ def loss_of(
 
 
 def _read(path: Path | None) -> tuple[str, str]:
-    """The text to measure on, and its name."""
+    """Text to measure on, and its name."""
     source = Path(sysconfig.get_paths()["stdlib"]) / _TEXT if path is None else path
     try:
         return source.read_text(encoding="utf-8"), source.name

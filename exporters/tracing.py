@@ -1,4 +1,4 @@
-"""Tracing a block into the graph that a `GraphSpec` declares; shared by the exporters that start from torch.export."""
+"""Tracing of a block into the graph that a `GraphSpec` declares, shared by the exporters that use torch.export."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ __all__ = ["GraphModule", "example", "trace"]
 
 
 class GraphModule(nn.Module):
-    """A block or model with the signature of a graph: tensors in the order of its inputs and outputs."""
+    """A block or model with the signature of an artifact: it takes and returns tensors in the artifact's order."""
 
     def __init__(self, block: AnyModule, spec: GraphSpec) -> None:
         super().__init__()
@@ -21,23 +21,30 @@ class GraphModule(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the block on the inputs of `GraphSpec.inputs`, in that order."""
-        inputs = dict(zip(self.spec.inputs, tensors, strict=True))
-        outputs = run_graph(self.block, inputs, last_only=self.spec.logits == "last")
-        return tuple(outputs[name] for name in self.spec.outputs)
+        spec = self.spec
+        inputs = dict(zip(spec.inputs, tensors, strict=True))
+        outputs = run_graph(self.block, inputs, last_only=spec.logits == "last", in_place=spec.cache == "in-place")
+        return tuple(outputs[name] for name in spec.outputs)
 
 
 def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Tensors to trace with, and which of their axes are dynamic.
+    """Tensors to trace with, and the dynamic ones of their axes.
 
-    Sizes of 0 and 1 would be taken for constants; that they work is proved by the verification.
+    Sizes of 0 and 1 would become constants in the trace; the verification shows that the graph supports them.
     """
     axes: dict[str, Any] = {
         name: torch.export.Dim(name, min=bounds.min, max=bounds.max) for name, bounds in spec.axes.items()
     }
-    sizes = {"batch_size": min(3, spec.axes["batch_size"].max), "sequence_length": 2, "past_sequence_length": 2}
-    for total, parts in spec.sums.items():
-        axes[total] = torch.export.Dim.DYNAMIC  # follows from its parts
-        sizes[total] = sum(sizes[part] for part in parts)
+    sizes = {
+        "batch_size": min(3, spec.axes["batch_size"].max),
+        "sequence_length": 2,
+        "past_sequence_length": 2,
+        "total_sequence_length": 4,
+    }
+    if "total_sequence_length" in axes:
+        # It follows from its parts; with a cache in place, torch before 2.13 would doubt the declared range, for a
+        # minimum of T and 2 T that it does not know to be T.
+        axes["total_sequence_length"] = torch.export.Dim.DYNAMIC
     tensors, dynamic = [], []
     for tensor in spec.inputs.values():
         shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
@@ -47,31 +54,35 @@ def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tu
 
 
 def trace(block: AnyModule, spec: GraphSpec, device: str = "cpu") -> torch.export.ExportedProgram:
-    """The block as an exported program with the declared ranges, and without traces of this machine.
+    """Trace a block to an exported program with the declared ranges, and without traces of this machine.
 
-    It is traced on the CPU and moved: on CUDA, torch compares strides to choose a kernel, and takes what it finds for a
+    It is traced on the CPU and moved: on CUDA, torch compares strides to choose a kernel, and turns the result into a
     condition on the sizes.
 
     Args:
-        block: frozen, on the CPU.
+        block: frozen block on the CPU.
         spec: interface of the graph.
-        device: where the program is to run; the program of one for `ANY_DEVICE` stays on the CPU.
+        device: target device of the program; for `ANY_DEVICE`, the program stays on the CPU.
     """
     from torch.export.passes import move_to_device_pass
     from torch.utils._sympy.value_ranges import ValueRanges
 
+    spec = spec.of_artifact()
     tensors, dynamic = example(spec, getattr(torch, spec.dtype))
-    # Implementations ask where they will run, and would find the CPU that they are traced on.
+    # Implementations depend on the target device, and would otherwise see the CPU that they are traced on.
     with traced_for(device):
         program = torch.export.export(GraphModule(block, spec), tensors, dynamic_shapes=(dynamic,))
-    for expression in program.range_constraints:
-        if len(expression.free_symbols) > 1:  # torch takes 2 for the least of each part of a sum
-            (total,) = (spec.axes[name] for name in spec.sums)
-            program.range_constraints[expression] = ValueRanges(total.min, total.max)
+    nodes = {node.name: node for node in program.graph.nodes}
+    for tensor, name in zip(spec.inputs.values(), program.graph_signature.user_inputs, strict=True):
+        for axis, size in zip(tensor.shape, nodes[str(name)].meta["val"].shape, strict=True):
+            # Where no range was declared, torch assumes 2 as the minimum.
+            if axis == "total_sequence_length" and not isinstance(size, int):
+                total = spec.axes[axis]
+                program.range_constraints[size.node.expr] = ValueRanges(total.min, total.max)
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
-                # They hold the paths of this machine's files.
+                # Stack traces contain paths of this machine.
                 node.meta.pop("stack_trace", None)
     return (
         program

@@ -1,4 +1,4 @@
-"""The page of results from what ``diffdeploy bench --save`` has written; figures are drawn beside the JSON files.
+"""Write the page of results from files of ``diffdeploy bench --save``; figures are drawn next to the JSON files.
 
 python scripts/benchmarks_page.py docs/benchmarks.md docs/benchmarks/*.json
 """
@@ -16,14 +16,14 @@ _TITLES = {"plain": "Prefill", "masked": "Prefill of a padded batch", "cached": 
 
 
 def page(target: Path, files: list[Path]) -> str:
-    """The whole page.
+    """Create the whole page.
 
     Args:
-        target: where it will be, for the links to the figures.
-        files: JSON of the runs; the figure of each stands beside it, with the suffix ``.svg``.
+        target: path of the page, for the links to the figures.
+        files: JSON files of the runs; the figure of each is next to it, with the suffix ``.svg``.
     """
     reports = {file: read_report(file) for file in files}
-    # Relative, so that the page is the same whoever writes it.
+    # Relative paths, so that the page is the same on every machine.
     named = " ".join(os.path.relpath(file) for file in files)
     lines = [
         "# Benchmarks",
@@ -57,14 +57,14 @@ def _section(report: BenchReport, figure: str) -> list[str]:
     for size in report.sizes:
         heading = describe_size(report, size)
         lines += ["", heading[0].upper() + heading[1:] + ".", ""]
-        # Names to the left, figures to the right.
+        # Names are aligned left, figures right.
         lines += ["| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
         lines += ["| " + " | ".join(figures(row)) + " |" for row in report.rows_of(size)]
     return lines
 
 
 def _joined(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Lines that go on put together."""
+    """Join lines with their continuations."""
     joined: list[tuple[str, str]] = []
     for name, text in rows:
         joined = [*joined, (name, text)] if name else [*joined[:-1], (joined[-1][0], f"{joined[-1][1]} {text}")]
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+", help="JSON that diffdeploy bench --save wrote.")
     options = parser.parse_args()
     try:
-        # The page before the figures: a file that cannot be read must leave nothing half-written.
+        # The page comes before the figures, so that an unreadable file leaves nothing half-written.
         text = page(options.target, options.files)
     except InputError as error:
         parser.error(str(error))

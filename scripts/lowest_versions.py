@@ -1,6 +1,6 @@
-"""The lower bounds of pyproject.toml as constraints of pip, on standard output; `make test-oldest` installs by them.
+"""Print the lower bounds of pyproject.toml as constraints for pip, with which `make test-oldest` installs.
 
-It needs nothing but Python, since it runs before anything is installed.
+It needs only Python, since it runs before anything is installed.
 """
 
 import tomllib
@@ -10,15 +10,15 @@ PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 def constraints(pyproject: str) -> list[str]:
-    """One line ``name==version`` for each lower bound, of the build system and of every extra too.
+    """One line ``name==version`` for each lower bound, including those of the build system and of every extra.
 
     Args:
-        pyproject: the text of a pyproject.toml whose requirements are ``name>=version`` or ``name``.
+        pyproject: text of a pyproject.toml whose requirements are ``name>=version`` or ``name``.
     """
     parsed = tomllib.loads(pyproject)
     project = parsed["project"]
     lists = [parsed["build-system"]["requires"], project["dependencies"], *project["optional-dependencies"].values()]
-    # A requirement without a bound takes whatever pip finds: there is no lowest version to try.
+    # A requirement without a bound has no lowest version to test, so pip chooses.
     return sorted({text.replace(">=", "==") for requirements in lists for text in requirements if ">=" in text})
 
 

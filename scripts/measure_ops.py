@@ -2,10 +2,10 @@
 
     python scripts/measure_ops.py [--device cuda] [--lengths 128 512 2048 8192] [--dtypes float32 bfloat16]
 
-All implementations of one size are timed in turns, round by round, so that drift hits all alike; medians are printed,
-and the counted operations per second (12 d per causal pair and head) as a share of what the machine's matrix products
-reach right before and after.
-On a CPU the extra memory of each is the growth of the peak resident size in a process of its own.
+All implementations of one size are timed in turns, round by round, so that drift affects all alike. The output has
+medians, and the counted operations per second (12 d per causal pair and head) as a share of the rate of the machine's
+matrix products right before and after.
+On a CPU, the extra memory of each is the growth of the peak resident size in a separate process.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from diffdeploy.ops import Impl, diff_attention
 from diffdeploy.ops.flash2 import Road, flash2
 from diffdeploy.ops.request import Request
 
-# The stream widths of published models, at one model width of 1024.
+# Stream widths of published models, at a model width of 1024.
 SHAPES = ((8, 64), (4, 128))
-# Odd, so that the median is a round that was measured; beyond this length one round takes tens of seconds.
+# Odd, so that the median is a measured round; above this length, one round takes tens of seconds.
 _ROUNDS, _ROUNDS_WHEN_LONG, _LAST_QUICK_LENGTH = 15, 2, 2048
 IMPLEMENTATIONS = [impl.value for impl in Impl if impl != Impl.AUTO]
 
@@ -50,7 +50,7 @@ def timed(run: Callable[[], Tensor], device: str) -> float:
         run()
         return (time.perf_counter() - started) * 1e3
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    # Many launches between two events: one kernel of a short sequence takes less time than to launch it.
+    # Many launches between two events, since launching a kernel takes longer than running it on a short sequence.
     repeats = 10
     begin.record()
     for _ in range(repeats):
@@ -62,7 +62,7 @@ def timed(run: Callable[[], Tensor], device: str) -> float:
 
 
 def candidates(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Every way that runs here, by name; FlashAttention-2 also by each road to equal widths."""
+    """Every implementation that runs here, by name; FlashAttention-2 with each way to equal widths."""
     runs: dict[str, Callable[[], Tensor]] = {
         impl: partial(diff_attention, q, k, v, lam, causal=True, impl=impl) for impl in [*IMPLEMENTATIONS, "auto"]
     }
@@ -72,7 +72,7 @@ def candidates(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> dict[str, Callab
     for name, run in runs.items():
         try:
             run()
-        # A missing package, a missing kernel, too little memory: the others are still to be measured.
+        # For a missing package or kernel, or too little memory, the others are still measured.
         except (DiffDeployError, ImportError, RuntimeError, torch.OutOfMemoryError) as error:
             print(f"{name} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
         else:
@@ -86,7 +86,7 @@ def latencies_ms(heads: int, width: int, length: int, dtype: torch.dtype, device
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     for _ in range(rounds):
-        random.shuffle(order)  # what ran before leaves its mark on the caches
+        random.shuffle(order)  # earlier candidates leave traces in the caches
         for name in order:
             samples[name].append(timed(runs[name], device))
     return {name: statistics.median(times) for name, times in samples.items()}
@@ -98,13 +98,13 @@ def products(dtype: str, device: str) -> float:
 
 def counted_gflop(heads: int, width: int, length: int) -> float:
     sizes = {"embed_dim": 2 * heads * width, "num_heads": heads, "num_kv_heads": heads, "head_dim": width}
-    # For its config alone; operations are counted of a block.
+    # Only the config matters, since operations are counted for a block.
     config = random_checkpoint(**sizes).config
     return attention_flop(config, Size(batch_size=1, sequence_length=length)) / 1e9
 
 
 def peak_extra_bytes(impl: str, heads: int, width: int, length: int, dtype: torch.dtype) -> int:
-    """In this process: growth of the peak resident size by one call."""
+    """Growth of this process's peak resident size in one call."""
     with torch.inference_mode():
         # A first call, so that libraries and threads are not counted.
         small = inputs(heads, width, 16, dtype, "cpu")
@@ -128,7 +128,7 @@ def peak_resident_bytes() -> int:
 
 def memory_in_own_process(impl: str, heads: int, width: int, length: int, dtype: str) -> float:
     arguments = ["--memory-of", impl, str(heads), str(width), str(length), dtype]
-    # What other candidates have freed would be used again, and not counted.
+    # A separate process, since memory that other candidates have freed would be reused and not counted.
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
     return int(done.stdout) / 2**20
 
@@ -162,7 +162,7 @@ def main() -> None:
                 with torch.inference_mode():
                     rate = products(dtype, options.device)
                     found = latencies_ms(heads, width, length, getattr(torch, dtype), options.device)
-                    # Other work on the machine can only have made one of the two too low.
+                    # Other load on the machine can only have lowered one of the two.
                     rate = max(rate, products(dtype, options.device))
                 gflop = counted_gflop(heads, width, length)
                 for impl, latency in found.items():

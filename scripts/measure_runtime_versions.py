@@ -1,15 +1,16 @@
-"""What each released onnxruntime, and chosen versions of torch, make of small bundles, as a page of the documentation.
+"""Run small bundles in each released onnxruntime and in chosen versions of torch, and write the results as a page.
 
     python scripts/measure_runtime_versions.py FOLDER --output docs/runtime-versions.md
     python scripts/measure_runtime_versions.py FOLDER --onnxruntime 1.23.0 1.23.1 --torch 2.11.0 2.14.1
 
-Every version is installed by pip into a folder of its own and stands before that of this environment on the search path
-of the processes that run the bundles. Bundles are exported here, with the torch of this environment, and the exact
-results and budgets that every version is held against are computed here: those of the verification.
+pip installs every version into a separate folder, which precedes this environment on the search path of the processes
+that run the bundles. Bundles are exported here, with the torch of this environment, and the exact results and budgets
+for the comparison are computed here, as in the verification.
 
-Without versions, every onnxruntime that pip offers is tried, and no torch, which takes gigabytes each. FOLDER keeps
-what was installed, exported and measured, so that a run which was stopped goes on; after a change of the exporters give
-another. The exit code is 1 if a version that `Format.least_versions` admits computes a bundle wrongly.
+Without a choice of versions, every onnxruntime that pip offers is tried, but no torch, which takes gigabytes each.
+FOLDER keeps everything that was installed, exported and measured, so that an interrupted run can continue; after a
+change of the exporters, give another folder. The exit code is 1 if a version that `Format.least_versions` admits
+computes a bundle incorrectly.
 """
 
 import argparse
@@ -50,7 +51,7 @@ GROUPED = DiffAttentionConfig(
     embed_dim=64,
     num_heads=4,
     num_kv_heads=2,
-    # The flavor ort leaves the rotary embedding to onnxruntime at multiples of 16 alone.
+    # The flavor ort leaves the rotary embedding to onnxruntime only if the width is a multiple of 16.
     head_dim=16,
     lambda_init=0.5,
     output_scale=0.5,
@@ -67,26 +68,26 @@ GRAPHS: tuple[Variant, ...] = ("plain", "masked", "cached")
 OF_ORT: tuple[Variant, ...] = ("plain", "masked")
 DTYPES: tuple[DType, ...] = ("float32", "float16")
 
-# torch brings libraries that this environment may lack; what onnxruntime needs is here, since one is installed.
+# torch needs libraries that this environment may lack; those of onnxruntime are here, since one is installed.
 PIP_OPTIONS = {"onnxruntime": ["--no-deps"], "torch": []}
 
 
 class Subject(NamedTuple):
-    """A bundle: what is exported, and of which of the `BLOCKS`."""
+    """A bundle: the options of its export, and the name of its block in `BLOCKS`."""
 
     block: str
     options: ExportOptions
 
     @property
     def export(self) -> str:
-        """How it is written down."""
+        """Description of the export."""
         options = self.options
         flavor = [] if options.onnx_flavor in (None, "standard") else [options.onnx_flavor or ""]
         return ", ".join([options.format if options.opset is None else f"opset {options.opset}", *flavor])
 
     @property
     def name(self) -> str:
-        """All of it, for a file name."""
+        """Description of the bundle, for a file name."""
         parts = (self.export, self.options.graph, self.block, self.options.dtype)
         return " ".join(parts).replace(",", "").replace(" ", "-")
 
@@ -94,7 +95,7 @@ class Subject(NamedTuple):
 def onnx_subjects() -> list[Subject]:
     chosen = [("grouped", graph, opset, "standard") for opset, graph in product(OPSETS, GRAPHS)]
     others = [block for block in BLOCKS if block != "grouped"]
-    # The first opset with Attention, of which one version reads wrong heads.
+    # The first opset with Attention, for which one version reads the wrong heads.
     chosen += [(block, graph, 23, "standard") for block, graph in product(others, GRAPHS)]
     blocks = ("grouped", "not grouped", "window")
     chosen += [(block, graph, opset, "ort") for opset, graph, block in product((20, 23, 24), OF_ORT, blocks)]
@@ -131,7 +132,7 @@ def checkpoint(config: AnyConfig) -> Checkpoint:
 
 
 def offered(package: str) -> list[str]:
-    """Released versions of which pip has a build for this Python, the oldest first."""
+    """Released versions for which pip has a build for this Python, the oldest first."""
     command = [sys.executable, "-m", "pip", "index", "versions", package]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (line,) = (line for line in said.splitlines() if line.startswith("Available versions: "))
@@ -139,12 +140,12 @@ def offered(package: str) -> list[str]:
 
 
 def install(package: str, version: str, folder: Path) -> Path:
-    """Folder with that version, installed now if it is not there."""
+    """Folder with that version, which is installed unless it exists."""
     target = folder / f"{package}-{version}"
     if not target.exists():
         print(f"installing {package} {version}", file=sys.stderr, flush=True)
         begun = target.with_suffix(f"{target.suffix}.begun")
-        # pip replaces nothing that an interrupted run has left.
+        # pip would not replace the remains of an interrupted run.
         shutil.rmtree(begun, ignore_errors=True)
         command = [sys.executable, "-m", "pip", "install", "--quiet", *PIP_OPTIONS[package], "--target", str(begun)]
         subprocess.run([*command, f"{package}=={version}"], check=True)
@@ -154,7 +155,7 @@ def install(package: str, version: str, folder: Path) -> Path:
 
 @contextmanager
 def on_search_path(folder: Path) -> Iterator[None]:
-    """Within it, processes that are started find what is in a folder before anything else."""
+    """Let processes that are started in the ``with`` block find the content of a folder before anything else."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), before)))
     try:
@@ -174,16 +175,16 @@ def export(subject: Subject, folder: Path) -> Path:
     path = folder / "bundles" / subject.name
     if not path.exists():
         export_bundle(checkpoint(BLOCKS[subject.block]), path, subject.options, verify=False)
-        # Nothing is required, or versions that are too old would be refused.
+        # No required versions are recorded, or versions that are too old would be refused.
         write_manifest(path, open_bundle(path).manifest.model_copy(update={"requires": {}}))
     return path
 
 
 class Trial:
-    """A bundle, and what its outputs are held against.
+    """A bundle, with the exact results for its outputs.
 
     Args:
-        path: the bundle's directory.
+        path: directory of the bundle.
     """
 
     def __init__(self, path: Path) -> None:
@@ -194,7 +195,7 @@ class Trial:
         self.cases = select_cases(NUM_CASES, manifest.config, manifest.graph, manifest.options.seed)
 
     def verdict(self, version: str) -> Verdict:
-        """Of the version that is on the search path."""
+        """Verdict on the version that is on the search path."""
         with ArtifactProcess(self.bundle.path, RunOptions(threads=1)) as artifact:
             try:
                 assert version in artifact.backend
@@ -206,7 +207,7 @@ class Trial:
 
 
 def measure(package: str, subjects: Sequence[Subject], versions: Sequence[str], folder: Path) -> list[Row]:
-    """Run what was not run before; a row for each bundle."""
+    """Run what was not run before, and return a row for each bundle."""
     file = folder / f"{package}.json"
     known: dict[str, list[object]] = json.loads(file.read_text()) if file.exists() else {}
     paths = {version: install(package, version, folder) for version in versions}
@@ -258,7 +259,7 @@ def main() -> None:
     }
     machine = Machine.current(dtype="float32", device="cpu", threads=1)
     measured = {
-        # The folder is of whoever measures.
+        # The folder's path is private to the machine.
         "arguments": " ".join("FOLDER" if given == str(options.folder) else given for given in sys.argv[1:]),
         "cases": NUM_CASES,
         "machine": machine.cpu,

@@ -1,8 +1,8 @@
-"""Time and peak memory of ``diffdeploy verify`` on one block of D 1024 (h 8, d 64), against the artifact's own peak.
+"""Time and peak memory of ``diffdeploy verify`` on one block of D 1024 (h 8, d 64), and the artifact's own peak.
 
     python scripts/measure_verification.py [--formats onnx pt2] [--graphs plain cached] [--dtypes float32]
 
-Peaks are those that the kernel keeps for the verifying process and for the one that runs the artifact (``VmHWM``).
+Peaks are those that the kernel records for the verifying process and for the one that runs the artifact (``VmHWM``).
 """
 
 import argparse
@@ -19,7 +19,7 @@ from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.config import DiffAttentionConfig, RopeConfig, lambda_init_at
 from diffdeploy.exporters import ExportOptions, export_bundle
 
-# The code that is imported here, also where no command is installed.
+# Runs the code that is imported here, even if no command is installed.
 COMMAND = [sys.executable, "-c", "from diffdeploy.cli.main import run; run()", "verify"]
 
 
@@ -44,7 +44,7 @@ def block() -> Checkpoint:
 
 
 def peak_mib(process: int) -> float:
-    """So far; 0 for a process that is gone."""
+    """Peak of a process until now; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -60,19 +60,19 @@ def children(process: int) -> list[int]:
 
 
 def measure(bundle: Path, cases: str) -> tuple[float, float, float]:
-    """Seconds, and MiB of the verifying process and of the artifact's."""
+    """Seconds, and MiB of the verifying process and of the artifact's process."""
     started, own, artifact = time.perf_counter(), 0.0, 0.0
     process = subprocess.Popen(
         [*COMMAND, str(bundle), "--cases", cases], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     while process.poll() is None:
         own = max(own, peak_mib(process.pid))
-        # The artifact's process lives for a while only, so its peak has to be asked for again and again.
+        # The artifact's process ends early, so its peak must be read repeatedly.
         artifact = max([artifact, *map(peak_mib, children(process.pid))])
         time.sleep(0.02)
     seconds = time.perf_counter() - started
     if process.returncode != 0:
-        # A failed verification ends early, and its time would be too good.
+        # A failed verification ends early, so its time would be too short.
         raise SystemExit(process.communicate()[1].decode())
     return seconds, own, artifact
 
@@ -89,7 +89,7 @@ def main() -> None:
     for name, graph, dtype in product(arguments.formats, arguments.graphs, arguments.dtypes):
         with tempfile.TemporaryDirectory() as folder:
             bundle = Path(folder) / "bundle"
-            # Not verified: that is what is measured, in a process of its own.
+            # Exported without verification, which is measured in a separate process.
             export_bundle(block(), bundle, ExportOptions(format=name, graph=graph, dtype=dtype), verify=False)
             for cases in arguments.cases:
                 seconds, own, artifact = measure(bundle, cases)

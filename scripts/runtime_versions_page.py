@@ -1,4 +1,4 @@
-"""The page docs/runtime-versions.md from what `measure_runtime_versions.py` has measured."""
+"""Create the page docs/runtime-versions.md from the measurements of `measure_runtime_versions.py`."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -9,49 +9,49 @@ from diffdeploy.versions import release
 
 __all__ = ["Row", "Verdict", "page", "table"]
 
-INTRODUCTION = """# Which versions of the runtimes compute bundles rightly
+INTRODUCTION = """# Versions of the runtimes that compute bundles correctly
 
 Written by
 
     python scripts/measure_runtime_versions.py {arguments}
 
-Bundles of small blocks (D 64, h 4, d 16; h_kv 4 where they are not grouped, else 2), exported with torch {torch}, are
-run by each version on {cases} cases of the verification (lengths to 129, batches to 8, masks, pasts, values of every
-kind) and held against fp64 by its budgets. Measured on the CPU of {machine}, with Python {python} and numpy
-{numpy}; CUDA was not.
+Bundles of small blocks (D 64, h 4, d 16; h_kv 4 if they are not grouped, else 2), exported with torch {torch}, are
+run by each version on {cases} cases of the verification (lengths up to 129, batches up to 8, masks, pasts, values of
+every kind) and compared with fp64 by its budgets. Measured on the CPU of {machine}, with Python {python} and numpy
+{numpy}; CUDA was not measured.
 
 - ok: every output is within its budget
-- off by 1.8: the worst output has that many times the error that is allowed; "no number" is NaN, or no output at all
+- off by 1.8: the error of the worst output is that many times the allowed one; "no number" is NaN, or no output at all
 - refuses: it does not load the artifact
-- no import: it cannot be imported here, most often beside this numpy
+- no import: it cannot be imported here, in most cases with this numpy
 
-From the version under "right from" on, all are ok. "least" is what `Format.least_versions` says, which manifests record
-and `load` insists on; it is never older, and newer where the table of the format makes no finer distinction.
+From the version under "right from" on, all are ok. "least" is the version that `Format.least_versions` returns, that
+manifests record and that `load` requires; it is never older, and newer if the table of the format is less specific.
 """
 NOTES = {
     "onnxruntime": """\
-- 1.16 and older refuse the IR version that torch writes, and every version the opsets that are newer than it is.
-- In `Attention` of 1.23.0 heads read other key/value heads than theirs.
-- In `GroupQueryAttention` up to 1.23.2 a query sees one key more than the window has. A mask hides that key in float32,
-  and in float16 unless its score is that of an outlier. Up to 1.21 the operator takes no mask.
-- float16 is right where float32 is, since its attentions are computed in float32. Where they are not, as in bundles
-  exported before that was so, outliers make them wrong in every version that was tried: export those again.
-- bfloat16 has no kernels for the CPU, and is refused: by 1.19.2, 1.22.1, 1.24.1, 1.28.0, 1.31.1 and 1.32.0.
+- 1.16 and older refuse the IR version that torch writes, and every version refuses opsets that are newer than it is.
+- In `Attention` of 1.23.0, heads read the wrong key/value heads.
+- In `GroupQueryAttention` up to 1.23.2, a query sees one key more than the window has. A mask hides that key in
+  float32, and in float16 unless its score is that of an outlier. Up to 1.21, the operator has no mask.
+- float16 is correct where float32 is, since its attentions are computed in float32. Where they are not, as in older
+  bundles, outliers make them wrong in every version that was tried: export those again.
+- bfloat16 has no kernels for the CPU, and is refused by 1.19.2, 1.22.1, 1.24.1, 1.28.0, 1.31.1 and 1.32.0.
 """,
     "torch": """\
-Programs that torch 2.11.0 and 2.14.1 exported passed `diffdeploy verify` in 2.11.0, 2.13.0 and 2.14.1, too. `aoti` and
-`compile` bundles are bound to the torch that compiled them; `--recompile` takes any that `pyproject.toml` allows.
+Programs exported by torch 2.11.0 and 2.14.1 passed `diffdeploy verify` in 2.11.0, 2.13.0 and 2.14.1, too. `aoti` and
+`compile` bundles are bound to the torch that compiled them; `--recompile` accepts any that `pyproject.toml` allows.
 """,
 }
 
 
 class Verdict(NamedTuple):
-    """What a version makes of a bundle.
+    """Result of running a bundle in a version.
 
     Attributes:
         kind: ``ok``, ``off``, ``refuses`` or ``no import``.
-        used: share of the budget of the worst output, infinite where there is no number.
-        reason: what is wrong.
+        used: share of the budget of the worst output, infinite if there is no number.
+        reason: description of what is wrong.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class Verdict(NamedTuple):
 
     @property
     def cell(self) -> str:
-        """In a table."""
+        """Text in a table."""
         if self.kind != "off":
             return self.kind
         if not isfinite(self.used):
@@ -70,15 +70,15 @@ class Verdict(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What all versions make of a bundle, or of several that differ in their dtype alone.
+    """Results of all versions for a bundle, or for several that differ only in their dtype.
 
     Attributes:
-        export: how it is written down.
-        graph: variant.
-        block: what is particular about it.
-        dtypes: of the bundles.
-        verdicts: on the worst of them, by version, the oldest first.
-        least: what the format says.
+        export: description of the export.
+        graph: variant of the graph.
+        block: distinguishing feature of the block.
+        dtypes: dtypes of the bundles.
+        verdicts: verdicts on the worst of them, by version, the oldest first.
+        least: least version according to the format.
     """
 
     export: str
@@ -90,7 +90,7 @@ class Row(NamedTuple):
 
     @property
     def right_from(self) -> str:
-        """The first version that is right as all after it are."""
+        """The first version from which all are correct."""
         found = "none"
         for version, verdict in reversed(self.verdicts.items()):
             if verdict.kind != "ok":
@@ -100,13 +100,13 @@ class Row(NamedTuple):
 
     @property
     def admitted(self) -> list[str]:
-        """Versions that are wrong, although the format takes them for right."""
+        """Versions that are wrong, although the format admits them."""
         wrong = [version for version, verdict in self.verdicts.items() if verdict.kind != "ok"]
         return [version for version in wrong if release(version) >= release(self.least)]
 
 
 def merged(rows: Sequence[Row]) -> list[Row]:
-    """Neighbours that differ in the dtype alone put together, unless some version makes something else of one."""
+    """Merge neighbours that differ only in the dtype, unless a version treats them differently."""
 
     def what(row: Row) -> tuple[object, ...]:
         kinds = [verdict.kind for verdict in row.verdicts.values()]
@@ -126,7 +126,7 @@ def _worst(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Lines of a table with a column for all neighbouring versions that make the same of every row."""
+    """Lines of a table with one column for all neighbouring versions with the same results in every row."""
     rows = merged(rows)
     spans = [
         list(span)
@@ -143,11 +143,11 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def page(rows_of: Mapping[str, Sequence[Row]], measured: Mapping[str, object]) -> str:
-    """The whole page.
+    """Create the whole page.
 
     Args:
         rows_of: a row for each bundle, by package.
-        measured: how, by the names in the introduction.
+        measured: facts about the measurement, by the names in the introduction.
     """
     lines = [INTRODUCTION.format(**measured)]
     for package, rows in rows_of.items():

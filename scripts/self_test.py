@@ -1,9 +1,9 @@
-"""Self-tests of bundles of the sample in several formats, and the table of all faults as a page of the documentation.
+"""Run self-tests on bundles of the sample in several formats, and write the table of all faults as a page.
 
 ``python scripts/self_test.py onnx onnx-ort pt2 aoti compile onnx-model --output docs/faults.md [--save FILE]``
 
-Formats can be tested in several processes; each saves its results to a file, and a process without formats writes the
-page from files: ``python scripts/self_test.py --load FILE ... --output docs/faults.md``.
+Formats can be tested in several processes: each saves its results to a file, and a process without formats writes the
+page from the files: ``python scripts/self_test.py --load FILE ... --output docs/faults.md``.
 """
 
 import argparse
@@ -18,39 +18,39 @@ from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.formats import export_targets
 from diffdeploy.selftest import FaultResult, SelfTest, all_faults, self_test
 
-INTRODUCTION = """# Faults that the verification is tried with
+INTRODUCTION = """# Faults with which the verification is tested
 
-Written by `python scripts/self_test.py {formats} --output docs/faults.md`: each fault is put into a copy of a right
-bundle (layer 1 of the sample, graph `cached`, which `onnx-ort` does not have: there `masked`; float32, at most 4 rows
-and 70 positions), and the copy is verified.
-`diffdeploy verify BUNDLE --self-test` does the same with a bundle of yours.
+Written by `python scripts/self_test.py {formats} --output docs/faults.md`: each fault is introduced into a copy of a
+correct bundle (layer 1 of the sample, graph `cached`, or `masked` for `onnx-ort`, which has no `cached`; float32, at
+most 4 rows and 70 positions), and the copy is verified.
+`diffdeploy verify BUNDLE --self-test` does the same with your bundle.
 
-The cells say what failed: checks by their names, then the first case. In brackets is the stage that was named, where it
-is not the guilty one. Where a cell is empty, the format cannot have the fault, or a fault in the block would take a
-compilation; `make slow` puts those into `aoti`, too.
+The cells show what failed: checks by name, then the first case. The stage that was named is in brackets if it is not
+the guilty one. An empty cell means that the format cannot have the fault, or that a fault in the block would need a
+compilation; `make slow` introduces those into `aoti`, too.
 """
 
 
-# Behind the name of a format, for a bundle of the whole sample.
+# Suffix of the name of a format, for a bundle of the whole sample.
 OF_MODEL = "-model"
 
 
 def run(format_name: str, folder: Path) -> tuple[SelfTest, float]:
-    """Export the sample, test the verification with it, and say how long that took."""
+    """Export the sample, test the verification with it, and measure the time."""
     path = folder / format_name
     target = export_targets()[format_name.removesuffix(OF_MODEL)]
     is_model = format_name.endswith(OF_MODEL)
-    # A flavor that is not the usual one has no cache of blocks.
+    # Flavors other than the default have no cache for blocks.
     is_usual = target.name == target.format.name
     options = ExportOptions(
         format=target.format.name,
         onnx_flavor=target.flavor,
         graph="model" if is_model else "cached" if is_usual else "masked",
-        # Small, since the largest cases take most of the time; but beyond 64, where faults of long sequences begin.
+        # Small, since the largest cases take most of the time, but above 64, where faults of long sequences begin.
         max_batch_size=4,
         max_sequence_length=70,
     )
-    # Not layer 0, which has none before it to be confused with.
+    # Not layer 0, which has no previous layer to be confused with.
     block = CheckpointOptions(layer=1)
     export_bundle(read_model(SAMPLE) if is_model else read_checkpoint(SAMPLE, block), path, options)
     start = time.monotonic()
@@ -62,18 +62,18 @@ def run(format_name: str, folder: Path) -> tuple[SelfTest, float]:
 
 
 def cell(result: FaultResult | None) -> str:
-    """What caught a fault."""
+    """Description of what caught a fault."""
     if result is None:
         return ""
     by = ", ".join(entry.removeprefix("check ").removeprefix("case ") for entry in result.by)
-    # Named only where it is wrong: the right one has a column of its own.
+    # Named only if it is wrong, since the correct one has a separate column.
     named = f" ({result.stage or 'none'})" if result.located is False else ""
     missed = "**not seen**" if result.provable else "cannot be proved"
     return (by if result.caught else missed) + named
 
 
 def families(tests: dict[str, SelfTest]) -> list[str]:
-    """Caught of those put in, by family and format."""
+    """Numbers of detected and introduced faults, by family and format."""
     counts = {name: {family.name: family for family in test.families} for name, test in tests.items()}
     lines = [f"| family | {' | '.join(f'`{name}`' for name in tests)} |", "|---" * (1 + len(tests)) + "|"]
     for family in dict.fromkeys(fault.family for fault in all_faults()):
@@ -83,7 +83,7 @@ def families(tests: dict[str, SelfTest]) -> list[str]:
 
 
 def page(tests: dict[str, tuple[SelfTest, float]]) -> str:
-    """The whole page."""
+    """Create the whole page."""
     lines = [
         INTRODUCTION.format(formats=" ".join(tests)),
         "| format | put in | caught | with a stage | located | seconds |",
@@ -99,13 +99,13 @@ def page(tests: dict[str, tuple[SelfTest, float]]) -> str:
 
 
 def faults_of_models(tests: dict[str, SelfTest]) -> list[str]:
-    """What caught each fault of whole models, in the order in which they were tried."""
+    """Table of the faults of whole models, in the order in which they were tried."""
     found = {name: {fault.name: fault for fault in test.faults} for name, test in tests.items()}
     lines = [
         "",
         "## Whole models",
         "",
-        "The sample with all its layers; of a fault in one of them the layer is named.",
+        "The sample with all its layers; for a fault in one of them, the layer is named.",
         "",
     ]
     lines += [f"| fault | in | what is wrong | where | {' | '.join(f'`{name}`' for name in tests)} |"]
@@ -119,14 +119,14 @@ def faults_of_models(tests: dict[str, SelfTest]) -> list[str]:
 
 
 def faults_of_blocks(tests: dict[str, SelfTest]) -> list[str]:
-    """What caught each fault of blocks."""
+    """Table of the faults of blocks."""
     lines = ["", *families(tests)]
     found = {name: {fault.name: fault for fault in test.faults} for name, test in tests.items()}
     lines += ["", f"| fault | in | what is wrong | stage | {' | '.join(f'`{name}`' for name in tests)} |"]
     lines.append("|---" * (4 + len(tests)) + "|")
     for fault in all_faults():
         cells = [cell(found[name].get(fault.name)) for name in tests]
-        # The rest is listed below the table, in a line.
+        # The others are listed in one line below the table.
         if any(cells):
             lines.append(
                 f"| `{fault.name}` | {fault.place} | {fault.breaks} | {fault.stage or ''} | {' | '.join(cells)} |"

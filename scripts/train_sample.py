@@ -1,8 +1,8 @@
 """Train the bundled sample: a byte-level DIFF Transformer on the source of Python's standard library.
 
 Run from the project root: ``python scripts/train_sample.py``. Writes ``diffdeploy/checkpoints/sample/``.
-The text is what ``sysconfig`` calls the standard library, without tests and installed packages; every twentieth
-file, in the order of its sha256, is held out.
+The text is what ``sysconfig`` calls the standard library, without tests and installed packages; every twentieth file,
+in the order of the sha256 digests, is held out.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch import Tensor
 from diffdeploy.config import DecoderConfig, RopeConfig
 from diffdeploy.modules.decoder import DiffTransformer
 
-# Small enough to train on a CPU and to travel in the package; grouped heads and several layers all the same.
+# Small enough to train on a CPU and to ship in the package, but with grouped heads and several layers.
 CONTEXT = 256
 BATCH_SIZE = 16
 PEAK_LEARNING_RATE = 3e-3
@@ -32,13 +32,13 @@ WARMUP_STEPS = 100
 STEPS_PER_LINE = 100
 ROPE = RopeConfig(style="interleaved", theta=10000.0)
 SIZES: dict[str, Any] = {
-    # One for each byte.
+    # One token for each byte.
     "vocab_size": 256,
     "embed_dim": 128,
     "num_layers": 4,
     "num_heads": 4,
     "num_kv_heads": 2,
-    # 8/3 of the model width, as the paper has it, rounded to a multiple of 8.
+    # 8/3 of the model width, as in the paper, rounded to a multiple of 8.
     "ffn_dim": 344,
     "norm_eps": 1e-5,
 }
@@ -46,24 +46,24 @@ CONFIG = DecoderConfig.of_paper(**SIZES, rope=ROPE)
 
 
 def read_text() -> tuple[bytes, bytes]:
-    """Training and held-out bytes."""
+    """Read the training and the held-out bytes."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
     files = [p.read_bytes() for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts)]
-    # By content, so that the split is the same wherever the library lies.
+    # Ordered by content, so that the split does not depend on the location of the library.
     files.sort(key=lambda text: hashlib.sha256(text).digest())
     return b"".join(f for i, f in enumerate(files) if i % 20), b"".join(files[::20])
 
 
 def order0_entropy(text: bytes) -> float:
-    """Bits per byte of the best code that looks at one byte at a time."""
+    """Bits per byte of the best code for single bytes."""
     counts = np.bincount(np.frombuffer(text, dtype=np.uint8), minlength=256)
     probabilities = counts[counts > 0] / len(text)
     return float(-(probabilities * np.log2(probabilities)).sum())
 
 
 def as_tokens(text: bytes) -> Tensor:
-    """``[len(text)]``, int64."""
+    """Convert a text to tokens ``[len(text)]``, int64."""
     return torch.from_numpy(np.frombuffer(text, dtype=np.uint8).astype(np.int64))
 
 
@@ -83,18 +83,18 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train(model: DiffTransformer, tokens: Tensor, steps: int) -> float:
-    """Run the optimiser; returns the mean loss of the last hundredth of the steps in bits per byte."""
+    """Run the optimiser and return the mean loss of the last hundredth of the steps, in bits per byte."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     losses = []
     started = time.monotonic()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
-        # One more token than the context, since each is predicted from those before it.
+        # One more token than the context, since each is predicted from the previous ones.
         starts = torch.randint(len(tokens) - CONTEXT - 1, (BATCH_SIZE, 1))
         loss = bits_per_byte(model, tokens[starts + torch.arange(CONTEXT + 1)])
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
@@ -124,7 +124,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     training_text, held_out_text = read_text()
-    # Of the initial weights and of the batches.
+    # Seeds both the initial weights and the batches.
     torch.manual_seed(arguments.seed)
     model = DiffTransformer(CONFIG, max_positions=CONTEXT)
     train_loss = train(model, as_tokens(training_text), arguments.steps)

@@ -1,9 +1,11 @@
 """No false alarm: random right blocks are exported in random ways and verified on random inputs, and all must pass.
 
-    python -m tests.campaign [--runs 1000] [--minutes 60] [--shard 0/4] [--without aoti] [--output FILE]
+    python -m tests.campaign [--runs 1000] [--seeds 5] [--cases full] [--minutes 60] [--shard 0/4] [--without aoti]
+        [--output FILE]
 
-A run is one export verified with one seed, on inputs of every kind and scale: on the full sweep with the first seed of
-an export, on a quick sweep and ten random cases, in one thread, with the others. Runs are numbered, and the number says
+A run is one export verified with one seed, on inputs of every kind and scale: on the full sweep, or as many cases of
+it as are asked for, with the first seed of an export; on a quick sweep and ten random cases, in one thread, with the
+others. Runs are numbered, and the number says
 everything about one, so a campaign that was stopped goes on where it was, and several processes or machines can share
 it: each takes every ``N``-th export into a file of its own, and the files are put together with ``cat``. The output
 holds a report on each line.
@@ -39,7 +41,7 @@ from diffdeploy.config import (
 )
 from diffdeploy.errors import ExportError
 from diffdeploy.exporters import ExportOptions, export_bundle
-from diffdeploy.formats import RunOptions
+from diffdeploy.formats import RunOptions, Selection
 from diffdeploy.graphs import DType
 from diffdeploy.verify import BUDGETS, Report, rejudge, verify_bundle
 from diffdeploy.verify.properties import property_checks
@@ -132,15 +134,17 @@ def random_options(choose: random.Random, format_name: str) -> ExportOptions:
     )
 
 
-def runs_of_export(number: int, seeds: int, formats: tuple[str, ...] = FORMATS) -> Iterator[Run]:
+def runs_of_export(
+    number: int, seeds: int, formats: tuple[str, ...] = FORMATS, *, cases: Selection = "full"
+) -> Iterator[Run]:
     """Export number ``number``, verified with each of its seeds."""
     choose = random.Random(number)
     format_name = formats[number % len(formats)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bundle"
         export_bundle(random_block(choose, format_name), path, random_options(choose, format_name), verify=False)
-        first = number * SEEDS_PER_EXPORT
-        report = verify_bundle(path, seed=first)
+        first = number * seeds
+        report = verify_bundle(path, seed=first, cases=cases)
         yield Run(first, format_name, report)
         yield from _more_runs(path, format_name, report, range(first + 1, first + seeds))
 
@@ -194,7 +198,14 @@ def read_runs(path: Path) -> list[Run]:
 
 
 def campaign(
-    num_runs: int, minutes: float, output: Path, *, shard: tuple[int, int] = (0, 1), without: Sequence[str] = ()
+    num_runs: int,
+    minutes: float,
+    output: Path,
+    *,
+    seeds: int = SEEDS_PER_EXPORT,
+    cases: Selection = "full",
+    shard: tuple[int, int] = (0, 1),
+    without: Sequence[str] = (),
 ) -> list[Run]:
     """Go on with a campaign until it has so many runs or the time is up.
 
@@ -202,6 +213,8 @@ def campaign(
         num_runs: of the whole campaign.
         minutes: to go on for.
         output: file of runs.
+        seeds: runs of an export.
+        cases: of the first of them.
         shard: which part of how many.
         without: formats to leave to others.
 
@@ -211,16 +224,16 @@ def campaign(
     output.parent.mkdir(parents=True, exist_ok=True)
     runs, deadline = read_runs(output), time.monotonic() + 60 * minutes
     done, failed = {run.number for run in runs}, []
-    for number in range(shard[0], -(-num_runs // SEEDS_PER_EXPORT), shard[1]):
+    for number in range(shard[0], -(-num_runs // seeds), shard[1]):
         if time.monotonic() > deadline:
             break
         if FORMATS[number % len(FORMATS)] in without:
             continue
-        numbers = range(number * SEEDS_PER_EXPORT, (number + 1) * SEEDS_PER_EXPORT)
+        numbers = range(number * seeds, (number + 1) * seeds)
         if done.issuperset(numbers):
             continue
         try:
-            new = list(runs_of_export(number, SEEDS_PER_EXPORT))
+            new = list(runs_of_export(number, seeds, cases=cases))
         except ExportError as error:
             print(f"export {number} ({FORMATS[number % len(FORMATS)]}) could not be made: {error}", flush=True)
             failed.append(number)
@@ -244,6 +257,8 @@ def campaign(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=SEEDS_PER_EXPORT, help="runs of an export")
+    parser.add_argument("--cases", type=int, help="cases of the first of them; by default all")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--output", type=Path, default=Path("artifacts/campaign.jsonl"))
     parser.add_argument("--shard", default="0/1", help="this part of so many, such as 0/4")
@@ -252,7 +267,15 @@ def main() -> int:
     part, parts = map(int, arguments.shard.split("/"))
     unmade = None
     try:
-        campaign(arguments.runs, arguments.minutes, arguments.output, shard=(part, parts), without=arguments.without)
+        campaign(
+            arguments.runs,
+            arguments.minutes,
+            arguments.output,
+            seeds=arguments.seeds,
+            cases=arguments.cases or "full",
+            shard=(part, parts),
+            without=arguments.without,
+        )
     except ExportError as error:
         unmade = str(error)
     runs = read_runs(arguments.output)

@@ -9,9 +9,10 @@ from diffdeploy.verify import Report
 from diffdeploy.verify.report import read_report
 from tests import campaign
 from tests.campaign import Run
+from tests.support.pairwise import rest_is_slow
 
 
-@pytest.mark.parametrize("number", [1, 7, 26])
+@pytest.mark.parametrize("number", rest_is_slow([26, 1, 7]))
 def test_right_exports_pass(number: int) -> None:
     """Of these numbers the formats are onnx, pt2 and onnx-ort; the last has weights too large to be folded twice."""
     for run in campaign.runs_of_export(number, seeds=2):
@@ -24,7 +25,7 @@ def test_a_campaign_goes_on_where_it_was_stopped(
     report = read_report(sample_bundle / "verification.json")
     exports = []
 
-    def runs_of_export(number: int, seeds: int) -> Iterator[Run]:
+    def runs_of_export(number: int, seeds: int, *, cases: object) -> Iterator[Run]:
         exports.append(number)
         yield from (Run(number * seeds + seed, "onnx", report) for seed in range(seeds))
 

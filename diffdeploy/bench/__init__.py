@@ -1,4 +1,4 @@
-"""Benchmarks: speed and memory of implementations and bundles, side by side, verified before they are timed."""
+"""Benchmarks of the speed and memory of implementations and bundles, which are verified before they are timed."""
 
 from diffdeploy.bench.changes import Change, changes_since
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size

@@ -1,4 +1,4 @@
-"""The block that is measured: random, from a checkpoint, or from bundles, which must all hold the same one."""
+"""The block to measure: random, from a checkpoint, or from bundles, which must all hold the same one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSizes:
-    """Sizes of a random block; ``None`` for the default."""
+    """Sizes of a random block; ``None`` for the default of a size."""
 
     embed_dim: int | None = None
     num_heads: int | None = None
@@ -28,19 +28,19 @@ class RandomSizes:
 
     @property
     def given(self) -> bool:
-        """Whether any was asked for."""
+        """True if any size was given."""
         return (self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim) != (None,) * 4
 
     def checkpoint(self) -> Checkpoint:
-        """The block; by default ``D`` is 1024, ``h`` is 8, ``h_kv = h`` and ``d = D / 2h``, as in the paper.
+        """Create the block; by default ``D`` is 1024, ``h`` is 8, ``h_kv = h`` and ``d = D / 2h``, as in the paper.
 
         Raises:
-            InputError: sizes that do not fit each other.
+            InputError: the sizes do not fit each other.
         """
         embed_dim, num_heads = self.embed_dim or 1024, self.num_heads or 8
         if self.head_dim is None and embed_dim % (2 * num_heads):
             raise InputError(
-                f"--embed-dim {embed_dim} is no multiple of 2 * --num-heads {num_heads}; give --head-dim or other sizes"
+                f"--embed-dim {embed_dim} is not a multiple of 2 * --num-heads {num_heads}; give --head-dim, too"
             )
         return random_checkpoint(
             embed_dim=embed_dim,
@@ -52,13 +52,13 @@ class RandomSizes:
 
 @dataclass(frozen=True)
 class BlockSource:
-    """The block, and what is known of it.
+    """The block, with its origin.
 
     Attributes:
-        checkpoint: its config and weights.
-        bundles: that were given.
-        source: where it came from, for the report.
-        names: how to call each bundle.
+        checkpoint: config and weights of the block.
+        bundles: bundles that were given.
+        source: origin of the block, for the report.
+        names: display name of each bundle.
     """
 
     checkpoint: Checkpoint
@@ -67,32 +67,32 @@ class BlockSource:
     names: tuple[str, ...]
 
     def dtype(self, asked: DType | None) -> DType:
-        """Of the run: as asked for, else that of the bundles, else float32.
+        """Dtype of the run: the requested one, else that of the bundles, else float32.
 
         Raises:
-            InputError: the bundles have another one.
+            InputError: the bundles have another dtype.
         """
         found = [bundle.manifest.graph.dtype for bundle in self.bundles]
         return _agreed("--dtype", asked, found, self.names) or "float32"
 
     def graph(self, asked: Variant | None) -> Variant:
-        """Variant of the run: as asked for, else that of the bundles, else plain.
+        """Variant of the run: the requested one, else that of the bundles, else plain.
 
         Raises:
-            InputError: the bundles have another one.
+            InputError: the bundles have another variant.
         """
         found = [bundle.manifest.graph.variant for bundle in self.bundles]
         return _agreed("--graph", asked, found, self.names) or "plain"
 
     @property
     def longest(self) -> int | None:
-        """Positions that all bundles are made for, past included; ``None`` without bundles."""
+        """Maximum number of positions that all bundles support, past included; ``None`` without bundles."""
         axes = [bundle.manifest.graph.axes for bundle in self.bundles]
         return min((each.get("total_sequence_length", each["sequence_length"]).max for each in axes), default=None)
 
     @property
     def block(self) -> Block:
-        """For the report."""
+        """Description of the block, for the report."""
         config = self.checkpoint.config
         return Block(
             source=self.source,
@@ -111,23 +111,23 @@ def _agreed(option: str, asked: T | None, found: Sequence[T], names: Sequence[st
     wanted = asked if asked is not None or not found else found[0]
     for name, value in zip(names, found, strict=True):
         if value != wanted:
-            raise InputError(f"{option} is {wanted}, and bundle {name} has {value}; measure them in separate runs")
+            raise InputError(f"{option} is {wanted}, but bundle {name} has {value}; measure them in separate runs")
     return wanted
 
 
 def open_sources(
     paths: Sequence[Path], reading: CheckpointOptions, sizes: RandomSizes, public_key: Path | None = None
 ) -> BlockSource:
-    """Open what was given.
+    """Open the given checkpoint and bundles.
 
     Args:
         paths: at most one checkpoint, and any number of bundles.
-        reading: what the checkpoint cannot say.
-        sizes: of the block, when nothing is given.
+        reading: options for reading the checkpoint.
+        sizes: sizes of a random block, if nothing is given.
         public_key: key that must have signed every bundle.
 
     Raises:
-        InputError: what cannot be opened, or does not hold the same block.
+        InputError: a path cannot be opened, or does not hold the same block.
         IntegrityError: a bundle is damaged, or not signed by the key.
     """
     bundles = tuple(open_bundle(path, public_key) for path in paths if is_bundle(path))
@@ -135,16 +135,16 @@ def open_sources(
     if len(checkpoints) > 1:
         raise InputError(f"{checkpoints[0]} and {checkpoints[1]} are two checkpoints; give one, and bundles of it")
     if paths and sizes.given:
-        raise InputError(f"sizes are those of a random block, and {paths[0]} has its own; leave out one of them")
-    # Such options would change nothing, and their user would not know.
+        raise InputError(f"sizes are those of a random block, but {paths[0]} has its own; omit one of them")
+    # Such options would have no effect, which the user must know.
     if public_key is not None and not bundles:
-        raise InputError("--public-key is for checking bundles, and none is given")
+        raise InputError("--public-key is for checking bundles, but none is given")
     if not checkpoints and reading.given():
         raise InputError(
-            f"--{next(iter(reading.given())).replace('_', '-')} is for reading a checkpoint, and none is given"
+            f"--{next(iter(reading.given())).replace('_', '-')} is for reading a checkpoint, but none is given"
         )
     names = tuple(
-        # Two bundles of the same name in different folders are told apart by their paths.
+        # Bundles of the same name in different folders are distinguished by their paths.
         bundle.path.name if [other.path.name for other in bundles].count(bundle.path.name) == 1 else str(bundle.path)
         for bundle in bundles
     )
@@ -165,7 +165,7 @@ def _of_bundle(bundle: Bundle) -> Checkpoint:
 
 
 def _require_same(checkpoint: Checkpoint, bundle: Bundle, name: str, source: str) -> None:
-    """Ratios between blocks of different sizes would say nothing, and the outputs are held against one exact result."""
+    """Check that a bundle holds the same block, since ratios need equal sizes, and outputs share one exact result."""
     weights = _of_bundle(bundle).weights
     same = bundle.manifest.block == checkpoint.config and all(
         # In the dtype of the bundle, whose weights were cast when it was made.

@@ -1,4 +1,4 @@
-"""Which candidates there are: names checked, and what cannot run here refused, or left out where nobody named it."""
+"""The choice of candidates: names are checked, and candidates that cannot run here are refused or left out."""
 
 from collections.abc import Iterable, Sequence
 
@@ -18,20 +18,20 @@ from diffdeploy.runtime import require_runnable, require_trusted
 __all__ = ["choose_baseline", "choose_names", "eager_candidates", "given_candidates"]
 
 _NAIVE = Impl.NAIVE.value
-# `auto` behind what it chooses from.
+# `auto` follows the implementations from which it chooses.
 _EAGER = (*(impl.value for impl in Impl if impl != Impl.AUTO), Impl.AUTO.value, SOFTMAX)
 
 
 def choose_names(what: str, given: Sequence[str], accepted: Iterable[str]) -> list[str]:
-    """The names that were asked for: ``all``, ``none``, or some of the accepted ones.
+    """Resolve the requested names: ``all``, ``none``, or some of the accepted ones.
 
     Args:
         what: kind of name, for the error.
-        given: as asked for.
-        accepted: in their order.
+        given: requested names.
+        accepted: accepted names, in order.
 
     Raises:
-        InputError: a name that is not known.
+        InputError: a name is unknown.
     """
     accepted = list(accepted)
     if list(given) == ["none"]:
@@ -45,17 +45,17 @@ def choose_names(what: str, given: Sequence[str], accepted: Iterable[str]) -> li
 
 
 def eager_candidates(given: Sequence[str], config: AnyConfig, *, device: str, dtype: DType) -> list[Candidate]:
-    """The implementations of the eager block, and the plain softmax block.
+    """Candidates for the implementations of the eager block and the plain softmax block.
 
     Args:
-        given: names; with ``all`` what cannot run is left out.
-        config: of the block.
+        given: names; ``all`` leaves out those that cannot run.
+        config: config of the block.
         device: ``cpu`` or ``cuda``.
-        dtype: of the run.
+        dtype: dtype of the run.
 
     Raises:
-        InputError: a name that is not known, or one that the block or the dtype does not have.
-        UnavailableError: one that cannot run here.
+        InputError: a name is unknown, or the block or the dtype does not support it.
+        UnavailableError: an implementation cannot run here.
     """
     names = choose_names("implementation", given, _EAGER)
     candidates = []
@@ -72,11 +72,11 @@ def eager_candidates(given: Sequence[str], config: AnyConfig, *, device: str, dt
 
 def _require_runnable_impl(name: str, config: AnyConfig, device: str, dtype: DType) -> None:
     if name == SOFTMAX and config.streams_share_keys:
-        raise InputError("softmax is compared with blocks of the first version, and this one is of the second")
+        raise InputError("softmax is compared with blocks of the first version, but this one is of the second")
     if name == SOFTMAX and config.value_dim != 2 * config.head_dim:
         raise InputError(
             f"softmax is compared with blocks whose values are {2 * config.head_dim} wide, twice the width of a "
-            f"stream, and those of this one are {config.value_dim}"
+            f"stream, but those of this one are {config.value_dim}"
         )
     if name not in (SOFTMAX, Impl.AUTO):
         reason = implementation(Impl(name)).why_not(_one_token(config, device, dtype))
@@ -98,7 +98,7 @@ def _one_token(config: AnyConfig, device: str, dtype: DType) -> Request:
 
 
 def given_candidates(subject: BlockSource, sizes: Sequence[Size], options: RunOptions) -> list[Candidate]:
-    """The bundles that were given.
+    """Candidates for the given bundles.
 
     Raises:
         InputError: a size is outside the ranges of a bundle.
@@ -117,7 +117,7 @@ def given_candidates(subject: BlockSource, sizes: Sequence[Size], options: RunOp
 
 def _require_range(bundle: Bundle, name: str, size: Size) -> None:
     axes = bundle.manifest.graph.axes
-    # With a cache the range is of past and token together.
+    # With a cache, the range covers past and token together.
     length = "total_sequence_length" if "total_sequence_length" in axes else "sequence_length"
     for option, axis, given in (
         ("--batch", "batch_size", size.batch_size),
@@ -125,24 +125,24 @@ def _require_range(bundle: Bundle, name: str, size: Size) -> None:
     ):
         most = axes[axis].max
         if given > most:
-            raise InputError(f"bundle {name} is made for {axis} up to {most}, and {option} leads to {given}")
+            raise InputError(f"bundle {name} is made for {axis} up to {most}, but {option} leads to {given}")
 
 
 def choose_baseline(given: str | None, candidates: Sequence[Candidate] | Sequence[ModelCandidate]) -> str:
-    """The candidate that ratios refer to: as asked for, else ``naive``, else the first one.
+    """Name of the candidate that ratios refer to: the requested one, else ``naive``, else the first one.
 
     Raises:
-        InputError: there is no such candidate, or none at all, or two of the same name.
+        InputError: there is no such candidate, no candidate at all, or two of the same name.
     """
     names = [candidate.name for candidate in candidates]
     if not names:
         raise InputError("there is nothing to measure; give --impl, --format or a bundle")
     for name in names:
-        # Samples, verdicts and rows are told apart by name alone.
+        # Samples, verdicts and rows are identified by name.
         if names.count(name) > 1:
-            raise InputError(f"two candidates are called {name}; rename the bundle, or leave it out of --format")
+            raise InputError(f"two candidates are called {name}; rename the bundle, or omit it from --format")
     if given is None:
         return _NAIVE if _NAIVE in names else names[0]
     if given not in names:
-        raise InputError(f"baseline {given!r} is not among what is measured; accepted: {', '.join(names)}")
+        raise InputError(f"baseline {given!r} is not among the candidates; accepted: {', '.join(names)}")
     return given

@@ -1,4 +1,4 @@
-"""From a candidate to something that runs: inputs by name in, outputs by name out."""
+"""Loading of a candidate as a function from inputs to outputs by name."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,7 +23,7 @@ Run = Callable[[Mapping[str, "Tensor"]], Mapping[str, "Tensor"]]
 
 
 def load_weights(plan: Plan) -> dict[str, "Tensor"]:
-    """The canonical weights of the plan's block, on the CPU."""
+    """Read the canonical weights of the plan's block, on the CPU."""
     from safetensors.torch import load_file
 
     return load_file(plan.weights)
@@ -33,15 +33,15 @@ def open_candidate(plan: Plan, candidate: Candidate, weights: Mapping[str, "Tens
     """Load a candidate on the plan's device.
 
     Args:
-        plan: what to measure.
+        plan: plan of the run.
         candidate: one of its candidates.
-        weights: of the block; bundles bring their own.
+        weights: weights of the block; bundles contain their own.
     """
     import torch
 
     if candidate.bundle is not None:
-        # The public runtime: its checks of inputs and its copies are part of what a user pays. Whether a bundle is
-        # trusted was asked when it was chosen.
+        # The public runtime, since users also pay for its input checks and copies. Trust in the bundle was checked when
+        # it was chosen.
         runtime = open_runtime(candidate.bundle, RunOptions(device=plan.device, threads=plan.threads, trust=True))
         return lambda inputs: runtime(**inputs)
     dtype = getattr(torch, plan.dtype)
@@ -58,25 +58,25 @@ def open_candidate(plan: Plan, candidate: Candidate, weights: Mapping[str, "Tens
 def formula_of(
     plan: Plan, candidate: Candidate, weights: Mapping[str, "Tensor"]
 ) -> tuple[AnyConfig, Mapping[str, "Tensor"]]:
-    """Config and weights of the formula that a candidate computes, in terms that the oracle knows."""
+    """Config and weights with which the oracle computes the formula of a candidate."""
     if candidate.impl != SOFTMAX:
         return plan.config, weights
     return as_second_version(plan.config, weights)
 
 
 def weight_bytes(candidate: Candidate, weights: Mapping[str, "Tensor"]) -> int:
-    """What the weights of a candidate take by themselves."""
-    # The softmax block takes the projections and nothing else.
+    """Size of a candidate's weights alone."""
+    # The softmax block has only the projections.
     counted = [tensor for name, tensor in weights.items() if candidate.impl != SOFTMAX or name.endswith("_proj.weight")]
     return sum(tensor.numel() * tensor.element_size() for tensor in counted)
 
 
 def inputs_of(plan: Plan, config: AnyConfig, size: Size) -> dict[str, "Tensor"]:
-    """The inputs of one size, the same for all candidates of a config; seeded.
+    """Inputs of one size, with a fixed seed, and the same for all candidates of a config.
 
     Args:
-        plan: what to measure.
-        config: of the block, or of the softmax block as `formula_of` gives it, whose cache has another shape.
+        plan: plan of the run.
+        config: config of the block, or of the softmax block from `formula_of`, whose cache has another shape.
         size: one of the plan's sizes.
     """
     case = Case(

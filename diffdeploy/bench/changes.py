@@ -1,4 +1,4 @@
-"""What changed between two runs, beyond their noise."""
+"""Changes between two runs that exceed their noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ from diffdeploy.errors import InputError
 
 __all__ = ["Change", "changes_of_rows", "changes_since", "require_comparable"]
 
-# Of blocks, or of models.
+# Rows of blocks, or of models.
 AnyRow = TypeVar("AnyRow", Row, ModelRow)
 
-# Two runs of the same code agree within this; a smaller change is none, however narrow the intervals are.
+# Two runs of the same code agree within this; smaller changes do not count, however narrow the intervals are.
 _RUN_TO_RUN = 0.05
 
 
 @dataclass(frozen=True)
 class Change(Generic[AnyRow]):
-    """One candidate at one size, then and now.
+    """One candidate at one size, in two runs.
 
     Attributes:
         old: row of the earlier run.
         new: row of this run.
-        ratio_change: relative change of the ratio to the baseline; ``None`` where one run has none.
-        latency_change: relative change of the latency, which also shows how fast the machine was at the time.
+        ratio_change: relative change of the ratio to the baseline; ``None`` if a run has none.
+        latency_change: relative change of the latency, which also shows the speed of the machine at the time.
         peak_change: relative change of the peak memory.
-        significant: whether the confidence intervals of the ratio are apart, and the medians by more than 5 %; of the
-            latency for the baseline itself, whose ratio is always 1.
+        significant: true if the confidence intervals of the ratio do not overlap, and the medians differ by more than
+            5 %; for the baseline, whose ratio is always 1, those of the latency.
     """
 
     old: AnyRow
@@ -45,8 +45,8 @@ def require_comparable(old: BenchReport, plan: Plan, block: Block) -> None:
 
     Args:
         old: the earlier run.
-        plan: of the run.
-        block: what is measured; that it came from elsewhere is no difference.
+        plan: plan of the run.
+        block: the block to measure, whose origin may differ.
 
     Raises:
         InputError: the runs measure different things, or have nothing in common.
@@ -56,23 +56,23 @@ def require_comparable(old: BenchReport, plan: Plan, block: Block) -> None:
         ("graph", old.graph, plan.graph),
         ("dtype", old.dtype, plan.dtype),
         ("baseline", old.baseline, plan.baseline),
-        # Another machine is no obstacle, as ratios are taken within a run; other threads are another question.
+        # The machines may differ, since ratios are taken within a run, but not the numbers of threads.
         ("number of threads", old.environment.threads, plan.threads),
     ):
         if then != now:
-            raise InputError(f"the runs cannot be compared: the {what} was {then}, and is {now}")
+            raise InputError(f"the runs cannot be compared: the {what} was {then}, but is {now} now")
     planned = {(candidate.name, size) for candidate in plan.candidates for size in plan.sizes}
     if not planned & {(row.name, row.size) for row in old.results}:
         raise InputError("the runs cannot be compared: they have no candidate and size in common")
 
 
 def changes_since(old: BenchReport, new: BenchReport) -> list[Change[Row]]:
-    """Changes of all candidates and sizes that both runs have, in the order of the new one."""
+    """Changes of all candidates and sizes in both runs, in the order of the new one."""
     return changes_of_rows(old.results, new.results, new.baseline)
 
 
 def changes_of_rows(old: Sequence[AnyRow], new: Sequence[AnyRow], baseline: str) -> list[Change[AnyRow]]:
-    """The same of rows, with the name of the baseline."""
+    """Changes between rows, given the name of the baseline."""
     then_rows = {(row.name, row.size): row for row in old}
     pairs = [(then_rows[row.name, row.size], row) for row in new if (row.name, row.size) in then_rows]
     return [_change(then, now, is_baseline=now.name == baseline) for then, now in pairs]
@@ -80,7 +80,7 @@ def changes_of_rows(old: Sequence[AnyRow], new: Sequence[AnyRow], baseline: str)
 
 def _change(old: AnyRow, new: AnyRow, *, is_baseline: bool) -> Change[AnyRow]:
     ratio_change, latency_change = _relative(old.ratio, new.ratio), _relative(old.latency_ms, new.latency_ms)
-    # The baseline has a ratio of 1 in every run; only its latency can tell that it has changed.
+    # The ratio of the baseline is 1 in every run; only its latency can show a change.
     if is_baseline:
         change, intervals = latency_change, (_latency_interval(old), _latency_interval(new))
     else:
@@ -107,7 +107,7 @@ def _latency_interval(row: Row | ModelRow) -> _Interval:
 
 
 def _apart(old: _Interval, new: _Interval) -> bool:
-    """Whether two intervals do not overlap; unknown ones may."""
+    """True if two intervals do not overlap; false if one is unknown."""
     if old[0] is None or old[1] is None or new[0] is None or new[1] is None:
         return False
     # Stricter than a test at 5 %: two intervals may overlap although the medians differ.
@@ -115,5 +115,5 @@ def _apart(old: _Interval, new: _Interval) -> bool:
 
 
 def _relative(old: float | None, new: float | None) -> float | None:
-    # Nor of nothing: a peak may be 0 bytes.
+    # Undefined relative to 0, as for a peak of 0 bytes.
     return None if not old or new is None else new / old - 1

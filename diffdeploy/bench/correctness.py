@@ -1,11 +1,11 @@
-"""Whether a candidate computes the block, at the very size and on the very inputs that it is timed with.
+"""Check that a candidate computes the block, at the size and on the inputs with which it is timed.
 
 The criterion is that of `diffdeploy.verify.metrics`: the error against the exact result may be a few times that of the
-eager block in the same dtype. The exact result is the formula in numpy fp64 as long as all heads have up to ``2^27``
-scores (one row of 4096 tokens and 8 heads), and the yardstick is ``naive``. Beyond that they are the eager block with
-``impl="padded"``, in fp64 and in the dtype, whose memory does not grow with the square of the length. Right
-implementations use 10 to 25 % of the budget in both regimes, and the same at sizes that both can do within 3 points
-(float32 and float16, lengths 256 to 2048, inputs of N(0, 1) and N(0, 16)).
+eager block in the same dtype. If all heads together have at most ``2^27`` scores (one row of 4096 tokens and 8 heads),
+the exact result is the formula in numpy fp64, and the yardstick is ``naive``. Above that, both come from the eager
+block with ``impl="padded"``, in fp64 and in the dtype, whose memory does not grow with the square of the length.
+Correct implementations use 10 to 25 % of the budget in both regimes; at sizes where both are possible, these agree
+within 3 points (float32 and float16, lengths 256 to 2048, inputs of N(0, 1) and N(0, 16)).
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_ORACLE_SCORES", "Verdict", "expected_outputs", "judge_candidate"]
 
-# About half a minute of the oracle on two cores; twice the length is four times that.
+# About half a minute of the oracle on two cores; twice the length takes four times that.
 MAX_ORACLE_SCORES = 2**27
 
 
@@ -37,9 +37,9 @@ class Verdict:
     """The verdict on one candidate at one size.
 
     Attributes:
-        passed: whether it may be timed.
-        budget_used: error over allowed error; ``None`` where there is no number.
-        reason: why it did not pass.
+        passed: true if it may be timed.
+        budget_used: error over allowed error; ``None`` if there is no number.
+        reason: reason for a failure.
     """
 
     passed: bool
@@ -50,10 +50,10 @@ class Verdict:
 def expected_outputs(
     plan: Plan, config: AnyConfig, weights: Mapping[str, "Tensor"], inputs: Mapping[str, "Tensor"], size: Size
 ) -> dict[str, Yardstick]:
-    """Compute what a right candidate gives, and how far from it a right one may be.
+    """Compute the exact result, and the allowed error of a correct candidate.
 
     Args:
-        plan: what is measured; the eager block runs on its device.
+        plan: plan of the run; the eager block runs on its device.
         config: config of the formula.
         weights: canonical weights.
         inputs: inputs by name, on the CPU.
@@ -68,7 +68,7 @@ def expected_outputs(
     stored: list[Array] = []
     if num_scores(config, size) <= MAX_ORACLE_SCORES:
         impl = Impl.NAIVE
-        # From the weights as the candidates have them, in the run's dtype.
+        # Computed from the weights in the run's dtype, as in the candidates.
         exact_weights = {name: to_array(tensor.double()) for name, tensor in weights.items()}
         exact, stored = exact_and_stored(config, exact_weights, arrays, plan.dtype)
     else:
@@ -76,19 +76,19 @@ def expected_outputs(
         exact = _eager(plan, config, weights, impl, torch.float64)(arrays)
     yardsticks = eager_error(_eager(plan, config, weights, impl, getattr(torch, plan.dtype)), arrays, exact, plan.dtype)
     for output in stored:
-        # The output alone is a difference of two stored streams; the caches are not.
+        # Only the output is a difference of two stored streams; the caches are not.
         yardsticks["output"].add_stored(output)
     return yardsticks
 
 
 def _eager(plan: Plan, config: AnyConfig, weights: Mapping[str, "Tensor"], impl: Impl, dtype: Any) -> RunArrays:
-    """The eager block on the plan's device, from and to arrays."""
+    """The eager block on the plan's device, as a function of arrays."""
     block = block_class(config).from_weights(config, weights, impl=impl, max_positions=plan.max_positions, dtype=dtype)
     return run_arrays(block.to(plan.device), device=plan.device, dtype=dtype)
 
 
 def judge_candidate(run: Run, inputs: Mapping[str, "Tensor"], expected: Mapping[str, Yardstick]) -> Verdict:
-    """Run a candidate once and judge what it gives; whatever it raises is the finding."""
+    """Run a candidate once and judge its outputs; any exception is the finding."""
     try:
         outputs = run(inputs)
     except Exception as error:  # noqa: BLE001 - a candidate that fails is wrong, and the others are measured

@@ -1,4 +1,4 @@
-"""Every format that this machine can make of one block: exported, started in a fresh process, and measured."""
+"""One block in every format that this machine supports: exported, started in a fresh process, and measured."""
 
 import tempfile
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from diffdeploy.verify import Progress, RejectedError, Report
 
 __all__ = ["EAGER", "FormatResult", "export_every_format", "measure_formats"]
 
-# The eager block that latencies are compared with: two calls, as most code bases compute it.
+# Implementation of the eager block for comparison: two calls, as in most code bases.
 EAGER = Impl.TWO_CALL.value
 _LENGTHS = (128, 1024)
-# Odd, so that the median is a round that was measured; enough for a confidence interval.
+# Odd, so that the median is a measured round; enough for a confidence interval.
 _ROUNDS = 15
 
 Say = Callable[[str], None]
@@ -31,14 +31,14 @@ Say = Callable[[str], None]
 
 @dataclass
 class FormatResult:
-    """What became of one format.
+    """The result for one format.
 
     Attributes:
         name: name of the target, see `diffdeploy.formats.export_targets`.
-        path: where its bundle is, or would be.
-        left_out: why it was not tried; ``None`` where it was.
+        path: path of its bundle, which may not exist.
+        left_out: reason why it was not tried; ``None`` if it was.
         export: the finished export.
-        failure: why there is none.
+        failure: error of a failed export.
         startup: seconds until the first result, in a fresh process.
     """
 
@@ -67,20 +67,20 @@ class FormatResult:
 
     @property
     def bundle(self) -> Path | None:
-        """Where the bundle is, if there is one."""
+        """Path of the bundle, if there is one."""
         return None if self.export is None else self.path
 
     @property
     def why(self) -> str | None:
-        """Why there is no bundle."""
+        """Reason why there is no bundle."""
         return self.left_out if self.failure is None else str(self.failure)
 
     @property
     def exit_code(self) -> int:
-        """The exit code of this export alone."""
+        """Exit code of this export alone."""
         if isinstance(self.failure, RejectedError):
             return VerificationError.exit_code
-        # Of what was left out, too: nobody asked for it by name.
+        # Also 0 for a format that was left out, since nobody requested it by name.
         return 0 if self.failure is None else self.failure.exit_code
 
 
@@ -95,16 +95,16 @@ def export_every_format(
     phase: Say,
     progress: Progress,
 ) -> list[FormatResult]:
-    """Export one block in every format, each to a folder of its own, and start those that passed.
+    """Export one block in every format, each to its own folder, and start those that passed.
 
     Args:
         checkpoint: the block.
         parent: folder of the bundles.
-        options: what to make; options that only one format has stay with that format.
-        force: replace bundles that are there.
-        verify: verify each.
-        note: called with one line when a format begins.
-        phase: called with a few words when a phase begins.
+        options: options for the artifacts; options that only one format has apply only to that format.
+        force: true to replace existing bundles.
+        verify: true to verify each bundle.
+        note: callback that receives one line when a format begins.
+        phase: callback that receives a few words when a phase begins.
         progress: see `export_bundle`.
     """
     results = []
@@ -121,7 +121,7 @@ def export_every_format(
                 checkpoint, result.path, own, force=force, verify=verify, phase=phase, progress=progress
             )
         except DiffDeployError as error:
-            # Not every block and graph can be had in every flavor; nobody asked for this one by its name.
+            # Not every block and graph is possible in every flavor, and nobody requested this one by name.
             if isinstance(error, InputError) and target.name != target.format.name:
                 result.left_out = str(error)
             else:
@@ -134,10 +134,10 @@ def export_every_format(
 
 
 def _options_of(target: Target, options: ExportOptions) -> ExportOptions:
-    """What a target is asked for: options that it does not have stay with the format that they were given for."""
+    """Options for a target; those that it does not have apply only to the format that they were given for."""
     if target.format.name == options.format:
         return options if target.name == options.format else replace(options, onnx_flavor=target.flavor)
-    # The first flavor is what a format writes without the option, and some formats have no such option.
+    # The first flavor is the default without the option, which some formats do not have.
     others = target.format.flavors[1:]
     flavor = target.flavor if target.flavor in others else None
     return replace(options, format=target.format.name, opset=None, onnx_flavor=flavor, runtime="native")
@@ -154,15 +154,15 @@ def _why_left_out(target: Target, options: ExportOptions, *, verify: bool) -> st
 def measure_formats(
     checkpoint: Checkpoint, results: list[FormatResult], options: ExportOptions, source: str
 ) -> BenchReport | None:
-    """Latencies at two lengths: the eager block and all bundles that passed, in turns; ``None`` where none did."""
+    """Measure latencies at two lengths: the eager block and all bundles that passed, in turns; ``None`` if none did."""
     import torch
     from safetensors.torch import save_file
 
-    # What failed, or was not verified, has no latency worth comparing.
+    # Latencies of failed or unverified bundles are not worth comparing.
     made = [result for result in results if result.verdict == "passed"]
     if not made:
         return None
-    # A cached graph needs one position for the token that is decoded.
+    # In a cached graph, one position is used by the decoded token.
     length, _ = settled_length(options, checkpoint)
     longest = length - (options.graph == "cached")
     lengths = sorted({min(length, longest) for length in _LENGTHS})

@@ -1,4 +1,4 @@
-"""What a run was measured on: processor, versions, load, and how fast it multiplies matrices."""
+"""The machine of a run: processor, versions, load, and the rate of its matrix products."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ from diffdeploy.versions import installed_versions
 __all__ = ["Machine", "OtherLoad", "free_bytes", "matmul_gflop_per_second"]
 
 _MATMUL_SIZES = (512, 1024, 2048, 4096)
-# Keeps the whole at about a second, on slow machines too, since it is measured again after each size.
+# Keeps the total at about a second, even on slow machines, since it is measured again after each size.
 _LONGEST_MATMUL_MS = 250.0
 
 
@@ -25,22 +25,21 @@ class Machine(Record):
     """The machine and its software.
 
     Attributes:
-        diffdeploy: its version.
+        diffdeploy: version of diffdeploy.
         measured_at: start of the run, in universal time.
         platform: operating system.
-        python: its version.
+        python: version of Python.
         cpu: model and instruction set.
-        num_cpus: that this process may use.
-        threads: of every candidate.
+        num_cpus: number of CPUs that this process may use.
+        threads: number of threads of every candidate.
         device: ``cpu``, or the name of the CUDA device.
-        gpu: clocks and power of the CUDA device, before and right after the first products; ``None`` where it does not
-            tell them.
-        packages: versions of what runs the candidates.
-        load_average: over the minute before the run.
-        other_load: cores that other processes kept busy on average while times were taken, which makes them noisy;
-            ``None`` where that is not known.
-        matmul_gflop_per_second: the largest rate of square matrix products in the dtype of the run, measured before the
-            first size and after each.
+        gpu: clocks and power of the CUDA device before and right after the first products; ``None`` if unknown.
+        packages: versions of the packages that run the candidates.
+        load_average: load average of the minute before the run.
+        other_load: average number of cores that other processes kept busy during the measurement, which adds noise;
+            ``None`` if it is unknown.
+        matmul_gflop_per_second: highest rate of square matrix products in the dtype of the run, measured before the
+            first size and after each one.
     """
 
     diffdeploy: str
@@ -59,10 +58,10 @@ class Machine(Record):
 
     @classmethod
     def current(cls, *, dtype: str, device: str, threads: int) -> "Machine":
-        """Of this process; takes a second for the matrix products."""
+        """Describe the machine of this process; takes a second for the matrix products."""
         import torch
 
-        # Before the matrix products below, which raise it.
+        # Read before the matrix products below, which raise it.
         load_average = os.getloadavg()[0]
         before = _clocks_and_power() if device == "cuda" else None
         rate = matmul_gflop_per_second(dtype, device=device, threads=threads)
@@ -72,7 +71,7 @@ class Machine(Record):
             platform=f"{platform.system()} {platform.machine()}",
             python=platform.python_version(),
             cpu=f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
-            # Not os.cpu_count: a container or taskset may leave fewer.
+            # os.cpu_count would ignore limits of a container or of taskset.
             num_cpus=len(os.sched_getaffinity(0)),
             threads=threads,
             device=torch.cuda.get_device_name() if device == "cuda" else device,
@@ -83,27 +82,27 @@ class Machine(Record):
         )
 
     def updated(self, other_load: float, matmul_gflop_per_second: float) -> "Machine":
-        """With the load until now, and the largest rate so far: other work can only have made one too low."""
+        """Update the load, and the highest rate so far: other load can only lower a rate."""
         best = max(self.matmul_gflop_per_second, round(matmul_gflop_per_second, 1))
         return self.model_copy(update={"other_load": other_load, "matmul_gflop_per_second": best})
 
 
 class OtherLoad:
-    """How many cores other processes keep busy, from its construction on (Linux; man 5 proc_stat)."""
+    """Number of cores that other processes keep busy since its construction (Linux; man 5 proc_stat)."""
 
     def __init__(self) -> None:
         self._start = self._now()
 
     def __call__(self) -> float:
-        """The average until now."""
+        """Average until now."""
         wall, busy, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
-        # The kernel counts the work of all cores in ticks of 10 ms, so that it may lag behind this process's own.
+        # The kernel counts the work of all cores in ticks of 10 ms, so it may lag behind this process's own count.
         return round(max(0.0, busy - own) / wall, 2)
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        """Seconds of time, of work on all cores, and of work of this process."""
-        # Waiting is no work; the columns after these count guests, which are in `user` already.
+        """Seconds of elapsed time, of work on all cores, and of work of this process."""
+        # Waiting is not work; the columns after these count guests, which `user` already includes.
         user, nice, system, _idle, _wait, *other = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
         busy = (user + nice + system + sum(other)) / os.sysconf("SC_CLK_TCK")
         return time.monotonic(), busy, time.process_time()
@@ -131,22 +130,22 @@ def _cpu_model() -> str:
 
 
 def matmul_gflop_per_second(dtype: str, *, device: str, threads: int) -> float:
-    """The largest rate among products of square matrices of 512 to 4096, up to those that take a quarter second."""
+    """Highest rate among products of square matrices of 512 to 4096, up to those that take a quarter of a second."""
     import torch
 
     best, longest_ms = 0.0, 0.0
     for size in _MATMUL_SIZES:
-        if 8 * longest_ms > _LONGEST_MATMUL_MS:  # twice the size is eight times the work
+        if 8 * longest_ms > _LONGEST_MATMUL_MS:  # twice the size takes eight times as long
             break
         left, right = (torch.ones(size, size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
         longest_ms = latency_ms(partial(torch.matmul, left, right), device=device, threads=threads)
-        # An addition and a multiplication for each product; per ms and 10^6 it is 10^9 per second.
+        # One addition and one multiplication per product; 10^6 operations per ms are 10^9 per second.
         best = max(best, 2 * size**3 / longest_ms / 1e6)
     return best
 
 
 def free_bytes(device: str) -> int:
-    """Memory that a run can have: of the device, or of this machine and the control group that the process is in."""
+    """Free memory for a run: of the device, or of this machine and the control group of this process."""
     if device == "cuda":
         import torch
 
@@ -155,7 +154,7 @@ def free_bytes(device: str) -> int:
     free = int(fields["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")
     try:
-        # In a container the machine's free memory is not this process's to use.
+        # In a container, not all of the machine's free memory is available.
         limit = int((group / "memory.max").read_text())
         return min(free, limit - int((group / "memory.current").read_text()))
     except (OSError, ValueError):  # no control group, or one without a limit

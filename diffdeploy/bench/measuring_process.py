@@ -1,4 +1,4 @@
-"""A measuring process: started, listened to line by line, and ended with its block."""
+"""A measuring process, whose output is read line by line, and which ends with its block."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,13 +13,13 @@ __all__ = ["MeasuringProcess"]
 
 
 class MeasuringProcess:
-    """A worker that runs, such as `diffdeploy.bench.worker`. Use it as a context manager; leaving the block ends it.
+    """A running worker, such as `diffdeploy.bench.worker`. It is a context manager; leaving the block ends the worker.
 
     Args:
-        arguments: of the worker.
-        threads: of OpenMP, which has to know them when it is loaded.
-        environment: more variables.
-        module: of the worker.
+        arguments: arguments of the worker.
+        threads: number of OpenMP threads, which must be known when OpenMP is loaded.
+        environment: additional environment variables.
+        module: module of the worker.
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class MeasuringProcess:
         self._process.__exit__(kind, error, traceback)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """What it says, until it ends.
+        """Events of the process, until it ends.
 
         Raises:
-            DiffDeployError: it ended with an error; of the class that it had there.
+            DiffDeployError: the process ended with an error, whose class is preserved.
         """
         for line in self._process.stdout:
             event = json.loads(line)
             if event["event"] == "error":
-                # So that an error ends the command with the exit code that it would have in one process.
+                # The class is preserved, so that the command ends with the same exit code as in a single process.
                 kind: type[DiffDeployError] = getattr(errors, event["kind"], ExportError)
                 raise kind(event["message"])
             yield event
-        # A worker that was killed, by the system for its memory for example, sends no event.
+        # A killed worker, for example for its memory, sends no event.
         if self._process.wait():
             raise ExportError(f"the process that measures ({self._name}) {self._process.obituary()}")

@@ -1,4 +1,4 @@
-"""Medians and what is known of them, without a model of the noise."""
+"""Medians and their uncertainty, without a model of the noise."""
 
 import math
 import statistics
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 __all__ = ["Estimate", "estimate", "paired_ratios", "rounded", "times"]
 
-# What 95 % confidence leaves.
+# One minus the confidence of 95 %.
 _MISS = 0.05
 
 
@@ -16,9 +16,9 @@ class Estimate:
     """A median and its spread.
 
     Attributes:
-        median: of the values.
+        median: median of the values.
         low: lower end of the 95 % confidence interval of the median; ``None`` for fewer than six values.
-        high: upper end of it.
+        high: upper end of that interval.
         interquartile_range: distance between the quartiles of the values; ``None`` for fewer than two.
     """
 
@@ -37,7 +37,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     """
     ordered = sorted(values)
     rank = _rank(len(ordered))
-    # Inclusive: the default method puts the quartiles of two values outside of them.
+    # Inclusive, since the default method puts the quartiles of two values outside of them.
     quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else None
     return Estimate(
         median=statistics.median(ordered),
@@ -48,10 +48,10 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def _rank(count: int) -> int:
-    """The largest ``k`` whose interval misses the median in at most 5 % of samples; 0 when there is none."""
+    """The largest ``k`` whose interval misses the median in at most 5 % of samples; 0 if there is none."""
     missed, rank = 0.0, 0
     while rank < count // 2:
-        # Twice, for both ends.
+        # Doubled, for both ends.
         missed += 2 * math.comb(count, rank) / 2**count
         if missed > _MISS:
             break
@@ -60,16 +60,16 @@ def _rank(count: int) -> int:
 
 
 def paired_ratios(values: Sequence[float], baseline: Sequence[float]) -> list[float]:
-    """Ratios round by round, so that what slows down a whole round cancels; the shorter of the two ends the pairing."""
+    """Ratios by round, so that slowdowns of a whole round cancel; extra rounds of one of the two are ignored."""
     return [value / base for value, base in zip(values, baseline, strict=False)]
 
 
 def times(samples: Sequence[float], baseline: Sequence[float]) -> dict[str, float | int | None]:
-    """What a row says of its latencies in milliseconds, and of their ratios to those of the baseline.
+    """Figures of a row: its latencies in milliseconds, and their ratios to those of the baseline.
 
     Args:
-        samples: at least one, by rounds.
-        baseline: by rounds; none where it was not timed.
+        samples: latencies by round, at least one.
+        baseline: latencies of the baseline by round; empty if it was not timed.
     """
     latency = estimate(samples)
     fields: dict[str, float | int | None] = {
@@ -86,5 +86,5 @@ def times(samples: Sequence[float], baseline: Sequence[float]) -> dict[str, floa
 
 
 def rounded(value: float | int | None) -> float | int | None:
-    """Five digits: more would only hide what a figure is worth."""
+    """Round to five digits, since more would suggest a false precision."""
     return float(f"{value:.5g}") if isinstance(value, float) else value

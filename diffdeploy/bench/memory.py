@@ -1,7 +1,7 @@
 """Peak memory of one candidate, in a process that runs nothing else.
 
-On a CPU it is the largest resident size during a call, over the resident size before the candidate was loaded, when the
-inputs and all libraries were there already. On CUDA it is the peak of torch's allocator, over what it held before.
+On a CPU, it is the largest resident size during a call minus the resident size before the candidate was loaded, when
+the inputs and all libraries were already in memory. On CUDA, it is the growth of the peak of torch's allocator.
 """
 
 import ctypes
@@ -21,14 +21,14 @@ _CLEAR_PEAK = "5"
 def peak_bytes(
     open_run: Callable[[], Run], call: Callable[[Run], object], warm_up: Callable[[Run], object], *, device: str
 ) -> int:
-    """Load a candidate and call it; what it takes while it runs, weights included.
+    """Load a candidate and call it; return the memory that it takes while it runs, weights included.
 
-    It has to have been loaded and called in this process before, so that libraries are not counted.
+    It must have been loaded and called in this process before, so that libraries are not counted.
 
     Args:
-        open_run: loads the candidate.
-        call: runs it on the inputs that count.
-        warm_up: runs it on small inputs.
+        open_run: function that loads the candidate.
+        call: function that runs it on the inputs to measure.
+        warm_up: function that runs it on small inputs.
         device: ``cpu`` or ``cuda``.
     """
     import torch
@@ -39,7 +39,7 @@ def peak_bytes(
     run = open_run()
     warm_up(run)
     _release()
-    # What loading and a first call take for a moment is no part of a call: the peak starts behind them.
+    # Temporary memory of loading and of a first call does not count, so the peak is reset after them.
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -50,7 +50,7 @@ def peak_bytes(
 
 
 def _release() -> None:
-    """Give freed memory back to the system, where the C library can, so that none of it counts as resident."""
+    """Return freed memory to the system, if the C library can, so that it does not count as resident."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

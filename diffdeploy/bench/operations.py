@@ -1,4 +1,4 @@
-"""Counted operations of a block: what its formula asks for, whatever an implementation really does."""
+"""Counted operations of a block: those that its formula requires, whatever an implementation does."""
 
 import math
 
@@ -7,16 +7,16 @@ from diffdeploy.config import AnyConfig
 
 __all__ = ["FORMULA", "attention_flop", "block_flop", "num_pairs", "num_scores", "projection_flop"]
 
-# What stands below every table, in lines.
+# Lines below every table.
 FORMULA = (
     "counted, a multiplication and an addition as 2: projections, and per query-key pair and head 12 d",
     "(two attentions, values of width 2d; softmax: 8 d, for two heads with values of width d);",
-    "causal pairs of S tokens behind a past of P: S (S + 1) / 2 + S P",
+    "causal pairs of S tokens after a past of P: S (S + 1) / 2 + S P",
 )
 
 
 def num_pairs(config: AnyConfig, size: Size) -> int:
-    """Pairs of a query and a key that it sees, in one head and one batch row; padding is not taken off."""
+    """Pairs of a query and a visible key, in one head and one batch row; padding is not subtracted."""
     length, past = size.sequence_length, size.past_sequence_length
     if not config.causal:
         return length * size.total_sequence_length
@@ -27,16 +27,16 @@ def num_pairs(config: AnyConfig, size: Size) -> int:
 
 
 def num_scores(config: AnyConfig, size: Size) -> int:
-    """Elements of one stream's score matrices, over all batch rows and heads, hidden pairs included."""
+    """Elements of one stream's score matrices, over all batch rows and heads, including hidden pairs."""
     return size.batch_size * config.num_heads * size.sequence_length * size.total_sequence_length
 
 
 def attention_flop(config: AnyConfig, size: Size, *, softmax: bool = False) -> int:
     """Operations of the attentions of all heads.
 
-    A stream takes ``2 d`` per pair for a score and ``2 e`` for its share of the values, where ``e`` is their width:
-    with two streams and ``e = 2d`` that is ``12 d`` per pair and head. The softmax block of equal size has two heads
-    with ``e = d`` in place of each differential one: ``8 d``.
+    A stream takes ``2 d`` per pair for a score and ``2 e`` for its share of the values, where ``e`` is their width: two
+    streams with ``e = 2d`` take ``12 d`` per pair and head. The softmax block of equal size has two heads with
+    ``e = d`` for each differential head, which take ``8 d``.
     """
     value_dim = config.head_dim if softmax else config.value_dim
     # Two streams, each with the products for its scores and for its values.
@@ -51,5 +51,5 @@ def projection_flop(config: AnyConfig, size: Size) -> int:
 
 
 def block_flop(config: AnyConfig, size: Size, candidate: Candidate) -> int:
-    """Operations of the whole block as a candidate stands for it."""
+    """Operations of a candidate's whole block."""
     return projection_flop(config, size) + attention_flop(config, size, softmax=candidate.impl == SOFTMAX)

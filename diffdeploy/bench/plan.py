@@ -1,4 +1,4 @@
-"""What a benchmark measures: one block, its candidates and the sizes that they are tried at."""
+"""The plan of a benchmark: one block, its candidates, and the sizes at which they are measured."""
 
 from pathlib import Path
 from typing import Annotated, Self
@@ -12,9 +12,9 @@ from diffdeploy.records import Record
 
 __all__ = ["SOFTMAX", "Candidate", "Plan", "Size"]
 
-# The plain softmax-attention block, by the name that stands among the implementations.
+# Name of the plain softmax-attention block among the implementations.
 SOFTMAX = "softmax"
-# The least that `graph_spec` accepts, whatever the variant: below it an axis would not be dynamic.
+# The minimum that `graph_spec` accepts for every variant: below it, an axis would not be dynamic.
 _LEAST_BATCH, _LEAST_LENGTH = 2, 4
 
 
@@ -22,9 +22,9 @@ class Size(Record):
     """One size of input.
 
     Attributes:
-        batch_size: rows.
-        sequence_length: tokens of each row in this call.
-        past_sequence_length: tokens of each row in the cache.
+        batch_size: number of rows.
+        sequence_length: number of tokens per row in this call.
+        past_sequence_length: number of tokens per row in the cache.
     """
 
     batch_size: int
@@ -33,19 +33,19 @@ class Size(Record):
 
     @classmethod
     def of_length(cls, length: int, *, batch_size: int, graph: Variant) -> Self:
-        """A sequence of that length; with a cache, one token behind a past of it."""
+        """A sequence of that length or, with a cache, one token after a past of it."""
         if graph == "cached":
             return cls(batch_size=batch_size, sequence_length=1, past_sequence_length=length)
         return cls(batch_size=batch_size, sequence_length=length)
 
     @property
     def total_sequence_length(self) -> int:
-        """Keys that the last token may see."""
+        """Number of keys that the last token may see."""
         return self.past_sequence_length + self.sequence_length
 
     @property
     def id(self) -> str:
-        """Such as ``B1-S2048`` or ``B1-P8192-S1``."""
+        """Name, such as ``B1-S2048`` or ``B1-P8192-S1``."""
         past = f"-P{self.past_sequence_length}" if self.past_sequence_length else ""
         return f"B{self.batch_size}{past}-S{self.sequence_length}"
 
@@ -54,11 +54,11 @@ class Candidate(Record):
     """One way to run the block: an eager implementation, the plain softmax block, or a bundle.
 
     Attributes:
-        name: in tables, and for choosing the baseline.
+        name: name in tables, and for choosing the baseline.
         impl: implementation of the eager block, or ``softmax``; ``None`` for a bundle.
-        format: of a bundle.
+        format: format of a bundle.
         bundle: directory of a bundle.
-        bundle_impl: implementation that a bundle's graph is written with.
+        bundle_impl: implementation in a bundle's graph.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Candidate(Record):
 
     @classmethod
     def of_bundle(cls, name: str, path: Path) -> "Candidate":
-        """A bundle, by what its manifest says."""
+        """A bundle, as its manifest describes it."""
         manifest = open_bundle(path).manifest
         return cls(
             name=name, format=manifest.format, bundle=path.absolute(), bundle_impl=manifest.options.attention_impl
@@ -82,23 +82,23 @@ class Candidate(Record):
 
 
 class Plan(Record):
-    """Everything that the measuring processes need to know.
+    """Everything that the measuring processes need.
 
     Attributes:
-        config: of the block that all candidates but ``softmax`` compute.
+        config: config of the block that all candidates but ``softmax`` compute.
         weights: file with its canonical weights, in ``dtype``.
         graph: ``plain``, ``masked`` (the last row of the batch is padded on its left half) or ``cached``.
-        dtype: of weights and inputs.
+        dtype: dtype of weights and inputs.
         device: ``cpu`` or ``cuda``.
-        threads: of every candidate, on a CPU.
-        sizes: in the order in which they are measured.
-        candidates: with different names.
+        threads: number of CPU threads of every candidate.
+        sizes: sizes in the order in which they are measured.
+        candidates: candidates with different names.
         baseline: name of the candidate that ratios refer to.
-        rounds: per size; by default as many as `timing.num_rounds` finds room for.
-        seed: of inputs and order.
+        rounds: number of rounds per size; by default as many as `timing.num_rounds` allows.
+        seed: random seed for inputs and order.
     """
 
-    # The fields of the second version are a part of those of the first, so only the version tells which it is.
+    # The second version has a subset of the fields of the first, so only the version distinguishes them.
     config: Annotated[AnyConfig, Field(discriminator="version")]
     weights: Path
     graph: Variant
@@ -113,15 +113,15 @@ class Plan(Record):
 
     @property
     def max_positions(self) -> int:
-        """Positions that have to be embedded."""
+        """Number of positions that have to be embedded."""
         return max(size.total_sequence_length for size in self.sizes)
 
     @property
     def max_batch_size(self) -> int:
-        """Largest batch of a graph that holds all sizes."""
+        """Largest batch of a graph for all sizes."""
         return max(_LEAST_BATCH, *(size.batch_size for size in self.sizes))
 
     @property
     def max_sequence_length(self) -> int:
-        """Longest sequence of a graph that holds all sizes, past included."""
+        """Longest sequence of a graph for all sizes, past included."""
         return max(_LEAST_LENGTH, self.max_positions)

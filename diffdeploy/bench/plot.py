@@ -1,4 +1,4 @@
-"""The figure: latency over length, both logarithmic, with the time that matrix products alone would take."""
+"""The figure of a run: latency over length, both logarithmic, with the time of the matrix products alone."""
 
 from itertools import cycle
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIXES", "plot", "require_plot"]
 
 SUFFIXES = (".svg", ".png")
-# Told apart without colour: each candidate has its own marker, and neighbours have different lines.
+# Distinguishable without colour: each candidate has its own marker, and neighbours have different lines.
 _MARKERS = "osD^vPX<>*hpd8"
 _LINES = ("-", "--", "-.", (0, (1, 1)))
 _SHADES = ("#000000", "#0b5394", "#a64d00", "#38761d", "#741b47", "#5b5b5b", "#b45f06", "#134f5c")
@@ -23,8 +23,8 @@ def require_plot(path: Path) -> None:
     """Check that a figure can be written, before anything is measured.
 
     Raises:
-        InputError: a file name of another kind, or in no folder.
-        UnavailableError: no matplotlib.
+        InputError: the suffix is not accepted, or the folder does not exist.
+        UnavailableError: matplotlib is not installed.
     """
     from importlib.util import find_spec
 
@@ -38,11 +38,11 @@ def plot(report: BenchReport, path: Path) -> None:
     """Write the figure of a run: one panel per batch size.
 
     Args:
-        report: of the run.
+        report: report of the run.
         path: file to write, ``.svg`` or ``.png``.
 
     Raises:
-        InputError: nothing in the report has a latency.
+        InputError: no candidate in the report has a latency.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -50,9 +50,9 @@ def plot(report: BenchReport, path: Path) -> None:
     batch_sizes = list(dict.fromkeys(size.batch_size for size in report.sizes))
     if all(row.latency_ms is None for row in report.results):
         raise InputError(f"{path} was not written: no candidate has a latency")
-    # A fixed salt here and no date below: figures of unchanged results do not change in version control.
+    # A fixed salt here and no date below, so that figures of unchanged results do not change in version control.
     with mpl.rc_context({"svg.hashsalt": "diffdeploy", "font.size": 9}):
-        # Not pyplot, which would keep the figure and look for a display.
+        # pyplot would keep the figure and look for a display.
         figure = Figure(figsize=(1.6 + 5.2 * len(batch_sizes), 5.2), layout="constrained")
         panels = figure.subplots(1, len(batch_sizes), sharey=True, squeeze=False)[0]
         for axes, batch_size in zip(panels, batch_sizes, strict=True):
@@ -70,10 +70,10 @@ def _draw(axes: "Axes", report: BenchReport, batch_size: int) -> None:
     cached = report.graph == "cached"
     rows = [row for row in report.results if row.batch_size == batch_size and row.latency_ms is not None]
     names = list(dict.fromkeys(row.name for row in report.results))
-    # By all names of the report, so that a candidate looks the same in every panel.
+    # Indexed by all names of the report, so that a candidate looks the same in every panel.
     styles = dict(zip(names, zip(cycle(_MARKERS), cycle(_LINES), cycle(_SHADES), strict=False), strict=False))
     longest = max((_length(row, cached) for row in rows), default=0)
-    # The legend is in the order in which the lines end.
+    # The legend follows the order in which the lines end.
     for name in sorted(names, key=lambda name: -_latency_at(rows, name, longest, cached)):
         own = [row for row in rows if row.name == name]
         marker, line, shade = styles[name]
@@ -106,7 +106,7 @@ def _draw(axes: "Axes", report: BenchReport, batch_size: int) -> None:
 
 
 def _draw_limit(axes: "Axes", report: BenchReport, rows: list[Row], cached: bool) -> None:
-    """Where a block would be whose every operation ran at the rate of the machine's matrix products."""
+    """Draw the time of a block whose every operation runs at the rate of the machine's matrix products."""
     differential = sorted({(_length(row, cached), row.block_gflop) for row in rows if row.impl != "softmax"})
     if differential:
         rate = report.environment.matmul_gflop_per_second
@@ -145,7 +145,7 @@ def _title(report: BenchReport) -> str:
 
 
 def environment_line(report: BenchReport) -> str:
-    """The machine and the software of a run in one line."""
+    """Describe the machine and the software of a run in one line."""
     environment = report.environment
     versions = ", ".join(f"{name} {found}" for name, found in environment.packages.items() if name != "numpy")
     where = environment.device if environment.device != "cpu" else environment.cpu

@@ -1,4 +1,4 @@
-"""From what a user asks to be measured to a run: its plan, and the bundles that are exported for it."""
+"""Preparation of a benchmark from the user's request: its plan, and the bundles that are exported for it."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest:
-    """The options that say what is measured, as they were given; see ``diffdeploy bench --help``."""
+    """The options that define a measurement, as they were given; see ``diffdeploy bench --help``."""
 
     sources: tuple[Path, ...]
     impl: Sequence[str]
@@ -54,16 +54,16 @@ class BenchRequest:
     baseline: str | None
     rounds: int | None
     reading: CheckpointOptions
-    # None, not False, which would be an option of the command that measures again.
+    # None and not False, which would become an option of the command that repeats the measurement.
     trust: Literal[True] | None = None
     public_key: Path | None = None
 
     @property
     def command(self) -> str:
-        """The command that measures the same again."""
+        """Command that repeats the measurement."""
         usual = {"impl": ["all"], "batch": [1], "device": "cpu"}
         words = ["diffdeploy", "bench", *map(str, self.sources)]
-        # Without the sources, which are arguments and stand first, and the checkpoint's own options.
+        # Without the sources, which are arguments and come first, and the checkpoint's own options.
         given = {field.name: getattr(self, field.name) for field in fields(self)[1:] if field.name != "reading"}
         for name, value in {**given, **self.reading.given()}.items():
             option = f"--{name.replace('_', '-')}"
@@ -76,15 +76,15 @@ class BenchRequest:
 
 @contextmanager
 def prepare(request: BenchRequest, phase: Say, note: Say) -> Iterator[Bench]:
-    """A run with everything that it needs; the exports made for it are removed at the end of the block.
+    """Prepare a run with everything that it needs; bundles that are exported for it are removed after the block.
 
     Args:
-        request: what is asked for.
-        phase: called with a few words when something begins that takes a while.
-        note: called with what is left out, and why.
+        request: the user's request.
+        phase: callback that receives a few words when a longer step begins.
+        note: callback that receives what is left out, and why.
 
     Raises:
-        InputError: options that do not fit each other, or a file that cannot be read.
+        InputError: options do not fit each other, or a file cannot be read.
         UnavailableError: this machine lacks a device, a package or the memory.
         ExportError: a format could not be exported.
     """
@@ -92,7 +92,7 @@ def prepare(request: BenchRequest, phase: Say, note: Say) -> Iterator[Bench]:
     source = _source(request)
     with tempfile.TemporaryDirectory(prefix="diffdeploy-bench-") as folder:
         dtype = source.dtype(request.dtype)
-        # First, since a name that is not known must be refused before anything is said.
+        # First, since an unknown name must be refused before anything is printed.
         eager = eager_candidates(request.impl, source.checkpoint.config, device=request.device, dtype=dtype)
         targets = _targets(request, source, dtype, note)
         plan = _plan(request, source, eager, targets, Path(folder))
@@ -108,9 +108,9 @@ def _set_up_torch(request: BenchRequest) -> None:
     import torch
 
     if request.device == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("--device is cuda, and torch finds no CUDA device here; use --device cpu")
+        raise UnavailableError("--device is cuda, but torch finds no CUDA device here; use --device cpu")
     if request.threads is not None:
-        torch.set_num_threads(request.threads)  # AOTInductor compiles the number in
+        torch.set_num_threads(request.threads)  # AOTInductor compiles the number into the code
 
 
 def _source(request: BenchRequest) -> BlockSource:
@@ -124,7 +124,7 @@ def _source(request: BenchRequest) -> BlockSource:
 
 
 def _targets(request: BenchRequest, source: BlockSource, dtype: DType, note: Say) -> dict[str, Target]:
-    """By the names of candidates, what is exported: a format that was named must be able to run here."""
+    """Formats to export, by the names of their candidates; a format that was named must be able to run here."""
     asked = request.format or (["none"] if source.bundles else ["all"])
     known = export_targets()
     targets = {}
@@ -178,10 +178,10 @@ def _plan(
 
 
 def _sizes(graph: Variant, request: BenchRequest, longest: int | None) -> tuple[Size, ...]:
-    """In ascending order, so that what takes longest comes last; by default none that bundles are not made for."""
+    """Sizes in ascending order, so that the longest come last; by default only those that bundles support."""
     cached = graph == "cached"
     usual = _PASTS if cached else _LENGTHS
-    # The token that is decoded takes one of the positions that a bundle is made for.
+    # The decoded token uses one of the positions of a bundle.
     most = usual[-1] if longest is None else longest - cached
     lengths = request.seq or [length for length in usual if length <= most] or [most]
     return tuple(
@@ -194,7 +194,7 @@ def _sizes(graph: Variant, request: BenchRequest, longest: int | None) -> tuple[
 def _with_exports(
     plan: Plan, request: BenchRequest, source: BlockSource, targets: dict[str, Target], phase: Say, note: Say
 ) -> Plan:
-    """Export what is in the plan; of ``all`` formats those are left out that cannot hold this block."""
+    """Export the formats in the plan; with ``all``, formats that do not support this block are left out."""
     candidates = []
     for candidate in plan.candidates:
         if (
@@ -212,7 +212,7 @@ def _with_exports(
                 note(f"{candidate.name} is left out: {error}")
                 continue
         candidates.append(candidate)
-    # Again, since the baseline may be among what was left out.
+    # Chosen again, since the baseline may be among those left out.
     baseline = choose_baseline(request.baseline, candidates)
     return plan.model_copy(update={"candidates": tuple(candidates), "baseline": baseline})
 
@@ -224,7 +224,7 @@ def _write_weights(source: BlockSource, plan: Plan) -> None:
 
 
 def _export(source: BlockSource, output: Path, target: Target, plan: Plan) -> None:
-    """Without the verification of an export, since every candidate is checked at the very sizes that it is timed at."""
+    """Export without verification, since every candidate is checked at the sizes at which it is timed."""
     device: Device = "cuda" if plan.device == "cuda" else "cpu"
     options = replace(
         _export_options(target, plan.graph, plan.dtype, device),

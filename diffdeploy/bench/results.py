@@ -1,4 +1,4 @@
-"""What a benchmark says: one row per candidate and size, the environment, and their JSON and CSV forms."""
+"""The result of a benchmark: one row per candidate and size, the environment, and their JSON and CSV forms."""
 
 import json
 from pathlib import Path
@@ -18,31 +18,31 @@ class Row(Record):
     """One candidate at one size.
 
     Attributes:
-        name: of the candidate.
+        name: name of the candidate.
         impl: implementation of the eager block, or ``softmax``; ``None`` for a bundle.
-        format: of a bundle; ``None`` for an eager block.
-        batch_size: see `Size`, as the two lengths.
-        sequence_length: tokens of a row in this call.
-        past_sequence_length: tokens of a row in the cache.
-        status: ``wrong`` candidates are not timed; ``unmeasured`` ones had their turn cut off.
-        reason: why it is wrong.
-        budget_used: error over allowed error, when it was checked.
-        captured: whether it was timed as a CUDA graph.
-        num_rounds: samples of the latency.
+        format: format of a bundle; ``None`` for an eager block.
+        batch_size: number of rows; see `Size`, also for the two lengths.
+        sequence_length: number of tokens per row in this call.
+        past_sequence_length: number of tokens per row in the cache.
+        status: ``wrong`` candidates are not timed; ``unmeasured`` ones were interrupted.
+        reason: reason why a candidate is wrong.
+        budget_used: error over allowed error, if it was checked.
+        captured: true if it was timed as a CUDA graph.
+        num_rounds: number of samples of the latency.
         latency_ms: median over the rounds.
         latency_low_ms: lower end of its 95 % confidence interval; ``None`` for fewer than six rounds.
-        latency_high_ms: upper end of it.
+        latency_high_ms: upper end of that interval.
         latency_iqr_ms: distance between the quartiles over the rounds.
         ratio: median over the rounds of the latency over that of the baseline in the same round.
         ratio_low: lower end of its 95 % confidence interval.
-        ratio_high: upper end of it.
+        ratio_high: upper end of that interval.
         peak_bytes: memory while it runs, weights included.
-        weight_bytes: what the weights take by themselves.
-        extra_bytes: ``peak_bytes`` over ``weight_bytes``.
+        weight_bytes: memory of the weights alone.
+        extra_bytes: ``peak_bytes`` minus ``weight_bytes``.
         block_gflop: counted operations of the block, in 10^9.
-        attention_gflop: those of the attentions in it.
+        attention_gflop: counted operations of its attentions, in 10^9.
         gflop_per_second: ``block_gflop`` over the latency.
-        matmul_share: of the machine's matrix-product rate.
+        matmul_share: share of the machine's matrix-product rate.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Row(Record):
 
     @property
     def size(self) -> Size:
-        """Of its input."""
+        """Size of its input."""
         return Size(
             batch_size=self.batch_size,
             sequence_length=self.sequence_length,
@@ -81,7 +81,7 @@ class Row(Record):
         )
 
     def fields(self) -> dict[str, Any]:
-        """For JSON: the one of ``impl`` and ``format`` that it has, and all else."""
+        """Fields for JSON, with only the one of ``impl`` and ``format`` that applies."""
         return {
             name: value
             for name, value in self.model_dump().items()
@@ -90,7 +90,7 @@ class Row(Record):
 
 
 class Block(Record):
-    """The block that was measured: its sizes, and where its weights came from."""
+    """The block that was measured: its sizes, and the origin of its weights."""
 
     source: str
     embed_dim: int
@@ -107,15 +107,15 @@ class BenchReport(Record):
     """Everything that one run measured.
 
     Attributes:
-        schema_version: of this record.
-        status: ``wrong`` when a candidate was; ``interrupted`` when the run did not end.
-        command: that measures the same again.
-        block: what was measured.
+        schema_version: version of this record.
+        status: ``wrong`` if a candidate was; ``interrupted`` if the run did not finish.
+        command: command that repeats the measurement.
+        block: the block that was measured.
         graph: variant of the graph.
-        dtype: of weights and inputs.
+        dtype: dtype of weights and inputs.
         baseline: name of the candidate that ratios refer to.
-        results: rows, by size and then as the candidates were named.
-        environment: what it was measured on.
+        results: rows, by size and then in the order of the candidates.
+        environment: the machine and its software.
     """
 
     schema_version: Literal[1] = 1
@@ -130,15 +130,15 @@ class BenchReport(Record):
 
     @property
     def sizes(self) -> list[Size]:
-        """That have results, in their order."""
+        """Sizes with results, in order."""
         return list(dict.fromkeys(row.size for row in self.results))
 
     def rows_of(self, size: Size) -> list[Row]:
-        """Fastest first; those without a latency at the end."""
+        """Rows of a size, fastest first; those without a latency at the end."""
         return fastest_first(row for row in self.results if row.size == size)
 
     def fields(self) -> dict[str, Any]:
-        """For JSON; `read_report` is the inverse."""
+        """Fields for JSON; `read_report` is the inverse."""
         return {**self.model_dump(), "results": [row.fields() for row in self.results]}
 
     def to_csv(self) -> str:
@@ -150,12 +150,12 @@ class BenchReport(Record):
 
 
 def read_report(path: Path) -> BenchReport:
-    """A report that was saved as the JSON of `BenchReport.fields`.
+    """Read a report that was saved as the JSON of `BenchReport.fields`.
 
     Raises:
-        InputError: the file cannot be read, or is something else.
+        InputError: the file cannot be read, or does not contain such a report.
     """
-    # `Row.fields` leaves the one out that a row does not have.
+    # `Row.fields` omits the one that does not apply to a row.
     neither = {"impl": None, "format": None}
     try:
         stored = json.loads(path.read_bytes())

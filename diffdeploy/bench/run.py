@@ -1,7 +1,7 @@
-"""A benchmark from its plan to its report: processes are started, their events collected, and figures made of them.
+"""A benchmark from its plan to its report: processes are started, and their events become figures.
 
-The times of all candidates are taken in one process, whose threads are those of the plan; the memory of each candidate
-in a process of its own. `Bench.report` can be asked at any time, also after an interrupt.
+The times of all candidates are taken in one process with the plan's number of threads, the memory of each candidate in
+a separate process. `Bench.report` can be called at any time, also after an interrupt.
 """
 
 import tempfile
@@ -21,21 +21,22 @@ from diffdeploy.bench.results import BenchReport, Block, Row
 
 __all__ = ["STEADY_MALLOC", "Bench", "Progress"]
 
-# What goes on now, and how many seconds are left, if that is known.
+# Description of the current step, and the seconds left if known.
 Progress = Callable[[str, float | None], None]
 
-# Until the first of a kind has been seen.
+# Assumed durations until the first of a kind has been seen.
 _SECONDS_PER_SIZE, _SECONDS_PER_MEMORY = 20.0, 3.0
-# How glibc allocates (man 3 mallopt). For times: freed memory is kept, as it settles in a process that serves equal
-# calls; left to itself it depends on what other candidates have freed, and ratios change by 30 % from run to run. For
-# memory: larger tensors go back to the system when they are freed, and resident is what lives.
-# Never map, keep up to 16 GiB, and grow by 64 MiB at a time.
+# Settings of glibc's allocator (man 3 mallopt). For times, freed memory is kept, as it is after a while in a process
+# that serves similar calls; by default that depends on what other candidates have freed, and ratios change by 30 % from
+# run to run. For memory, larger tensors are returned to the system when they are freed, so that only live memory is
+# resident.
+# For times: never map, keep up to 16 GiB, and grow by 64 MiB at a time.
 STEADY_MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**26),
 }
-# Map from 64 KiB on.
+# For memory: map from 64 KiB on.
 _EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
@@ -43,9 +44,9 @@ class Bench(Collected):
     """One run of a plan.
 
     Args:
-        plan: what to measure.
-        block: what the report says of the block.
-        command: that measures the same again.
+        plan: plan of the run.
+        block: description of the block, for the report.
+        command: command that repeats the measurement.
     """
 
     def __init__(self, plan: Plan, block: Block, command: str) -> None:
@@ -54,7 +55,7 @@ class Bench(Collected):
         self._memory: dict[Key, dict[str, int]] = {}
 
     def measure(self, progress: Progress) -> None:
-        """Time all candidates, then measure the memory of those that are right.
+        """Time all candidates, then measure the memory of those that are correct.
 
         Raises:
             DiffDeployError: a measuring process failed.
@@ -83,20 +84,20 @@ class Bench(Collected):
                     current = ids.index(event["size"])
 
     def _take(self, event: dict[str, Any]) -> None:
-        """See `Collected`; and the memory of a candidate."""
+        """See `Collected`; the memory of a candidate is stored, too."""
         super()._take(event)
         if event["event"] == "memory":
             self._memory[event["size"], event["name"]] = event
 
     def _measure_memory(self, plan_file: Path, progress: Progress) -> None:
-        """Two processes at a time, if there is memory for two: they do not see each other's."""
-        # A wrong candidate may be small because it leaves something out.
+        """Measure in two processes at a time, if there is memory for two, since they do not see each other's memory."""
+        # A wrong candidate may need less memory because it leaves something out.
         right = [candidate for candidate in self.plan.candidates if self._is_right(candidate)]
         at_once = 2 if fits_twice(self.plan, free_bytes(self.plan.device)) else 1
         with ExitStack() as stack:
             started: list[MeasuringProcess] = []
             for number, candidate in enumerate(right):
-                # The next one starts, and imports torch, while the current one measures.
+                # The next process starts and imports torch while the current one measures.
                 for next_one in right[len(started) : number + at_once]:
                     process = MeasuringProcess(
                         ["memory", str(plan_file), next_one.name], threads=self.plan.threads, environment=_EXACT_MALLOC
@@ -110,7 +111,7 @@ class Bench(Collected):
         return all(self._verdicts[size.id, candidate.name]["passed"] for size in self.plan.sizes)
 
     def report(self) -> BenchReport | None:
-        """What has been measured so far; ``None`` when there is nothing."""
+        """Report on the measurements so far; ``None`` if there are none."""
         if self._environment is None or not self._verdicts:
             return None
         rows = [
@@ -154,7 +155,7 @@ class Bench(Collected):
     def _times(self, samples: list[float], baseline: list[float], flop: int, environment: Machine) -> dict[str, Any]:
         if not samples:
             return {}
-        # Per millisecond and 10^6 it is 10^9 per second.
+        # 10^6 operations per millisecond are 10^9 per second.
         rate = flop / estimate(samples).median / 1e6
         fields = {
             **times(samples, baseline),

@@ -1,4 +1,4 @@
-"""How long a bundle takes from nothing to its first result, in a process that has loaded nothing before.
+"""Time until the first result of a bundle, in a process that has loaded nothing before.
 
 ``python -m diffdeploy.bench.startup BUNDLE [DEVICE]`` prints the figures as one line of JSON.
 """
@@ -18,12 +18,12 @@ __all__ = ["Startup", "measure_startup"]
 
 
 class Startup(Record):
-    """Seconds, each after the one before.
+    """Durations of consecutive steps in seconds.
 
     Attributes:
-        import_seconds: of the backend's package.
-        load_seconds: of `diffdeploy.load`, digests included.
-        first_call_seconds: of the first call, with the inputs of `Runtime.warmup`.
+        import_seconds: import of the backend's package.
+        load_seconds: `diffdeploy.load`, including the digests.
+        first_call_seconds: the first call, with the inputs of `Runtime.warmup`.
     """
 
     import_seconds: float
@@ -35,14 +35,14 @@ def measure_startup(bundle: Path, device: str | None = None) -> Startup:
     """Load a bundle in a fresh process and call it once.
 
     Raises:
-        ExportError: it does not load or run.
+        ExportError: the bundle does not load or run.
     """
     arguments = [str(bundle.absolute()), *([] if device is None else [device])]
     with WorkerProcess(__name__, arguments) as process:
         said = process.stdout.read().splitlines()
         if process.wait():
             raise ExportError(f"{bundle} does not start: the process {process.obituary()}")
-    # Backends may print before it.
+    # Only the last line counts, since backends may print before it.
     return Startup.model_validate_json(said[-1])
 
 
@@ -53,7 +53,7 @@ def _main(bundle: str, device: str | None = None) -> None:
 
     package = require_format(open_bundle(bundle).manifest.format).package
     moments = [time.perf_counter()]
-    # By itself, since it is the same for all bundles of a format.
+    # Timed separately, since it is the same for all bundles of a format.
     import_module(package)
     moments.append(time.perf_counter())
     runtime = open_runtime(bundle, RunOptions(device=device, trust=True))

@@ -1,4 +1,4 @@
-"""A block with random weights, for measuring sizes of which there is no checkpoint."""
+"""A block with random weights, for measuring sizes without a checkpoint."""
 
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.config import LAMBDA_VECTORS, DiffAttentionConfig, RopeConfig, lambda_init_at
@@ -7,7 +7,7 @@ __all__ = ["random_checkpoint"]
 
 
 def random_checkpoint(*, embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int, seed: int = 0) -> Checkpoint:
-    """A causal block of the paper's kind (rotary embedding, norm, the first layer's lambda) as if it had been read.
+    """Create a causal block of the paper's kind (rotary embedding, norm, the first layer's lambda) as a checkpoint.
 
     Projections are N(0, 1/D), so that N(0, 1) inputs give N(0, 1) queries and scores; the norm's weights are near 1.
 
@@ -16,10 +16,10 @@ def random_checkpoint(*, embed_dim: int, num_heads: int, num_kv_heads: int, head
         num_heads: differential heads ``h``.
         num_kv_heads: differential key/value heads.
         head_dim: stream width ``d``.
-        seed: of the weights.
+        seed: random seed for the weights.
 
     Raises:
-        InputError: sizes that do not fit each other.
+        InputError: the sizes do not fit each other.
     """
     config = DiffAttentionConfig(
         embed_dim=embed_dim,
@@ -28,17 +28,17 @@ def random_checkpoint(*, embed_dim: int, num_heads: int, num_kv_heads: int, head
         head_dim=head_dim,
         lambda_init=lambda_init_at(0),
         output_scale=1 - lambda_init_at(0),
-        # As in the code and the experiments of the paper.
+        # As in the paper's code and experiments.
         rope=RopeConfig(style="interleaved", theta=10000.0),
     )
-    # Behind the config, which refuses sizes before torch is loaded.
+    # After the config, which checks sizes before torch is loaded.
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in config.weight_shapes().items():
         values = torch.randn(shape, generator=generator)
-        # 0.1 is what the paper's code initialises the lambda vectors with.
+        # The paper's code initialises the lambda vectors with a standard deviation of 0.1.
         scale = 0.1 if name in LAMBDA_VECTORS or len(shape) == 1 else shape[-1] ** -0.5
         weights[name] = values * scale + (1.0 if name == "subln.weight" else 0.0)
     return Checkpoint(config=config, weights=weights, layout="random", layer=None, keys=[])

@@ -1,4 +1,4 @@
-"""The figures of a run in words and columns, for whatever shows them."""
+"""The figures of a run as words and columns, for any output."""
 
 from diffdeploy.bench.machine import Machine
 from diffdeploy.bench.operations import FORMULA
@@ -10,14 +10,14 @@ __all__ = ["HEADINGS", "describe_block", "describe_size", "figures", "legend", "
 HEADINGS = ("candidate", "ms", "±", "ratio", "95 %", "GFLOP/s", "of products", "peak MiB", "over weights")
 
 _MIB = 2**20
-# Decimals below a bound, so that three digits show: the intervals beside them are seldom narrower.
+# Number of decimals below a bound, for three significant digits: the intervals are seldom narrower.
 _DECIMALS = ((1, 3), (10, 2), (100, 1))
-# Cores; above it the spread of repeated runs grows.
+# Number of busy cores above which the spread of repeated runs grows.
 _QUIET = 0.1
 
 
 def figures(row: Row) -> list[str]:
-    """One row, in the columns of `HEADINGS`."""
+    """Format one row, in the columns of `HEADINGS`."""
     if row.status == "wrong":
         return [row.name, "wrong", *[""] * 7]
     if row.latency_ms is None:
@@ -47,13 +47,13 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def describe_size(report: BenchReport, size: Size) -> str:
-    """Heading of a size: what is run, and how many operations that is."""
+    """Heading of a size: the input, and its number of operations."""
     rows = report.rows_of(size)
-    # The heading is of the differential block; softmax does less.
+    # The heading counts the differential block; softmax needs fewer operations.
     counted = next((row for row in rows if row.impl != SOFTMAX), rows[0])
     what = f"sequence length {size.sequence_length}"
     if size.past_sequence_length:
-        what = f"one token behind a past of {size.past_sequence_length}"
+        what = f"one token after a past of {size.past_sequence_length}"
     return (
         f"{what}, batch {size.batch_size}: {counted.block_gflop:.3g} GFLOP, {counted.attention_gflop:.3g} of them in "
         f"the attentions{_captured(rows)}"
@@ -68,7 +68,7 @@ def _captured(rows: list[Row]) -> str:
 
 
 def describe_block(report: BenchReport) -> str:
-    """The block, the graph and the dtype."""
+    """Describe the block, the graph and the dtype."""
     block = report.block
     kind = "" if block.causal else ", not causal"
     window = "" if block.sliding_window is None else f", window {block.sliding_window}"
@@ -80,14 +80,14 @@ def describe_block(report: BenchReport) -> str:
 
 
 def machine(report: BenchReport) -> list[tuple[str, str]]:
-    """What the figures were measured on, as names and values."""
+    """The machine of a report, as names and values."""
     return [("block", describe_block(report)), *machine_rows(report.environment, report.dtype)]
 
 
 def machine_rows(environment: Machine, dtype: str) -> list[tuple[str, str]]:
-    """The machine and its software."""
+    """The machine and its software, as names and values."""
     versions = ", ".join(f"{name} {found}" for name, found in environment.packages.items())
-    where = environment.cpu if environment.device == "cpu" else f"{environment.device} beside {environment.cpu}"
+    where = environment.cpu if environment.device == "cpu" else f"{environment.device} with {environment.cpu}"
     meanwhile = ""
     if environment.other_load is not None:
         noisy = ", so the times are noisy" if environment.other_load > _QUIET else ""
@@ -105,11 +105,11 @@ def machine_rows(environment: Machine, dtype: str) -> list[tuple[str, str]]:
 
 
 def legend(baseline: str) -> list[tuple[str, str]]:
-    """What the columns mean, as names and lines; a name is empty where a line goes on."""
+    """Explanation of the columns, as names and lines; a name is empty if a line continues the previous one."""
     return [
         ("latency", "median over rounds in which all took turns; ± half the distance between the quartiles;"),
-        ("", "freed memory is kept, so that no page is mapped anew, as in a process that serves equal calls"),
+        ("", "freed memory is kept, so that no page is mapped again, as in a process that serves similar calls"),
         ("ratio", f"median of the ratios to {baseline} in the same round, with its 95 % confidence interval"),
-        ("memory", "peak while it runs, weights included, and over the weights"),
+        ("memory", "peak while it runs, with the weights, and without them"),
         *(("" if number else "operations", line) for number, line in enumerate(FORMULA)),
     ]

@@ -1,7 +1,7 @@
 """Latencies, round by round: in each round every candidate is timed once, in a new random order.
 
-Whatever slows the machine down for a while then hits all candidates alike, and what ran before a candidate, which
-leaves its mark on caches and on threads that still spin, is another one each time.
+Slowdowns of the machine then affect all candidates alike, and the previous candidate, which leaves traces in caches and
+in threads that are still spinning, is a different one each time.
 """
 
 import random
@@ -15,15 +15,15 @@ __all__ = ["as_cuda_graph", "latency_ms", "num_rounds", "rounds", "seconds_per_c
 
 Call = Callable[[], object]
 
-# Long enough for the threads of the candidate before to fall asleep: they spin for a few milliseconds.
+# Long enough for the threads of the previous candidate to fall asleep: they spin for a few milliseconds.
 _SECONDS_PER_SAMPLE = 0.05
 _SECONDS_PER_SIZE = 12.0
-# Six rounds give the first confidence interval; odd numbers make the median a round that was measured.
+# Six rounds give the first confidence interval; with odd numbers, the median is a measured round.
 _LEAST_ROUNDS, _MOST_ROUNDS = 9, 31
 
 
 def latency_ms(call: Call, *, device: str, threads: int) -> float:
-    """One sample: the median of a few calls on a CPU, the mean of a few on CUDA; the first calls do not count."""
+    """Take one sample: the median of a few calls on a CPU, or their mean on CUDA; the first calls do not count."""
     return _cuda_ms(call) if device == "cuda" else _cpu_ms(call, threads)
 
 
@@ -35,10 +35,10 @@ def _cpu_ms(call: Call, threads: int) -> float:
 def _cuda_ms(call: Call) -> float:
     import torch
 
-    # This call also is the one that does not count.
+    # This call also serves as the one that does not count.
     count = max(3, int(_SECONDS_PER_SAMPLE / seconds_per_call(call, device="cuda")))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    # Around all calls: an event each would time the launches of short kernels and not the kernels.
+    # Around all calls, since single events would time the launches of short kernels instead of the kernels.
     begin.record()
     for _ in range(count):
         call()
@@ -99,13 +99,13 @@ def seconds_per_call(call: Call, *, device: str) -> float:
 
 
 def num_rounds(seconds: Mapping[str, float]) -> tuple[int, float]:
-    """How many rounds fit the time of a size, at least 9 and at most 31, and how long one takes.
+    """Number of rounds, 9 to 31, that fit into the time of a size, and the duration of one.
 
     Args:
-        seconds: per call of each candidate.
+        seconds: duration of a call of each candidate.
     """
-    # One call before the sample does not count, and a sample of a slow candidate is one call. Of a fast one, a fifth
-    # more goes by until the timer has found out how many calls fill it.
+    # One call before the sample does not count, and a sample of a slow candidate is one call. For a fast one, the timer
+    # takes another fifth of the time to find the number of calls in a sample.
     round_seconds = sum(max(2 * each, 1.2 * _SECONDS_PER_SAMPLE) for each in seconds.values())
     return min(_MOST_ROUNDS, max(_LEAST_ROUNDS, int(_SECONDS_PER_SIZE / round_seconds))), round_seconds
 
@@ -113,8 +113,8 @@ def num_rounds(seconds: Mapping[str, float]) -> tuple[int, float]:
 def rounds(
     calls: Mapping[str, Call], count: int, *, device: str, threads: int, seed: int
 ) -> Iterator[tuple[int, str, float]]:
-    """Time all candidates in turns; gives round, name and milliseconds."""
-    # Seeded: the command in the report measures in the same order again.
+    """Time all candidates in turns; yields round, name and milliseconds."""
+    # Seeded, so that the command in the report measures in the same order again.
     order, generator = list(calls), random.Random(seed)
     for number in range(count):
         generator.shuffle(order)

@@ -1,6 +1,6 @@
-"""The process that measures: ``time PLAN`` runs all candidates in turns, ``memory PLAN NAME`` one of them alone.
+"""The process that measures: ``time PLAN`` runs all candidates in turns, ``memory PLAN NAME`` only one of them.
 
-Events go to standard output, one line of JSON each; what backends print there goes to standard error.
+Events go to standard output, one line of JSON each; the output of backends is redirected to standard error.
 """
 
 import json
@@ -43,7 +43,7 @@ def _time(plan: Plan, send: Send) -> None:
     other_load = OtherLoad()
     for size in plan.sizes:
         _time_size(plan, size, runs, weights, send)
-        # Before the products, which are no part of the times.
+        # Before the matrix products, which are not part of the times.
         busy = other_load()
         rate = matmul_gflop_per_second(plan.dtype, device=plan.device, threads=plan.threads)
         send("machine", other_load=busy, matmul_gflop_per_second=rate)
@@ -66,12 +66,12 @@ def _time_size(plan: Plan, size: Size, runs: Mapping[str, Run], weights: Inputs,
 def _right_ones(
     plan: Plan, size: Size, runs: Mapping[str, Run], weights: Inputs, send: Send
 ) -> tuple[dict[str, Call], dict[str, float]]:
-    """Check all candidates; calls of those that are right, and about how long each takes."""
+    """Check all candidates; return calls of the correct ones, with their approximate durations."""
     calls: dict[str, Call] = {}
     seconds: dict[str, float] = {}
     formulas: dict[bool, tuple[Inputs, Expected]] = {}
     for candidate in plan.candidates:
-        # Softmax has another exact result, and a cache of another shape; all others share one of each.
+        # Softmax has another exact result and another shape of cache; all others share theirs.
         formula = candidate.impl == SOFTMAX
         if formula not in formulas:
             send("phase", text=f"{size.id}: exact result")
@@ -85,7 +85,7 @@ def _right_ones(
         send("verdict", size=size.id, name=candidate.name, captured=graph is not None, **vars(verdict))
         if verdict.passed:
             calls[candidate.name] = graph or call
-            # The second call, since a first one may compile or pack.
+            # The second call, since the first one may compile or pack.
             seconds[candidate.name] = timing.seconds_per_call(calls[candidate.name], device=plan.device)
     return calls, seconds
 
@@ -96,7 +96,7 @@ def _decodes_on_cuda(plan: Plan) -> bool:
 
 
 def _inputs_and_expected(plan: Plan, candidate: Candidate, size: Size, weights: Inputs) -> tuple[Inputs, Expected]:
-    """Inputs on the plan's device, and what a right candidate gives for them."""
+    """Inputs on the plan's device, with their exact results."""
     config, own_weights = formula_of(plan, candidate, weights)
     inputs = inputs_of(plan, config, size)
     expected = expected_outputs(plan, config, own_weights, inputs, size)
@@ -114,14 +114,14 @@ def _measure_memory(plan: Plan, candidate: Candidate, send: Send) -> None:
     if plan.device == "cuda" and not _is_seen_by_torch(candidate):
         return
     few = inputs_on_device(smallest)
-    # Loads the libraries, whose memory is not the candidate's.
+    # Loads the libraries, whose memory does not belong to the candidate.
     open_candidate(plan, candidate, weights)(few)
     for size in plan.sizes:
         many = inputs_on_device(size)
         peak = peak_bytes(
-            # Read again: the weights count, and those above are resident already.
+            # Read again: these weights count, unlike those above, which are already resident.
             lambda: open_candidate(plan, candidate, load_weights(plan)),
-            lambda run, inputs=many: run(inputs),  # type: ignore[misc]  # a default is how a loop is left
+            lambda run, inputs=many: run(inputs),  # type: ignore[misc]  # bound as a default, since it changes
             lambda run: run(few),
             device=plan.device,
         )
@@ -135,15 +135,15 @@ def _measure_memory(plan: Plan, candidate: Candidate, send: Send) -> None:
 
 
 def _is_seen_by_torch(candidate: Candidate) -> bool:
-    """Whether a candidate's memory on CUDA comes from torch's allocator, whose peak is what is measured there."""
+    """True if a candidate's memory on CUDA comes from torch's allocator, whose peak is measured there."""
     if candidate.bundle is None:
         return True
     return require_format(open_bundle(candidate.bundle).manifest.format).torch_allocates
 
 
 def _main(arguments: list[str]) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    # By lines, so that nothing is lost with a process that dies.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that started this one
+    # Line by line, so that nothing is lost if the process dies.
     stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     import torch
@@ -159,7 +159,7 @@ def _main(arguments: list[str]) -> int:
             if what == "time":
                 _time(plan, send)
             else:
-                # Exactly one: the plan has no two of the same name.
+                # Exactly one, since names in a plan are unique.
                 (candidate,) = (each for each in plan.candidates if each.name == names[0])
                 _measure_memory(plan, candidate, send)
     except DiffDeployError as error:

@@ -1,4 +1,4 @@
-"""The eager block or model of a bundle, rebuilt from its weights and its config."""
+"""The eager block or model of a bundle, rebuilt from its weights and config."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,14 @@ __all__ = ["eager_module", "frozen_module"]
 def frozen_module(
     config: AnyModel, weights: "Mapping[str, Tensor]", *, impl: str, max_positions: int, dtype: "torch.dtype"
 ) -> "AnyModule":
-    """The block or the model that a config describes, frozen, on the CPU.
+    """Build the block or model of a config, frozen, on the CPU.
 
     Args:
-        config: of a block or a decoder.
+        config: config of a block or a decoder.
         weights: canonical weights.
-        impl: how the two attentions are computed; see `diffdeploy.ops.Impl`.
-        max_positions: rows of the rotary tables.
-        dtype: of the module.
+        impl: implementation of the operator; see `diffdeploy.ops.Impl`.
+        max_positions: number of rows of the rotary tables.
+        dtype: dtype of the module.
     """
     from diffdeploy.modules import DiffTransformer, block_class
 
@@ -37,12 +37,12 @@ def frozen_module(
 
 
 def eager_module(bundle: Bundle, *, impl: str, device: str = "cpu") -> "AnyModule":
-    """A frozen block or model in the dtype of the graph, for all its positions.
+    """Build the frozen block or model of a bundle in the dtype of the graph, for all its positions.
 
     Args:
         bundle: an opened bundle.
-        impl: how the two attentions are computed; see `diffdeploy.ops.Impl`.
-        device: where its weights are.
+        impl: implementation of the operator; see `diffdeploy.ops.Impl`.
+        device: device of its weights.
     """
     import torch
 
@@ -51,7 +51,7 @@ def eager_module(bundle: Bundle, *, impl: str, device: str = "cpu") -> "AnyModul
         bundle.manifest.config,
         read_tensors(bundle),
         impl=impl,
-        # As many rows as the tables in the artifact have.
+        # The tables have as many rows as those in the artifact.
         max_positions=spec.axes["sequence_length"].max,
         dtype=getattr(torch, spec.dtype),
     )

@@ -1,4 +1,4 @@
-"""A manifest against itself and against the weights: whoever signs one anew can write anything into it."""
+"""Checks of a manifest against itself and the weights, since its digests do not prove that its content is sound."""
 
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,20 @@ from diffdeploy.graphs import DType, GraphSpec, graph_spec
 
 __all__ = ["require_consistent"]
 
-# More rows and positions than any model has; tables of so many positions are still made.
+# More rows and positions than any model has; tables of this many positions can still be computed.
 _MOST = {"batch_size": 2**20, "sequence_length": 2**24}
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 
 def require_consistent(manifest: Manifest, weights: Path) -> None:
-    """See that the graph is one that the block has, and that the file holds the weights of that block and no others.
+    """Check that the graph is one that the block has, and that the file holds exactly the weights of that block.
 
     Args:
-        manifest: of a bundle.
-        weights: its weights file; its header alone is read.
+        manifest: manifest of a bundle.
+        weights: its weights file, of which only the header is read.
 
     Raises:
-        IntegrityError: something does not fit.
+        IntegrityError: the manifest contradicts itself or the weights.
     """
     spec = manifest.graph
     for axis, most in _MOST.items():
@@ -39,11 +39,12 @@ def require_consistent(manifest: Manifest, weights: Path) -> None:
             max_batch_size=spec.axes["batch_size"].max,
             max_sequence_length=spec.axes["sequence_length"].max,
             padding=spec.padding,
+            cache=spec.cache,
             logits=spec.logits if spec.main_output in spec.outputs else "all",
         )
     except InputError as error:
         raise IntegrityError(f"manifest.json does not describe a graph: {error}") from error
-    # Backends take tensors by their places, and dictionaries in another order are equal.
+    # Backends match tensors by their order, which an equality test of dictionaries ignores.
     ordered = (list(spec.inputs), list(spec.outputs)) == (list(implied.inputs), list(implied.outputs))
     if not ordered or spec not in (implied, _with_streams_apart(implied, manifest)):
         raise IntegrityError(
@@ -54,28 +55,28 @@ def require_consistent(manifest: Manifest, weights: Path) -> None:
 
 
 def _require_source(manifest: Manifest) -> None:
-    """See that what is said of the export and of the checkpoint can be: nothing here reads the checkpoint again."""
+    """Check that the records of the export and of the checkpoint are plausible; the checkpoint is not read again."""
     if manifest.options.seed < 0:
         raise IntegrityError(f"manifest.json has the seed {manifest.options.seed}; accepted is 0 or more")
     source = manifest.provenance
     if isinstance(manifest.config, DecoderConfig) and source.layer is not None:
-        raise IntegrityError(f"manifest.json has layer {source.layer}, and a whole model is of no one layer")
-    # As texts, since a key may hold more digits than Python makes a number of.
+        raise IntegrityError(f"manifest.json has layer {source.layer}, but a whole model has no single layer")
+    # Compared as text, since a key may contain more digits than Python converts to a number.
     numbers = {part.lstrip("0") for key in source.keys for part in key.split(".") if part.isdecimal()}
     if source.layer is not None and str(source.layer).lstrip("0") not in numbers:
-        raise IntegrityError(f"manifest.json has layer {source.layer}, which is in no key that its weights come from")
+        raise IntegrityError(f"manifest.json has layer {source.layer}, which no key of its weights contains")
     if (asked := source.options.get("layer", source.layer)) != source.layer:
-        raise IntegrityError(f"manifest.json has layer {source.layer}, and layer {asked} was asked for")
+        raise IntegrityError(f"manifest.json has layer {source.layer}, but layer {asked} was requested")
 
 
 def _dtype(spec: GraphSpec) -> DType:
-    """What a graph says of its dtype, whatever else it says."""
+    """Dtype of a graph, whatever else is wrong with it."""
     output = spec.outputs.get(spec.main_output)
     return "float32" if output is None or output.dtype == "int64" else output.dtype
 
 
 def _with_streams_apart(spec: GraphSpec, manifest: Manifest) -> GraphSpec:
-    """The graph of earlier versions, whose cache has a head for each key stream."""
+    """Convert a graph to its form in earlier versions, whose cache has a head for each key stream."""
     config, heads = manifest.config.attention, manifest.config.attention.num_key_streams
 
     def earlier(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -98,8 +99,8 @@ def _first_difference(spec: GraphSpec, implied: GraphSpec) -> str:
         name = next((each for each in names if given[part].get(each) != wanted[part].get(each)), None)
         if name is None:
             return f"the order of its {part} is {', '.join(given[part])}"
-        return f"{name} of its {part} is {given[part].get(name)}, and should be {wanted[part].get(name)}"
-    return "its shapes are other ones"
+        return f"{name} of its {part} is {given[part].get(name)}, but should be {wanted[part].get(name)}"
+    return "its shapes differ"
 
 
 def _require_weights(manifest: Manifest, path: Path) -> None:
@@ -107,7 +108,7 @@ def _require_weights(manifest: Manifest, path: Path) -> None:
 
     quantisation = manifest.options.quantisation
     if quantisation is not None and quantisation.head and HEAD not in manifest.config.weight_shapes():
-        raise IntegrityError("manifest.json has a quantised head, and the head of its model is the embedding")
+        raise IntegrityError("manifest.json has a quantised head, but the head of its model is the embedding")
     expected = stored_tensors(manifest.config, quantisation, manifest.graph.dtype)
     try:
         with safe_open(path, framework="numpy") as file:

@@ -1,4 +1,4 @@
-"""What ``manifest.json`` holds, and its one byte-exact form."""
+"""The content of ``manifest.json`` and its one byte-exact serialisation."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ __all__ = ["Environment", "ExportRecord", "FileDigest", "Manifest", "Provenance"
 
 SCHEMA_VERSION: Literal[3] = 3
 
-# Short, since Python refuses to read numbers of thousands of digits.
+# Limited, since Python refuses to parse numbers with thousands of digits.
 Release = Annotated[str, Field(pattern=r"^\d{1,9}(\.\d{1,9}){0,3}$")]
 
 
@@ -33,14 +33,14 @@ class FileDigest(Record):
 
 
 class Provenance(Record):
-    """Where the weights come from.
+    """The origin of the weights.
 
     Attributes:
         files: the files that were read, by name.
-        layout: of the checkpoint.
-        layer: of the block in it, if its keys have an index.
+        layout: layout of the checkpoint.
+        layer: layer of the block in the checkpoint, if its keys have an index.
         keys: the keys that were read.
-        options: what was given to read it.
+        options: the options with which the checkpoint was read.
         defaults: fields that config.json leaves to the source's own config class, with the value and the class.
     """
 
@@ -53,7 +53,7 @@ class Provenance(Record):
 
 
 class Environment(Record):
-    """Versions of what made the bundle."""
+    """Versions of the software that made the bundle."""
 
     diffdeploy: str
     python: str
@@ -62,10 +62,10 @@ class Environment(Record):
 
     @classmethod
     def current(cls, distributions: Iterable[str]) -> Self:
-        """The environment of this process.
+        """Record the environment of this process.
 
         Args:
-            distributions: packages whose versions count; those that are not installed are left out.
+            distributions: packages whose versions are recorded; those that are not installed are omitted.
         """
         return cls(
             diffdeploy=__version__,
@@ -76,15 +76,15 @@ class Environment(Record):
 
 
 class ExportRecord(Record):
-    """What the exporter was asked for, as far as the artifact depends on it.
+    """Export options on which the artifact depends.
 
     Attributes:
-        attention_impl: implementation of the operator that the artifact is written with.
+        attention_impl: implementation of the operator in the artifact.
         seed: random seed for the verification inputs and the golden vectors.
         device: ``cpu`` or ``cuda``, the kind of device that the artifact is bound to; ``None`` for any.
         opset: ONNX operator set.
-        flavor: which of a format's ways to write the block down was taken.
-        quantisation: of the matrices of a model; ``None`` where all weights are in the dtype of the graph.
+        flavor: variant of the format in which the block is written.
+        quantisation: quantisation of the matrices of a model; ``None`` if all weights have the dtype of the graph.
     """
 
     attention_impl: str
@@ -95,31 +95,31 @@ class ExportRecord(Record):
     quantisation: Quantisation | None = None
 
     def plain(self) -> dict[str, bool | int | str]:
-        """All of it but `quantisation`, which is a record of its own."""
+        """All fields except `quantisation`, which is a nested record."""
         return self.model_dump(exclude={"quantisation"})
 
     @model_serializer(mode="wrap")
     def _what_applies(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The fields that this artifact has."""
-        # Absent, not null: a bundle says nothing of options that its format does not have.
+        """Serialise only the fields that apply to this artifact."""
+        # Absent rather than null: a manifest does not mention options that its format does not have.
         return {name: value for name, value in serialise(self).items() if value is not None}
 
 
 class Manifest(Record):
-    """Everything that is known of a bundle.
+    """The description of a bundle.
 
     Attributes:
-        schema_version: of this file.
+        schema_version: version of the schema of this file.
         format: deployment format.
-        config: canonical config of the block, or of the decoder.
+        config: canonical config of the block or the decoder.
         graph: interface of the graph.
-        options: what the exporter was asked for.
-        made_for: what of a machine the artifact needs, for compiled ones; see `diffdeploy.runtime.machine`.
-        requires: least version of each package that computes the artifact rightly, by import name; ``None`` where the
+        options: export options.
+        made_for: features of the machine that a compiled artifact needs; see `diffdeploy.runtime.machine`.
+        requires: least version of each package that computes the artifact correctly, by import name; ``None`` if the
             manifest is older than this field. See `diffdeploy.runtime.least_versions`.
-        verified: whether verification accepted it when it was made.
-        environment: versions of what made it.
-        provenance: checkpoint it came from.
+        verified: true if the bundle passed verification when it was made.
+        environment: versions of the software that made the bundle.
+        provenance: checkpoint from which the bundle was made.
         files: digest of every other file, by its relative path.
     """
 
@@ -137,39 +137,40 @@ class Manifest(Record):
 
     @property
     def block(self) -> AnyConfig:
-        """The config of a bundle that holds a block.
+        """Config of a bundle that holds a single block.
 
         Raises:
-            InputError: it holds a whole model.
+            InputError: the bundle holds a whole model.
         """
         if isinstance(self.config, DecoderConfig):
             raise InputError(
-                "the bundle holds a whole model, and what was asked for is of single blocks; export one with --layer"
+                "the bundle holds a whole model, but this function needs a single block; export one with --layer"
             )
         return self.config
 
     def to_bytes(self) -> bytes:
-        """JSON with a digest of itself, always the same bytes for the same content."""
+        """Serialise to JSON with a digest of itself; equal content gives identical bytes."""
         fields = self.model_dump(mode="json")
         return _render({**fields, "manifest_sha256": _digest(fields)})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Inverse of `to_bytes`.
+        """Invert `to_bytes`.
 
         Raises:
-            IntegrityError: not a manifest, of another schema, or with a changed byte.
+            IntegrityError: the data is not a manifest, has another schema, or was changed.
         """
         try:
             fields = json.loads(data)
-            # A digest of the rest, since none can be of itself.
+            # The digest covers everything but itself.
             digest = fields.pop("manifest_sha256", None)
-            # Over the content as it was written, since a manifest of an earlier schema renders otherwise today.
+            # Computed over the content as written, since a manifest of an earlier schema would be rendered differently
+            # today.
             intact = _render({**fields, "manifest_sha256": digest}) == data
-            # Strictly: a number in quotes is damage, too.
+            # Strict mode, since a number in quotes is also damage.
             whole = json.dumps(migrated(fields)) if intact and digest == _digest(fields) else None
             manifest = None if whole is None else cls.model_validate_json(whole, strict=True)
-        # JSON may nest without end, and need not be an object.
+        # JSON may be nested too deeply, and need not be an object.
         except (ValueError, AttributeError, TypeError, RecursionError, ValidationError) as error:
             raise IntegrityError("manifest.json is damaged: it is not a manifest of diffdeploy") from error
         if manifest is None:
@@ -182,5 +183,5 @@ def _digest(fields: dict[str, Any]) -> str:
 
 
 def _render(fields: dict[str, Any]) -> bytes:
-    # NaN is not JSON: other readers would refuse the file.
+    # NaN is not valid JSON, and other readers would reject the file.
     return (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode()

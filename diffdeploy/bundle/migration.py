@@ -1,4 +1,4 @@
-"""Manifests of earlier schemas, brought to the present one: the one place that knows how they differ."""
+"""Migration of manifests from earlier schemas to the present one; nothing else knows how they differ."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +11,15 @@ Fields = dict[str, Any]
 
 
 def _from_1(fields: Fields) -> Fields:
-    """Schema 1 did not say which fields ``options`` may have, and its cached graphs hold the two key streams apart.
+    """Migrate schema 1, which did not define the fields of ``options``; its cached graphs separate the key streams.
 
-    The shapes of such a cache are in ``graph``, as they were, so that the artifact runs as it was exported.
+    The shapes of such a cache remain in ``graph``, so that the artifact runs as it was exported.
     """
     return {**fields, "schema_version": 2}
 
 
 def _from_2(fields: Fields) -> Fields:
-    """Schema 2 did not say which versions the artifact ``requires``; formats know, and are asked when it is loaded."""
+    """Migrate schema 2, which lacked the versions that the artifact ``requires``; loading asks the format instead."""
     return {**fields, "schema_version": 3}
 
 
@@ -28,13 +28,13 @@ _PRESENT = 3
 
 
 def migrated(fields: Fields) -> Fields:
-    """The fields of a manifest in the present schema.
+    """Convert the fields of a manifest to the present schema.
 
     Raises:
-        IntegrityError: the schema is not known.
+        IntegrityError: the schema is unknown.
     """
     given = fields.get("schema_version")
-    if type(given) is not int or (given != _PRESENT and given not in _STEPS):  # True is an int, and no schema
+    if type(given) is not int or (given != _PRESENT and given not in _STEPS):  # True is an int, but not a schema
         accepted = ", ".join(map(str, (*_STEPS, _PRESENT)))
         raise IntegrityError(f"manifest.json has schema_version {given!r}; accepted is {accepted}")
     while fields["schema_version"] in _STEPS:

@@ -1,4 +1,4 @@
-"""Matrices in blocks of 4 or 8 bits with a scale each: how a bundle stores them, and which numbers they are.
+"""Matrices in blocks of 4-bit or 8-bit numbers with one scale each: their storage in a bundle, and their values.
 
 Source of the layout: operator ``MatMulNBits`` in onnxruntime's ``ContribOperators.md``, without zero points.
 
@@ -39,9 +39,9 @@ WeightBits = Literal["int8", "int4"]
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 HEAD = "lm_head.weight"
 
-# What a bundle stores in place of a matrix.
+# Suffixes of the tensors that replace a matrix in a bundle.
 _BLOCKS, _SCALES = ".blocks", ".scales"
-# Norms, lambda, biases and the embedding stay as they are.
+# Norms, lambda, biases and the embedding are not quantised.
 _MATRIX = re.compile(r"layers\.\d+\.(self_attn\.(q|k|v|out)|ffn\.(gate|up|down))_proj\.weight")
 _BITS_OF_BYTE = 8
 
@@ -59,13 +59,13 @@ class Packed(NamedTuple):
 
 
 class Quantisation(Record):
-    """How the matrices of a model are stored.
+    """Quantisation of the matrices of a model.
 
     Attributes:
-        weights: bits of a number.
-        block_size: neighbouring numbers of a row that share a scale.
-        head: whether the head is quantised, too; it is then a matrix of its own.
-        accuracy_level: of ``MatMulNBits``; 0 computes in the dtype of the graph.
+        weights: bits per number.
+        block_size: count of neighbouring numbers in a row that share a scale.
+        head: true if the head is quantised, too; it is then stored separately from the embedding.
+        accuracy_level: attribute of ``MatMulNBits``; 0 computes in the dtype of the graph.
     """
 
     weights: WeightBits
@@ -75,19 +75,19 @@ class Quantisation(Record):
 
     @property
     def bits(self) -> int:
-        """Of a number."""
+        """Bits per number."""
         return int(self.weights.removeprefix("int"))
 
     def covers(self, name: str) -> bool:
-        """Whether a weight is stored in blocks."""
+        """True if a weight is stored in blocks."""
         return _MATRIX.fullmatch(name) is not None or (self.head and name == HEAD)
 
     def num_blocks(self, num_columns: int) -> int:
-        """Blocks of a row."""
+        """Number of blocks in a row."""
         return -(-num_columns // self.block_size)
 
     def numbers(self, packed: Packed, num_columns: int) -> Array:
-        """The matrix ``[N, K]``, in the dtype of its scales."""
+        """Dequantise to the matrix ``[N, K]``, in the dtype of the scales."""
         blocks = packed.blocks
         if self.bits < _BITS_OF_BYTE:
             mask = 2**self.bits - 1
@@ -100,12 +100,12 @@ class Quantisation(Record):
 def stored_tensors(
     config: AnyModel, quantisation: Quantisation | None, dtype: str
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names of all that a bundle stores of the weights of a config, with dtype and shape.
+    """Dtype and shape of every tensor that a bundle stores for the weights of a config, by name.
 
     Args:
-        config: of the block or the model.
-        quantisation: of its matrices, if they are quantised.
-        dtype: of the graph.
+        config: config of the block or the model.
+        quantisation: quantisation of its matrices, or ``None``.
+        dtype: dtype of the graph.
     """
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in config.weight_shapes().items():
@@ -120,14 +120,14 @@ def stored_tensors(
 
 
 def quantised(weights: Mapping[str, Array], quantisation: Quantisation) -> dict[str, Array]:
-    """Weights as a bundle stores them, by onnxruntime's own quantiser.
+    """Quantise weights with onnxruntime's own quantiser, to the form in which a bundle stores them.
 
     Args:
         weights: canonical weights, float32.
-        quantisation: how.
+        quantisation: kind of quantisation.
 
     Raises:
-        UnavailableError: onnxruntime is not installed, or has no such quantiser.
+        UnavailableError: onnxruntime is not installed, or lacks the quantiser.
     """
     stored = {}
     quantiser = _Quantiser(quantisation)
@@ -141,18 +141,18 @@ def quantised(weights: Mapping[str, Array], quantisation: Quantisation) -> dict[
 
 
 def packed_weights(stored: Mapping[str, Array]) -> dict[str, Packed]:
-    """The quantised matrices of a bundle, by the names of the weights that they are."""
+    """Quantised matrices of a bundle, by the names of their weights."""
     names = [name.removesuffix(_BLOCKS) for name in stored if name.endswith(_BLOCKS)]
     return {name: Packed(stored[name + _BLOCKS], stored[name + _SCALES]) for name in names}
 
 
 def dequantised(stored: Mapping[str, Array], config: AnyModel, quantisation: Quantisation) -> dict[str, Array]:
-    """The canonical weights that a bundle's stored ones stand for.
+    """Convert the stored weights of a bundle to canonical weights.
 
     Args:
-        stored: as `quantised` gives them.
-        config: of the model.
-        quantisation: how they were quantised.
+        stored: stored weights, as returned by `quantised`.
+        config: config of the model.
+        quantisation: quantisation of the stored weights.
     """
     packed = packed_weights(stored)
     return {
@@ -162,19 +162,19 @@ def dequantised(stored: Mapping[str, Array], config: AnyModel, quantisation: Qua
 
 
 def with_own_head(config: AnyModel, weights: "Mapping[str, Tensor]") -> "tuple[AnyModel, Mapping[str, Tensor]]":
-    """A model whose head can be quantised: a copy of the embedding where it is that, which itself stays as it is."""
+    """Prepare a model for quantising its head: a tied head becomes a copy of the embedding, which stays unchanged."""
     if not isinstance(config, DecoderConfig) or not config.tied:
         return config, weights
-    # Weights of checkpoints are read when they are asked for.
+    # Weights of checkpoints are read lazily.
     both = ChainMap({HEAD: weights["embedding.weight"]}, weights)  # type: ignore[arg-type]
     return replace(config, tied=False), both
 
 
 class _Quantiser:
-    """onnxruntime's, for matrices whose rows are outputs."""
+    """onnxruntime's quantiser, applied to matrices whose rows are outputs."""
 
     def __init__(self, quantisation: Quantisation) -> None:
-        # Imported, it would set up logging for the whole process, unless somebody has.
+        # Importing it would configure logging for the whole process, unless that has already been done.
         root, nothing = logging.getLogger(), logging.NullHandler()
         root.addHandler(nothing)
         try:

@@ -1,7 +1,7 @@
-"""Signatures of bundles by a key pair, in the file format of OpenSSF model-signing; nothing goes online.
+"""Signatures of bundles by a key pair, in the file format of OpenSSF model-signing, without network access.
 
-The digests in a manifest show damage, and anybody can write them again. A signature shows that the holder of a private
-key signed these very files: all of the bundle but the signature itself, which the manifest therefore does not list.
+The digests in a manifest reveal damage, but anybody can recompute them. A signature shows that the holder of a private
+key signed exactly these files: all files of the bundle but the signature, which the manifest therefore does not list.
 """
 
 import sys
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 __all__ = ["SIGNATURE", "require_signature", "sign_bundle"]
 
-# As the command of model-signing calls it.
+# The file name that the command line of model-signing uses.
 SIGNATURE = "model.sig"
-# A signature has about 200 bytes for each file of a bundle.
+# A signature takes about 200 bytes per file of a bundle.
 _LARGEST_SIGNATURE = 16 * 2**20
 
 
 def sign_bundle(bundle: "Bundle", private_key: str | Path, *, force: bool = False) -> Path:
-    """Sign a bundle as it is.
+    """Sign a bundle.
 
     Args:
         bundle: an opened bundle, whose digests have therefore been checked.
         private_key: PEM file of an elliptic-curve key without a password.
-        force: replace a signature that is there.
+        force: true to replace an existing signature.
 
     Returns:
-        The file of the signature.
+        Path of the signature file.
 
     Raises:
-        InputError: the bundle is signed already, or the key cannot be used.
+        InputError: the bundle is already signed, or the key cannot be used.
         UnavailableError: model-signing is not installed, or the signature cannot be written.
     """
     _require_library()
@@ -44,17 +44,17 @@ def sign_bundle(bundle: "Bundle", private_key: str | Path, *, force: bool = Fals
 
     target = bundle.path / SIGNATURE
     if target.exists() and not force:
-        raise InputError(f"{bundle.path} is signed already; give --force to replace its {SIGNATURE}")
+        raise InputError(f"{bundle.path} is already signed; give --force to replace its {SIGNATURE}")
     try:
         signer = signing.Config().use_elliptic_key_signer(private_key=private_key)
-    except TypeError as error:  # what cryptography raises where a password is needed
+    except TypeError as error:  # raised by cryptography if a password is needed
         raise InputError(
-            f"{private_key} is locked by a password, which is never asked for; give an unlocked key, such as openssl "
-            "pkey -in KEY -out UNLOCKED makes"
+            f"{private_key} is protected by a password, which diffdeploy does not ask for; give an unlocked key, which "
+            "openssl pkey -in KEY -out UNLOCKED makes"
         ) from error
-    except Exception as error:  # whatever cryptography raises at other files
+    except Exception as error:  # cryptography raises various errors for other files
         raise _unusable(private_key, "private key", error) from error
-    # In the bundle, since a rename is atomic within one file system alone.
+    # Written inside the bundle, since a rename is atomic only within one file system.
     temporary = target.with_name(f".{SIGNATURE}.part")
     try:
         signer.set_hashing_config(_every_file()).sign(bundle.path, temporary)
@@ -67,15 +67,15 @@ def sign_bundle(bundle: "Bundle", private_key: str | Path, *, force: bool = Fals
 
 
 def require_signature(directory: Path, public_key: str | Path) -> None:
-    """See that the holder of a key signed every file that is in a directory now.
+    """Check that the holder of a key signed every file that is now in a directory.
 
     Args:
-        directory: of a bundle, with nothing in it but files and folders.
+        directory: directory of a bundle, which must contain only files and folders.
         public_key: PEM file of the signer's elliptic-curve key.
 
     Raises:
         InputError: the key cannot be used.
-        IntegrityError: there is no signature, or not one of this key over these files.
+        IntegrityError: there is no signature, or none by this key for these files.
         UnavailableError: model-signing is not installed.
     """
     _require_library()
@@ -83,7 +83,7 @@ def require_signature(directory: Path, public_key: str | Path) -> None:
 
     try:
         verifier = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
-    except Exception as error:  # whatever cryptography raises at what is no key
+    except Exception as error:  # cryptography raises various errors for files that are not keys
         raise _unusable(public_key, "public key", error) from error
     signature = directory / SIGNATURE
     if not signature.is_file():
@@ -91,22 +91,22 @@ def require_signature(directory: Path, public_key: str | Path) -> None:
     if (size := signature.stat().st_size) > _LARGEST_SIGNATURE:
         raise IntegrityError(f"{SIGNATURE} in {directory} has {size:,} bytes, more than any signature has")
     try:
-        # Its warnings are printed, and results go to standard output.
+        # The library prints warnings, which would be mixed with results on standard output.
         with redirect_stdout(sys.stderr):
             verifier.set_hashing_config(_every_file()).verify(directory, signature)
-    except Exception as error:  # the file may be anybody's, and parsers below the library raise what they like
+    except Exception as error:  # the file may be forged, and the parsers below the library raise various errors
         raise IntegrityError(
-            f"{directory} is not what the key {public_key} signed: its {SIGNATURE} is damaged or of another key, or "
-            "files were changed, added or removed since; get the bundle again from its signer"
+            f"{directory} is not what the key {public_key} signed: its {SIGNATURE} is damaged or made by another key, "
+            "or files were changed, added or removed since; get the bundle again from its signer"
         ) from error
 
 
 def _every_file() -> "hashing.Config":
-    """What is hashed: all files but the signature, those for git included, which the library leaves out by itself."""
+    """Config that hashes all files but the signature, including files of git, which the library ignores by default."""
     from model_signing import hashing
 
     class EveryFile(hashing.Config):
-        # The library ignores what a signature says to ignore, and nobody would have signed that.
+        # By default, the library ignores files that the signature tells it to ignore, which nobody would have signed.
         def add_ignored_paths(self, **_: object) -> None:
             pass
 
@@ -116,7 +116,7 @@ def _every_file() -> "hashing.Config":
 
 def _require_library() -> None:
     try:
-        import model_signing  # noqa: F401 - a spec that is found does not say that it can be imported
+        import model_signing  # noqa: F401 - finding a spec would not show that the import succeeds
     except ModuleNotFoundError as error:
         raise UnavailableError(
             f"signatures need {error.name}, which is not installed; pip install 'diffdeploy[sign]'"
@@ -127,5 +127,5 @@ def _unusable(key: str | Path, kind: str, error: Exception) -> InputError:
     if isinstance(error, OSError):
         return InputError(f"{key} cannot be read ({error.strerror}); give the file of a {kind}")
     return InputError(
-        f"{key} is no {kind} that signatures take; accepted are elliptic-curve keys in PEM, of P-256, P-384 or P-521"
+        f"{key} is not a usable {kind}; accepted are elliptic-curve keys in PEM format, of P-256, P-384 or P-521"
     )

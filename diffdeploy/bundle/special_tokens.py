@@ -1,4 +1,4 @@
-"""Tokens that begin, end and fill texts, as the files of a model beside its weights say."""
+"""Tokens that begin, end and pad texts, according to the files of a model next to its weights."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,12 @@ _FILES = ("generation_config.json", "config.json")
 
 
 class SpecialTokens(NamedTuple):
-    """Numbers of tokens.
+    """Ids of special tokens.
 
     Attributes:
-        begin: what a text begins with, if anything.
-        end: what ends a text; empty where nothing does.
-        fill: what rows that have ended are filled with: by default the first that ends a text, or 0.
+        begin: token that begins a text, if any.
+        end: tokens that end a text; empty if there are none.
+        fill: token that pads finished rows: by default the first that ends a text, or 0.
     """
 
     begin: int | None
@@ -27,14 +27,14 @@ class SpecialTokens(NamedTuple):
 
 
 def special_tokens(directory: Path, manifest: Manifest) -> SpecialTokens:
-    """Those of ``generation_config.json``, else of ``config.json``, else of the class that the manifest names.
+    """Read the special tokens from ``generation_config.json``, ``config.json`` or the defaults in the manifest.
 
     Args:
-        directory: of a bundle.
+        directory: directory of a bundle.
         manifest: its manifest.
 
     Raises:
-        InputError: a file does not say it in numbers.
+        InputError: a file does not state them as numbers.
     """
     begin, fill = _numbers(directory, "bos_token_id"), _numbers(directory, "pad_token_id")
     end = _numbers(directory, "eos_token_id")
@@ -55,6 +55,6 @@ def _numbers(directory: Path, name: str) -> tuple[int, ...]:
                 return tuple(int(token) for token in (found if isinstance(found, list) else [found]))
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
-                f"{path} has no number or list of numbers for {name}; correct the file, or leave it out"
+                f"{path} has no number or list of numbers for {name}; correct the file, or remove the field"
             ) from error
     return ()

@@ -1,4 +1,4 @@
-"""Bundles on disk: written whole or not at all, and checked byte for byte before anything in them is used."""
+"""Bundles on disk: written completely or not at all, and checked byte by byte before anything in them is used."""
 
 import os
 from contextlib import AbstractContextManager
@@ -30,7 +30,7 @@ WEIGHTS = "weights.safetensors"
 REPORT = "verification.json"
 GOLDEN = "golden.safetensors"
 
-# Of a block it has about 5 kB.
+# The manifest of a block has about 5 kB.
 _LARGEST_MANIFEST = 16 * 2**20
 
 
@@ -39,9 +39,9 @@ class Bundle:
     """A bundle whose digests have been checked.
 
     Attributes:
-        path: its directory.
-        manifest: what it says about itself.
-        signature_checked: whether it is also signed by the key that its user named.
+        path: directory of the bundle.
+        manifest: its manifest.
+        signature_checked: true if it was also signed by the key that the user named.
     """
 
     path: Path
@@ -50,22 +50,22 @@ class Bundle:
 
     @property
     def verified(self) -> bool:
-        """Whether verification accepted it when it was made, and its report is there."""
+        """True if the bundle passed verification when it was made, and contains the report."""
         return self.manifest.verified and REPORT in self.manifest.files
 
 
 def default_output(name: str, layer: int | None, format_name: str) -> Path:
-    """Where a bundle goes when the user does not say: ``artifacts/NAME-layerN-FORMAT``, or without the layer."""
+    """Default path of a bundle: ``artifacts/NAME-layerN-FORMAT``, or without the layer."""
     parts = [name, *([] if layer is None else [f"layer{layer}"]), format_name]
     return Path("artifacts") / "-".join(parts)
 
 
 def _files_in(directory: Path) -> list[str]:
-    """Relative paths of all files, in order.
+    """Relative paths of all files, sorted.
 
     Raises:
-        IntegrityError: a link, a device, a pipe or the like, or a folder with nothing in it, none of which an export
-            makes; what a link leads to may lie anywhere, and a pipe never ends.
+        IntegrityError: the directory contains a link, a device, a pipe or an empty folder, none of which an export
+            creates; a link may lead anywhere, and reading a pipe may never end.
     """
     found: list[str] = []
     pending = [directory]
@@ -88,12 +88,12 @@ def _files_in(directory: Path) -> list[str]:
 
 
 def is_bundle(directory: Path) -> bool:
-    """Whether a directory calls itself a bundle, whatever its manifest is."""
+    """True if a directory has a manifest, valid or not."""
     return os.path.lexists(directory / MANIFEST)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
-    """Write ``manifest.json`` with the digests of all other files that are in ``directory`` now, except a signature."""
+    """Write ``manifest.json`` with the digests of all other files now in ``directory``, except a signature."""
     digests = {
         name: FileDigest(size=(directory / name).stat().st_size, sha256=file_sha256(directory / name))
         for name in _files_in(directory)
@@ -109,13 +109,13 @@ def open_bundle(path: str | Path, public_key: str | Path | None = None) -> Bundl
 
     Args:
         path: the bundle's directory.
-        public_key: key that must have signed it, see `require_signature`; by default a signature is not looked at.
+        public_key: key that must have signed the bundle, see `require_signature`; by default signatures are ignored.
 
     Raises:
         InputError: there is no bundle at ``path``, or the key cannot be used.
-        IntegrityError: a byte changed, a file is missing, extra or no plain file, a path leads out of the bundle, the
-            manifest contradicts itself or the weights, or the bundle is not signed by the key.
-        UnavailableError: a key is given, and model-signing is not installed.
+        IntegrityError: a byte changed; a file is missing, unlisted or not a regular file; a path leads out of the
+            bundle; the manifest contradicts itself or the weights; or the bundle is not signed by the key.
+        UnavailableError: a key is given, but model-signing is not installed.
     """
     directory = Path(path)
     if not is_bundle(directory):
@@ -124,7 +124,7 @@ def open_bundle(path: str | Path, public_key: str | Path | None = None) -> Bundl
         )
     try:
         present = set(_files_in(directory))
-        # Before the manifest is parsed, which may be anybody's.
+        # Checked before the manifest, which may be forged, is parsed.
         if public_key is not None:
             require_signature(directory, public_key)
         manifest = _read_manifest(directory)
@@ -133,7 +133,7 @@ def open_bundle(path: str | Path, public_key: str | Path | None = None) -> Bundl
     _require_listed_files(directory, manifest, present)
     for name, digest in manifest.files.items():
         file = directory / name
-        # The size first, since a digest reads the whole file.
+        # The size is checked first, since a digest reads the whole file.
         if file.stat().st_size != digest.size or file_sha256(file) != digest.sha256:
             raise IntegrityError(f"{name} in {directory} is not the file that was exported: its sha256 differs")
     if WEIGHTS not in manifest.files:
@@ -143,7 +143,7 @@ def open_bundle(path: str | Path, public_key: str | Path | None = None) -> Bundl
 
 
 def _require_listed_files(directory: Path, manifest: Manifest, present: set[str]) -> None:
-    """Check names, before any file is looked at that a name leads to from outside."""
+    """Check the names of files, before any file outside the bundle could be opened by such a name."""
     for name in manifest.files:
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts:
@@ -151,7 +151,7 @@ def _require_listed_files(directory: Path, manifest: Manifest, present: set[str]
     expected = {MANIFEST, *manifest.files}
     if missing := sorted(expected - present):
         raise IntegrityError(f"{directory} lacks {', '.join(missing)}; copy the bundle again")
-    # The signature covers the manifest, which cannot hold its digest.
+    # The signature covers the manifest, so the manifest cannot contain its digest.
     if extra := sorted(present - expected - {SIGNATURE}):
         raise IntegrityError(f"{directory} holds files that its manifest does not list: {', '.join(extra)}")
 
@@ -165,5 +165,5 @@ def _read_manifest(directory: Path) -> Manifest:
 
 
 def staged_bundle(output: Path, *, force: bool = False) -> AbstractContextManager[Path]:
-    """A temporary sibling of ``output`` that becomes the bundle there; see `staged_directory`."""
+    """Create a temporary sibling of ``output`` that becomes the bundle there; see `staged_directory`."""
     return staged_directory(output, marker=MANIFEST, what="bundle", force=force)

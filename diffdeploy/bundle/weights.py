@@ -1,4 +1,4 @@
-"""The weights of a bundle: cast as the artifact holds them, and read back as the numbers that it computes with."""
+"""The weights of a bundle: cast to the artifact's dtype for storing, and read back as the numbers it computes with."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -17,14 +17,14 @@ __all__ = ["cast_weights", "read_tensors", "read_weights"]
 
 
 def cast_weights(weights: "Mapping[str, Tensor]", dtype: DType) -> "dict[str, Tensor]":
-    """Weights as an artifact of ``dtype`` holds them; the lambda vectors stay fp32, as in the block.
+    """Cast weights to the dtype of an artifact; the lambda vectors stay in fp32, as in the block.
 
     Args:
         weights: canonical weights of any floating dtype.
         dtype: dtype of the graph.
 
     Raises:
-        InputError: a weight is too large for the dtype.
+        InputError: a weight is out of range for the dtype.
     """
     import torch
 
@@ -32,7 +32,7 @@ def cast_weights(weights: "Mapping[str, Tensor]", dtype: DType) -> "dict[str, Te
     for name, tensor in weights.items():
         target = torch.float32 if is_lambda_vector(name) else getattr(torch, dtype)
         cast[name] = tensor.to(target).contiguous()
-        # A cast makes infinity of what is too large (65,504 is the last in float16), and says nothing.
+        # A cast silently turns numbers beyond the range (65,504 in float16) into infinity.
         if not bool(torch.isfinite(cast[name]).all()):
             raise InputError(
                 f"{name} holds values up to {tensor.abs().max().item():.3g}, too large for {target}; "
@@ -42,7 +42,7 @@ def cast_weights(weights: "Mapping[str, Tensor]", dtype: DType) -> "dict[str, Te
 
 
 def read_weights(bundle: Bundle) -> dict[str, Array]:
-    """Canonical weights of a bundle in the artifact's dtype.
+    """Read the canonical weights of a bundle in the artifact's dtype.
 
     Raises:
         IntegrityError: the file cannot be read.
@@ -52,7 +52,7 @@ def read_weights(bundle: Bundle) -> dict[str, Array]:
 
 
 def read_tensors(bundle: Bundle) -> "dict[str, Tensor]":
-    """The same as tensors.
+    """Read the canonical weights of a bundle as tensors in the artifact's dtype.
 
     Raises:
         IntegrityError: the file cannot be read.
@@ -60,6 +60,6 @@ def read_tensors(bundle: Bundle) -> "dict[str, Tensor]":
     from safetensors.torch import load_file
 
     if bundle.manifest.options.quantisation is None:
-        # It maps the file, of which nothing is held twice.
+        # The file is memory-mapped, so no data is in memory twice.
         return load_file(bundle.path / WEIGHTS)
     return {name: to_tensor(array) for name, array in read_weights(bundle).items()}

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: files, the layouts found in them, and the canonical block that comes out."""
+"""Reading and writing checkpoints: files, the layouts found in them, and the canonical block that results."""
 
 from diffdeploy.checkpoints.diffllama import diffllama_config, write_diffllama
 from diffdeploy.checkpoints.options import CheckpointOptions

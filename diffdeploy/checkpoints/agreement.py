@@ -1,7 +1,7 @@
-"""Fields of ``config.json`` that bear on attention must say what the block does, or be refused.
+"""Fields of ``config.json`` that concern attention must agree with the block; a contradiction is an error.
 
-A layout uses the fields that its code base uses. Others may stand in the file all the same: written by hand, by a
-trainer, or by a later revision. One that contradicts the block is a question to the user, never a matter of taste.
+A layout reads the fields that its code base uses. The file may contain others, written by hand, by a trainer or by a
+later revision. If one contradicts the block, only the user can say which of the two is right.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ __all__ = ["require_agreement"]
 
 
 class _Fact(NamedTuple):
-    """What some fields would say of a block.
+    """A fact about a block, and the fields that may state it.
 
     Attributes:
         fields: names of the fields.
-        option: the option that settles it, or what else is to be known.
-        has: what the block has; ``_NOTHING`` where it has nothing of the kind.
-        says: the value of a field in terms of what the block has; ``_NOTHING`` where it says nothing.
-        settled: whether the user has settled it.
+        option: the option that settles the fact, or a hint if there is no such option.
+        has: function that returns the block's own value; ``_NOTHING`` if the fact does not apply to the block.
+        says: function that converts a field to the terms of ``has``; ``_NOTHING`` if the field states nothing.
+        settled: function that returns true if an option or the layout already settles the fact.
     """
 
     fields: tuple[str, ...]
@@ -41,14 +41,14 @@ def _as_it_is(value: Any) -> Any:
 
 
 def _window(value: Any) -> Any:
-    # 0 and -1 stand for none in several code bases; a list has an entry per layer, and its layout reads it.
+    # 0 and -1 mean no window in several code bases; a list has an entry per layer, which the layout reads.
     if isinstance(value, list):
         return _NOTHING
     return None if value in (None, 0, -1, False) else value
 
 
 def _uses(value: Any) -> Any:
-    """A switch that is off, or absent, says nothing of what it would switch on."""
+    """A switch that is off or absent states nothing about the setting it controls."""
     return True if value is True else _NOTHING
 
 
@@ -66,7 +66,7 @@ def _has_bias(config: AnyConfig) -> bool:
 
 
 def _knows_window(settings: BlockSettings) -> bool:
-    # With the switch beside it off, the number is that of a model which has a window.
+    # If the accompanying switch is off, the number does not apply to this model.
     return settings.options.sliding_window is not None or settings.fields.get("use_sliding_window") is False
 
 
@@ -74,11 +74,11 @@ def _never(_: BlockSettings) -> bool:
     return False
 
 
-# Code bases count differential heads, or the softmax heads of equal size; both follow from the shapes.
+# Some code bases count differential heads, others the softmax heads of equal size; both follow from the shapes.
 _COUNTS = tuple(
     _Fact(
         (name,),
-        "as the shapes say",
+        "from the shapes",
         has,
         _as_it_is,
         lambda settings, name=name: name in settings.layout.head_fields,  # type: ignore[misc]  # bound by default
@@ -135,11 +135,12 @@ _FACTS = (
         _as_it_is,
         lambda settings: settings.options.norm_eps is not None or not settings.has_norm(),
     ),
-    _Fact(("attention_bias", "qkv_bias", "use_bias"), "no tensor of a bias", _has_bias, _uses, _never),
-    # Axolotl's: with split heads, two of the file's heads make one, whose values are as wide as both.
+    _Fact(("attention_bias", "qkv_bias", "use_bias"), "from the tensors", _has_bias, _uses, _never),
+    # Axolotl's field: with split heads, two heads of the file make one differential head with values of twice the
+    # width.
     _Fact(
         ("split_heads",),
-        "the shapes of the projections",
+        "from the shapes of the projections",
         lambda config: config.value_dim == 2 * config.head_dim,
         _as_it_is,
         _never,
@@ -151,10 +152,10 @@ _FACTS = (
         _as_it_is,
         lambda settings: settings.options.norm is not None,
     ),
-    # Of a block without rotary embedding it says nothing.
+    # Without rotary embedding, the field states nothing.
     _Fact(
         ("partial_rotary_factor",),
-        "the rotary embedding",
+        "from the rotary embedding",
         lambda config: _NOTHING if config.rope is None else config.rope.width(config.head_dim) / config.head_dim,
         _as_it_is,
         _never,
@@ -166,15 +167,15 @@ _FACTS = (
         _as_it_is,
         lambda settings: settings.options.rope_theta is not None,
     ),
-    # A layout whose code base has them reads them; where the user says the rotary embedding, nobody would.
+    # Layouts whose code base scales frequencies read these fields; with --rope, nothing would read them.
     _Fact(
         ("rope_scaling", "rope_parameters"),
-        "a rotary embedding without scaling",
+        "scaling cannot be given by options",
         lambda config: _NOTHING if config.rope is None else config.rope.scaling is not None,
         _scales,
         _never,
     ),
-    # A cap on the scores is a function of its own, which no block here computes.
+    # No block here computes scores with a cap.
     _Fact(
         ("attn_logit_softcapping", "logit_soft_cap", "attention_softcap"),
         "not supported",
@@ -186,14 +187,14 @@ _FACTS = (
 
 
 def require_agreement(settings: BlockSettings, config: AnyConfig) -> None:
-    """See that no field of config.json contradicts a block.
+    """Check that no field of config.json contradicts a block.
 
     Args:
-        settings: what is known of the block beside its tensors.
-        config: the block that came of it.
+        settings: settings of the block that its tensors do not determine.
+        config: the resulting config of the block.
 
     Raises:
-        InputError: one does; the message names every field, and the option that settles it.
+        InputError: a field contradicts the block; the message names every such field and the option that settles it.
     """
     contradictions = []
     for fact in _FACTS:
@@ -205,17 +206,17 @@ def require_agreement(settings: BlockSettings, config: AnyConfig) -> None:
             said, has = fact.says(settings.fields[name]), fact.has(config)
             if _NOTHING not in (said, has) and not _same(said, has):
                 contradictions.append(
-                    f"{name} is {shortened(settings.fields[name])}, and the block has {_shown(has)} ({fact.option})"
+                    f"{name} is {shortened(settings.fields[name])}, but the block has {_shown(has)} ({fact.option})"
                 )
     if contradictions:
         raise InputError(
-            f"config.json contradicts what layout {settings.layout.name} makes of the block: "
-            f"{'; '.join(contradictions)}; say which is right with the option, or mend the file"
+            f"config.json contradicts the block that layout {settings.layout.name} finds: "
+            f"{'; '.join(contradictions)}; give the option if the block is wrong, or correct the file"
         )
 
 
 def _is_of_others(name: str, settings: BlockSettings) -> bool:
-    """Whether a field belongs to another part of the model, as the layout knows."""
+    """True if the layout knows that a field belongs to another part of the model."""
     return name in settings.layout.of_others
 
 

@@ -1,8 +1,8 @@
-"""A canonical decoder as a checkpoint of transformers' ``DiffLlamaForCausalLM``: what it can hold, and how.
+"""Conversion of a canonical decoder to a checkpoint of transformers' ``DiffLlamaForCausalLM``.
 
-DiffLlama has no weight in the norm of the heads, turns queries and keys by halves, and has biases in all four
-projections or in none. The weight of the norm goes into the output projection, rows into another order, and biases that
-a block lacks are zeros. Source: transformers 5.23, ``models/diffllama``.
+DiffLlama's norm of the heads has no weight, its rotary embedding is rotate-half, and either all four projections have
+biases or none has. The weight of the norm is therefore multiplied into the output projection, rows are reordered, and
+missing biases are zeros. Source: transformers 5.23, ``models/diffllama``.
 """
 
 import json
@@ -37,32 +37,32 @@ from diffdeploy.errors import InputError
 __all__ = ["DEFAULT_POSITIONS", "diffllama_config", "write_diffllama"]
 
 _LAYOUT = "diffllama"
-# Of DiffLlamaConfig, for checkpoints that do not say how long sequences get.
+# Default of DiffLlamaConfig, for checkpoints that do not state a maximum sequence length.
 DEFAULT_POSITIONS = 2048
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def diffllama_config(config: DecoderConfig) -> DecoderConfig:
-    """What a decoder becomes as DiffLlama: the config that is read back from what `write_diffllama` writes.
+    """Config of a decoder after conversion to DiffLlama, as read back from the output of `write_diffllama`.
 
     Raises:
-        InputError: DiffLlama cannot hold it; the message names the layer and what is in the way.
+        InputError: DiffLlama cannot represent the model; the message names the layer and the reason.
     """
     layers = []
     for number, layer in enumerate(config.layers):
         for fine, given, accepted in _facts(number, layer, config):
             if not fine:
                 raise InputError(
-                    f"DiffLlama cannot hold this model: layer {number} has {given}, and DiffLlama has {accepted}"
+                    f"DiffLlama cannot represent this model: layer {number} has {given}, but DiffLlama has {accepted}"
                 )
         layers.append(replace(layer, attention=_target(number, layer.attention)))
     return replace(config, layers=tuple(layers))
 
 
 def _facts(number: int, layer: LayerConfig, config: DecoderConfig) -> Iterator[tuple[bool, str, str]]:
-    """Whether a fact of a layer is one of DiffLlama, what it is, and what DiffLlama has."""
+    """Facts of a layer, each as a triple: true if DiffLlama shares it, the layer's value, and DiffLlama's."""
     block, mlp = layer.attention, layer.mlp
-    # First, since a block of the second version has none of the other facts.
+    # Checked first, since a block of the second version has none of the other facts.
     if isinstance(block, DiffAttentionV2Config):
         yield False, "differential attention of the second version", "that of the first"
         return
@@ -103,12 +103,12 @@ def _rope_facts(block: DiffAttentionConfig) -> Iterator[tuple[bool, str, str]]:
 
 
 def _alike(one: float, other: float) -> bool:
-    """Whether two numbers are the same to one who stored either of them in float32, as some checkpoints do."""
+    """True if two numbers are equal in float32, the precision in which some checkpoints store them."""
     return bool(np.float32(one) == np.float32(other))
 
 
 def _target(number: int, block: AnyConfig) -> DiffAttentionConfig:
-    """What a block becomes, of which all facts are fine."""
+    """Config of a converted block, once all of its facts are accepted."""
     assert isinstance(block, DiffAttentionConfig)
     assert block.rope is not None
     has_biases = block.qkv_bias or block.out_bias
@@ -122,16 +122,16 @@ def _target(number: int, block: AnyConfig) -> DiffAttentionConfig:
         norm_affine=False,
         qkv_bias=has_biases,
         out_bias=has_biases,
-        # Without groups both key maps are the same.
+        # Without groups, both key maps are the same.
         gqa_layout="canonical",
     )
 
 
 def write_diffllama(found: ModelCheckpoint, directory: Path) -> list[str]:
-    """Write a decoder, its ``config.json``, and the files of its tokenizer, as transformers' ``save_pretrained`` does.
+    """Write a decoder with its ``config.json`` and tokenizer files, as transformers' ``save_pretrained`` does.
 
-    Weights keep their dtypes; those of the norms of the heads, and output scales that are not the paper's, are
-    multiplied into the output projections in fp64, which are rounded once.
+    Weights keep their dtypes. The weights of the norms of the heads, and output scales that differ from the paper's,
+    are multiplied into the output projections in fp64 and rounded once.
 
     Args:
         found: the decoder, read from a checkpoint.
@@ -141,7 +141,7 @@ def write_diffllama(found: ModelCheckpoint, directory: Path) -> list[str]:
         Names of the files with weights.
 
     Raises:
-        InputError: DiffLlama cannot hold it, or multiplied weights are too large for their dtype.
+        InputError: DiffLlama cannot represent the model, or a product of weights overflows its dtype.
     """
     target = diffllama_config(found.config)
     fields = _source_fields(found)
@@ -182,13 +182,13 @@ def _tensors(found: ModelCheckpoint, target: DecoderConfig) -> Iterator[tuple[st
 def _block_weights(
     source: DiffAttentionConfig, target: DiffAttentionConfig, weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Canonical weights of the target from those of the source."""
+    """Canonical weights of the target, computed from those of the source."""
     assert source.rope is not None
     changed = by_halves(weights, source.head_dim) if source.rope.style == "interleaved" else dict(weights)
     gain = torch.full((source.value_dim,), source.output_scale / target.output_scale, dtype=torch.float64)
     gain = gain * changed.pop("subln.weight", torch.ones(())).double()
     out = changed["out_proj.weight"]
-    # Columns are head by head, and all heads have the same gain. By 1 it changes no bit.
+    # Columns are ordered by head, and all heads have the same gain. A gain of 1 keeps the weights bit-identical.
     folded = (out.double() * gain.repeat(source.num_heads)).to(out.dtype)
     if not bool(torch.isfinite(folded).all()):
         raise InputError(
@@ -203,12 +203,13 @@ def _block_weights(
 
 
 def _config_fields(found: ModelCheckpoint, target: DecoderConfig, dtype: str, fields: Fields) -> dict[str, Any]:
-    """``config.json`` as ``DiffLlamaConfig`` of transformers 5 writes it; heads are counted in streams there."""
+    """``config.json`` as ``DiffLlamaConfig`` of transformers 5 writes it, where head counts are counts of streams."""
     block, streams = target.attention, LAYOUTS[_LAYOUT].head_fields
     assert isinstance(block, DiffAttentionConfig)
     assert block.rope is not None
     counts = {field: (factor or 1) * getattr(block, name) for field, (name, factor) in streams.items()}
-    # Left out, the class would take tokens of its own, unless the source leaves them to the same class.
+    # If they were omitted, the class would use its own default tokens, so they are omitted only if the source's class
+    # is the same and the source omits them.
     inherits = fields.get("model_type") == _LAYOUT
     tokens = {name: fields.get(name) for name in _SPECIAL_TOKENS if name in fields or not inherits}
     return {
@@ -232,7 +233,7 @@ def _config_fields(found: ModelCheckpoint, target: DecoderConfig, dtype: str, fi
     }
 
 
-# Fields of `RopeScaling` that a kind has, by their names in transformers.
+# Fields of `RopeScaling` that each kind has, by their names in transformers.
 _SCALING = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -244,6 +245,6 @@ def _rope_fields(rope: RopeConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
     if rope.scaling is not None:
         values = {name: getattr(rope.scaling, name) for name in _SCALING[rope.scaling.kind]}
-        # What is left open there is left open here: both take the same default.
+        # Fields that are None in the source are omitted, since both classes have the same defaults.
         fields |= {"rope_type": rope.scaling.kind, **{k: v for k, v in values.items() if v is not None}}
     return fields

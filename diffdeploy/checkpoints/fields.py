@@ -1,4 +1,4 @@
-"""Typed access to ``config.json``: what stands beside the weights and says what they cannot."""
+"""Typed access to ``config.json``, which states what the weights alone cannot show."""
 
 import json
 import math
@@ -12,7 +12,7 @@ __all__ = ["Fields", "listed", "read_config_fields", "read_json_object", "shorte
 
 Fields = Mapping[str, Any]
 
-# Enough to recognise any value that a config really has.
+# Long enough to recognise any value that a config really contains.
 _LONGEST_SHOWN = 80
 _LONGEST_NAME = 100
 
@@ -20,7 +20,7 @@ _Value = TypeVar("_Value", bound=int | float | str)
 
 
 def read_config_fields(weights_path: Path) -> dict[str, Any]:
-    """Fields of the ``config.json`` beside the weights; empty when there is none.
+    """Read the fields of the ``config.json`` next to the weights; empty if there is none.
 
     Raises:
         InputError: the file is not a JSON object.
@@ -30,20 +30,20 @@ def read_config_fields(weights_path: Path) -> dict[str, Any]:
 
 
 def read_json_object(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read a JSON object from a file.
 
     Args:
         path: file to read.
-        what: what it should be, for the error.
+        what: description of the expected content, for the error.
 
     Raises:
-        InputError: the file is not that.
+        InputError: the file does not contain a JSON object.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    # Nested more deeply than Python's stack is not readable either.
+    # JSON nested more deeply than Python's stack is not readable either.
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not {what} ({_first_line(error)}); mend it or copy it again") from error
+        raise InputError(f"{path} is not {what} ({_first_line(error)}); correct it or copy it again") from error
     if not isinstance(fields, dict):
         raise InputError(f"{path} holds a {type(fields).__name__}; accepted is a JSON object")
     return fields
@@ -54,13 +54,13 @@ def _first_line(error: Exception) -> str:
 
 
 def typed_field(fields: Fields, name: str, kind: type[_Value]) -> _Value | None:
-    """A field with its type checked; ``None`` when it is not there.
+    """Look up a field and check its type; ``None`` if it is absent.
 
     Raises:
         InputError: the field has another type.
     """
     value = fields.get(name)
-    # JSON does not tell 10000 from 10000.0; and to Python, though to nobody else, true is an int.
+    # JSON does not distinguish 10000 from 10000.0; and for Python, unlike JSON, true is an int.
     accepted = (int, float) if kind is float else (kind,)
     if value is not None and (not isinstance(value, accepted) or isinstance(value, bool)):
         raise InputError(f"{name} in config.json is {shortened(value)}; accepted is a {kind.__name__}")
@@ -72,13 +72,13 @@ def typed_field(fields: Fields, name: str, kind: type[_Value]) -> _Value | None:
 def _as_float(value: float) -> float:
     try:
         return float(value)
-    except OverflowError:  # JSON has integers of any size
+    except OverflowError:  # JSON integers have any size
         return math.inf
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
-    """Names for an error message: the first ones, each as far as anybody would read it."""
-    # A name may hold anything, line ends and what terminals obey included.
+    """Format names for an error message: the first ones, each shortened to a readable length."""
+    # A name may contain anything, including line breaks and terminal control characters.
     every = [name if name.isprintable() else repr(name)[1:-1] for name in names]
     shown = [name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..." for name in every[:most]]
     more = len(every) - len(shown)
@@ -86,6 +86,6 @@ def listed(names: Iterable[str], most: int = 8) -> str:
 
 
 def shortened(value: object) -> str:
-    """A value for an error message, which stays one sentence whatever a file holds."""
+    """Format a value for an error message, which stays one sentence whatever a file contains."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."

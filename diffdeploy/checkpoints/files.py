@@ -1,4 +1,4 @@
-"""Tensors from files. Pickled objects are refused, never run."""
+"""Tensors from checkpoint files. Pickled objects are rejected and never executed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,41 +17,41 @@ __all__ = ["SAMPLE", "TensorFile", "open_tensors"]
 
 SAMPLE = Path(__file__).parent / "sample"
 
-# As transformers' save_pretrained names them, the present form first: a directory may hold both.
+# File names of transformers' save_pretrained, the current form first, since a directory may contain both.
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# Of a file in any file system that is in use (NAME_MAX).
+# Maximum length of a file name in all common file systems (NAME_MAX).
 _LONGEST_NAME = 255
-# Where training scripts put the weights beside an optimizer: Lightning, PyTorch's own tutorial, and nanoGPT's.
+# Keys under which Lightning, PyTorch's tutorial and nanoGPT save the weights next to an optimizer.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 
 
 class TensorFile(Protocol):
-    """Named tensors that are read when asked for."""
+    """Named tensors that are read on request."""
 
     path: Path
 
     def keys(self) -> list[str]:
-        """All tensor names."""
+        """Names of all tensors."""
         ...
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of one tensor, without reading it."""
+        """Shape of one tensor, without reading its data."""
         ...
 
     def get(self, key: str) -> Tensor:
-        """One tensor, on the CPU."""
+        """Read one tensor to the CPU."""
         ...
 
     def holder(self, key: str) -> Path:
-        """The file that one tensor is in."""
+        """Path of the file that contains one tensor."""
         ...
 
 
-_safe_open: Any = safetensors.safe_open  # its methods are unannotated
+_safe_open: Any = safetensors.safe_open  # its methods have no annotations
 
 
 class _SafetensorsFile:
-    """A ``.safetensors`` file, of which only the tensors that are asked for are read."""
+    """A ``.safetensors`` file, from which only the requested tensors are read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,7 +67,7 @@ class _SafetensorsFile:
         return list(self._keys)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        # A slice that is not indexed reads the header alone.
+        # A slice that is not indexed reads only the header.
         return tuple(self._handle.get_slice(key).get_shape())
 
     def get(self, key: str) -> Tensor:
@@ -82,12 +82,12 @@ class _SafetensorsFile:
 
 
 class _TorchFile:
-    """A ``torch.save`` file that holds tensors and plain containers only."""
+    """A ``torch.save`` file that contains only tensors and plain containers."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         tensors = _state_dict(_load_weights(path))
-        # Step counters and arguments stand beside the weights in many files, and are no weights.
+        # Many files contain step counters and arguments next to the weights, which are ignored.
         self._tensors = {str(key): value for key, value in tensors.items() if isinstance(value, Tensor)}
         if not self._tensors:
             raise InputError(f"{path} holds no state dict; accepted is a mapping from names to tensors")
@@ -100,9 +100,9 @@ class _TorchFile:
 
     def get(self, key: str) -> Tensor:
         tensor = self._tensors[key]
-        # A sparse tensor has no rows to permute, and one on the meta device has no numbers.
+        # A sparse tensor has no rows to permute, and a tensor on the meta device has no data.
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise InputError(f"{key} in {self.path} is {_kind(tensor)}; accepted are dense tensors with their numbers")
+            raise InputError(f"{key} in {self.path} is {_kind(tensor)}; accepted are dense tensors with data")
         return tensor
 
     def holder(self, key: str) -> Path:  # noqa: ARG002 - all keys are in this file
@@ -111,17 +111,17 @@ class _TorchFile:
 
 def _kind(tensor: Tensor) -> str:
     if tensor.is_meta:
-        return "a tensor without numbers (meta)"
+        return "a tensor without data (meta)"
     return "quantised" if tensor.is_quantized else f"sparse ({str(tensor.layout).removeprefix('torch.')})"
 
 
 def _load_weights(path: Path) -> Any:
-    """What a ``torch.save`` file holds, mapped into memory where it can be, so that only what is used is read."""
-    # Files of torch before 1.6 are no archives and cannot be mapped.
+    """Load a ``torch.save`` file, memory-mapped if possible, so that only the tensors that are used are read."""
+    # Files written by torch before 1.6 are not zip archives and cannot be mapped.
     for mmap in (True, False):
         try:
-            with without_warnings():  # about pickle protocols, before the refusal that says it better
-                # To the CPU: what was saved on a GPU must be readable on a machine without one.
+            with without_warnings():  # about pickle protocols; the error below explains the refusal better
+                # Loaded to the CPU, since files saved on a GPU must be readable on machines without one.
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:
             if mmap:
@@ -134,10 +134,10 @@ def _load_weights(path: Path) -> Any:
 
 
 def _state_dict(loaded: Any) -> Mapping[Any, Any]:
-    """The mapping from names to tensors, which trainers put inside others, some of them more than once."""
+    """Find the mapping from names to tensors, which trainers nest in other mappings, sometimes repeatedly."""
     met: set[int] = set()
     while isinstance(loaded, Mapping) and id(loaded) not in met:
-        met.add(id(loaded))  # a file may hold a mapping that contains itself
+        met.add(id(loaded))  # a mapping in a file may contain itself
         inner = next((key for key in _STATE_DICT_KEYS if isinstance(loaded.get(key), Mapping)), None)
         if inner is None:
             return loaded
@@ -146,7 +146,7 @@ def _state_dict(loaded: Any) -> Mapping[Any, Any]:
 
 
 class _ShardedFile:
-    """Several files and the index that says which tensor is in which; each is opened when needed."""
+    """Several files with an index that maps tensors to files; each file is opened on first use."""
 
     def __init__(self, index: Path) -> None:
         self.path = index
@@ -154,7 +154,7 @@ class _ShardedFile:
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index} is not a readable index of shards (it has no weight_map); copy it again")
         self._files = {key: _shard_path(index, name) for key, name in weight_map.items()}
-        # All of them now, though most are never opened: a broken download is cheaper to mend as a whole.
+        # All shards are checked now, though most are never opened: a broken download is easier to repair as a whole.
         if missing := sorted({file.name for file in self._files.values() if not file.is_file()}):
             raise InputError(f"{index.parent} lacks the shards {', '.join(missing)}; copy them again")
         self._open: dict[Path, TensorFile] = {}
@@ -163,9 +163,9 @@ class _ShardedFile:
         file = self._files[key]
         if file not in self._open:
             self._open[file] = _open_file(file)
-        # An index of another revision names tensors that its shards do not hold.
+        # The index of another revision may name tensors that its shards do not contain.
         if key not in set(self._open[file].keys()):
-            raise InputError(f"{file} lacks the key {key}, which {self.path.name} says is there; copy it again")
+            raise InputError(f"{file} lacks the key {key}, which {self.path.name} locates there; copy it again")
         return self._open[file]
 
     def keys(self) -> list[str]:
@@ -182,16 +182,16 @@ class _ShardedFile:
 
 
 def _shard_path(index: Path, name: object) -> Path:
-    """Where a shard is.
+    """Path of a shard.
 
     Raises:
-        InputError: a name that is none, or that leads elsewhere: an index comes with the download, and a name with
-            ``..`` would have any file of this machine read.
+        InputError: the name is not a file name, or leads to another folder. An index is part of the download, and a
+            name with ``..`` could make diffdeploy read any file of this machine.
     """
     if not isinstance(name, str) or not 0 < len(name.encode()) <= _LONGEST_NAME or "\0" in name:
-        raise InputError(f"{index} names the shard {str(name)[:40]!r}, which is no file name; copy it again")
+        raise InputError(f"{index} names the shard {str(name)[:40]!r}, which is not a file name; copy it again")
     if Path(name).name != name:
-        raise InputError(f"{index} names {name}, which is not beside it")
+        raise InputError(f"{index} names {name}, which is not in the same folder")
     return index.parent / name
 
 
@@ -202,10 +202,10 @@ def _open_file(path: Path) -> TensorFile:
 def open_tensors(path: Path) -> TensorFile:
     """Open a checkpoint: a ``.safetensors`` file, a ``torch.save`` file, an index of shards, or a directory with one.
 
-    What does not exist may be the name of a repository that is in the local cache of the Hugging Face hub.
+    If the path does not exist, it may be the name of a repository in the local cache of the Hugging Face hub.
 
     Raises:
-        InputError: nothing there, several files to choose from, a damaged file, or one with pickled objects.
+        InputError: nothing was found, there are several candidates, or a file is damaged or contains pickled objects.
     """
     path = in_local_cache(path) or path
     if path.is_dir():
@@ -216,12 +216,12 @@ def open_tensors(path: Path) -> TensorFile:
 
 
 def _in_directory(directory: Path) -> Path:
-    """The one checkpoint in a directory."""
+    """Path of the only checkpoint in a directory."""
     for index in _INDICES:
         if (directory / index).is_file():
             return directory / index
     found = [p for suffix in ("*.safetensors", "*.pt", "*.pth", "*.bin") for p in sorted(directory.glob(suffix))]
-    # Not the newest or the largest of them: beside a model may lie its optimizer, or another epoch.
+    # The newest or largest file is not a safe choice: it may be an optimizer state or another epoch.
     if len(found) != 1:
         names = listed(p.name for p in found) or "none"
         raise InputError(f"{directory} must hold one .safetensors or .pt file, but there are: {names}; give the file")

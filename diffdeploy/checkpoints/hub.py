@@ -1,4 +1,4 @@
-"""Names of the Hugging Face hub, looked up in this machine's cache; nothing is fetched from the network."""
+"""Lookup of Hugging Face hub names in the local cache of this machine; nothing is downloaded."""
 
 import re
 from pathlib import Path
@@ -7,15 +7,15 @@ from diffdeploy.errors import InputError
 
 __all__ = ["in_local_cache"]
 
-# Of an owner and a repository: letters, digits, dots, dashes and underscores.
+# Names of an owner and a repository consist of letters, digits, dots, dashes and underscores.
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def in_local_cache(path: Path) -> Path | None:
-    """The directory of a repository whose name a path is; ``None`` where it is no such name, or there is such a path.
+    """Directory of the repository that a path names; ``None`` if the path exists or is not such a name.
 
     Raises:
-        InputError: the cache does not have it, or the package that knows the cache is not installed.
+        InputError: the cache does not contain the repository, or the package that reads the cache is not installed.
     """
     name = path.as_posix()
     if path.exists() or path.suffix in (".safetensors", ".pt", ".pth", ".bin") or not _ID.fullmatch(name):
@@ -26,7 +26,7 @@ def in_local_cache(path: Path) -> Path | None:
     except ImportError as error:
         raise InputError(
             f"{name} does not exist; give a .safetensors or .pt file, or a directory with one, or pip install "
-            "'diffdeploy[hf]' to have it looked up in the local cache of the Hugging Face hub"
+            "'diffdeploy[hf]' to look it up in the local cache of the Hugging Face hub"
         ) from error
     try:
         return Path(snapshot_download(name, local_files_only=True))

@@ -1,4 +1,4 @@
-"""What the user says of a checkpoint, where its files cannot."""
+"""Options with which the user states facts that the files of a checkpoint do not contain."""
 
 import json
 from collections.abc import Mapping
@@ -16,27 +16,29 @@ __all__ = ["CheckpointOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """What a state dict cannot say. ``None`` means: take it from the key or from ``config.json``.
+    """Facts that a state dict does not contain. ``None`` takes the fact from the key or from ``config.json``.
 
     Attributes:
-        layout: name of a layout; by default it is recognised.
-        layer: 0-based layer to read out of a larger state dict.
-        prefix: what the keys of the block begin with, where numbers do not tell blocks apart.
-        depth: 0-based layer index that sets ``lambda_init``; by default what the layout makes of the one in the key.
-        lambda_init: constant part of lambda itself, in place of what follows from a depth.
-        output_scale: factor behind the norm; by default ``1 - lambda_init``.
-        causal: whether a position sees none after it; by default as the layout's code base has it.
-        sliding_window: keys that a position sees, itself included; 0 for all.
-        norm: of the heads: ``rms``; ``layer`` for a LayerNorm, which subtracts their mean; or ``none``. By default as
-            the layout has it.
+        layout: name of a layout, which is recognised by default.
+        layer: 0-based layer to read from a larger state dict.
+        prefix: prefix of the block's keys, if numbers do not distinguish the blocks.
+        depth: 0-based layer index that sets ``lambda_init``; by default the layout derives it from the key.
+        lambda_init: constant part of lambda itself, which overrides the depth.
+        output_scale: factor after the norm; ``1 - lambda_init`` by default.
+        causal: true if no position attends to later ones; the layout decides by default.
+        sliding_window: number of keys that a position attends to, including its own; 0 for all.
+        norm: norm of the heads: ``rms``, ``layer`` for a LayerNorm, which subtracts their mean, or ``none``. The layout
+            decides by default.
         norm_eps: epsilon of the norm over each head's outputs.
-        qk_norm_eps: epsilon of the norms of queries and keys, where the block has them.
-        rope: rotary style, ``half-reversed`` for ``half`` by minus the angle, or ``none``.
+        qk_norm_eps: epsilon of the norms of queries and keys, if the block has them.
+        rope: rotary style, ``half-reversed`` for ``half`` with the negative angle, or ``none``.
         rope_theta: rotary base.
-        gqa_layout: which key stream a query stream reads when ``h_kv < h``.
+        gqa_layout: map from query streams to key streams when ``h_kv < h``.
+        names: names of a whole model's tensors outside its blocks, as JSON, if they are not those of a known code base;
+            see `diffdeploy.checkpoints.skeletons.skeleton_of`.
     """
 
-    # A misspelt name is not lost in silence.
+    # Misspelt names raise an error.
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     layout: str | None = None
@@ -53,22 +55,24 @@ class CheckpointOptions:
     rope: Literal["interleaved", "half", "half-reversed", "none"] | None = None
     rope_theta: float | None = None
     gqa_layout: GqaLayout | None = None
+    names: str | None = None
 
     def given(self) -> dict[str, bool | int | float | str]:
-        """Those that are not left open."""
-        # Not `if value`: layer 0 and depth 0 are given.
+        """The options that were given, by name."""
+        # Compared with None, since layer 0 and depth 0 are given values.
         return {name: value for name, value in asdict(self).items() if value is not None and value != AUTO}
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> Self:
-        """Inverse of `given`.
+        """Invert `given`.
 
         Raises:
-            InputError: it has other names or values than options have.
+            InputError: a name or a value is not that of an option.
         """
         try:
-            # As JSON, where strict means that a text is no number, and an object may still be made of its fields.
+            # Validated as JSON, in which strict mode rejects a string for a number but still builds an object from its
+            # fields.
             return TypeAdapter(cls).validate_json(json.dumps(dict(given)), strict=True)
         except ValidationError as error:
             name = error.errors()[0]["loc"][0]
-            raise InputError(f"{name} is {given.get(str(name))!r}, which is no option of a checkpoint") from error
+            raise InputError(f"{name} is {given.get(str(name))!r}, which is not an option of a checkpoint") from error

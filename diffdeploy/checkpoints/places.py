@@ -1,4 +1,4 @@
-"""Where blocks stand in a checkpoint: which number of a prefix counts the layers, and the block that was asked for."""
+"""Locations of blocks in a checkpoint: the number in a prefix that counts layers, and the choice of a block."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,18 +9,18 @@ from diffdeploy.errors import InputError
 
 __all__ = ["choose_block", "layer_numbers"]
 
-# A name may end in a digit (`lambda_q1`, `norm2.weight`); only a number between dots counts something.
+# A name may end in a digit (`lambda_q1`, `norm2.weight`); only a number between dots is an index.
 _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
 
-# As many as the deepest models have.
+# The number of layers of the deepest models.
 _MOST_LAYERS = 128
 
 
 def layer_numbers(prefixes: Iterable[str], keys: Iterable[str]) -> dict[str, int | None]:
-    """The layer of each block, in the order of layers; ``None`` where the keys do not say it.
+    """Layer of each block, in the order of layers; ``None`` if the keys do not show it.
 
-    With one number in a prefix that is the layer. With several it is the one that varies over the file, such as 5 of
-    ``layers.5.0.attn.`` where there are ``layers.4.0`` but no ``layers.5.1``.
+    A single number in a prefix is the layer. Among several, it is the one that varies within the file, such as 5 of
+    ``layers.5.0.attn.`` if there is a ``layers.4.0`` but no ``layers.5.1``.
 
     Args:
         prefixes: prefixes of the blocks, such as ``model.layers.3.self_attn.``.
@@ -28,12 +28,12 @@ def layer_numbers(prefixes: Iterable[str], keys: Iterable[str]) -> dict[str, int
     """
     seen = _numbers_by_place(keys)
     layers = {prefix: _layer(prefix, seen) for prefix in prefixes}
-    # As numbers, so that layer 10 follows 9; blocks without a number last, by name.
+    # Sorted as numbers, so that layer 10 follows 9; blocks without a number come last, by name.
     return dict(sorted(layers.items(), key=lambda item: (item[1] is None, item[1] or 0, item[0])))
 
 
 def _numbers_by_place(keys: Iterable[str]) -> dict[str, set[str]]:
-    """Numbers that stand behind the same names, over all keys."""
+    """Numbers that occur after the same text, over all keys."""
     seen: dict[str, set[str]] = {}
     for key in keys:
         for match in _NUMBER.finditer(key):
@@ -42,7 +42,7 @@ def _numbers_by_place(keys: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _place(text: str, number: re.Match[str]) -> str:
-    """What stands before a number, whatever numbers are in it: ``stages.*.blocks.``."""
+    """Text before a number, with other numbers replaced by ``*``, such as ``stages.*.blocks.``."""
     return _NUMBER.sub("*", text[: number.start()])
 
 
@@ -56,16 +56,16 @@ def _layer(prefix: str, seen: Mapping[str, set[str]]) -> int | None:
 def choose_block(
     blocks: Mapping[str, int | None], path: Path, *, layer: int | None = None, prefix: str | None = None
 ) -> str:
-    """The prefix of the block that was asked for.
+    """Prefix of the requested block.
 
     Args:
-        blocks: prefix of each block, and its layer.
+        blocks: prefix of each block, with its layer.
         path: path of the checkpoint, for messages.
-        layer: layer that was asked for.
-        prefix: what the keys of the block begin with.
+        layer: requested layer.
+        prefix: requested prefix of the block's keys.
 
     Raises:
-        InputError: no block, or several, are what was asked for.
+        InputError: no block or more than one matches the request.
     """
     beginning = "" if prefix is None else prefix.rstrip(".") + "."
     exact = [each for each in blocks if prefix is not None and each in (prefix, beginning)]

@@ -1,4 +1,4 @@
-"""From a checkpoint and the user's options to a canonical config and its weights."""
+"""Conversion of a checkpoint and the user's options to a canonical config and its weights."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ __all__ = ["BlockReader", "Checkpoint", "SourceFile", "list_layers", "read_check
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A file that weights were read from."""
+    """A file from which weights were read."""
 
     name: str
     size: int
@@ -34,18 +34,18 @@ class SourceFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One block as it was found.
+    """One block, read from a checkpoint.
 
     Attributes:
         config: canonical config.
-        weights: canonical weights in the checkpoint's dtypes, named as ``config.weight_shapes()`` says.
+        weights: canonical weights in the checkpoint's dtypes, named as in ``config.weight_shapes()``.
         layout: name of the layout.
-        layer: index in the key, if there is one.
+        layer: layer index in the key, if there is one.
         keys: the keys that were read.
         files: the files that were read.
-        options: what was asked for.
-        max_positions: ``max_position_embeddings`` of the config.json, if it is there.
-        companions: files that travel with it; a block has none.
+        options: the options that were given.
+        max_positions: ``max_position_embeddings`` of config.json, if present.
+        companions: files that accompany the weights; always empty for a block.
         defaults: fields that the file leaves to the source's own config class, see `BlockSettings.defaults`.
     """
 
@@ -62,17 +62,17 @@ class Checkpoint:
 
 
 class BlockReader:
-    """One block: `config` and `weights` of its tensors and settings.
+    """Reader of one block, which computes its `config` and `weights` from tensors and settings.
 
     Args:
-        file: the checkpoint.
-        fields: of its config.json.
+        file: tensors of the checkpoint.
+        fields: fields of its config.json.
         found: its layout and blocks.
-        prefix: of the block.
-        options: what was asked for.
+        prefix: prefix of the block.
+        options: the options that were given.
 
     Raises:
-        InputError: a block that cannot be deployed, or shapes that do not fit each other.
+        InputError: the block cannot be deployed, or its shapes do not fit each other.
     """
 
     def __init__(self, file: TensorFile, fields: Fields, found: Found, prefix: str, options: CheckpointOptions) -> None:
@@ -87,29 +87,29 @@ class BlockReader:
             self.tensors.number,
             has_norm_weight="subln.weight" in self.tensors.sources,
         )
-        # Before the sizes: a cross-attention layer has no keys, and its shapes would be called wrong.
+        # Before the sizes: a cross-attention layer has no keys, and the error would blame its shapes.
         reason = self.layout.refuse(self.tensors.names, fields, self.layer)
         if reason is not None:
             raise InputError(f"{prefix.rstrip('.') or file.path.name} cannot be deployed: {reason}")
         self.sizes = read_sizes(self.tensors, self.layout, fields)
 
     def config(self) -> AnyConfig:
-        """The canonical config.
+        """Compute the canonical config.
 
         Raises:
-            InputError: something that cannot be inferred was not given.
+            InputError: a setting that cannot be inferred was not given.
         """
         self.tensors.require_all_read(self.layout)
         missing: list[str] = []
         config = self._version_1(missing) if self.layout.version == 1 else self._version_2(missing)
-        # All at once: one who has to look them up wants to do so once.
+        # All missing options are reported at once, so that the user looks them up once.
         require(missing)
         assert config is not None
         require_agreement(self.settings, config)
         return config
 
     def _version_1(self, missing: list[str]) -> DiffAttentionConfig | None:
-        """The config of a block of the first version; ``None`` where an option is missing."""
+        """Config of a block of the first version; ``None`` if an option is missing."""
         settings, sources = self.settings, self.tensors.sources
         lambda_init, gqa_layout, causal = settings.lambda_init(), settings.gqa_layout(self.sizes), settings.causal()
         rope, has_norm, output_scale = settings.rope(missing), settings.has_norm(), settings.output_scale(lambda_init)
@@ -139,9 +139,9 @@ class BlockReader:
         )
 
     def _version_2(self, missing: list[str]) -> DiffAttentionV2Config | None:
-        """The config of a block of the second version; ``None`` where an option is missing."""
+        """Config of a block of the second version; ``None`` if an option is missing."""
         settings = self.settings
-        settings.has_norm()  # refuses a norm that this version does not have
+        settings.has_norm()  # raises for --norm, which this version does not have
         causal, rope = settings.causal(), settings.rope(missing)
         if causal is None:
             missing.append("--causal or --no-causal")
@@ -155,57 +155,59 @@ class BlockReader:
         )
 
     def weights(self, config: AnyConfig) -> dict[str, Tensor]:
-        """Canonical weights, read now.
+        """Read the canonical weights.
 
         Raises:
-            InputError: a shape that does not fit the others, or a tensor that cannot be deployed.
+            InputError: a shape does not fit the others, or a tensor cannot be deployed.
         """
         shapes = config.weight_shapes()
-        # From the header alone, before gigabytes are read.
+        # Checked in the header, before gigabytes are read.
         self.tensors.require_shapes(shapes, self.sizes.noise_repeat)
         canonical = to_canonical(self.tensors.sources, self.tensors.get, self.sizes)
         if self.settings.options.norm == "layer":
             canonical = centred_values(canonical, self.sizes)
         if self.settings.turns_back():
             canonical = turned_back(canonical, self.sizes)
-        # In the order of the config, which is that of the state dict and of the bundle's file.
+        # Ordered as in the config, which is the order of the state dict and of the bundle's file.
         return {name: canonical[name] for name in shapes}
 
 
 def list_layers(path: str | Path, layout: str | None = None) -> list[int]:
-    """The layers of a checkpoint that have differential attention.
+    """Layers of a checkpoint that have differential attention.
 
     Raises:
-        InputError: the file cannot be read, its layout is not known, or its keys have no layer index.
+        InputError: the file cannot be read, its layout is unknown, or its keys have no layer index.
     """
     file = open_tensors(Path(path))
     found = find_blocks(file.keys(), read_config_fields(file.path), layout, file.path)
     layers = [layer for layer in found.blocks.values() if layer is not None]
     if not layers:
-        raise InputError(f"{file.path} holds one block without a layer index; leave --layer out")
+        raise InputError(f"{file.path} holds one block without a layer index; omit --layer")
     return layers
 
 
 def read_checkpoint(
     path: str | Path, options: CheckpointOptions | None = None, *, layer: int | None = None
 ) -> Checkpoint:
-    """Read one differential-attention block; of a large checkpoint only its tensors are read.
+    """Read one differential-attention block; only its own tensors are read from a large checkpoint.
 
     Args:
-        path: ``.safetensors`` or ``torch.save`` file, index of shards, or a directory with one; the block may stand in
-            a larger state dict.
-        options: what the file cannot say; a ``config.json`` beside the weights may say it too.
-        layer: `CheckpointOptions.layer`, for the most common of them.
+        path: ``.safetensors`` or ``torch.save`` file, index of shards, or a directory with one of these; the block may
+            be part of a larger state dict.
+        options: settings that the file does not contain; a ``config.json`` next to the weights may contain them, too.
+        layer: shorthand for the most common option, `CheckpointOptions.layer`.
 
     Raises:
-        InputError: the file cannot be read, the block is not whole, a shape or value is wrong, or something that cannot
-            be inferred was not given.
+        InputError: the file cannot be read, the block is incomplete, a shape or value is wrong, or a setting that
+            cannot be inferred was not given.
     """
     options = options or CheckpointOptions()
     if layer is not None:
         if options.layer not in (None, layer):
-            raise InputError(f"layer is {layer}, and {options.layer} in the options; give one of them")
+            raise InputError(f"layer is {layer}, but {options.layer} in the options; give only one of them")
         options = replace(options, layer=layer)
+    if options.names is not None:
+        raise InputError("names are those of a whole model, and this is a block; leave them out")
     file = open_tensors(Path(path))
     fields = read_config_fields(file.path)
     found = find_blocks(file.keys(), fields, options.layout, file.path)
@@ -213,7 +215,7 @@ def read_checkpoint(
     reader = BlockReader(file, fields, found, prefix, options)
     config = reader.config()
     weights = reader.weights(config)
-    # Of several shards only those that hold the block: the digest of all would read the whole model.
+    # Only the shards with tensors of the block: a digest of all shards would read the whole model.
     holders = dict.fromkeys(file.holder(key) for key in reader.tensors.keys)
     return Checkpoint(
         config=config,

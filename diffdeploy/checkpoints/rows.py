@@ -1,4 +1,4 @@
-"""Row maps between layouts and canonical weights, in both directions, bit for bit."""
+"""Bit-exact reordering of rows between layouts and canonical weights, in both directions."""
 
 from collections.abc import Callable, Mapping
 
@@ -18,7 +18,7 @@ def _heads(name: str, sizes: Sizes) -> int:
 
 
 def _part_rows(source: Source, sizes: Sizes) -> list[int]:
-    """Rows of each part of a packed projection, in their order."""
+    """Number of rows of each part of a packed projection, in order."""
     whole = {
         "q": 2 * sizes.num_heads * sizes.head_dim,
         "k": sizes.num_kv_heads * sizes.key_dim,
@@ -29,22 +29,22 @@ def _part_rows(source: Source, sizes: Sizes) -> list[int]:
 
 
 def _has_halves(name: str, source: Source, sizes: Sizes) -> bool:
-    # Values as wide as one stream are one row of heads, whatever those of queries and keys are.
+    # Values as wide as one stream have one row of heads, whatever the order of queries and keys.
     return source.halves and (not name.startswith("v") or sizes.value_dim != sizes.head_dim)
 
 
 def _pairs_from_halves(tensor: Tensor, heads: int) -> Tensor:
-    """Rows ``[2, n, d]`` to ``[n, 2, d]``."""
+    """Reorder rows ``[2, n, d]`` to ``[n, 2, d]``."""
     return tensor.reshape(2, heads, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
 
 
 def _halves_from_pairs(tensor: Tensor, heads: int) -> Tensor:
-    """Rows ``[n, 2, d]`` to ``[2, n, d]``."""
+    """Reorder rows ``[n, 2, d]`` to ``[2, n, d]``."""
     return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
 
 
 def _repeat_noise(tensor: Tensor, sizes: Sizes) -> Tensor:
-    """Rows ``[n, repeat + 1, d]``, the noise last, to ``[n, repeat, 2, d]``: each signal beside the noise it shares."""
+    """Expand rows ``[n, repeat + 1, d]``, noise last, to ``[n, repeat, 2, d]``: each signal with the shared noise."""
     repeat = sizes.noise_repeat
     groups = tensor.reshape(-1, repeat + 1, sizes.head_dim, *tensor.shape[1:])
     signal, noise = groups[:, :repeat], groups[:, repeat:]
@@ -52,31 +52,31 @@ def _repeat_noise(tensor: Tensor, sizes: Sizes) -> Tensor:
 
 
 def _share_noise(name: str, tensor: Tensor, sizes: Sizes) -> Tensor:
-    """Inverse of `_repeat_noise`.
+    """Invert `_repeat_noise`.
 
     Raises:
-        InputError: heads that are to share a noise query have different ones.
+        InputError: heads that must share a noise query have different ones.
     """
     repeat = sizes.noise_repeat
     pairs = tensor.reshape(-1, repeat, 2, sizes.head_dim, *tensor.shape[1:])
     signal, noise = pairs[:, :, 0], pairs[:, :, 1]
     if not torch.equal(noise, noise[:, :1].expand_as(noise)):
-        raise InputError(f"{name} has other noise rows in each head; {repeat} heads cannot share one noise query")
+        raise InputError(f"{name} has different noise rows in each head; {repeat} heads cannot share one noise query")
     return torch.cat((signal, noise[:, :1]), dim=1).reshape(-1, *tensor.shape[1:])
 
 
 def to_canonical(sources: Mapping[str, Source], get: Callable[[str], Tensor], sizes: Sizes) -> dict[str, Tensor]:
-    """Canonical weights from those of a layout.
+    """Convert the weights of a layout to canonical ones.
 
     Args:
-        sources: of the weights that the block has.
-        get: a tensor by its key behind the prefix.
-        sizes: of the block.
+        sources: sources of the weights that the block has.
+        get: function that reads a tensor by its key without the prefix.
+        sizes: sizes of the block.
     """
     loaded: dict[str, Tensor] = {}
     weights = {}
     for name, source in sources.items():
-        # Once for all parts of a packed projection.
+        # A packed projection is read once for all of its parts.
         if source.key not in loaded:
             loaded[source.key] = get(source.key)
         tensor = loaded[source.key]
@@ -93,16 +93,16 @@ def to_canonical(sources: Mapping[str, Source], get: Callable[[str], Tensor], si
             weights[name][0] = tensor
             weights[name.replace("_q", "_k")] = torch.eye(1, sizes.head_dim, dtype=tensor.dtype)[0]
             continue
-        # A view of a packed projection would keep the whole of it alive, and safetensors refuses to write one.
+        # A view would keep the whole packed projection alive, and safetensors refuses to write one.
         weights[name] = tensor.contiguous()
     return weights
 
 
 def centred_values(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-    """Weights with which an RMS norm of the heads computes what a LayerNorm does with these.
+    """Weights with which an RMS norm of the heads computes the same as a LayerNorm with the given weights.
 
-    A head is linear in its values, so its mean is that of the values: without the mean of each value head's rows, heads
-    have none. Exact, and not reversible. Half precision becomes float32, which holds the differences.
+    A head is linear in its values, so its mean is zero if the mean over each value head's rows is subtracted. This is
+    exact, but not reversible. Half precision becomes float32, which can represent the differences.
     """
     changed = dict(weights)
     for name in ("v_proj.weight", "v_proj.bias"):
@@ -115,10 +115,10 @@ def centred_values(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Ten
 
 
 def turned_back(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-    """Weights whose queries and keys, turned by an angle, score as those of the given ones turned by minus the angle.
+    """Weights whose queries and keys, rotated by an angle, have the scores of the given ones rotated by its negative.
 
-    Rotate-half turns the pairs ``(x[j], x[j + d/2])``; with the second channel of each negated, the other way round.
-    Exact, its own inverse, and without effect on norms of queries and keys.
+    Rotate-half rotates the pairs ``(x[j], x[j + d/2])``; negating the second channel of each pair reverses the angle.
+    This is exact and its own inverse, and has no effect on norms of queries and keys.
     """
     changed = dict(weights)
     for name in ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias"):
@@ -130,14 +130,14 @@ def turned_back(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor
 
 
 def by_halves(weights: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
-    """Weights whose queries and keys, turned by halves, score as those of the given ones turned interleaved.
+    """Weights whose queries and keys, rotated by halves, have the scores of the given ones rotated interleaved.
 
-    Interleaved turns the pairs ``(x[2j], x[2j + 1])`` of a stream, rotate-half the pairs ``(x[j], x[j + d/2])``, by the
-    same angles; scores do not depend on the order of channels. Exact.
+    Interleaved rotation uses the pairs ``(x[2j], x[2j + 1])`` of a stream, rotate-half ``(x[j], x[j + d/2])``, with the
+    same angles; scores do not depend on the order of channels. This is exact.
 
     Args:
-        weights: of a block without norms of queries and keys.
-        head_dim: stream width ``d``, all of which is turned.
+        weights: weights of a block without norms of queries and keys.
+        head_dim: stream width ``d``, all of which is rotated.
     """
     changed = dict(weights)
     for name in ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias"):
@@ -149,14 +149,14 @@ def by_halves(weights: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]
 
 
 def from_canonical(layout: Layout, weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-    """Weights of a layout from canonical ones; the inverse of `to_canonical`.
+    """Convert canonical weights to those of a layout; the inverse of `to_canonical`.
 
     Raises:
-        InputError: the layout has no place for a weight, or no such form of lambda.
+        InputError: the layout cannot store a weight or the form of lambda.
     """
     sources = {**layout.sources, **layout.optional}
     scalars = [name for name, source in layout.sources.items() if source.scalar]
-    # The partner of a scalar's vector is the unit vector that `to_canonical` made, and has no key of its own.
+    # The vector that `to_canonical` added next to a scalar's is a unit vector and has no key.
     carried = {name.replace("_q", "_k") for name in scalars}
     if missing := sorted(weights.keys() - sources.keys() - carried):
         raise InputError(f"layout {layout.name} has no place for {', '.join(missing)}")
@@ -186,10 +186,10 @@ def from_canonical(layout: Layout, weights: Mapping[str, Tensor], sizes: Sizes) 
 
 
 def _as_scalar(vector: Tensor, partner: Tensor, layout: Layout) -> Tensor:
-    # The product of any two vectors is a number too, but it would come back as other vectors: not bit for bit.
+    # The product of any two vectors is a number, too, but reading it would return other vectors.
     if vector[1:].any() or partner[1:].any() or partner[0] != 1:
         raise InputError(
-            f"layout {layout.name} holds the exponents of lambda as numbers, and this block has vectors: "
+            f"layout {layout.name} stores the exponents of lambda as numbers, but this block has vectors: "
             f"{', '.join(LAMBDA_VECTORS)}"
         )
     return vector[0].clone()

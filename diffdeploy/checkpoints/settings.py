@@ -1,4 +1,4 @@
-"""What the tensors of a block cannot say: from the user's options, else from ``config.json``, else from the layout."""
+"""Settings of a block that its tensors do not determine: from the user's options, ``config.json`` or the layout."""
 
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -13,40 +13,40 @@ from diffdeploy.errors import InputError
 
 __all__ = ["BlockSettings", "require"]
 
-# The norm's epsilon in every source that keeps none in its config, and the default of those that do.
+# The norm's epsilon in sources that do not store it in a config, and the default of those that do.
 _NORM_EPS = 1e-5
 
-# Above 1, as yarn needs.
+# Above 1, as required by yarn.
 _ANY_THETA = 10_000.0
 
 _ROPE = "--rope interleaved|half|half-reversed|none"
 
 _MISSING = {
-    "--causal or --no-causal": "nothing in the keys tells a block that sees later positions from one that does not",
+    "--causal or --no-causal": "the keys do not show whether the block attends to later positions",
     "--norm-eps": "the epsilon of the norm is not in the weights, so it cannot be guessed (most code bases use 1e-5)",
-    "--output-scale": "without a norm, nothing says whether heads have a factor (1 for none; the paper's, behind its "
-    "norm, is 1 - lambda_init)",
-    "--depth": "lambda_init depends on the layer index, the keys have none, and the weights do not record it",
+    "--output-scale": "without a norm, nothing shows whether heads have a factor (1 for none; in the paper, "
+    "1 - lambda_init follows the norm)",
+    "--depth": "lambda_init depends on the layer index, which neither the keys nor the weights contain",
     _ROPE: "the weights are the same for every rotary style, so it cannot be guessed, and there is no config.json "
-    "beside them that says it",
+    "next to them that states it",
     "--rope-theta": "the base of the rotary frequencies is not in the weights, so it cannot be guessed (the paper's "
     "models use 10000)",
-    "--sliding-window": "layers of this code base have a window, and no config.json beside the weights says it (0 for "
-    "none)",
+    "--sliding-window": "layers of this code base have a window, and no config.json next to the weights states it (0 "
+    "for none)",
     "--gqa-layout": "with fewer key/value heads than heads, Microsoft's naive and flash modules read different key "
-    "streams from the same weights, so it cannot be guessed; give canonical (flash) or legacy (naive, and every "
-    "variant of multihead-sdpadiff, which --layout sdpadiff says too)",
+    "streams with the same weights, so it cannot be guessed; give canonical (flash) or legacy (naive, and every "
+    "variant of multihead-sdpadiff, which --layout sdpadiff implies)",
 }
 
 
 def require(missing: Sequence[str]) -> None:
-    """See that nothing is missing.
+    """Raise an error if options are missing.
 
     Args:
-        missing: options that a block cannot do without, and that nobody gave.
+        missing: options that the block requires and that were not given.
 
     Raises:
-        InputError: something is; the message names every option.
+        InputError: at least one option is missing; the message names every one.
     """
     if not missing:
         return
@@ -57,15 +57,15 @@ def require(missing: Sequence[str]) -> None:
 
 
 class BlockSettings:
-    """The settings of one block; each is ``None`` where nothing says it, so that `summarise` can show that.
+    """Settings of one block; each is ``None`` if nothing states it, so that `summarise` can show that.
 
     Args:
-        fields: of the config.json.
+        fields: fields of config.json.
         found: layout of the block, and others with the same keys.
-        prefix: of the block, one of ``found.blocks``.
-        options: what the user says; it goes before everything else.
-        stored: reads a number from the tensors, where the layout stores it; see `BlockTensors.number`.
-        has_norm_weight: whether the block has the weight of the norm of the heads.
+        prefix: prefix of the block, one of ``found.blocks``.
+        options: the user's options, which override everything else.
+        stored: function that reads a number from the tensors if the layout stores it; see `BlockTensors.number`.
+        has_norm_weight: true if the block has a weight for the norm of the heads.
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class BlockSettings:
                 if depth < 0:
                     raise InputError(f"depth is {depth}; accepted is a 0-based layer index")
                 return int(depth)
-        # Not checked as above: Motif's layer 0 has depth -1, as its own code has it.
+        # Not restricted as above: Motif's layer 0 has depth -1 in its own code.
         return None if self.layer is None else self.layer + self.layout.depth_offset
 
     def lambda_init(self) -> float | None:
-        """Constant part of lambda: as given, as the layout has it in every layer, else by the depth."""
+        """Constant part of lambda, from the option, from a layout with one value for all layers, or from the depth."""
         given = self.options.lambda_init
         if self.layout.lambda_kind == "fixed" and (given, self.options.depth) != (None, None):
             raise InputError(
@@ -109,11 +109,11 @@ class BlockSettings:
         return None if depth is None else lambda_init_at(depth)
 
     def softmax_scale(self) -> float | None:
-        """Factor of the scores, where the block stores it."""
+        """Factor of the scores, if the block stores it."""
         return self._stored("softmax_scale")
 
     def has_norm(self) -> bool:
-        """Whether heads are normalised.
+        """True if heads are normalised.
 
         Raises:
             InputError: ``--norm`` contradicts the layout or the tensors.
@@ -121,30 +121,30 @@ class BlockSettings:
         norm, layout = self.options.norm, self.layout
         if layout.norm == "none":
             if norm not in (None, "none"):
-                raise InputError(f"--norm is {norm}, and blocks of layout {layout.name} have no norm")
+                raise InputError(f"--norm is {norm}, but blocks of layout {layout.name} have no norm")
             return False
         if norm == "none" and self._has_norm_weight:
             raise InputError(
-                f"--norm is none, and the block has {self.prefix}{layout.norm_weight.key}, a weight of one"
+                f"--norm is none, but the block has {self.prefix}{layout.norm_weight.key}, the weight of a norm"
             )
         return self._has_norm_weight or (norm != "none" if layout.norm == "rms" else norm is not None)
 
     def output_scale(self, lambda_init: float | None) -> float | None:
-        """Factor behind the norm; ``None`` where nothing says it."""
+        """Factor after the norm; ``None`` if nothing states it."""
         given = self.layout.output_scale if self.options.output_scale is None else self.options.output_scale
         if given is not None or not self.has_norm():
             return given
         return None if lambda_init is None else 1 - lambda_init
 
     def causal(self) -> bool | None:
-        """Whether positions see none after them."""
+        """True if positions do not attend to later ones."""
         if self.options.causal is not None:
             return self.options.causal
         by_prefix = self.layout.causal_by_prefix.items()
         return next((causal for name, causal in by_prefix if self.prefix.startswith(name)), self.layout.causal)
 
     def max_positions(self) -> int | None:
-        """Positions that the model was made for."""
+        """Maximum number of positions of the model."""
         length = typed_field(self.fields, "max_position_embeddings", int)
         if length is not None and length < 1:
             raise InputError(f"max_position_embeddings in config.json is {length}; accepted is 1 or more")
@@ -155,7 +155,7 @@ class BlockSettings:
         if self.options.rope is not None:
             return self.options.rope
         if self.layout.rope is not None:
-            # The style of a layout does not depend on the base.
+            # The layout determines the style whatever the base.
             found = self.layout.rope(self.fields, self.options.rope_theta or _ANY_THETA)
             return "none" if found is None else found.style + ("-reversed" if self.layout.turns_back else "")
         stored = self._own_rope().get("style")
@@ -174,7 +174,7 @@ class BlockSettings:
         return None if found is None else found.theta
 
     def _own_rope(self) -> Fields:
-        """The rotary embedding in diffdeploy's own config.json: one object, or the name of a style."""
+        """Rotary embedding in diffdeploy's own config.json: an object, or the name of a style."""
         stored = self.fields.get("rope")
         if isinstance(stored, dict):
             return stored
@@ -183,14 +183,14 @@ class BlockSettings:
         return {} if stored is None else {"style": stored}
 
     def rope(self, missing: list[str]) -> RopeConfig | None:
-        """Rotary embedding; ``None`` where the block has none, and where something is missing that it needs.
+        """Rotary embedding; ``None`` if the block has none, or if a required setting is missing.
 
         Args:
-            missing: takes the options that nothing says.
+            missing: list to which the missing options are appended.
         """
         if self.layout.rope is not None and self.options.rope is None:
             try:
-                # As a whole, with its scaling, which no option can say.
+                # Taken as a whole, including its scaling, which no option can state.
                 return self.layout.rope(self.fields, self.options.rope_theta)
             except UnknownThetaError:
                 missing.append("--rope-theta")
@@ -205,11 +205,11 @@ class BlockSettings:
         return RopeConfig(style=cast(RopeStyle, style.removesuffix("-reversed")), theta=float(theta))
 
     def turns_back(self) -> bool:
-        """Whether the rotary embedding turns by minus the angle."""
+        """True if the rotary embedding rotates by the negative angle."""
         return (self.rope_style() or "").endswith("-reversed")
 
     def defaults(self) -> dict[str, str]:
-        """Fields that the file leaves to the source's own config class, with what that class takes, and its name."""
+        """Fields that the file leaves to the source's own config class, with the default and the name of that class."""
         absent = {name: value for name, value in self.layout.class_defaults.items() if not self._says(name)}
         return {name: f"{value:g}, the default of {self.layout.config_class}" for name, value in absent.items()}
 
@@ -219,11 +219,11 @@ class BlockSettings:
         return given is not None or name in self.fields or (isinstance(nested, dict) and name in nested)
 
     def gqa_layout(self, sizes: Sizes) -> GqaLayout | None:
-        """Key map, or the canonical one where both are the same."""
+        """Key map; the canonical one if both maps are the same."""
         chosen = self.options.gqa_layout or cast(GqaLayout | None, typed_field(self.fields, "gqa_layout", str))
         if chosen is None and sizes.num_heads == sizes.num_kv_heads:
             return "canonical"
-        # Where several layouts have these keys, the first one's key map would be a guess.
+        # If several layouts have these keys, the key map of the first would be a guess.
         return chosen or (None if self._others_fit else self.layout.gqa_layout)
 
     def norm_eps(self) -> float:
@@ -238,10 +238,10 @@ class BlockSettings:
         return self.layout.qk_norm_eps if self.options.qk_norm_eps is None else self.options.qk_norm_eps
 
     def sliding_window(self, missing: list[str]) -> int | None:
-        """Keys that a position sees; ``None`` for all, and where nothing says it.
+        """Number of keys that a position attends to; ``None`` for all, or if the window is unknown.
 
         Args:
-            missing: takes the option that nothing says.
+            missing: list to which the missing option is appended.
         """
         if self.options.sliding_window is not None:
             return self.options.sliding_window or None

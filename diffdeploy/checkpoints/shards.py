@@ -1,4 +1,4 @@
-"""Tensors into safetensors files, named as by transformers' ``save_pretrained``: one, or several and an index."""
+"""Safetensors files of checkpoints, named as by transformers' ``save_pretrained``, with an index for several."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -13,17 +13,17 @@ from diffdeploy.arrays import to_array
 __all__ = ["INDEX", "write_shards"]
 
 INDEX = "model.safetensors.index.json"
-# Of one file: a shard is held twice while it is written, so this bounds the memory of writing.
+# Size of one file. A shard is in memory twice while it is written, so this limits the memory for writing.
 _SHARD_BYTES = 2 * 2**30
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path, *, max_bytes: int = _SHARD_BYTES) -> list[str]:
-    """Write tensors in the order in which they come, holding one shard at a time.
+    """Write tensors in the given order, with one shard in memory at a time.
 
     Args:
-        tensors: names and tensors; they may be made while they are taken.
+        tensors: names and tensors, which may be created on the fly.
         directory: an existing directory.
-        max_bytes: of the tensors of one file; a larger tensor has a file of its own.
+        max_bytes: maximum size of the tensors in one file; a larger tensor gets its own file.
 
     Returns:
         Names of the files with weights.
@@ -50,7 +50,7 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path, *, max_
 
 
 def _numbered(number: int, count: int | None = None) -> str:
-    """Name of a shard; how many there are is known when all are written."""
+    """Name of a shard; the number of shards is known once all are written."""
     return f"model-{number + 1:05d}" + ("" if count is None else f"-of-{count:05d}") + ".safetensors"
 
 
@@ -59,9 +59,9 @@ def _size(tensor: Tensor) -> int:
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> dict[str, int]:
-    """Write one file; give the sizes in bytes."""
+    """Write one file and return the sizes of its tensors in bytes."""
     arrays = {key: np.ascontiguousarray(to_array(tensor)) for key, tensor in tensors.items()}
-    # Serialised first: the library's own file writer hides the reason when a disk is full. transformers before version
-    # 5 refuses files that do not say which framework wrote them.
+    # Serialised first, since the file writer of safetensors hides the reason when a disk is full. Before version 5,
+    # transformers refuses files that do not name the framework that wrote them.
     path.write_bytes(safetensors.numpy.save(arrays, metadata={"format": "pt"}))
     return {key: _size(tensor) for key, tensor in tensors.items()}

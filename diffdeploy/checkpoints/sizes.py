@@ -1,4 +1,4 @@
-"""Sizes of a block, from the shapes of its tensors, held against the fields of ``config.json`` that name them."""
+"""Sizes of a block from the shapes of its tensors, checked against the fields of ``config.json`` that state them."""
 
 from typing import Any, NamedTuple
 
@@ -13,16 +13,16 @@ _VECTOR, _MATRIX = 1, 2
 
 
 class Sizes(NamedTuple):
-    """Sizes of a block, found from shapes.
+    """Sizes of a block, determined from shapes.
 
     Attributes:
-        embed_dim: see `DiffAttentionConfig`, as the next three.
-        num_heads: differential heads.
-        num_kv_heads: key/value heads.
+        embed_dim: model width, see `DiffAttentionConfig`.
+        num_heads: number of differential heads.
+        num_kv_heads: number of key/value heads.
         head_dim: stream width.
         value_dim: width of a head's values.
         key_dim: width of all keys of a key/value head.
-        noise_repeat: heads that share one noise query in the file, see `Layout.noise_repeat`.
+        noise_repeat: number of heads that share one noise query in the file, see `Layout.noise_repeat`.
     """
 
     embed_dim: int
@@ -34,15 +34,15 @@ class Sizes(NamedTuple):
     noise_repeat: int = 1
 
     def of_config(self) -> dict[str, Any]:
-        """Those that a config has, by its names."""
+        """The sizes that are fields of a config, by name."""
         return {name: getattr(self, name) for name in ("embed_dim", "num_heads", "num_kv_heads", "head_dim")}
 
 
 def read_sizes(tensors: BlockTensors, layout: Layout, fields: Fields) -> Sizes:
-    """Sizes from shapes alone: ``config.json`` may be missing, and where it is there it may only agree.
+    """Determine sizes from shapes alone: ``config.json`` is optional, but must agree if present.
 
     Raises:
-        InputError: shapes that do not fit each other, or a field that contradicts them.
+        InputError: shapes do not fit each other, or a field contradicts them.
     """
     embed_dim = tensors.shape("q_proj.weight", _MATRIX)[1]
     rows = {name: tensors.shape(f"{name}_proj.weight", _MATRIX)[0] for name in ("q", "k", "v")}
@@ -71,17 +71,17 @@ def read_sizes(tensors: BlockTensors, layout: Layout, fields: Fields) -> Sizes:
 
 
 def _unpack_rows(rows: dict[str, int], tensors: BlockTensors, layout: Layout) -> None:
-    """Rows of projections that one tensor packs, in place of their sum, which is all that its shape says."""
+    """Replace the row count of packed projections, which is a sum, with the row count of each projection."""
     order = layout.sources["k_proj.weight"].order
     if not order:
         return
-    # Parts of queries have the width of the output projection's columns: all that a head has where values are pairs,
-    # else one stream. Keys and values share the rest, by equal parts.
+    # Parts of queries are as wide as the columns of the output projection: a whole head if values are pairs, else one
+    # stream. Keys and values share the remaining rows equally.
     total, queries = rows["k"], [part for part in order if part[0] == "q"]
     columns = tensors.shape("out_proj.weight", _MATRIX)[1]
     of_keys, of_values = (sum(part[0] == letter for part in order) for letter in "kv")
     one = (total - columns * len(queries)) // (of_keys + of_values)
-    # The one layout with a part for each stream has no groups: without this, ordinary attention would pass for it.
+    # The only layout with a part for each stream has no groups; without this check, it would accept ordinary attention.
     alike = len(queries) <= 1 or one == columns
     if one < 1 or not alike or columns * len(queries) + one * (of_keys + of_values) != total:
         raise InputError(
@@ -94,20 +94,20 @@ def _unpack_rows(rows: dict[str, int], tensors: BlockTensors, layout: Layout) ->
 
 
 def _head_dim(tensors: BlockTensors, layout: Layout, q_rows: int) -> int:
-    """Stream width, from what lambda is made of: rows of q tell only the product of width and heads."""
+    """Stream width from the shape of lambda, since rows of q show only the product of width and heads."""
     if layout.lambda_kind == "token":
         num_heads = tensors.shape("lambda_proj.weight", _MATRIX)[0]
         return q_rows // (2 * num_heads)
     if layout.lambda_kind == "fixed":
         return tensors.shape("q_norm.weight", _VECTOR)[0]
     if tensors.sources["lambda_q1"].scalar:
-        # Lambda as a number has no width; the norm spans both streams.
+        # Lambda as a single number shows no width, but the norm spans both streams.
         return tensors.shape("subln.weight", _VECTOR)[0] // 2
     return tensors.shape("lambda_q1", _MATRIX if layout.lambda_kind == "head" else _VECTOR)[-1]
 
 
 def _count(tensors: BlockTensors, name: str, rows: int, width: int) -> int:
-    """Heads in the rows of a projection."""
+    """Number of heads in the rows of a projection."""
     if width == 0 or rows % width:
         raise InputError(
             f"{tensors.key(name)} has {rows} rows; accepted is a multiple of {width}, as the shapes of lambda say"

@@ -1,24 +1,27 @@
-"""What stands around the blocks of a whole model: one table of names for each family of code bases."""
+"""The parts of a whole model around its blocks, with one table of names for each family of code bases."""
 
+import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-__all__ = ["LLAMA", "SKELETONS", "Skeleton", "find_skeleton"]
+from diffdeploy.errors import InputError
 
-# Older files carry what follows from the config.
+__all__ = ["LLAMA", "SKELETONS", "Skeleton", "find_skeleton", "skeleton_of"]
+
+# Older files contain values that follow from the config.
 _TABLES = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skeleton:
-    """Names of the tensors of a model that are no part of a block, behind what all keys begin with.
+    """Names of a model's tensors outside the blocks, without the prefix that all keys share.
 
     Attributes:
-        name: of the family.
+        name: name of the family.
         embedding: key of the token embedding.
-        layer: what the keys of a layer begin with; ``{}`` stands for its number.
-        block: what those of its attention begin with, behind that.
-        parts: names of the other tensors of a layer, behind the same, by their canonical names.
+        layer: prefix of the keys of a layer, in which ``{}`` stands for its number.
+        block: prefix of the keys of its attention, after ``layer``.
+        parts: names of the other tensors of a layer, after ``layer``, by their canonical names.
         norm: key of the final norm.
         head: key of the output head.
     """
@@ -32,13 +35,13 @@ class Skeleton:
     head: str
 
     def layers(self, keys: Collection[str]) -> Iterator[int]:
-        """Numbers of layers that have anything, ascending."""
+        """Numbers of layers with at least one tensor, ascending."""
         before, after = self.layer.split("{}")
         found = {key.removeprefix(before).partition(after)[0] for key in keys if key.startswith(before)}
         yield from sorted(int(number) for number in found if number.isdecimal())
 
     def is_irrelevant(self, key: str) -> bool:
-        """Whether a key is known, and nobody needs it."""
+        """True if a key is known and can be ignored."""
         return key.endswith(_TABLES)
 
 
@@ -52,7 +55,7 @@ def _mlp(prefix: str, act: str) -> dict[str, str]:
 
 
 LLAMA = Skeleton(
-    name="Llama's names, as transformers has them",
+    name="Llama's names, as in transformers",
     embedding="model.embed_tokens.weight",
     layer="model.layers.{}.",
     block="self_attn.",
@@ -83,6 +86,59 @@ SKELETONS = (
 )
 
 
-def find_skeleton(keys: Collection[str]) -> Skeleton | None:
-    """The family whose embedding is there; ``None`` for a checkpoint of blocks."""
-    return next((each for each in SKELETONS if each.embedding in keys), None)
+# Names in a table of the user's own; every tensor of the MLP but its biases and PolyNorm's weights has to be there.
+_PLACES = ("embedding", "layer", "attention", "norm", "head")
+_REQUIRED_PARTS = [name for name in LLAMA.parts if not name.endswith(".bias") and ".act." not in name]
+
+
+def find_skeleton(keys: Collection[str], names: str | None = None) -> Skeleton | None:
+    """Family whose embedding is among the keys; ``None`` for a checkpoint of blocks.
+
+    Args:
+        keys: keys of the checkpoint.
+        names: a table of the user's own, see `skeleton_of`, which replaces the families.
+
+    Raises:
+        InputError: ``names`` is not such a table, or its embedding is not among the keys.
+    """
+    if names is None:
+        return next((each for each in SKELETONS if each.embedding in keys), None)
+    skeleton = skeleton_of(names)
+    if skeleton.embedding not in keys:
+        raise InputError(f"the embedding is {skeleton.embedding} in the table of names, and the checkpoint lacks it")
+    return skeleton
+
+
+def skeleton_of(names: str) -> Skeleton:
+    """Read a table of names that the user wrote.
+
+    Args:
+        names: JSON object with ``embedding``, ``norm`` and ``head``, which are keys; ``layer``, the prefix of a layer
+            with ``{}`` for its number; ``attention``, the prefix of a block after it; and, after ``layer``, the names
+            of the layer's other tensors by their canonical names, such as ``ffn.gate_proj.weight``.
+
+    Raises:
+        InputError: it is not such an object.
+    """
+    try:
+        table = json.loads(names)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the table of names is not JSON: {error}") from error
+    known = (*_PLACES, *LLAMA.parts)
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise InputError(f"the table of names is not an object of strings; accepted names: {', '.join(known)}")
+    if unknown := [name for name in table if name not in known]:
+        raise InputError(f"the table of names has {', '.join(unknown)}; accepted: {', '.join(known)}")
+    if absent := [name for name in (*_PLACES, *_REQUIRED_PARTS) if name not in table]:
+        raise InputError(f"the table of names lacks {', '.join(absent)}")
+    if table["layer"].count("{}") != 1:
+        raise InputError(f"layer is {table['layer']!r} in the table of names; accepted is a prefix with one {{}} in it")
+    return Skeleton(
+        name="the names given",
+        embedding=table["embedding"],
+        layer=table["layer"],
+        block=table["attention"],
+        parts={name: key for name, key in table.items() if name not in _PLACES},
+        norm=table["norm"],
+        head=table["head"],
+    )

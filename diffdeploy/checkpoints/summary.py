@@ -1,4 +1,4 @@
-"""What can be said of a checkpoint's blocks without any option."""
+"""Summary of a checkpoint's blocks, as far as it is possible without options."""
 
 import math
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ __all__ = ["BlockSummary", "CheckpointSummary", "summarise"]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSummary:
-    """One block; ``None`` where neither the keys nor ``config.json`` say it.
+    """Summary of one block; ``None`` marks facts that neither the keys nor ``config.json`` state.
 
     Attributes:
-        head_fields: what fields of ``config.json`` that count streams say, and what they mean.
-        window_is_known: whether something says `sliding_window`, ``None`` of which is none.
+        head_fields: fields of ``config.json`` that count streams, with their meaning in words.
+        window_is_known: true if `sliding_window` is known, where ``None`` means no window.
         unread: keys of the block that its layout does not know; such a block is not exported.
-        refused: why it cannot be deployed; then nothing but ``prefix`` and ``layer`` is known.
+        refused: reason why the block cannot be deployed; in that case, only ``prefix`` and ``layer`` are known.
     """
 
     prefix: str
@@ -56,7 +56,7 @@ class BlockSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSummary:
-    """A checkpoint: its layout, why it was recognised, other layouts with the same keys, and its blocks."""
+    """Summary of a checkpoint: its layout, the reason for it, other layouts with the same keys, and the blocks."""
 
     layout: str
     why: str
@@ -67,10 +67,10 @@ class CheckpointSummary:
 
 
 def summarise(path: str | Path, layout: str | None = None) -> CheckpointSummary:
-    """Every block of a checkpoint, in the order of its layers.
+    """Summarise every block of a checkpoint, in the order of its layers.
 
     Raises:
-        InputError: the file cannot be read or holds no differential attention that is known.
+        InputError: the file cannot be read, or contains no known differential attention.
     """
     file = open_tensors(Path(path))
     fields = read_config_fields(file.path)
@@ -80,7 +80,7 @@ def summarise(path: str | Path, layout: str | None = None) -> CheckpointSummary:
         try:
             blocks.append(_block(BlockReader(file, fields, found, prefix, CheckpointOptions(layout=layout))))
         except InputError as error:
-            # One bad block hides nothing of the others: a Phi-4 file holds layers that cannot be deployed alone.
+            # One bad block must not hide the others: a Phi-4 file contains layers that cannot be deployed alone.
             blocks.append(BlockSummary(prefix=prefix, layer=layer, refused=str(error)))
     if all(block.refused is not None for block in blocks):
         raise InputError(str(blocks[0].refused))
@@ -95,7 +95,7 @@ def summarise(path: str | Path, layout: str | None = None) -> CheckpointSummary:
 
 
 def _block(reader: BlockReader) -> BlockSummary:
-    # Past the checks of `BlockTensors.get`: a block in fp8 or with NaN can be described, though not deployed.
+    # Reads without the checks of `BlockTensors.get`: a block in fp8 or with NaN can be described, but not deployed.
     tensors = [reader.tensors.file.get(key) for key in reader.tensors.keys]
     layout, settings = reader.layout, reader.settings
     missing: list[str] = []
@@ -124,7 +124,7 @@ def _block(reader: BlockReader) -> BlockSummary:
 
 
 def _counted_streams(reader: BlockReader) -> Iterator[str]:
-    """Each field that counts several streams of a head as so many heads, in words."""
+    """Describe each field that counts the streams of a head as separate heads."""
     fields, sizes = reader.settings.fields, reader.sizes.of_config()
     for name, (size, streams) in reader.layout.head_fields.items():
         factor = reader.sizes.value_dim // reader.sizes.head_dim if streams is None else streams
@@ -134,27 +134,27 @@ def _counted_streams(reader: BlockReader) -> Iterator[str]:
 
 
 def _lambda_value(lambda_init: float, layout: Layout, tensors: BlockTensors) -> float | None:
-    """The one lambda of all heads; ``None`` where each head has its own, or the weights give no number."""
+    """The lambda that all heads share; ``None`` if heads differ or the weights do not yield a number."""
     if layout.lambda_kind == "fixed":
         return lambda_init
     return _finite(lambda_init + _learned_lambda(tensors)) if layout.lambda_kind == "layer" else None
 
 
 def _learned_lambda(tensors: BlockTensors) -> float:
-    """``exp(lq1 . lk1) - exp(lq2 . lk2)``, or of the two numbers that stand for the products."""
+    """``exp(lq1 . lk1) - exp(lq2 . lk2)``, or the same of two numbers that replace the products."""
 
     def exponent(pair: int) -> float:
-        # In fp64, as the oracle that the verification reports lambda from.
+        # In fp64, as in the oracle from which the verification reports lambda.
         q = tensors.file.get(tensors.key(f"lambda_q{pair}")).double()
         if tensors.sources[f"lambda_q{pair}"].scalar:
             return float(q) if q.numel() == 1 else math.nan
         k = tensors.file.get(tensors.key(f"lambda_k{pair}")).double()
-        # Other shapes are refused when the block is read.
+        # Other shapes raise an error when the block is read.
         return float(q @ k) if q.ndim == k.ndim == 1 and q.shape == k.shape else math.nan
 
     return float(torch.tensor(exponent(1)).double().exp() - torch.tensor(exponent(2)).double().exp())
 
 
 def _finite(value: float) -> float | None:
-    """A number that JSON can hold; weights that give no number are refused when the block is read."""
+    """A finite number, as JSON requires, or ``None``; other numbers raise an error when the block is read."""
     return value if math.isfinite(value) else None

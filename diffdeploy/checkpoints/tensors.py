@@ -1,4 +1,4 @@
-"""The tensors of one block: the keys under its prefix that its layout names, read only when they are asked for."""
+"""The tensors of one block: the keys under its prefix that its layout names, read only on request."""
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from diffdeploy.errors import InputError
 
 __all__ = ["BlockTensors"]
 
-# What safetensors can also hold (fp8, integers) needs scales that stand elsewhere in the checkpoint.
+# Other dtypes of safetensors (fp8, integers) need scales that are stored elsewhere in the checkpoint.
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-# Optional tensors that a block has together or not at all: half of them would be a block that no code base builds.
+# Groups of optional tensors that a block has together or not at all; no code base builds a block with part of a group.
 _TOGETHER = (("q_proj.bias", "k_proj.bias", "v_proj.bias"), ("q_norm.weight", "k_norm.weight"))
 
 
@@ -22,16 +22,16 @@ class BlockTensors:
     """One block of a file, seen through its layout.
 
     Args:
-        file: the checkpoint.
-        prefix: of the block.
-        layout: of the block.
+        file: tensors of the checkpoint.
+        prefix: prefix of the block.
+        layout: layout of the block.
 
     Raises:
         InputError: one of several optional tensors that belong together is missing.
 
     Attributes:
-        names: keys behind the prefix, those that the layout does not know included.
-        sources: where each canonical weight stands that this block has.
+        names: keys without the prefix, including those that the layout does not know.
+        sources: source of each canonical weight that this block has.
     """
 
     def __init__(self, file: TensorFile, prefix: str, layout: Layout) -> None:
@@ -57,34 +57,34 @@ class BlockTensors:
 
     @property
     def unread(self) -> list[str]:
-        """Keys under the prefix that neither the layout reads nor anybody needs."""
+        """Keys under the prefix that the layout neither reads nor ignores on purpose."""
         needless = {self.prefix + name for name in self._irrelevant}
         return sorted({self.prefix + name for name in self.names}.difference(self.keys, needless))
 
     def require_all_read(self, layout: Layout) -> None:
-        """See that no tensor of the block would be dropped.
+        """Check that no tensor of the block would be dropped.
 
         Raises:
-            InputError: the layout has no place for one.
+            InputError: the layout does not know a tensor.
         """
         if unread := self.unread:
             raise InputError(
-                f"layout {layout.name} does not know {listed(unread)}, and a block without what these tensors do would "
-                "be another one; give another --layout, or remove them if nothing computes with them"
+                f"layout {layout.name} does not know {listed(unread)}, and the block would compute something else "
+                "without these tensors; give another --layout, or remove them if nothing computes with them"
             )
 
     @property
     def keys(self) -> list[str]:
-        """The keys that hold the block."""
-        # A packed projection is the source of three weights, and is one key.
+        """List of the keys that contain the block."""
+        # A packed projection is the source of three weights, but has one key.
         names = [*(source.key for source in self.sources.values()), *self._numbers.values()]
         return list(dict.fromkeys(self.prefix + name for name in names))
 
     def number(self, fact: str) -> float | None:
-        """A fact that the layout stores as a tensor, ``None`` where it does not; see `Layout.numbers`.
+        """A fact that the layout stores as a tensor, or ``None`` if it does not; see `Layout.numbers`.
 
         Raises:
-            InputError: it is no single number.
+            InputError: the tensor is not a single number.
         """
         if fact not in self._numbers:
             return None
@@ -94,14 +94,14 @@ class BlockTensors:
         return float(tensor)
 
     def key(self, name: str) -> str:
-        """The key that holds a canonical weight."""
+        """Key that contains a canonical weight."""
         return self.prefix + self.sources[name].key
 
     def shape(self, name: str, rank: int) -> tuple[int, ...]:
-        """Shape of the tensor that holds a canonical weight.
+        """Shape of the tensor that contains a canonical weight.
 
         Raises:
-            InputError: it has another rank, or no elements.
+            InputError: the tensor has another rank, or no elements.
         """
         shape = self.file.shape(self.key(name))
         if len(shape) != rank or 0 in shape:
@@ -109,36 +109,36 @@ class BlockTensors:
         return shape
 
     def get(self, name: str) -> Tensor:
-        """A tensor by its name behind the prefix.
+        """Read a tensor by its key without the prefix.
 
         Raises:
-            InputError: it cannot be deployed.
+            InputError: the tensor cannot be deployed.
         """
         key = self.prefix + name
         tensor = self.file.get(key)
         if tensor.dtype not in _DTYPES:
             raise InputError(f"{key} has dtype {tensor.dtype}; accepted are fp64, fp32, fp16 and bf16")
-        # Every error budget of the verification would be NaN, and so say nothing.
+        # Every error budget of the verification would be NaN, and would therefore detect nothing.
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{key} holds NaN or infinity; such a block cannot be deployed")
         return tensor
 
     def require_shapes(self, canonical: dict[str, tuple[int, ...]], noise_repeat: int = 1) -> None:
-        """Hold each tensor against the shapes of the canonical weights that it holds.
+        """Compare each tensor with the shapes of the canonical weights that it contains.
 
         Args:
-            canonical: shapes by names.
-            noise_repeat: heads that share one noise query in the file.
+            canonical: canonical shapes by name.
+            noise_repeat: number of heads that share one noise query in the file.
 
         Raises:
-            InputError: a shape that does not fit the others.
+            InputError: a shape does not fit the others.
         """
         expected: dict[str, list[int]] = {}
         for name, source in self.sources.items():
             shape = [] if source.scalar else list(canonical[name])
             if name.startswith("q_proj"):
                 shape[0] = shape[0] // (2 * noise_repeat) * (noise_repeat + 1)
-            # q, k and v of a packed projection add up to the rows of one tensor.
+            # The rows of q, k and v add up to those of the packed tensor.
             if source.order and source.key in expected:
                 expected[source.key][0] += shape[0]
             else:

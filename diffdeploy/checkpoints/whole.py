@@ -1,4 +1,4 @@
-"""From a checkpoint to a whole decoder: its config now, its weights one layer at a time."""
+"""Reading of a whole decoder from a checkpoint: its config at once, its weights one layer at a time."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from diffdeploy.files import file_sha256
 
 __all__ = ["ModelCheckpoint", "holds_model", "read_model"]
 
-# What other runtimes and tokenizers read beside the weights.
+# Files that other runtimes and tokenizers read next to the weights.
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -32,7 +32,7 @@ _COMPANIONS = (
     "chat_template.jinja",
 )
 _SILU = ("silu", "swish")
-# Fields of model configs that change what a decoder computes, with the values that change nothing.
+# Fields of model configs that change what a decoder computes, with the values that have no effect.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "embedding_multiplier": (1, 1.0),
     "residual_multiplier": (1, 1.0),
@@ -49,20 +49,20 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCheckpoint:
-    """A whole decoder as it was found.
+    """A whole decoder, read from a checkpoint.
 
     Attributes:
-        config: of the decoder.
-        weights: canonical weights in the checkpoint's dtypes, named as ``config.weight_shapes()`` says and read when
-            they are asked for, one layer at a time.
+        config: config of the decoder.
+        weights: canonical weights in the checkpoint's dtypes, named as in ``config.weight_shapes()`` and read on
+            request, one layer at a time.
         layout: name of the layout of the blocks.
-        layer: none, since it is all of them.
+        layer: always ``None``, since all layers are read.
         keys: the keys that are read.
-        files: the files that they are in.
-        options: what was asked for.
+        files: the files that contain them.
+        options: the options that were given.
         defaults: fields that config.json leaves to the source's own config class, with the value and the class.
-        max_positions: ``max_position_embeddings`` of config.json, if it is there.
-        companions: files beside the weights that tokenizers and other runtimes read.
+        max_positions: ``max_position_embeddings`` of config.json, if present.
+        companions: files next to the weights that tokenizers and other runtimes read.
     """
 
     config: DecoderConfig
@@ -78,7 +78,7 @@ class ModelCheckpoint:
 
 
 class _Weights(Mapping[str, Tensor]):
-    """Canonical weights of a model; of its blocks one is held at a time, since its tensors are made together."""
+    """Canonical weights of a model; only one block is in memory at a time, since its tensors are created together."""
 
     def __init__(
         self, file: TensorFile, config: DecoderConfig, plain: dict[str, str], blocks: list[BlockReader]
@@ -104,9 +104,17 @@ class _Weights(Mapping[str, Tensor]):
         return self._held[1][of_block]
 
 
-def holds_model(path: str | Path) -> bool:
-    """Whether a checkpoint has a token embedding, and is a whole model or meant to be one."""
-    return find_skeleton(set(open_tensors(Path(path)).keys())) is not None
+def holds_model(path: str | Path, names: str | None = None) -> bool:
+    """True if a checkpoint has a token embedding, and therefore is a whole model or part of one.
+
+    Args:
+        path: the checkpoint.
+        names: see `CheckpointOptions`.
+
+    Raises:
+        InputError: the files cannot be read, or ``names`` does not fit them.
+    """
+    return find_skeleton(set(open_tensors(Path(path)).keys()), names) is not None
 
 
 def read_model(path: str | Path, options: CheckpointOptions | None = None) -> ModelCheckpoint:
@@ -114,18 +122,18 @@ def read_model(path: str | Path, options: CheckpointOptions | None = None) -> Mo
 
     Args:
         path: ``.safetensors`` or ``torch.save`` file, index of shards, or a directory with one.
-        options: what the files cannot say of the blocks.
+        options: settings of the blocks that the files do not contain.
 
     Raises:
-        InputError: the files cannot be read, the model is not whole, something in it has no place in a decoder, or what
-            cannot be inferred was not given.
+        InputError: the files cannot be read, the model is incomplete, a tensor does not belong to a decoder, or a
+            setting that cannot be inferred was not given.
     """
     options = options or CheckpointOptions()
     file = open_tensors(Path(path))
     fields, keys = read_config_fields(file.path), set(file.keys())
-    skeleton = find_skeleton(keys)
+    skeleton = find_skeleton(keys, options.names)
     if skeleton is None:
-        raise InputError(f"{file.path} holds no token embedding, so it is no whole model; --layer exports its blocks")
+        raise InputError(f"{file.path} has no token embedding, so it is not a whole model; --layer exports its blocks")
     found = find_blocks(file.keys(), fields, options.layout, file.path)
     if found.layout.why_no_model is not None:
         raise InputError(
@@ -150,7 +158,7 @@ class _Reader:
         self.defaults: dict[str, str] = {}
 
     def checkpoint(self) -> ModelCheckpoint:
-        """All of it, with the checks that need no weights."""
+        """Read the whole model, with all checks that need no weights."""
         self._require_known_fields()
         blocks = [self._block(number) for number in range(self._num_layers())]
         attention = [block.config() for block in blocks]
@@ -193,40 +201,40 @@ class _Reader:
         prefix = self.skeleton.layer.format(number) + self.skeleton.block
         if prefix not in self.found.blocks:
             raise InputError(
-                f"layer {number} of {self.file.path} has no block of layout {self.layout.name} at {prefix}, as other "
-                "layers have; layers of different kinds make no decoder, and --layer exports one that has"
+                f"layer {number} of {self.file.path} has no block of layout {self.layout.name} at {prefix}, unlike "
+                "other layers; a decoder needs layers of one kind, and --layer exports a single layer that has a block"
             )
         return BlockReader(self.file, self.fields, self.found, prefix, self.options)
 
     def _plain_keys(self, num_layers: int) -> dict[str, str]:
-        """Keys of all tensors that are no part of a block, by their canonical names."""
+        """Keys of all tensors outside the blocks, by their canonical names."""
         plain = {"embedding.weight": self.skeleton.embedding, "norm.weight": self.skeleton.norm}
         if not self._tied():
             plain["lm_head.weight"] = self.skeleton.head
         for number in range(num_layers):
             for name, key in self.skeleton.parts.items():
                 full = self.skeleton.layer.format(number) + key
-                # Of these the first layer says whether there are any.
+                # The first layer shows whether the model has these at all.
                 optional = name.endswith(".bias") or ".act." in name
                 if not optional or self.skeleton.layer.format(0) + key in self.keys:
                     plain[f"layers.{number}.{name}"] = full
         absent = [key for key in plain.values() if key not in self.keys]
         if absent:
             raise InputError(
-                f"{self.file.path} has an embedding, and lacks {listed(absent)}: it is no whole model; copy what is "
-                "missing, or export a block with --layer"
+                f"{self.file.path} has an embedding, but lacks {listed(absent)}, so it is not a whole model; copy the "
+                "missing tensors, or export a block with --layer"
             )
         return plain
 
     def _tied(self) -> bool:
-        """Whether the head is the embedding."""
+        """True if the head shares the embedding's weights."""
         given = self.fields.get("tie_word_embeddings")
         if given is not None and not isinstance(given, bool):
             raise InputError(f"tie_word_embeddings in config.json is {shortened(given)}; accepted is true or false")
         if given is None and self.skeleton.head not in self.keys:
             raise InputError(
-                f"{self.file.path} lacks {self.skeleton.head}, and no config.json says that the head is the embedding "
-                "(tie_word_embeddings true)"
+                f"{self.file.path} lacks {self.skeleton.head}, and no config.json says that the head shares the "
+                "embedding's weights (tie_word_embeddings true)"
             )
         return bool(given)
 
@@ -235,7 +243,7 @@ class _Reader:
         said = typed_field(self.fields, "vocab_size", int)
         if said is not None and said != vocab_size:
             raise InputError(
-                f"vocab_size in config.json is {said}, and the embedding in {self.file.path} has {vocab_size} rows"
+                f"vocab_size in config.json is {said}, but the embedding in {self.file.path} has {vocab_size} rows"
             )
         layers = tuple(
             LayerConfig(attention=block, mlp=self._mlp(number, plain)) for number, block in enumerate(attention)
@@ -257,15 +265,15 @@ class _Reader:
         act = self.fields.get("hidden_act")
         if has("act.weight"):
             if act not in (None, "poly_norm"):
-                raise InputError(f"hidden_act in config.json is {shortened(act)}, and the MLPs have PolyNorm's weights")
+                raise InputError(f"hidden_act in config.json is {shortened(act)}, but the MLPs have PolyNorm's weights")
         elif act not in (None, *_SILU):
             raise InputError(f"hidden_act in config.json is {shortened(act)}; accepted are {', '.join(_SILU)}, and "
-                             "poly_norm where its weights are there")  # fmt: skip
+                             "poly_norm with its weights")  # fmt: skip
         hidden_dim, _ = self._shape_of(f"layers.{number}.ffn.gate_proj.weight", plain, 2)
         said = typed_field(self.fields, "intermediate_size", int)
         if said is not None and said != hidden_dim:
             raise InputError(
-                f"intermediate_size in config.json is {said}, and the MLP of layer {number} has {hidden_dim}"
+                f"intermediate_size in config.json is {said}, but the MLP of layer {number} has {hidden_dim}"
             )
         return MlpConfig(
             hidden_dim=hidden_dim,
@@ -274,14 +282,14 @@ class _Reader:
         )
 
     def _norm_eps(self) -> float:
-        """Epsilon of the norms around the blocks: never guessed, since nothing in the weights would show it."""
+        """Epsilon of the norms around the blocks, which is never guessed, since nothing in the weights shows it."""
         for name in ("rms_norm_eps", "norm_eps"):
             if (eps := typed_field(self.fields, name, float)) is not None:
                 return float(eps)
         default = self.layout.class_defaults.get("rms_norm_eps")
         if default is None:
             raise InputError(
-                f"no config.json beside {self.file.path} says rms_norm_eps, the epsilon of the norms around the "
+                f"no config.json next to {self.file.path} states rms_norm_eps, the epsilon of the norms around the "
                 "blocks, and the weights do not show it; add it"
             )
         self.defaults["rms_norm_eps"] = f"{default:g} of {self.layout.config_class}"
@@ -300,8 +308,8 @@ class _Reader:
         dropped = sorted(key for key in self.keys - read if not self._irrelevant(key))
         if dropped:
             raise InputError(
-                f"{self.file.path} holds {listed(dropped)}, which has no place in a decoder of {self.skeleton.name}; "
-                "nothing is dropped, so it is not exported"
+                f"{self.file.path} contains {listed(dropped)}, which does not belong to a decoder with "
+                f"{self.skeleton.name}; no tensor may be dropped, so the model is not exported"
             )
 
     def _irrelevant(self, key: str) -> bool:
@@ -315,6 +323,6 @@ class _Reader:
             value = self.fields.get(name)
             if value is not None and value not in neutral:
                 raise InputError(
-                    f"{name} in config.json is {shortened(value)}, which changes what a decoder computes, and is not "
-                    "known how; --layer exports its blocks"
+                    f"{name} in config.json is {shortened(value)}, which changes what a decoder computes in a way that "
+                    "is not supported; --layer exports its blocks"
                 )

@@ -1,4 +1,4 @@
-"""Back from a canonical block to the keys and rows of a layout, bit for bit."""
+"""Bit-exact conversion of a canonical block to the keys and rows of a layout."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,30 +18,30 @@ __all__ = ["write_checkpoint"]
 def write_checkpoint(
     config: AnyConfig, weights: Mapping[str, Tensor], layout: str, *, prefix: str = "", noise_repeat: int = 1
 ) -> dict[str, Tensor]:
-    """The state dict of a block in a layout.
+    """Create the state dict of a block in a layout.
 
     Args:
-        config: of the block.
+        config: config of the block.
         weights: canonical weights, such as ``block.state_dict()``.
         layout: name of a layout.
-        prefix: put before each key.
-        noise_repeat: heads that share one noise query, in a layout that has such groups.
+        prefix: prefix of each key.
+        noise_repeat: number of heads that share one noise query, in a layout with such groups.
 
     Raises:
-        InputError: the layout is not known or cannot hold the block.
+        InputError: the layout is unknown or cannot represent the block.
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout is {layout!r}; accepted: {', '.join(LAYOUTS)}")
     chosen = LAYOUTS[layout]
     if chosen.version != config.version:
-        raise InputError(f"layout {layout} is of version {chosen.version}, and the block of version {config.version}")
-    # No key says it: the file would be read back as the layout is, and compute something else.
+        raise InputError(f"layout {layout} has version {chosen.version}, but the block has version {config.version}")
+    # No key shows this: the file would be read back with the layout's setting, and compute something else.
     if chosen.causal is not None and chosen.causal != config.causal:
         raise InputError(f"layout {layout} is {'causal' if chosen.causal else 'not causal'}, unlike the block")
     for name in ("lambda_init", "output_scale"):
         wanted = getattr(chosen, name)
         if wanted is not None and wanted != getattr(config, name):
-            raise InputError(f"layout {layout} has {name} {wanted:g}, and the block {getattr(config, name)}")
+            raise InputError(f"layout {layout} has {name} {wanted:g}, but the block has {getattr(config, name)}")
     if noise_repeat > 1 and chosen.noise_repeat is None:
         raise InputError(f"layout {layout} has no heads that share a noise query")
     _require_same_kind(chosen, config)
@@ -61,10 +61,10 @@ def write_checkpoint(
 
 
 def _require_same_kind(layout: Layout, config: AnyConfig) -> None:
-    """See that what no key says is in the layout as it is in the block.
+    """Check that facts which no key shows are the same in the layout and in the block.
 
     Raises:
-        InputError: it is not; the message names the fact.
+        InputError: a fact differs; the message names it.
     """
     widths = {"pair": 2 * config.head_dim, "stream": config.head_dim, "rows": config.value_dim}
     norms = {"rms": True, "none": False, "weighted": config.norm_affine}
@@ -81,12 +81,12 @@ def _require_same_kind(layout: Layout, config: AnyConfig) -> None:
         facts.append(("rope", None if rope is None else (rope.style, rope.rotary_dim), has))
     for name, wanted, given in facts:
         if wanted != given:
-            raise InputError(f"layout {layout.name} has {name} {wanted}, and the block {given}")
+            raise InputError(f"layout {layout.name} has {name} {wanted}, but the block has {given}")
 
 
 def _number(config: AnyConfig, fact: str, layout: str) -> Tensor:
     value = config.scale if fact == "softmax_scale" else getattr(config, fact)
     stored = torch.tensor(value, dtype=torch.float32)
     if float(stored) != value:
-        raise InputError(f"layout {layout} stores {fact} in float32, which does not hold {value}")
+        raise InputError(f"layout {layout} stores {fact} in float32, which cannot represent {value}")
     return stored

@@ -20,8 +20,8 @@ __all__ = [
     "lambda_init_at",
 ]
 
-# Vectors of the paper's lambda; they stay in fp32, whatever the dtype of a block, since rounding them to bfloat16
-# costs more accuracy than the rest of the path of lambda.
+# Vectors of the paper's lambda. They stay in fp32 whatever the dtype of the block, since rounding them to bfloat16
+# costs more accuracy than all other roundings on the way to lambda.
 LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 GqaLayout = Literal["canonical", "legacy"]
@@ -29,7 +29,7 @@ LambdaKind = Literal["layer", "head", "token", "fixed"]
 
 
 def is_lambda_vector(name: str) -> bool:
-    """Whether a weight of a block or a model, by its canonical name, is one of the vectors of lambda."""
+    """True if the weight of a block or a model with this canonical name is one of the vectors of lambda."""
     return name.rpartition(".")[2] in LAMBDA_VECTORS
 
 
@@ -42,10 +42,10 @@ def lambda_init_at(depth: int) -> float:
 
 
 def check_sizes(config: "AnyConfig") -> None:
-    """See that what both versions have fits together.
+    """Check the fields that both versions of the block share, and that they fit together.
 
     Raises:
-        InputError: it does not; the message names the field, what was given and what is accepted.
+        InputError: a field is invalid; the message names it, the given value and the accepted values.
     """
     for field in ("embed_dim", "num_heads", "num_kv_heads", "head_dim"):
         require(getattr(config, field) >= 1, field, getattr(config, field), "a positive integer")
@@ -60,7 +60,7 @@ def check_sizes(config: "AnyConfig") -> None:
         rope is None or rope.rotary_dim is not None or config.head_dim % 2 == 0,
         "head_dim",
         config.head_dim,
-        "even when rotary embedding is used, since it turns pairs of channels",
+        "even when rotary embedding is used, since it rotates pairs of channels",
     )
     require(
         rope is None or rope.width(config.head_dim) <= config.head_dim,
@@ -71,7 +71,7 @@ def check_sizes(config: "AnyConfig") -> None:
     eps = config.qk_norm_eps
     require(eps is None or (math.isfinite(eps) and eps > 0), "qk_norm_eps", eps, "None or a positive number")
     require(
-        # A window bounds how old a key may be; without causality it would leave all later keys in sight.
+        # A window limits only how old a key may be; without causality, all later keys would remain visible.
         config.sliding_window is None or (config.sliding_window >= 1 and config.causal),
         "sliding_window",
         config.sliding_window,
@@ -85,57 +85,59 @@ class DiffAttentionConfig:
 
     Attributes:
         embed_dim: model width ``D``.
-        num_heads: differential heads ``h``; the softmax model of equal size has ``2h``.
-        num_kv_heads: differential key/value heads ``h_kv``; divides ``h``.
-        head_dim: stream width ``d``.
+        num_heads: number of differential heads ``h``; the softmax model of equal size has ``2h``.
+        num_kv_heads: number of differential key/value heads ``h_kv``; divides ``h``.
+        head_dim: width ``d`` of a stream.
         value_head_dim: width ``e`` of a head's value and output; ``None`` for ``2d``, as in the paper.
         lambda_init: constant part of lambda; see `lambda_init_at`.
-        lambda_kind: ``layer`` for one number, from vectors ``[d]``; ``head`` for one for each head, from vectors
+        lambda_kind: ``layer`` for one number, from vectors ``[d]``; ``head`` for one number per head, from vectors
             ``[h, d]``; ``fixed`` for ``lambda_init`` itself, without vectors.
         softmax_scale: factor of the scores; ``None`` for ``d ** -0.5``.
-        causal: position ``i`` sees keys up to ``i`` (aligned bottom-right).
-        rope: rotary embedding of queries and keys, or ``None``.
+        causal: true if position ``i`` attends only to keys up to ``i`` (aligned bottom-right).
+        rope: rotary embedding of queries and keys; ``None`` for none.
         norm_eps: epsilon of the RMS norm over each head's ``e`` outputs; ``None`` for no such norm.
-        norm_affine: whether that norm has a weight (gamma, ``[e]``).
-        output_scale: factor behind the norm; the paper's is ``1 - lambda_init``.
+        norm_affine: true if that norm has a weight (gamma, ``[e]``).
+        output_scale: factor that follows the norm; ``1 - lambda_init`` in the paper.
         qk_norm_eps: epsilon of an RMS norm with a weight over each query and key stream (``d``), before the rotary
             embedding; ``None`` for no such norm.
-        qkv_bias: whether the q, k and v projections have biases.
-        out_bias: whether the output projection has a bias.
-        gqa_layout: which of the ``2 h_kv`` key streams stream ``s`` of query head ``i`` reads, with ``g = h / h_kv``;
-            ``canonical`` (Microsoft's flash modules): ``2 (i // g) + s``; ``legacy`` (Microsoft's naive module and
-            multihead-sdpadiff): ``(2i + s) // g``. The same when ``g`` is 1.
-        sliding_window: keys that a position sees, itself included; ``None`` for all. Needs ``causal``.
+        qkv_bias: true if the q, k and v projections have biases.
+        out_bias: true if the output projection has a bias.
+        gqa_layout: index of the key stream, of ``2 h_kv``, that stream ``s`` of query head ``i`` reads; with
+            ``g = h / h_kv``, it is ``2 (i // g) + s`` for ``canonical`` (Microsoft's flash modules) and
+            ``(2i + s) // g`` for ``legacy`` (Microsoft's naive module and multihead-sdpadiff). The two agree when
+            ``g`` is 1.
+        sliding_window: number of keys that a position attends to, including its own; ``None`` for all. Requires
+            ``causal``.
         version: 1, the block of the paper.
 
     Raises:
-        InputError: a field is out of range; the message names it, what was given and what is accepted.
+        InputError: a field is out of range; the message names it, the given value and the accepted values.
     """
 
     embed_dim: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    # A number, not a depth: sources count layers from -1, 0 or 1, and some store it.
+    # A number and not a depth: sources count layers from -1, 0 or 1, and some store the number.
     lambda_init: float
-    # Not derived from lambda_init, since not every source has the factor.
+    # Not derived from lambda_init, since some sources lack the factor.
     output_scale: float
     causal: bool = True
     rope: RopeConfig | None = None
     value_head_dim: int | None = None
     lambda_kind: LambdaKind = "layer"
-    # Stored by a source as a rounded number; recomputed, it would be another one.
+    # One source stores it as a rounded number, which recomputing would not reproduce.
     softmax_scale: float | None = None
-    # That of the originals, which their state dicts do not hold.
+    # The originals' value, which their state dicts do not contain.
     norm_eps: float | None = 1e-5
     norm_affine: bool = True
     qk_norm_eps: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
-    # Names and shapes of weights are the same in both layouts, so it cannot be told from a checkpoint.
+    # Names and shapes of weights are the same in both layouts, so a checkpoint cannot show which one it has.
     gqa_layout: GqaLayout = "canonical"
     sliding_window: int | None = None
-    # Tells the two configs apart when they are read from JSON.
+    # Distinguishes the two configs when they are read from JSON.
     version: Literal[1] = 1
 
     def __post_init__(self) -> None:
@@ -154,12 +156,12 @@ class DiffAttentionConfig:
 
     @property
     def attention(self) -> "DiffAttentionConfig":
-        """The block itself, as that of a decoder stands for all of its layers."""
+        """This config; for a decoder, the same property returns the block that represents all layers."""
         return self
 
     @property
     def blocks(self) -> dict[str, "DiffAttentionConfig"]:
-        """Blocks by what the names of their weights begin with: this one, and nothing."""
+        """Block configs by the prefix of their weight names: only this one, with an empty prefix."""
         return {"": self}
 
     @property
@@ -179,7 +181,7 @@ class DiffAttentionConfig:
 
     @property
     def num_key_streams(self) -> int:
-        """Key heads of width ``d``: two per key/value head."""
+        """Number of key heads of width ``d``: two per key/value head."""
         return 2 * self.num_kv_heads
 
     @property
@@ -189,36 +191,36 @@ class DiffAttentionConfig:
 
     @property
     def group_size(self) -> int:
-        """Query heads per key/value head, ``g = h / h_kv``."""
+        """Number of query heads per key/value head, ``g = h / h_kv``."""
         return self.num_heads // self.num_kv_heads
 
     @property
     def has_norm(self) -> bool:
-        """Whether each head's output is normalised."""
+        """True if each head's output is normalised."""
         return self.norm_eps is not None
 
     @property
     def has_head_step(self) -> bool:
-        """Whether a head is changed on its way to the output projection: by a norm, or by a factor alone."""
+        """True if a head is changed before the output projection, by a norm or by a factor alone."""
         return self.has_norm or self.output_scale != 1
 
     @property
     def constant_lambda(self) -> bool:
-        """Whether lambda is one number, whatever the head and the input are."""
+        """True if lambda is one number that depends neither on the head nor on the input."""
         return self.lambda_kind in ("layer", "fixed")
 
     @property
     def streams_share_keys(self) -> bool:
-        """Whether both streams of a head read the same keys."""
+        """True if both streams of a head read the same keys."""
         return False
 
     @property
     def permutes_key_streams(self) -> bool:
-        """Whether the key map differs from the canonical one."""
+        """True if the key map differs from the canonical one."""
         return self.gqa_layout == "legacy" and self.group_size > 1
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the canonical weights of this block, as `DiffAttention.state_dict` has them."""
+        """Names and shapes of this block's canonical weights, as in `DiffAttention.state_dict`."""
         q_rows, k_rows = 2 * self.num_heads * self.head_dim, self.num_key_streams * self.head_dim
         v_rows, out_columns = self.num_kv_heads * self.value_dim, self.num_heads * self.value_dim
         shapes: dict[str, tuple[int, ...]] = {

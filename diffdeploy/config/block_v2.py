@@ -1,4 +1,4 @@
-"""Sizes and flags of a block of the second version, with the same questions as one of the first."""
+"""Sizes and flags of a block of the second version, with the same properties as a block of the first version."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,23 +13,24 @@ __all__ = ["AnyConfig", "DiffAttentionV2Config"]
 class DiffAttentionV2Config:
     """Sizes and flags of one block of the second version (Microsoft unilm, Diff-Transformer-V2).
 
-    Twice as many query heads as output heads, keys and values of width ``d`` shared by both streams, a sigmoid lambda
-    per token and head, and no norm of the heads.
+    It has twice as many query heads as output heads, keys and values of width ``d`` shared by both streams, a sigmoid
+    lambda per token and head, and no norm over the heads.
 
     Attributes:
         embed_dim: model width ``D``.
-        num_heads: output heads ``h``; there are ``2h`` query heads.
-        num_kv_heads: key/value heads ``h_kv``; divides ``h``, so that the streams of a head share one.
+        num_heads: number of output heads ``h``; there are ``2h`` query heads.
+        num_kv_heads: number of key/value heads ``h_kv``; divides ``h``, so that both streams of a head share one.
         head_dim: width ``d`` of queries, keys, values and outputs.
-        causal: position ``i`` sees keys up to ``i`` (aligned bottom-right).
-        rope: rotary embedding of queries and keys, or ``None``.
+        causal: true if position ``i`` attends only to keys up to ``i`` (aligned bottom-right).
+        rope: rotary embedding of queries and keys; ``None`` for none.
         qk_norm_eps: epsilon of an RMS norm with a weight over each query and key head (``d``), before the rotary
             embedding; ``None`` for no such norm, as in the original.
-        sliding_window: keys that a position sees, itself included; ``None`` for all. Needs ``causal``.
+        sliding_window: number of keys that a position attends to, including its own; ``None`` for all. Requires
+            ``causal``.
         version: 2.
 
     Raises:
-        InputError: a field is out of range; the message names it, what was given and what is accepted.
+        InputError: a field is out of range; the message names it, the given value and the accepted values.
     """
 
     embed_dim: int
@@ -47,12 +48,12 @@ class DiffAttentionV2Config:
 
     @property
     def attention(self) -> "DiffAttentionV2Config":
-        """The block itself, as that of a decoder stands for all of its layers."""
+        """This config; for a decoder, the same property returns the block that represents all layers."""
         return self
 
     @property
     def blocks(self) -> dict[str, "DiffAttentionV2Config"]:
-        """Blocks by what the names of their weights begin with: this one, and nothing."""
+        """Block configs by the prefix of their weight names: only this one, with an empty prefix."""
         return {"": self}
 
     @property
@@ -62,7 +63,7 @@ class DiffAttentionV2Config:
 
     @property
     def num_key_streams(self) -> int:
-        """Key heads of width ``d``: one per key/value head."""
+        """Number of key heads of width ``d``: one per key/value head."""
         return self.num_kv_heads
 
     @property
@@ -72,13 +73,13 @@ class DiffAttentionV2Config:
 
     @property
     def group_size(self) -> int:
-        """Output heads per key/value head, ``g = h / h_kv``."""
+        """Number of output heads per key/value head, ``g = h / h_kv``."""
         return self.num_heads // self.num_kv_heads
 
-    # From here on, what code asks of both kinds of block, and what has one answer in this one.
+    # Properties that code asks of both kinds of block, and that are constant in this one.
     @property
     def gqa_layout(self) -> GqaLayout:
-        """The canonical key map: with one key head for both streams there is no other."""
+        """The canonical key map, the only one possible when both streams share one key head."""
         return "canonical"
 
     @property
@@ -88,60 +89,60 @@ class DiffAttentionV2Config:
 
     @property
     def lambda_kind(self) -> LambdaKind:
-        """``token``: a sigmoid for each token and head."""
+        """Always ``token``: lambda is a sigmoid per token and head."""
         return "token"
 
     @property
     def norm_eps(self) -> float | None:
-        """``None``: heads are not normalised."""
+        """Always ``None``, since heads are not normalised."""
         return None
 
     @property
     def norm_affine(self) -> bool:
-        """Whether the norm has a weight: there is no norm."""
+        """Always false, since there is no norm that could have a weight."""
         return False
 
     @property
     def output_scale(self) -> float:
-        """1: there is no factor."""
+        """Always 1, since there is no factor."""
         return 1.0
 
     @property
     def lambda_init(self) -> float | None:
-        """``None``: lambda has no constant part."""
+        """Always ``None``, since lambda has no constant part."""
         return None
 
     @property
     def has_norm(self) -> bool:
-        """Whether each head's output is normalised: it is not."""
+        """Always false, since the heads' outputs are not normalised."""
         return False
 
     @property
     def has_head_step(self) -> bool:
-        """Whether a head is changed on its way to the output projection: it is not."""
+        """Always false, since heads are not changed before the output projection."""
         return False
 
     @property
     def constant_lambda(self) -> bool:
-        """Whether lambda is one number: it is computed per token and head."""
+        """Always false, since lambda is computed per token and head."""
         return False
 
     @property
     def streams_share_keys(self) -> bool:
-        """Whether both streams of a head read the same keys: they do."""
+        """Always true, since both streams of a head read the same keys."""
         return True
 
     @property
     def permutes_key_streams(self) -> bool:
-        """Whether the key map differs from the canonical one: it does not."""
+        """Always false, since the key map is canonical."""
         return False
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights of this block, as `DiffAttentionV2.state_dict` has them."""
+        """Names and shapes of this block's weights, as in `DiffAttentionV2.state_dict`."""
         kv_rows = self.num_kv_heads * self.head_dim
         norms = {} if self.qk_norm_eps is None else dict.fromkeys(("q_norm.weight", "k_norm.weight"), (self.head_dim,))
         return {
-            # Two query streams per output head, in neighbouring rows; keys and values have one for both.
+            # Each output head has two query streams, in neighbouring rows; both share one key and one value.
             "q_proj.weight": (2 * self.num_heads * self.head_dim, self.embed_dim),
             "k_proj.weight": (kv_rows, self.embed_dim),
             "v_proj.weight": (kv_rows, self.embed_dim),

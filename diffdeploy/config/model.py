@@ -1,4 +1,4 @@
-"""Every size and flag of a whole decoder: its layers one by one, and what stands around them."""
+"""Every size and flag of a whole decoder: each of its layers, and the parts around them."""
 
 import math
 from dataclasses import dataclass, replace
@@ -14,22 +14,22 @@ __all__ = ["POLYNORM_EPS", "AnyModel", "DecoderConfig", "LayerConfig", "MlpConfi
 
 MlpKind = Literal["swiglu", "polynorm"]
 
-# Of PolyNorm; fixed in Motif's code, and in no config.
+# Epsilon of PolyNorm, which Motif's code fixes and no config contains.
 POLYNORM_EPS = 1e-6
 
-# PolyNorm weighs the cube, the square and the number itself.
+# PolyNorm weights the cube, the square and the number itself.
 _NUM_POWERS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class MlpConfig:
-    """The gated MLP of a layer: ``W_down(act(W_gate x) * W_up x)``.
+    """Config of a layer's gated MLP, ``W_down(act(W_gate x) * W_up x)``.
 
     Attributes:
-        kind: ``swiglu``, where ``act`` is SiLU (arXiv 2002.05202, section 2); ``polynorm``, where it is
+        kind: ``swiglu``, where ``act`` is SiLU (arXiv 2002.05202, section 2), or ``polynorm``, where ``act`` is
             `diffdeploy.modules.mlp.PolyNorm`, as in Motif.
         hidden_dim: width ``I`` between the projections.
-        bias: whether the projections have biases.
+        bias: true if the projections have biases.
     """
 
     hidden_dim: int
@@ -41,7 +41,7 @@ class MlpConfig:
         require(self.hidden_dim >= 1, "mlp.hidden_dim", self.hidden_dim, "a positive integer")
 
     def weight_shapes(self, embed_dim: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights, for a model of that width."""
+        """Names and shapes of the MLP's weights in a model of width ``embed_dim``."""
         rows = {"gate_proj": self.hidden_dim, "up_proj": self.hidden_dim, "down_proj": embed_dim}
         columns = {"gate_proj": embed_dim, "up_proj": embed_dim, "down_proj": self.hidden_dim}
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows[name], columns[name]) for name in rows}
@@ -54,7 +54,7 @@ class MlpConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """One layer: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+    """Config of one layer, ``x + attention(norm(x))`` followed by ``x + mlp(norm(x))``."""
 
     attention: AnyConfig
     mlp: MlpConfig
@@ -62,19 +62,19 @@ class LayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A decoder-only language model of pre-norm layers (arXiv 2410.05258, section 2.2).
+    """Config of a decoder-only language model with pre-norm layers (arXiv 2410.05258, section 2.2).
 
     Attributes:
         vocab_size: number of tokens.
         embed_dim: model width ``D``.
-        layers: from the embedding to the head. Their caches have one shape and their positions one rotary embedding;
-            lambda, windows and MLPs may differ.
-        norm_eps: epsilon of the RMS norms around the blocks, with weights.
-        tied: whether the head is the embedding.
-        version: tells it from the configs of blocks when they are read from JSON.
+        layers: configs of the layers, from the embedding to the head. All caches have the same shape and all layers the
+            same rotary embedding; lambda, windows and MLPs may differ.
+        norm_eps: epsilon of the RMS norms around the blocks, which have weights.
+        tied: true if the head shares the embedding's weights.
+        version: distinguishes this config from those of blocks when they are read from JSON.
 
     Raises:
-        InputError: a field is out of range, or layers do not go together; the message names it.
+        InputError: a field is out of range, or layers are incompatible; the message names it.
     """
 
     vocab_size: int
@@ -101,21 +101,21 @@ class DecoderConfig:
 
     @property
     def attention(self) -> AnyConfig:
-        """The block of the first layer, which stands for all in what their caches and positions are."""
+        """Block of the first layer; the shape of its caches and its positions hold for all layers."""
         return self.layers[0].attention
 
     @property
     def blocks(self) -> dict[str, AnyConfig]:
-        """The blocks of the layers, by what the names of their weights begin with."""
+        """Block configs of the layers, by the prefix of their weight names."""
         return {f"layers.{number}.self_attn.": layer.attention for number, layer in enumerate(self.layers)}
 
     @property
     def num_layers(self) -> int:
-        """Layers."""
+        """Number of layers."""
         return len(self.layers)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the canonical weights, as `DiffTransformer.state_dict` has them."""
+        """Names and shapes of the canonical weights, as in `DiffTransformer.state_dict`."""
         shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.vocab_size, self.embed_dim)}
         for number, layer in enumerate(self.layers):
             parts = {
@@ -141,17 +141,17 @@ class DecoderConfig:
         rope: RopeConfig,
         norm_eps: float = 1e-5,
     ) -> Self:
-        """A decoder as the paper has it: heads as wide as two of the softmax model, lambda_init by depth, SwiGLU.
+        """Create the decoder of the paper: heads twice as wide as the softmax model's, lambda_init by depth, SwiGLU.
 
         Args:
             vocab_size: number of tokens.
             embed_dim: model width ``D``.
-            num_layers: decoder layers.
-            num_heads: differential heads ``h`` of a layer, each ``D / h`` wide at its output.
-            num_kv_heads: differential key/value heads ``h_kv``.
-            ffn_dim: hidden width of the SwiGLU; the paper's is ``8/3 D``.
+            num_layers: number of decoder layers.
+            num_heads: number of differential heads ``h`` per layer, each ``D / h`` wide at its output.
+            num_kv_heads: number of differential key/value heads ``h_kv``.
+            ffn_dim: hidden width of the SwiGLU; ``8/3 D`` in the paper.
             rope: rotary embedding of all layers.
-            norm_eps: epsilon of every RMS norm, that of the heads as well.
+            norm_eps: epsilon of every RMS norm, including those of the heads.
         """
         layers = tuple(
             LayerConfig(
@@ -176,7 +176,7 @@ AnyModel = AnyConfig | DecoderConfig
 
 
 def _difference(one: AnyConfig, other: AnyConfig) -> str | None:
-    """The first field, of those that all layers share, in which two blocks differ."""
+    """Name of the first field that all layers must share and in which two blocks differ; ``None`` if there is none."""
     if isinstance(other, DiffAttentionConfig) and isinstance(one, DiffAttentionConfig):
         other = replace(other, lambda_init=one.lambda_init, output_scale=one.output_scale)
     if type(one) is not type(other):

@@ -1,4 +1,4 @@
-"""How configs refuse a field."""
+"""The check by which configs reject a field."""
 
 from diffdeploy.errors import InputError
 
@@ -6,6 +6,6 @@ __all__ = ["require"]
 
 
 def require(condition: bool, field: str, given: object, accepted: str) -> None:
-    """Raise `InputError` with what was given and what is accepted, unless the condition holds."""
+    """Raise an `InputError` naming the given and the accepted values, unless the condition holds."""
     if not condition:
         raise InputError(f"{field} is {given!r}, but it must be {accepted}")

@@ -1,4 +1,4 @@
-"""Rotary position embedding: which pairs of channels turn, and how fast."""
+"""Rotary position embedding: the pairs of channels that are rotated, and their frequencies."""
 
 import math
 from dataclasses import dataclass
@@ -13,31 +13,31 @@ RopeStyle = Literal["interleaved", "half"]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are changed for longer sequences, by the names of transformers' configs.
+    """Scaling of the rotary frequencies for longer sequences; fields are named as in transformers' configs.
 
     Attributes:
-        kind: ``linear`` divides all by ``factor``; ``llama3`` divides those whose wavelength is above
+        kind: ``linear`` divides all frequencies by ``factor``. ``llama3`` divides those whose wavelength is above
             ``original_max_position_embeddings / low_freq_factor``, keeps those below
-            ``original_max_position_embeddings / high_freq_factor``, and goes from one to the other in between;
-            ``yarn`` (arXiv 2309.00071) does so by channel, between those that turn ``beta_slow`` and ``beta_fast``
-            times in ``original_max_position_embeddings``, and multiplies cosines and sines by `attention_scaling`.
-        factor: at least 1.
-        low_freq_factor: of ``llama3``.
-        high_freq_factor: of ``llama3``.
-        original_max_position_embeddings: length that the model was trained for, of ``llama3`` and ``yarn``.
-        beta_fast: turns of the last channel that is kept, of ``yarn``.
-        beta_slow: turns of the first channel that is divided, of ``yarn``.
-        attention_factor: factor of cosines and sines, of ``yarn``; by default ``0.1 ln(factor) + 1``.
-        truncate: whether the borders between channels are whole numbers, of ``yarn``.
+            ``original_max_position_embeddings / high_freq_factor``, and interpolates in between. ``yarn``
+            (arXiv 2309.00071) interpolates by channel, between those with ``beta_slow`` and ``beta_fast`` turns in
+            ``original_max_position_embeddings``, and multiplies cosines and sines by `attention_scaling`.
+        factor: divisor of the frequencies, at least 1.
+        low_freq_factor: divisor that sets the upper wavelength limit (``llama3`` only).
+        high_freq_factor: divisor that sets the lower wavelength limit (``llama3`` only).
+        original_max_position_embeddings: sequence length the model was trained for (``llama3`` and ``yarn``).
+        beta_fast: number of turns of the last channel that is kept (``yarn`` only).
+        beta_slow: number of turns of the first channel that is divided (``yarn`` only).
+        attention_factor: factor of cosines and sines (``yarn`` only); ``0.1 ln(factor) + 1`` by default.
+        truncate: true if the boundaries between channels are rounded to whole numbers (``yarn`` only).
     """
 
     kind: Literal["linear", "llama3", "yarn"]
     factor: float
-    # Llama 3.1's, for configs that leave them out.
+    # Llama 3.1's values, for configs that omit them.
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
-    # The paper's.
+    # The paper's values.
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
@@ -47,7 +47,7 @@ class RopeScaling:
         require(self.kind in ("linear", "llama3", "yarn"), "rope scaling", self.kind, "linear, llama3 or yarn")
         require(math.isfinite(self.factor) and self.factor >= 1, "rope scaling factor", self.factor, "1 or more")
         require(
-            # Their difference is what the frequencies in between are interpolated over.
+            # Frequencies in between are interpolated over the difference of the two factors.
             self.high_freq_factor > self.low_freq_factor > 0,
             "high_freq_factor",
             self.high_freq_factor,
@@ -64,7 +64,7 @@ class RopeScaling:
 
     @property
     def attention_scaling(self) -> float:
-        """Factor of cosines and sines, so that scores grow by its square (arXiv 2309.00071, equation 22)."""
+        """Factor of cosines and sines; scores grow by its square (arXiv 2309.00071, equation 22)."""
         if self.kind != "yarn":
             return 1.0
         return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
@@ -77,8 +77,8 @@ class RopeConfig:
     Attributes:
         style: ``interleaved`` rotates the pairs ``(x[2j], x[2j+1])``, ``half`` the pairs ``(x[j], x[j + r/2])``.
         theta: base of the geometric frequency series ``theta ** (-2j / r)``.
-        scaling: change of that series, or ``None``.
-        rotary_dim: channels ``r`` of a stream that are turned, the first ones; ``None`` for all ``d``.
+        scaling: change of that series; ``None`` for none.
+        rotary_dim: number ``r`` of leading channels of a stream that are rotated; ``None`` for all ``d``.
     """
 
     style: RopeStyle
@@ -91,10 +91,10 @@ class RopeConfig:
         require(width is None or (width > 0 and width % 2 == 0), "rope.rotary_dim", width, "a positive even number")
         require(self.style in get_args(RopeStyle), "rope.style", self.style, "interleaved or half")
         require(math.isfinite(self.theta) and self.theta > 0, "rope.theta", self.theta, "a positive number")
-        # Its borders between channels are logarithms to this base.
+        # The boundaries between channels are logarithms to this base.
         is_base = self.scaling is None or self.scaling.kind != "yarn" or self.theta > 1
         require(is_base, "rope.theta", self.theta, "above 1, with yarn")
 
     def width(self, head_dim: int) -> int:
-        """Channels of a stream of ``head_dim`` that are turned, ``r``."""
+        """Number ``r`` of rotated channels in a stream of width ``head_dim``."""
         return head_dim if self.rotary_dim is None else self.rotary_dim

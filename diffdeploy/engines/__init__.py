@@ -1,4 +1,4 @@
-"""Other people's engines: what they need to run differential attention, and whether they compute what weights say."""
+"""Third-party engines: the parts they need for differential attention, and the verification of their results."""
 
 from diffdeploy.engines.base import Engine, EngineRequest, EngineRound, EngineRow, Subject
 from diffdeploy.engines.rows import engine_names, require_engine

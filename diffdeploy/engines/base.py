@@ -1,4 +1,4 @@
-"""What an engine is to a verification: which models it runs, in which versions it was tested, and what it answers."""
+"""Interface of an engine for a verification: the models it runs, the versions it was tested in, and its answers."""
 
 import tempfile
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ __all__ = ["Engine", "EngineRequest", "EngineRound", "EngineRow", "Subject", "an
 
 
 def log_softmax(logits: Array) -> Array:
-    """Natural logarithms of probabilities, of logits ``[..., V]``."""
+    """Natural logarithms of the probabilities for logits ``[..., V]``."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
@@ -33,14 +33,14 @@ def log_softmax(logits: Array) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model as an engine runs it.
+    """A model, as an engine runs it.
 
     Attributes:
-        config: of the decoder.
+        config: config of the decoder.
         weights: canonical weights, in the dtypes in which the engine reads them.
-        dtype: that the engine computes in.
+        dtype: dtype in which the engine computes.
         max_length: longest sequence.
-        padding: the token that the engine takes for padding wherever it stands; ``None`` where there is none.
+        padding: token that the engine treats as padding wherever it occurs; ``None`` if there is none.
     """
 
     config: DecoderConfig
@@ -51,16 +51,16 @@ class Subject:
 
 
 class EngineRequest(Record):
-    """What an engine is asked for.
+    """A request to an engine.
 
     Attributes:
-        model: the directory.
-        dtype: to compute in.
-        prompts: tokens, of several lengths; they come as one batch.
-        max_new_tokens: that follow each prompt, the most probable ones; no token ends a row.
-        num_logprobs: log-probabilities of so many tokens at each position, the most probable ones.
+        model: directory of the model.
+        dtype: dtype to compute in.
+        prompts: prompts of several lengths, as token ids; they form one batch.
+        max_new_tokens: number of most probable tokens that follow each prompt; no token ends a row.
+        num_logprobs: number of most probable tokens at each position whose log-probabilities are returned.
         max_length: longest sequence.
-        tensor_parallel_size: devices, or processes, that share each layer.
+        tensor_parallel_size: number of devices, or processes, that share each layer.
     """
 
     model: str
@@ -73,13 +73,14 @@ class EngineRequest(Record):
 
 
 class EngineRow(Record):
-    """What came of one prompt.
+    """The result for one prompt.
 
     Attributes:
-        tokens: new ones.
-        logprobs: at each new token, natural logarithms of probabilities by token.
-        prompt_logprobs: the same at each token of the prompt but the first; empty where they were not asked for.
-        num_cached_tokens: of the prompt, that the engine had in a cache from an earlier one.
+        tokens: new tokens.
+        logprobs: natural logarithms of probabilities by token, at each new token.
+        prompt_logprobs: natural logarithms of probabilities by token, at each token of the prompt but the first; empty
+            if they were not requested.
+        num_cached_tokens: number of the prompt's tokens that the engine had in a cache from an earlier prompt.
     """
 
     tokens: list[int]
@@ -89,11 +90,11 @@ class EngineRow(Record):
 
 
 class EngineRound(Record):
-    """All prompts once.
+    """The results of running all prompts once.
 
     Attributes:
-        name: what is special about it, in reports.
-        rows: in the order of the prompts.
+        name: distinguishing feature of the round, for reports.
+        rows: results in the order of the prompts.
     """
 
     name: str
@@ -103,12 +104,12 @@ class EngineRound(Record):
 def answer_of(
     module: str, request: EngineRequest, environment: Mapping[str, str] | None = None
 ) -> tuple[bytes | None, list[str]]:
-    """What a process answers that runs an engine, ``None`` where it did not, and the lines that it said.
+    """Run an engine in a process; return its answer, or ``None`` if it failed, and the lines of its log.
 
     Args:
-        module: of diffdeploy, whose arguments are the files of the request and of the answer.
-        request: what is asked for.
-        environment: variables that are set for the process.
+        module: module of diffdeploy whose arguments are the files of the request and of the answer.
+        request: request to the engine.
+        environment: environment variables for the process.
     """
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
@@ -119,13 +120,13 @@ def answer_of(
 
 
 class Engine(ABC):
-    """An engine that a verification runs.
+    """An engine that a verification can run.
 
     Attributes:
-        name: for ``--engine``.
-        extra: of diffdeploy, that installs it.
-        distributions: names under which it is installed, one of them.
-        tested: versions that it was tested with, and where.
+        name: name for ``--engine``.
+        extra: extra of diffdeploy that installs it.
+        distributions: names of the distributions that can provide it.
+        tested: versions that it was tested with, and under which conditions.
     """
 
     name: ClassVar[str]
@@ -135,44 +136,44 @@ class Engine(ABC):
 
     @property
     def version(self) -> str | None:
-        """The installed version; ``None`` where there is none."""
+        """The installed version; ``None`` if it is not installed."""
         found = next(iter(installed_versions(self.distributions).values()), None)
-        # What stands behind the plus sign says how it was built.
+        # The part after the plus sign describes the build.
         return None if found is None else found.partition("+")[0]
 
     def why_not(self) -> str | None:
-        """Why it cannot be used on this machine, in one sentence; ``None`` where it can."""
+        """Reason why it cannot be used on this machine, in one sentence; ``None`` if it can."""
         if self.version is None:
             return f"{self.name} is not installed; pip install 'diffdeploy[{self.extra}]'"
         if self.version not in self.tested:
             return (
-                f"{self.name} {self.version} is installed, and differential attention was tested with "
+                f"{self.name} {self.version} is installed, but differential attention was tested with "
                 f"{', '.join(self.tested)}; install one of these versions"
             )
         return None
 
     def require_usable(self) -> None:
-        """See that it can be used on this machine.
+        """Check that it can be used on this machine.
 
         Raises:
-            UnavailableError: it cannot.
+            UnavailableError: it cannot be used.
         """
         if reason := self.why_not():
             raise UnavailableError(reason)
 
     @abstractmethod
     def open(self, path: Path) -> Subject:
-        """The model in a directory, as this engine will run it.
+        """Open the model in a directory in the form in which this engine runs it.
 
         Raises:
-            InputError: the engine does not run such directories.
+            InputError: the engine cannot run the directory.
         """
 
     @abstractmethod
     def run(self, request: EngineRequest) -> list[EngineRound]:
-        """Run the engine, in a process of its own.
+        """Run the engine in a separate process.
 
         Raises:
-            InputError: it cannot run such a model, or not in this way; the message says what it can.
-            DiffDeployError: it did not run.
+            InputError: the engine cannot run the model as requested; the message says what it can run.
+            DiffDeployError: the engine failed.
         """

@@ -1,4 +1,4 @@
-"""onnxruntime-genai as an engine: ONNX bundles of models are its model directories."""
+"""onnxruntime-genai as an engine, whose model directories are ONNX bundles of models."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +11,12 @@ from diffdeploy.errors import DiffDeployError, InputError
 
 __all__ = ["GENAI_CONFIG", "GenaiEngine"]
 
-# What makes a directory one of the engine's.
+# File that makes a directory a model of the engine.
 GENAI_CONFIG = "genai_config.json"
 
 
 class GenaiEngine(Engine):
-    """onnxruntime-genai, on bundles of format onnx in either flavor."""
+    """onnxruntime-genai, for ONNX bundles of either flavor."""
 
     name = "genai"
     extra = "genai"
@@ -26,25 +26,25 @@ class GenaiEngine(Engine):
     }
 
     def open(self, path: Path) -> Subject:
-        """The model in a bundle.
+        """Open the model in a bundle.
 
         Raises:
-            InputError: it is no bundle that the engine runs.
-            IntegrityError: it is not what was exported.
+            InputError: the directory is not a bundle that the engine can run.
+            IntegrityError: the bundle is not what was exported.
         """
         from diffdeploy.arrays import to_tensor
         from diffdeploy.bundle import is_bundle, open_bundle, read_weights, special_tokens
         from diffdeploy.config import DecoderConfig
 
         if not is_bundle(path):
-            raise InputError(f"{path} is not a bundle, and genai runs those; diffdeploy export --format onnx makes one")
+            raise InputError(f"{path} is not a bundle, which genai needs; diffdeploy export --format onnx makes one")
         bundle = open_bundle(path)
         manifest = bundle.manifest
         config = manifest.config
         if GENAI_CONFIG not in manifest.files or not isinstance(config, DecoderConfig):
             raise InputError(
-                f"{path} has no {GENAI_CONFIG}, which exports of whole models to onnx have, if keys and values are of "
-                "one width"
+                f"{path} has no {GENAI_CONFIG}, which ONNX exports of whole models have if keys and values have the "
+                "same width"
             )
         weights = {name: to_tensor(array) for name, array in read_weights(bundle).items()}
         longest = manifest.graph.axes["total_sequence_length"].max
@@ -52,17 +52,17 @@ class GenaiEngine(Engine):
         return Subject(config=config, weights=weights, dtype=manifest.graph.dtype, max_length=longest, padding=padding)
 
     def run(self, request: EngineRequest) -> list[EngineRound]:
-        """Run the engine: each prompt by itself, then all as a batch, padded on the right.
+        """Run the engine: each prompt separately, then all as a batch, padded on the right.
 
         Raises:
-            InputError: more than one rank is asked for.
-            DiffDeployError: it did not run.
+            InputError: more than one rank is requested.
+            DiffDeployError: the engine failed.
         """
         if request.tensor_parallel_size != 1:
             raise InputError(
-                f"--tensor-parallel-size is {request.tensor_parallel_size}, and genai runs a model in one process"
+                f"--tensor-parallel-size is {request.tensor_parallel_size}, but genai runs a model in one process"
             )
         answer, said = answer_of("diffdeploy.engines.genai_worker", request)
         if answer is None:
-            raise DiffDeployError(f"onnxruntime-genai did not run: {said[-1] if said else 'it said nothing'}")
+            raise DiffDeployError(f"onnxruntime-genai did not run: {said[-1] if said else 'it wrote no message'}")
         return TypeAdapter(list[EngineRound]).validate_json(answer)

@@ -1,4 +1,4 @@
-"""The process that runs onnxruntime-genai for a verification; the arguments are the files of request and answer."""
+"""The process that runs onnxruntime-genai for a verification; its arguments are the files of request and answer."""
 
 import json
 import os
@@ -16,7 +16,7 @@ __all__ = ["main"]
 
 
 def main(request_file: Path, answer_file: Path) -> None:
-    """Run a request, and write its rounds."""
+    """Run a request and write its rounds."""
     import onnxruntime_genai
 
     request = EngineRequest.model_validate_json(request_file.read_bytes())
@@ -30,7 +30,7 @@ def main(request_file: Path, answer_file: Path) -> None:
 
 
 def _generate(model: Any, prompts: list[list[int]], request: EngineRequest) -> list[EngineRow]:
-    """New tokens and their log-probabilities of a batch."""
+    """Generate new tokens for a batch, with their log-probabilities."""
     import onnxruntime_genai
 
     longest = max(map(len, prompts))
@@ -38,7 +38,7 @@ def _generate(model: Any, prompts: list[list[int]], request: EngineRequest) -> l
     parameters.set_search_options(max_length=longest + request.max_new_tokens, batch_size=len(prompts))
     generator = onnxruntime_genai.Generator(model, parameters)
     fill = json.loads((Path(request.model) / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["pad_token_id"]
-    # The engine takes what ends a row for padding where it is this token.
+    # If this token ends a row, the engine treats it as padding.
     generator.append_tokens(np.array([[*prompt, *[fill] * (longest - len(prompt))] for prompt in prompts], np.int32))
     tokens: list[list[int]] = [[] for _ in prompts]
     numbers: list[list[dict[int, float]]] = [[] for _ in prompts]

@@ -1,4 +1,4 @@
-"""The registry of engines: one row each, and nothing is imported to list them."""
+"""The registry of engines: one row per engine, listed without importing anything."""
 
 from pkgutil import resolve_name
 from typing import get_args
@@ -9,7 +9,7 @@ from diffdeploy.formats import RuntimeName
 
 __all__ = ["engine_names", "require_engine"]
 
-# The class of each, where it lives.
+# Location of each class.
 _ROWS = {
     "genai": "diffdeploy.engines.genai:GenaiEngine",
     "vllm": "diffdeploy.engines.vllm:VllmEngine",
@@ -22,13 +22,13 @@ def engine_names() -> tuple[str, ...]:
 
 
 def require_engine(name: str) -> Engine:
-    """The engine of that name.
+    """Look up an engine by name.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no engine of that name.
     """
     if name not in _ROWS:
-        # Other runtimes of artifacts are no engines of models, and run the sweep of every bundle.
+        # Other runtimes of artifacts are not engines for models, but accept the sweep of any bundle.
         runtimes = [each for each in get_args(RuntimeName) if each != "native"]
         raise InputError(f"engine is {name!r}; accepted: {', '.join([*_ROWS, *runtimes])}")
     engine: Engine = resolve_name(_ROWS[name])()

@@ -1,4 +1,4 @@
-"""A bundle as a model of a repository of Triton Inference Server.
+"""Deployment of a bundle as a model in a repository of Triton Inference Server.
 
 Layout: https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_repository.md; configuration:
 ``docs/user_guide/model_configuration.md`` there, in the text form of ``model_config.proto``.
@@ -19,38 +19,40 @@ __all__ = ["CONFIG", "deploy_to_triton"]
 
 CONFIG = "config.pbtxt"
 _VERSION = "1"
-# What is a name of a folder and of an address as it is.
+# Names that need no escaping in folders and addresses.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "int64": "TYPE_INT64"}
 
 
 def deploy_to_triton(bundle: Bundle, repository: Path, *, name: str, force: bool = False) -> Path:
-    """Write a model into a repository, whole or not at all; other models in it stay as they are.
+    """Write a model into a repository, completely or not at all; other models in it are unchanged.
 
     Args:
-        bundle: opened.
-        repository: directory of models, made if it is not there.
-        name: of the model.
-        force: replace a model of that name.
+        bundle: an opened bundle.
+        repository: directory of models, created if it does not exist.
+        name: name of the model.
+        force: true to replace a model of that name.
 
     Returns:
-        The model's directory.
+        Directory of the model.
 
     Raises:
-        InputError: Triton has no backend for the bundle's format, or the name or the place is not accepted.
+        InputError: Triton has no backend for the bundle's format, or the name or location is not accepted.
         UnavailableError: the disk is full.
     """
     manifest = bundle.manifest
+    if manifest.graph.cache == "in-place":
+        raise InputError(f"{bundle.path} has an in-place cache, but Triton keeps no buffers between requests")
     backend = require_format(manifest.format).triton
     if backend is None:
         accepted = [each for each in format_names() if require_format(each).triton is not None]
         raise InputError(
-            f"{bundle.path} has format {manifest.format}, which Triton has no backend for; accepted: "
+            f"{bundle.path} has format {manifest.format}, for which Triton has no backend; accepted: "
             f"{', '.join(accepted)}"
         )
     if not _NAME.fullmatch(name):
-        raise InputError(f"name is {name!r}; accepted are letters, digits, and _ . - behind the first one")
+        raise InputError(f"name is {name!r}; accepted are letters, digits, and _ . - after the first character")
     model = repository / name
     with staged_directory(model, marker=CONFIG, what="Triton model", force=force) as staging:
         (staging / _VERSION).mkdir()
@@ -65,7 +67,7 @@ def _config(bundle: Bundle, backend: TritonBackend, name: str) -> Iterator[str]:
     manifest = bundle.manifest
     spec = manifest.graph
     for package, least in (manifest.requires or {}).items():
-        yield f"# Computed rightly by {package} {least} and newer."
+        yield f"# Computed correctly by {package} {least} and newer."
     yield f'name: "{name}"'
     yield f'platform: "{backend.platform}"'
     yield f'backend: "{backend.backend}"'
@@ -73,16 +75,16 @@ def _config(bundle: Bundle, backend: TritonBackend, name: str) -> Iterator[str]:
     for kind, prefix, tensors in (("input", "INPUT", spec.inputs), ("output", "OUTPUT", spec.outputs)):
         yield from _tensors(kind, prefix, tensors, backend)
     if backend.batches:
-        # Of requests with equal sizes on all other axes, which is what it does where nothing is said of ragged ones.
+        # Joins requests with equal sizes on all other axes, which is the default without a setting for ragged ones.
         yield "dynamic_batching { }"
     if manifest.options.device is not None:
-        # Compiled for one kind of device; by default Triton takes a GPU where there is one.
+        # The artifact is compiled for one kind of device, but by default Triton uses a GPU if there is one.
         yield f"instance_group [ {{ kind: {'KIND_CPU' if manifest.options.device == 'cpu' else 'KIND_GPU'} }} ]"
 
 
 def _tensors(kind: str, prefix: str, tensors: Mapping[str, TensorSpec], backend: TritonBackend) -> Iterator[str]:
     for position, (name, tensor) in enumerate(tensors.items()):
-        # The first axis of every tensor is that of the batch, which is not said again.
+        # The first axis of every tensor is the batch, which is not repeated here.
         axes = tensor.shape[1:] if backend.batches else tensor.shape
         dims = ", ".join(str(-1 if isinstance(axis, str) else axis) for axis in axes)
         if backend.by_position:

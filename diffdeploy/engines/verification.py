@@ -1,4 +1,4 @@
-"""Whether an engine computes what the weights say: its log-probabilities and greedy tokens against the fp64 formula."""
+"""Verification of an engine: its log-probabilities and greedy tokens against the fp64 formula."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineReport", "verify_engine"]
 
-# Less than a chunk of an engine, more than one, and more than a block of its cache; all in one batch.
+# Lengths of prompts: less than a chunk of an engine, more than one, and more than a block of its cache; in one batch.
 _PROMPTS = (3, 21, 41)
 _NEW_TOKENS, _LOGPROBS = 24, 8
 
@@ -32,18 +32,18 @@ class EngineReport(Record):
     """The verdict on an engine with a model.
 
     Attributes:
-        schema_version: of this record.
+        schema_version: version of this record.
         engine: name of the engine.
-        version: of the engine.
-        model: the directory.
-        dtype: that it computed in.
-        tensor_parallel_size: ranks that shared each layer.
-        seed: of the prompts.
-        environment: versions of what verified it.
+        version: version of the engine.
+        model: directory of the model.
+        dtype: dtype in which it computed.
+        tensor_parallel_size: number of ranks that shared each layer.
+        seed: random seed for the prompts.
+        environment: versions of the software that verified it.
         cases: log-probabilities and tokens of each prompt in each round.
-        num_tokens: greedy tokens that were generated.
-        num_tokens_checked: those of them whose exact margin is larger than what log-probabilities may be off.
-        num_cached_tokens: of prompts, that came out of the engine's prefix cache.
+        num_tokens: number of greedy tokens that were generated.
+        num_tokens_checked: number of those whose exact margin exceeds the allowed error of log-probabilities.
+        num_cached_tokens: number of prompt tokens that came from the engine's prefix cache.
     """
 
     schema_version: Literal[1] = 1
@@ -61,12 +61,12 @@ class EngineReport(Record):
 
     @property
     def passed(self) -> bool:
-        """Whether every case passed, and there was one."""
+        """True if every case passed, and there was at least one."""
         return bool(self.cases) and all(case.passed for case in self.cases)
 
     @property
     def worst(self) -> CaseReport | None:
-        """The failed case without a number, else the one that used most of its budget."""
+        """The failed case without figures, else the one that used most of its budget."""
         return max(self.cases, key=lambda case: case.severity, default=None)
 
 
@@ -78,22 +78,23 @@ def verify_engine(
     seed: int = 0,
     phase: Callable[[str], None] = lambda _: None,
 ) -> EngineReport:
-    """Let an engine continue prompts of random tokens, and hold what it says against the formula in fp64.
+    """Let an engine continue prompts of random tokens, and compare its answers with the formula in fp64.
 
-    A log-probability may be off by the budget of the dtype, as any output of an artifact. A token must be the exact
-    most probable one wherever the exact margin to the second is larger than two of them may be off together.
+    The error of a log-probability is limited by the budget of the dtype, like that of any output of an artifact. A
+    token must be the most probable one in exact computation, wherever the margin to the second exceeds the allowed
+    error of both.
 
     Args:
         path: directory with the model.
-        engine: the engine.
-        tensor_parallel_size: ranks that share each layer.
-        seed: of the prompts.
-        phase: called with a few words when a phase of the work begins.
+        engine: engine to verify.
+        tensor_parallel_size: number of ranks that share each layer.
+        seed: random seed for the prompts.
+        phase: callback that receives a few words when a phase begins.
 
     Raises:
-        InputError: the engine does not run such a model.
-        UnavailableError: the engine is not installed, or in a version that was not tested.
-        DiffDeployError: the engine did not run.
+        InputError: the engine cannot run the model.
+        UnavailableError: the engine is not installed, or its version was not tested.
+        DiffDeployError: the engine failed.
     """
     engine.require_usable()
     subject = engine.open(path)
@@ -127,7 +128,7 @@ def verify_engine(
 def _request(path: Path, subject: Subject, tensor_parallel_size: int, seed: int) -> EngineRequest:
     longest = min(subject.max_length, max(_PROMPTS) + _NEW_TOKENS)
     if longest <= min(_PROMPTS):
-        raise InputError(f"{path} holds sequences of {longest} tokens, too few to verify an engine with")
+        raise InputError(f"{path} supports sequences of {longest} tokens, too few to verify an engine with")
     new_tokens = min(_NEW_TOKENS, longest // 2)
     generator, vocab_size = np.random.default_rng(seed), subject.config.vocab_size
     tokens = np.delete(np.arange(vocab_size), [] if subject.padding is None else [subject.padding])
@@ -152,7 +153,7 @@ class _Truth:
         from diffdeploy.modules import DiffTransformer
 
         self.dtype, self._config = subject.dtype, subject.config
-        # What the engine computes with: rounding the weights is no error of its own.
+        # The weights with which the engine computes, whose rounding is not an error of the engine.
         weights: Mapping[str, Tensor] = cast_weights(subject.weights, subject.dtype)
         self._weights = ArrayView(weights)
         self._spec: GraphSpec = graph_spec(
@@ -168,9 +169,9 @@ class _Truth:
         self._known: dict[tuple[int, ...], tuple[Array, Array, Array]] = {}
 
     def of(self, ids: list[int]) -> tuple[Array, Array, Array]:
-        """Log-probabilities ``[S, V]``, float64: exact, with streams that are stored in the dtype, and eager's."""
+        """Log-probabilities ``[S, V]``, float64: exact, with streams stored in the dtype, and eager's."""
         key = tuple(ids)
-        # The second round asks for the same again.
+        # The second round requests the same again.
         if key not in self._known:
             self._known[key] = self._exact(ids, None), self._exact(ids, self.dtype), self._run(ids)
         return self._known[key]
@@ -190,18 +191,18 @@ class _Truth:
 
 
 def _judge(prompt: list[int], row: EngineRow, truth: _Truth, request: EngineRequest) -> tuple[list[OutputReport], int]:
-    """What is said of one row, and how many of its tokens could be checked."""
+    """Judge one row, and count its tokens that could be checked."""
     if len(row.tokens) != request.max_new_tokens:
         reason = f"there are {len(row.tokens)} tokens, expected {request.max_new_tokens}"
         return [OutputReport.failed("tokens", reason)], 0
     known = truth.of([*prompt, *row.tokens])
-    # Logits of a position are of the token behind it.
+    # The logits at a position are those of the next token.
     last = len(prompt) - 1
     reports = [_measured("log-probabilities", row.logprobs, last, known, truth.dtype)]
     if row.prompt_logprobs:
         reports.append(_measured("log-probabilities of the prompt", row.prompt_logprobs, 0, known, truth.dtype))
     allowed = reports[0].allowed_max_error
-    if allowed is None:  # they have no number, which failed already
+    if allowed is None:  # there is no figure, which has already failed
         return reports, 0
     exact_NV = known[0][last:-1]
     wrong, num_clear = wrong_tokens(exact_NV, np.array(row.tokens), allowed)
@@ -212,7 +213,7 @@ def _judge(prompt: list[int], row: EngineRow, truth: _Truth, request: EngineRequ
             OutputReport.failed(
                 "tokens",
                 f"{len(wrong)} of {len(row.tokens)} are not the most probable ones, first new token {step}: it is "
-                f"{row.tokens[step]}, and {int(exact_NV[step].argmax())} is more probable by {lost:.3g}, where "
+                f"{row.tokens[step]}, but {int(exact_NV[step].argmax())} is more probable by {lost:.3g}, and only "
                 f"{2 * allowed:.3g} is allowed",
             )
         )
@@ -222,7 +223,7 @@ def _judge(prompt: list[int], row: EngineRow, truth: _Truth, request: EngineRequ
 def _measured(
     name: str, steps: list[dict[int, float]], start: int, known: tuple[Array, Array, Array], dtype: DType
 ) -> OutputReport:
-    """Log-probabilities of several positions, from ``start`` on, by the criterion of outputs."""
+    """Judge the log-probabilities of several positions, from ``start`` on, by the criterion of outputs."""
     places = [(start + step, token) for step, numbers in enumerate(steps) for token in numbers]
     positions, tokens = (np.array(side, dtype=np.int64) for side in zip(*places, strict=True))
     actual = np.array([number for numbers in steps for number in numbers.values()])

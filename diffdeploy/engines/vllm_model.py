@@ -1,8 +1,8 @@
-"""``DiffLlamaForCausalLM`` for vLLM, out of its stock layers; vLLM imports it when such a model is served.
+"""``DiffLlamaForCausalLM`` for vLLM, built from its stock layers; vLLM imports it when it serves such a model.
 
 With the paired cache, keys ``[k1 | k2]`` and values of width ``2d``, both streams are grouped-query attention of ``2h``
-query heads of width ``2d``: ``[q1 | 0]`` and ``[0 | q2]``. So a key/value head of vLLM is a pair here, and tensor
-parallelism, paged and prefix caches, chunked prefill and every backend treat it as they treat any head.
+query heads of width ``2d``: ``[q1 | 0]`` and ``[0 | q2]``. A key/value head of vLLM is therefore a pair, which tensor
+parallelism, paged and prefix caches, chunked prefill and every backend treat like any other head.
 
 Shape suffixes: N tokens, h heads of this rank, d stream width.
 """
@@ -28,19 +28,19 @@ class PairedDiffAttention(nn.Module):
     """Differential attention of one layer (arXiv 2410.05258, equations 1 to 3), on the layers of vLLM.
 
     Args:
-        config: of transformers, which counts streams as heads.
-        num_heads: query streams ``2h`` of all ranks.
-        num_kv_heads: key/value streams ``2 h_kv`` of all ranks.
+        config: config of transformers, which counts streams as heads.
+        num_heads: number of query streams ``2h`` of all ranks.
+        num_kv_heads: number of key/value streams ``2 h_kv`` of all ranks.
         hidden_size: model width.
         max_position_embeddings: longest sequence.
-        quant_config: of the weights.
-        bias: whether the projections of queries, keys and values have biases.
-        bias_o_proj: whether the output projection has one.
-        cache_config: of the engine.
-        prefix: of the names of its weights.
+        quant_config: quantisation of the weights.
+        bias: true if the projections of queries, keys and values have biases.
+        bias_o_proj: true if the output projection has one.
+        cache_config: cache settings of the engine.
+        prefix: prefix of the names of its weights.
 
     Raises:
-        ValueError: heads that do not make whole pairs on every rank.
+        ValueError: the heads do not form whole pairs on every rank.
     """
 
     lam: Tensor
@@ -68,8 +68,8 @@ class PairedDiffAttention(nn.Module):
         ranks = get_tensor_model_parallel_world_size()
         if num_heads % 2 or num_kv_heads % 2 or (num_heads // 2) % ranks:
             raise ValueError(
-                f"the model has {num_heads} query and {num_kv_heads} key/value streams, and a pair of streams stays on "
-                f"one rank; accepted are tensor parallel sizes that divide {num_heads // 2}, not {ranks}"
+                f"the model has {num_heads} query and {num_kv_heads} key/value streams, and a pair must be on one "
+                f"rank; accepted are tensor parallel sizes that divide {num_heads // 2}, not {ranks}"
             )
         self.head_dim = d = getattr(config, "head_dim", None) or hidden_size // num_heads
         self.qkv_proj = QKVParallelLinear(
@@ -79,7 +79,7 @@ class PairedDiffAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             num_heads * d, hidden_size, bias=bias_o_proj, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
-        # As the projection has them, which repeats key/value heads where there are more ranks.
+        # As in the projection, which repeats key/value heads if there are more ranks.
         self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
         self.rotary_emb = get_rope(
             d, max_position=max_position_embeddings, rope_parameters=config.rope_parameters, is_neox_style=True
@@ -94,11 +94,12 @@ class PairedDiffAttention(nn.Module):
             prefix=f"{prefix}.attn",
         )
         for name in LAMBDA_VECTORS:
-            # In float32 whatever the model is in: rounded, they would cost more than the rest of the path of lambda.
+            # In float32 whatever the model's dtype: rounding them would cost more than all other roundings on the way
+            # to lambda.
             setattr(self, name, nn.Parameter(torch.zeros(d, dtype=torch.float32), requires_grad=False))
         self.eps = config.rms_norm_eps
         self.lambda_init = lambda_init_at(extract_layer_index(prefix))
-        # Buffers, not numbers in the code: layers that differ in nothing else share what is compiled.
+        # Buffers, and not numbers in the code, so that layers that differ in nothing else share compiled code.
         self.register_buffer("lam", torch.tensor(self.lambda_init, dtype=torch.float32), persistent=False)
         self.register_buffer("gain", torch.tensor(1 - self.lambda_init, dtype=torch.float32), persistent=False)
 
@@ -110,26 +111,26 @@ class PairedDiffAttention(nn.Module):
         self.lam.copy_(first - second + self.lambda_init)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        """Attend to the tokens of a batch, which are one after the other.
+        """Compute attention for the tokens of a batch, which are concatenated.
 
         Args:
-            positions: ``[N]``.
-            hidden_states: ``[N, D]``.
+            positions: positions of the tokens, ``[N]``.
+            hidden_states: hidden states of the tokens, ``[N, D]``.
 
         Returns:
-            ``[N, D]``.
+            Output, ``[N, D]``.
         """
         d, pair = self.head_dim, 2 * self.head_dim
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.num_heads * pair, self.num_kv_heads * pair, self.num_kv_heads * pair], dim=-1)
-        # Turned stream by stream: heads are d wide to the rotary embedding, and in a row.
+        # Rotated stream by stream: for the rotary embedding, heads are d wide and contiguous.
         q, k = self.rotary_emb(positions, q, k)
         q_Nh2d = q.view(-1, self.num_heads, 2, d)
         zeros = torch.zeros_like(q_Nh2d[:, :, 0])
         signal, noise = torch.cat((q_Nh2d[:, :, 0], zeros), -1), torch.cat((zeros, q_Nh2d[:, :, 1]), -1)
         padded = torch.stack((signal, noise), dim=2).view(-1, self.num_heads * 2 * pair)
         streams = self.attn(padded, k.contiguous(), v.contiguous()).view(-1, self.num_heads, 2, pair)
-        # Both streams are rounded to the dtype of the model by the kernel; what follows is in float32.
+        # The kernel rounds both streams to the dtype of the model; the rest is computed in float32.
         o_Nhe = streams[:, :, 0].float() - self.lam * streams[:, :, 1].float()
         o_Nhe = o_Nhe * torch.rsqrt(o_Nhe.square().mean(-1, keepdim=True) + self.eps) * self.gain
         output: Tensor
@@ -138,7 +139,7 @@ class PairedDiffAttention(nn.Module):
 
 
 class DiffLlamaDecoderLayer(LlamaDecoderLayer):
-    """A layer of Llama with this attention."""
+    """A layer of Llama with differential attention."""
 
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
         super().__init__(vllm_config, prefix, config, attn_layer_type=PairedDiffAttention)
@@ -148,33 +149,33 @@ class DiffLlamaForCausalLM(LlamaForCausalLM):
     """Llama with differential attention, from checkpoints of transformers' ``DiffLlamaForCausalLM``."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        # Adapters are not loaded by `load_weights`, and their rows would stay in the order of the checkpoint.
+        # `load_weights` does not load adapters, and their rows would stay in the order of the checkpoint.
         if vllm_config.lora_config is not None:
             raise ValueError(
-                "LoRA adapters were asked for, and their rows are not in the order in which vLLM has those of "
+                "LoRA adapters were requested, but their rows are not in the order in which vLLM has those of "
                 "differential attention; merge them into the checkpoint"
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=DiffLlamaDecoderLayer)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load, with the streams of each head side by side."""
+        """Load weights, with the streams of each head side by side."""
         loaded: set[str] = super().load_weights(self._paired(weights))
         return loaded
 
     def process_weights_after_loading(self) -> None:
-        """Compute each layer's lambda; vLLM calls this whatever the weights came from."""
+        """Compute each layer's lambda; vLLM calls this for every source of weights."""
         for module in self.modules():
             if isinstance(module, PairedDiffAttention):
                 module.settle()
 
     def _paired(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Outputs of q, k and v from ``[2, n, d]`` to ``[n, 2, d]``, in whatever tensors a quantisation has."""
+        """Reorder outputs of q, k and v from ``[2, n, d]`` to ``[n, 2, d]``, in all tensors of a quantisation."""
         parameters = dict(self.named_parameters())
         streams = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
         streams["v_proj"] = streams["k_proj"]
         for name, tensor in weights:
             projection = next((p for p in streams if f".self_attn.{p}." in name), None)
-            # One number for the whole projection has no order.
+            # A single number for the whole projection has no order.
             if projection is None or tensor.numel() == 1:
                 yield name, tensor
                 continue
@@ -184,23 +185,23 @@ class DiffLlamaForCausalLM(LlamaForCausalLM):
 
 
 def _side_by_side(name: str, tensor: Tensor, axis: int | None, num_streams: int) -> Tensor:
-    """The tensor with its heads in pairs.
+    """Reorder a tensor so that its heads form pairs.
 
     Args:
-        name: for the error.
+        name: name of the tensor, for the error.
         tensor: weights, packed or not, scales or biases.
-        axis: that of the outputs; ``None`` where there is none.
-        num_streams: along it.
+        axis: axis of the outputs; ``None`` if there is none.
+        num_streams: number of streams along that axis.
 
     Raises:
-        ValueError: outputs of several streams are held together.
+        ValueError: the outputs of several streams are stored together.
     """
     if axis is None:
         return tensor
     if tensor.shape[axis] % num_streams:
         raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, and its outputs cannot be told apart by {num_streams} streams; "
-            "accepted are quantisations whose groups of outputs end with a head"
+            f"{name} has shape {list(tensor.shape)}, so its outputs cannot be separated into {num_streams} streams; "
+            "accepted are quantisations in which groups of outputs do not cross heads"
         )
     before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
     halves = tensor.reshape(*before, 2, num_streams // 2, -1, *after)

@@ -1,4 +1,4 @@
-"""The process that runs vLLM for a verification; the arguments are the files of the request and of the answer."""
+"""The process that runs vLLM for a verification; its arguments are the files of the request and of the answer."""
 
 import json
 import os
@@ -16,7 +16,7 @@ _LEAST_CACHE_BYTES = 2**28
 
 
 def main(request_file: Path, answer_file: Path) -> None:
-    """Run a request, and write what refuses it, or ``null``, with the rounds."""
+    """Run a request, and write the reason for a refusal, or ``null``, with the rounds."""
     request = EngineRequest.model_validate_json(request_file.read_bytes())
     refused = _refusal(request)
     rounds = [] if refused is not None else _rounds(request)
@@ -25,14 +25,14 @@ def main(request_file: Path, answer_file: Path) -> None:
 
 
 def _refusal(request: EngineRequest) -> str | None:
-    """Why this machine's backend does not take the model, where vLLM itself would die and say so in a log alone."""
+    """Reason why this machine's backend does not support the model; vLLM itself would fail with a log message only."""
     from vllm.platforms import current_platform
 
     config = json.loads((Path(request.model) / "config.json").read_text(encoding="utf-8"))
     heads, ranks = config["num_attention_heads"], request.tensor_parallel_size
     if (heads // 2) % ranks:
         return (
-            f"--tensor-parallel-size is {ranks}, and a pair of streams stays on one rank; accepted are divisors of "
+            f"--tensor-parallel-size is {ranks}, but a pair of streams must be on one rank; accepted are divisors of "
             f"{heads // 2}, the heads of the model"
         )
     if not current_platform.is_cpu():
@@ -44,7 +44,7 @@ def _refusal(request: EngineRequest) -> str | None:
     if width in accepted:
         return None
     return (
-        f"{request.model} has streams of width {width // 2}, so heads of {width} in vLLM's cache, and its CPU backend "
+        f"{request.model} has streams of width {width // 2}, so heads of {width} in vLLM's cache, but its CPU backend "
         f"has kernels for {', '.join(map(str, accepted))}"
     )
 
@@ -57,7 +57,7 @@ def _rounds(request: EngineRequest) -> list[EngineRound]:
         dtype=request.dtype,
         tensor_parallel_size=request.tensor_parallel_size,
         max_model_len=request.max_length,
-        # Prompts and answers are tokens; a checkpoint need not have a tokenizer.
+        # Prompts and answers are token ids, so the checkpoint needs no tokenizer.
         skip_tokenizer_init=True,
         max_logprobs=request.num_logprobs,
         max_num_batched_tokens=_CHUNK,
@@ -69,7 +69,7 @@ def _rounds(request: EngineRequest) -> list[EngineRound]:
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in request.prompts]
     rounds = []
-    # Of a prompt whose log-probabilities are asked for, vLLM computes all and takes nothing from the cache.
+    # If log-probabilities of a prompt are requested, vLLM computes all of it and does not use its cache.
     for name, of_prompt in (("batched", request.num_logprobs), ("cached prefix", None)):
         sampling = SamplingParams(
             temperature=0.0,
@@ -84,11 +84,11 @@ def _rounds(request: EngineRequest) -> list[EngineRound]:
 
 
 def _cache_bytes(request: EngineRequest) -> int:
-    """Of all sequences at their longest, in whole blocks, and as much again."""
+    """Size of all sequences at their maximum length, in whole blocks, times two."""
     config = json.loads((Path(request.model) / "config.json").read_text(encoding="utf-8"))
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
-    # Keys and values of each key/value stream; numbers of 4 bytes at most.
+    # Keys and values of each key/value stream, with at most 4 bytes per number.
     streams = config.get("num_key_value_heads") or heads
     of_token = 2 * 4 * width * streams * config["num_hidden_layers"]
     return 2 * int(of_token) * len(request.prompts) * (request.max_length + _BLOCK)
@@ -96,7 +96,7 @@ def _cache_bytes(request: EngineRequest) -> int:
 
 def _row(output: Any) -> EngineRow:
     (completion,) = output.outputs
-    # The first token of a prompt has nothing before it.
+    # Nothing precedes the first token of a prompt.
     of_prompt = [step for step in output.prompt_logprobs or [] if step is not None]
     return EngineRow(
         tokens=list(completion.token_ids),

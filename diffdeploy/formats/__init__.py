@@ -1,6 +1,6 @@
-"""Deployment formats: one class each, in a folder of its own, and the registry that lists them.
+"""Deployment formats: one class each, in its own folder, and the registry that lists them.
 
-The names below are imported when they are first used, so that listing the formats stays light.
+The names below are imported on first use, so that listing the formats stays light.
 """
 
 from importlib import import_module

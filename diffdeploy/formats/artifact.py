@@ -1,4 +1,4 @@
-"""What is said of an artifact, what runs it, and what of it can be seen or spoiled."""
+"""Types that describe an artifact: its facts and checks, its backend, its visible values and its faults."""
 
 import re
 from abc import ABC, abstractmethod
@@ -27,13 +27,13 @@ __all__ = [
     "TritonBackend",
 ]
 
-# From inputs of a model by name to its outputs, and to what each layer N gives, ``layers.N.output [B, S, D]``.
-# It raises ExportError where the artifact does not run.
+# Maps inputs of a model by name to its outputs and to the output of each layer N, ``layers.N.output [B, S, D]``.
+# Raises ExportError if the artifact does not run.
 LayerValues = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
 class Check(Record):
-    """One check that is passed or not: of the artifact's structure, or of how its outputs hang together."""
+    """Result of one check, of the artifact's structure or of the consistency of its outputs."""
 
     name: str
     passed: bool
@@ -41,7 +41,7 @@ class Check(Record):
 
 
 class ArtifactFacts(Record):
-    """What the artifact itself says it is."""
+    """Description of an artifact, read from the artifact itself."""
 
     variant: str
     attention_ops: int
@@ -51,17 +51,17 @@ class ArtifactFacts(Record):
 
     @property
     def num_layers(self) -> int:
-        """Layers of a model, each of which has a cache of its own; 0 of a block."""
+        """Number of layers of a model, counted by their caches; 0 for a block."""
         return sum(re.fullmatch(r"past_key_values\.\d+\.key", name) is not None for name in self.inputs)
 
 
 class Backend(ABC):
-    """An opened artifact, which takes the graph's inputs in their order. `diffdeploy.runtime` checks them before.
+    """An opened artifact, which takes the graph's inputs in order. `diffdeploy.runtime` checks the inputs first.
 
     Args:
         bundle: an opened bundle.
-        options: what it is run with.
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        options: options for running it.
+        device: device that it runs on, ``cpu``, ``cuda`` or ``cuda:N``.
     """
 
     def __init__(self, bundle: Bundle, options: RunOptions, device: str) -> None:
@@ -79,58 +79,67 @@ class Backend(ABC):
         """Load the artifact.
 
         Raises:
-            ExportError: it cannot be loaded.
+            ExportError: the artifact cannot be loaded.
         """
 
     @abstractmethod
     def run(self, inputs: Sequence[Any], *, as_torch: bool) -> Sequence[Any]:
-        """Outputs in their order for inputs in theirs.
+        """Compute the outputs, in order.
 
         Args:
-            inputs: torch tensors or numpy arrays.
-            as_torch: whether outputs are wanted as torch tensors, or as numpy arrays.
+            inputs: torch tensors or numpy arrays, in the order of the graph.
+            as_torch: true to return torch tensors, false to return numpy arrays.
         """
 
     def buffers(self, batch_size: int, capacity: int, fill: float) -> "CacheBuffers | None":
-        """A cache that is written in place, for a batch of sequences; ``None`` where the artifact makes new ones.
+        """Create a cache that is updated in place, for a batch; ``None`` if the artifact returns new caches.
 
         Args:
-            batch_size: rows.
-            capacity: most tokens of a row.
-            fill: what the buffers hold before.
+            batch_size: number of rows.
+            capacity: number of tokens in a row for which there must be space.
+            fill: initial value of the buffers.
         """
         return None
 
     @abstractmethod
     def close(self) -> None:
-        """Release what `open` took."""
+        """Release the resources that `open` acquired."""
 
 
 class CacheBuffers(ABC):
-    """Buffers ``[B, h_kv, capacity, w]`` that one batch of sequences is computed with; rows are padded on the right."""
+    """Cache buffers ``[B, h_kv, capacity, w]`` for one batch of sequences.
+
+    If the graph counts tokens, the tokens of a row are contiguous in the buffers, with padding on the right; otherwise
+    each token has the same position as in the mask.
+
+    Attributes:
+        capacity: number of tokens in a row for which there is space.
+    """
+
+    capacity: int
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Array]) -> Array:
-        """What is computed from new tokens, whose keys and values are written behind those of earlier calls.
+        """Compute the main output for new tokens, whose keys and values are appended to those of earlier calls.
 
         Args:
-            inputs: by the names of the graph, all but the caches; the mask ``[B, T]`` counts the tokens of each row.
+            inputs: inputs by name, without the caches; the mask is ``[B, T]``.
         """
 
     @abstractmethod
     def arrays(self) -> dict[str, Array]:
-        """The buffers as they are, by the names of the inputs that take them."""
+        """Current content of the buffers, by the names of the cache inputs."""
 
 
 @dataclass(frozen=True)
 class Intermediates:
-    """The values inside an artifact that can be seen while it runs.
+    """The intermediate values of an artifact that can be observed while it runs.
 
     Attributes:
-        values: name of the node and value of every floating-point result for inputs by name, in the order of the graph.
-            It raises ExportError where the artifact does not run.
-        by_stream: whether the artifact computes the queries and keys of each stream by themselves.
-        hidden: stages that are inside its operators, and not among its values.
+        values: function from inputs by name to the node name and value of every floating-point result, in the order of
+            the graph. Raises ExportError if the artifact does not run.
+        by_stream: true if the artifact computes the queries and keys of each stream separately.
+        hidden: stages inside fused operators, whose results are not among the values.
     """
 
     values: "Callable[[Mapping[str, Array]], Iterator[tuple[str, Tensor]]]"
@@ -143,11 +152,11 @@ class FileFault:
     """A fault that only the files of one format can have, for the self-test.
 
     Attributes:
-        name: words joined by underscores, the format's first.
-        place: ``graph`` for what the artifact computes or declares, ``bundle`` for files that do not belong together.
-        breaks: what is wrong then, one clause.
-        edit: puts the fault into the directory of a bundle.
-        applies: whether it would be a fault of a bundle with that manifest.
+        name: words joined by underscores, beginning with the format.
+        place: ``graph`` for the computation or the declarations of the artifact, ``bundle`` for mismatched files.
+        breaks: description of the fault, one clause.
+        edit: function that introduces the fault into the directory of a bundle.
+        applies: function that returns true if a bundle with the given manifest can have the fault.
     """
 
     name: str
@@ -159,14 +168,14 @@ class FileFault:
 
 @dataclass(frozen=True, kw_only=True)
 class TritonBackend:
-    """How Triton Inference Server runs the artifacts of a format.
+    """Settings with which Triton Inference Server runs the artifacts of a format.
 
     Attributes:
-        platform: in its model configuration.
-        backend: in its model configuration.
-        files: of a bundle, that the backend reads, as far as they are there.
-        batches: whether it puts requests together along the first axis.
-        by_position: whether it calls tensors ``INPUT__0`` and so on, in the order of the graph.
+        platform: ``platform`` in its model configuration.
+        backend: ``backend`` in its model configuration.
+        files: files of a bundle that the backend reads, if present.
+        batches: true if it joins requests along the first axis.
+        by_position: true if it names tensors ``INPUT__0`` and so on, in the order of the graph.
     """
 
     platform: str

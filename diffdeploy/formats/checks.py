@@ -1,4 +1,4 @@
-"""Checks that the contracts of several formats share: weights, lambda and rotary tables, bit for bit."""
+"""Checks that the contracts of several formats share: bit-identical weights, lambda and rotary tables."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,24 +25,24 @@ __all__ = [
 
 _BYTES_OF_HALF = 2
 
-# Numbers of a weight that an exporter may fold into a constant each, as those of PolyNorm, which are factors of terms.
+# Weights of which an exporter may fold each number into a constant, such as those of PolyNorm, which are factors.
 _TAKEN_APART = 3
 
-# Formats that hold a number in float32 round it by 6e-8 at most.
+# Formats that store a number in float32 round it by 6e-8 at most.
 _RELATIVE_ERROR = 1e-6
 
-# Of fp32, in exp(.) - exp(.) + lambda_init: right blocks are off by up to 5 of them, with vectors of any size.
+# In fp32 epsilons, for exp(.) - exp(.) + lambda_init: correct blocks are off by up to 5, for vectors of any size.
 _ROUNDINGS_OF_LAMBDA = 8
 
 
 def make_check(name: str, problems: list[str], fine: str) -> Check:
-    """A check that passes when there is no problem."""
+    """Create a check that passes if there are no problems."""
     return Check(name=name, passed=not problems, detail="; ".join(problems) if problems else fine)
 
 
 def declared_facts(bundle: Bundle, attention_ops: int, opset: int | None = None) -> ArtifactFacts:
-    """Facts of an artifact whose interface is the one that the manifest declares."""
-    spec = bundle.manifest.graph
+    """Facts of an artifact whose interface is the one declared in the manifest."""
+    spec = bundle.manifest.graph.of_artifact()
     return ArtifactFacts(
         variant=spec.variant,
         attention_ops=attention_ops,
@@ -53,7 +53,7 @@ def declared_facts(bundle: Bundle, attention_ops: int, opset: int | None = None)
 
 
 def attentions(bundle: Bundle) -> int:
-    """How many fused attentions the graph of a bundle holds, by the implementation that it was traced with."""
+    """Number of fused attentions in the graph of a bundle, according to the implementation it was traced with."""
     from diffdeploy.ops import Impl
     from diffdeploy.ops.registry import implementation
 
@@ -62,7 +62,7 @@ def attentions(bundle: Bundle) -> int:
 
 
 def state_checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
-    """Checks of a bundle that runs on the state of the block, rebuilt when it is loaded."""
+    """Checks of a bundle that runs on the state of the block, which is rebuilt when the bundle is loaded."""
     block = eager_module(bundle, impl=bundle.manifest.options.attention_impl)
     state = {name: to_array(tensor) for name, tensor in (*block.named_parameters(), *block.named_buffers())}
     return [
@@ -75,15 +75,15 @@ def state_checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
 def weights_bit_for_bit(
     constants: Mapping[str, Array], weights: Mapping[str, Array], stream_width: int | None = None
 ) -> Check:
-    """Each weight stands in the graph, bit for bit, as it is or transposed; equal ones at least once.
+    """Check that the graph contains each weight bit for bit, possibly transposed; equal weights may share a constant.
 
     Args:
-        constants: of the graph.
+        constants: constants of the graph.
         weights: canonical weights in the artifact's dtype.
-        stream_width: ``d``, where the graph may hold the rows ``[heads, 2, d]`` of queries and keys stream by stream.
+        stream_width: width ``d``, if the graph may store the rows ``[heads, 2, d]`` of queries and keys by stream.
     """
-    # What one weight is found in is gone for the next, unless that is equal: exporters store equal constants once, such
-    # as the norms of a model that are all 1.
+    # A constant that holds one weight cannot hold another one, unless the two are equal: exporters store equal
+    # constants once, such as the norms of a model that are all 1.
     left: dict[str, Array] = dict(constants)
     found: list[Array] = []
     problems = []
@@ -102,7 +102,7 @@ def weights_bit_for_bit(
 
 
 def _is_held(constants: Mapping[str, Array], number: Array) -> bool:
-    """Whether some constant is one number, which several weights may share."""
+    """True if some constant is this number; several weights may share one."""
     one = np.asarray(number).reshape(1)
     return any(constant.size == 1 and _same_bits(constant.reshape(1), one) for constant in constants.values())
 
@@ -114,29 +114,29 @@ def _by_stream(weight: Array, width: int | None) -> list[Array]:
 
 
 def _equal(one: Array, other: Array) -> bool:
-    """Whether two arrays are the same, bit for bit."""
+    """True if two arrays are bit-identical."""
     return (one.dtype, one.shape) == (other.dtype, other.shape) and one.tobytes() == other.tobytes()
 
 
 def _take(constants: dict[str, Array], weight: Array) -> bool:
-    """Whether a weight is among the constants, each of which stands for one weight."""
+    """True if a weight is among the constants; the constant is removed, since each holds one weight."""
     match = next((key for key, constant in constants.items() if _same_bits(constant, weight)), None)
     return match is not None and constants.pop(match) is not None
 
 
 def _same_bits(constant: Array, weight: Array) -> bool:
-    """Whether a constant is the weight; a norm that runs in fp32 holds half-precision weights widened, without loss."""
+    """True if a constant holds the weight; a norm in fp32 holds half-precision weights, widened without loss."""
     if constant.dtype == np.float32 and weight.dtype.itemsize == _BYTES_OF_HALF:
         weight = weight.astype(np.float32)
     if constant.dtype != weight.dtype:
         return False
-    # Products in ONNX take a matrix from the right, and its exporter folds the transposition into the weight.
+    # Matrix products in ONNX take the weight on the right, and torch's exporter folds the transposition into it.
     forms = (weight, weight.T) if weight.ndim == 2 else (weight,)
     return any(constant.shape == form.shape and constant.tobytes() == form.tobytes() for form in forms)
 
 
 def lambda_constant(constants: Mapping[str, Array], manifest: Manifest, weights: Mapping[str, Array]) -> Check:
-    """Lambda must be a constant of the artifact: one number, or one for each head; the second version computes it."""
+    """Check that lambda is a constant of the artifact, one number or one per head; the second version computes it."""
     blocks = manifest.config.blocks
     if manifest.config.attention.lambda_kind == "token":
         return make_check("lambda", [], "one per token and head")
@@ -145,7 +145,7 @@ def lambda_constant(constants: Mapping[str, Array], manifest: Manifest, weights:
         own = {name: weights[prefix + name] for name in config.weight_shapes() if name in LAMBDA_VECTORS}
         expected = lambda_of_heads(config, own)[: 1 if config.constant_lambda else None]
         shown.append(", ".join(f"{number:.7g}" for number in expected))
-        # A product with 1 computes nothing, and optimisers leave it out; that there is no other is what the cases show.
+        # Optimisers remove a multiplication by 1. The verification cases would detect another factor.
         left_out = (expected.astype(manifest.graph.dtype) == 1).all()
         if not left_out and not any(_is_lambda(constant, expected) for constant in constants.values()):
             problems.append(f"no constant of the graph is lambda{' of ' * bool(prefix)}{prefix[:-1]}, {shown[-1]}")
@@ -155,47 +155,47 @@ def lambda_constant(constants: Mapping[str, Array], manifest: Manifest, weights:
 def _is_lambda(constant: Array, expected: Array) -> bool:
     if constant.size != expected.size or not _is_floating(constant):
         return False
-    # A few roundings of fp32 in exp(.) - exp(.) + lambda_init, then one to the dtype of the graph.
+    # Allows a few fp32 roundings in exp(.) - exp(.) + lambda_init, then one rounding to the dtype of the graph.
     size = np.abs(expected)
     allowed = epsilon(constant.dtype) * size + _ROUNDINGS_OF_LAMBDA * epsilon("float32") * (1 + size)
     return bool((np.abs(constant.astype(np.float64).reshape(-1) - expected) <= allowed).all())
 
 
 def other_torch(version: str, manifest: Manifest) -> list[str]:
-    """What is wrong where another torch wrote the artifact than the manifest says."""
+    """Problem to report if the artifact was written by another torch than the manifest says."""
     said = manifest.environment.packages.get("torch", "none")
-    # Without what is behind the plus, in which a build and its distribution may differ.
+    # The part after the plus is ignored, since a build and its distribution may differ in it.
     same = version.partition("+")[0] == said.partition("+")[0]
-    return [] if same else [f"torch {version} wrote it, and the manifest says {said}"]
+    return [] if same else [f"torch {version} wrote it, but the manifest says {said}"]
 
 
 def norm_epsilons(found: Sequence[float], manifest: Manifest) -> Check:
-    """Norms that stand in the graph as operators must have the epsilons of the config.
+    """Check that norms which are operators of the graph have the epsilons of the config.
 
     Args:
-        found: the epsilon of each, in the order of the graph: those of queries and keys, then that of the heads.
-        manifest: of the bundle.
+        found: epsilon of each norm in the order of the graph: those of queries and keys, then that of the heads.
+        manifest: manifest of the bundle.
     """
     config = manifest.config
     expected: list[float | None]
     if isinstance(config, DecoderConfig):
         found, expected = sorted(found), list(sorted(_epsilons_of(config)) if found else [])
         if len(found) != len(expected):
-            return make_check("epsilon", [f"{len(found)} norms, and the layers have {len(expected)}"], "")
+            return make_check("epsilon", [f"{len(found)} norms, but the layers have {len(expected)}"], "")
     else:
         num_heads = 1 if found and config.has_norm else 0
         expected = [config.qk_norm_eps] * (len(found) - num_heads) + [config.norm_eps] * num_heads
     problems = [
-        f"the epsilon of a norm is {given:.7g}, and should be {wanted}"
+        f"the epsilon of a norm is {given:.7g}, but should be {wanted}"
         for given, wanted in zip(found, expected, strict=True)
         if wanted is None or not np.isclose(given, wanted, rtol=_RELATIVE_ERROR, atol=0.0)
     ]
     said = ", ".join(f"{eps:.7g}" for eps in dict.fromkeys(found))
-    return make_check("epsilon", problems, said or "no norm is one operator")
+    return make_check("epsilon", problems, said or "no norm is a single operator")
 
 
 def _epsilons_of(config: DecoderConfig) -> list[float]:
-    """Those of all norms of a decoder: around its blocks, of queries and keys, of heads, in PolyNorm, and the last."""
+    """Epsilons of all norms of a decoder: around its blocks, of queries, keys and heads, in PolyNorm, and the last."""
     found = [config.norm_eps]
     for layer in config.layers:
         found += [config.norm_eps] * 2
@@ -210,7 +210,7 @@ def _is_floating(constant: Array) -> bool:
 
 
 def rope_constants(constants: Mapping[str, Array], manifest: Manifest) -> Check:
-    """The rotary tables must stand in the artifact, for all declared positions."""
+    """Check that the artifact contains the rotary tables for all declared positions."""
     attention, spec = manifest.config.attention, manifest.graph
     rope = attention.rope
     if rope is None:
@@ -219,7 +219,7 @@ def rope_constants(constants: Mapping[str, Array], manifest: Manifest) -> Check:
     dtype = np.dtype(spec.dtype)
     problems = []
     for name, table in zip(("cosine", "sine"), rope_tables(rope, attention.head_dim, length), strict=True):
-        # Both sides come from fp64, and rounding numbers up to 1 costs half of this at most.
+        # Both tables are rounded from fp64, and rounding numbers up to 1 costs at most half of this.
         tolerance = epsilon(dtype)
         if not any(
             c.dtype == dtype and c.shape == table.shape and np.abs(c - table).max() <= tolerance

@@ -1,4 +1,4 @@
-"""The constants that a right artifact can hold, whatever its format."""
+"""The constants that a correct artifact may contain, in any format."""
 
 from collections.abc import Mapping
 
@@ -16,9 +16,9 @@ _SHARED = ("softmax_scale", "norm_eps")
 
 
 def expected_constants(manifest: Manifest, weights: Mapping[str, Array]) -> dict[str, Array]:
-    """What a right artifact can hold: weights in its dtype, and all numbers and tables in float64.
+    """Constants that a correct artifact may contain: weights in its dtype, and numbers and tables in float64.
 
-    Those of a layer of a model are named as its weights are: ``layers.N.self_attn.lambda``.
+    Names of constants of a model's layer have the prefix of its weights: ``layers.N.self_attn.lambda``.
     """
     expected = {name: array for name, array in weights.items() if not is_lambda_vector(name)}
     numbers: dict[str, Array] = {}
@@ -26,7 +26,7 @@ def expected_constants(manifest: Manifest, weights: Mapping[str, Array]) -> dict
         own = {name: weights[prefix + name] for name in block.weight_shapes()}
         found = _numbers(block, own)
         if prefix:
-            # Layers share these, and a format finds such a number by its value alone.
+            # All layers share these numbers, which a format can find only by their values.
             found = {name: value for name, value in found.items() if name not in _SHARED}
         numbers |= {prefix + name: np.asarray(value, np.float64) for name, value in found.items()}
     attention = manifest.config.attention
@@ -51,7 +51,7 @@ def _numbers(config: AnyConfig, weights: Mapping[str, Array]) -> dict[str, float
 
 
 def held_constants(bundle: Bundle, weights: Mapping[str, Array]) -> dict[str, Array]:
-    """Those of `expected_constants` that the artifact of a right bundle holds.
+    """Constants among `expected_constants` that the artifact of a correct bundle contains.
 
     Args:
         bundle: an opened bundle.

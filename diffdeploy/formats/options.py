@@ -1,4 +1,4 @@
-"""What a user can choose when a block is exported, and when a bundle is run."""
+"""Options that a user can choose when a block is exported, and when a bundle is run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,23 +6,23 @@ from typing import Literal
 
 from diffdeploy.bundle import BLOCK_SIZES, Quantisation, WeightBits
 from diffdeploy.errors import InputError
-from diffdeploy.graphs import DType, Logits, Variant
+from diffdeploy.graphs import Cache, DType, Logits, Variant
 
 __all__ = ["Device", "ExportOptions", "RunOptions", "RuntimeName", "Selection"]
 
 Device = Literal["cpu", "cuda"]
-# What runs a graph: the runtime of its format; or, of ONNX, the interpreter of the package onnx, or OpenVINO.
+# The runtime of a graph: that of its format or, for ONNX, the interpreter of the onnx package or OpenVINO.
 RuntimeName = Literal["native", "reference", "openvino"]
-# Of the cases that a verification runs; see `diffdeploy.verify.sweep.select_cases`.
+# Selection of the cases that a verification runs; see `diffdeploy.verify.sweep.select_cases`.
 Selection = Literal["quick", "full"] | int
 
-# What onnxruntime-genai and llama.cpp take, too.
+# The default of onnxruntime-genai and llama.cpp, too.
 _BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What the user can choose about the artifact.
+    """Options for an artifact.
 
     Attributes:
         format: name of a format, see `diffdeploy.formats.registry`.
@@ -31,21 +31,22 @@ class ExportOptions:
         max_batch_size: largest batch the artifact is declared for.
         max_sequence_length: longest sequence the artifact is declared for; by default see
             `diffdeploy.exporters.settled_length`.
-        device: ``cpu`` or ``cuda``: what the formats with machine code are compiled for, and where the artifact is
-            verified; by default the first that the format is made for.
-        opset: ONNX operator set, 18 to 24; by default 23.
-        onnx_flavor: ``standard`` for operators of the standard alone; ``ort`` for those that onnxruntime runs fastest.
-        impl: how the two attentions are written down.
+        device: ``cpu`` or ``cuda``, the target of formats with machine code and the device for verification; by default
+            the first one that the format supports.
+        opset: ONNX operator set, 18 to 24; 23 by default.
+        onnx_flavor: ``standard`` for standard operators only, ``ort`` for those that onnxruntime runs fastest.
+        impl: implementation of the operator in the artifact.
         seed: random seed for the inputs that the artifact is verified with.
-        runtime: that the artifact is verified with.
-        logits: of a model: at ``all`` new positions, or at the ``last`` alone.
-        cases: what it is verified on; the report says which parts of the declared ranges that leaves out.
+        runtime: runtime that the artifact is verified with.
+        logits: positions at which a model returns logits: ``all`` new ones, or only the ``last``.
+        cache: kind of cache of a model, ``growing`` or ``in-place``, see `GraphSpec`.
+        cases: selection of verification cases; the report says which parts of the declared ranges it leaves out.
         weights: bits of the numbers that matrices are quantised to; by default they are in ``dtype``.
-        block_size: numbers that share a scale; by default 32.
-        quantise_head: quantise the head, too.
-        text: file that the loss by the quantisation is measured on; by default a module of Python's standard library.
-        max_kl: the most that the divergence from the original may be, in nats a token.
-        min_agreement: the least share of tokens that must stay the most probable ones.
+        block_size: count of numbers that share a scale; 32 by default.
+        quantise_head: true to quantise the head, too.
+        text: file on which the quantisation loss is measured; by default a module of Python's standard library.
+        max_kl: largest accepted divergence from the original model, in nats per token.
+        min_agreement: least accepted share of tokens that remain the most probable ones.
     """
 
     format: str = "onnx"
@@ -60,6 +61,7 @@ class ExportOptions:
     seed: int = 0
     runtime: RuntimeName = "native"
     logits: Logits = "all"
+    cache: Cache = "growing"
     cases: Selection = "full"
     weights: WeightBits | None = None
     block_size: int | None = None
@@ -70,10 +72,10 @@ class ExportOptions:
 
     @property
     def quantisation(self) -> Quantisation | None:
-        """How matrices are quantised, if they are.
+        """Quantisation of the matrices, or ``None``.
 
         Raises:
-            InputError: there are no blocks of that size.
+            InputError: the block size is not supported.
         """
         if self.weights is None:
             return None
@@ -85,15 +87,15 @@ class ExportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What a bundle is run with.
+    """Options for running a bundle.
 
     Attributes:
-        device: ``cpu``, ``cuda`` or ``cuda:N``; by default the one that the bundle was made for.
-        threads: threads of the backend on the CPU; by default its own choice. Those of torch are the whole process's.
-        runtime: what runs it; `onnx.reference` is slow and knows every dtype.
-        recompile: compile a ``compile`` bundle afresh, on a machine other than the one that it was made for.
-        trust: load a bundle that runs code when it is loaded, although no export of this user made it here.
-        public_key: file of the key that must have signed the bundle, which is trusted then.
+        device: device to run on, ``cpu``, ``cuda`` or ``cuda:N``; by default the one that the bundle was made for.
+        threads: number of CPU threads of the backend; by default its own choice. In torch, it applies to the process.
+        runtime: runtime that runs the graph; `onnx.reference` is slow and supports every dtype.
+        recompile: true to recompile a ``compile`` bundle on a machine other than the one it was made for.
+        trust: true to load a bundle that runs code when it is loaded, although this user did not export it here.
+        public_key: file of the key that must have signed the bundle, which is then trusted.
     """
 
     device: str | None = None

@@ -1,4 +1,4 @@
-"""The rows of the registry: which formats there are, and where their classes live. Nothing is imported to list them.
+"""The rows of the registry: names of formats and locations of their classes, listed without importing them.
 
 A format from another package is an entry point of the group ``diffdeploy.formats`` that names its class.
 """
@@ -10,7 +10,7 @@ __all__ = ["GROUP", "format_names", "rows"]
 
 GROUP = "diffdeploy.formats"
 
-# As entry points, so that our own formats are loaded in the way that others are.
+# Entry points, so that our own formats are loaded in the same way as others.
 _BUILT_IN = (
     EntryPoint("onnx", "diffdeploy.formats.onnx:OnnxFormat", GROUP),
     EntryPoint("pt2", "diffdeploy.formats.pt2:Pt2Format", GROUP),
@@ -22,11 +22,11 @@ _BUILT_IN = (
 
 @cache
 def rows() -> tuple[EntryPoint, ...]:
-    """One row for each format, in the order of tables: our own, then those of other packages."""
-    # Our own first: a name that comes again is the one to complain of.
+    """One row per format, in the order of tables: our own, then those of other packages."""
+    # Our own first, so that an error about a duplicate name blames the other package.
     return (*_BUILT_IN, *entry_points(group=GROUP))
 
 
 def format_names() -> tuple[str, ...]:
-    """Names of all formats."""
+    """List of the names of all formats."""
     return tuple(dict.fromkeys(row.name for row in rows()))

@@ -1,4 +1,4 @@
-"""What graphs give where there is padding: something in most, and nothing in those that count the tokens of a row."""
+"""Outputs at padded positions: arbitrary in most graphs, missing in those that count the tokens of a row."""
 
 from collections.abc import Mapping
 
@@ -11,12 +11,13 @@ __all__ = ["clear_padding"]
 
 
 def clear_padding(spec: GraphSpec, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Outputs with 0 where they belong to padding, if the graph counts tokens; else as they are.
+    """Set outputs at padded positions to 0 if the graph counts tokens; otherwise return them unchanged.
 
     Args:
         spec: interface of the graph.
-        inputs: by its names.
-        outputs: by its names; ``[B, S, V]``, or ``[B, 1, V]`` of the last position, and caches ``[B, h_kv, T, w]``.
+        inputs: input arrays by name.
+        outputs: output arrays by name; ``[B, S, V]``, or ``[B, 1, V]`` of the last position, and caches
+            ``[B, h_kv, T, w]``.
     """
     if spec.padding == "anywhere":
         return dict(outputs)

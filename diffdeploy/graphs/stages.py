@@ -1,4 +1,4 @@
-"""The stages of a block, in the order in which a deviation is looked for."""
+"""The stages of a block, in the order in which a deviation is located."""
 
 from enum import StrEnum
 
@@ -6,13 +6,13 @@ __all__ = ["Stage", "stage_of_weight"]
 
 
 class Stage(StrEnum):
-    """A stage of differential attention. The cache holds what the projections and the rotary embedding gave."""
+    """A stage of differential attention. The cache holds the results of the projections and the rotary embedding."""
 
     Q_PROJECTION = "q projection"
     K_PROJECTION = "k projection"
     V_PROJECTION = "v projection"
     ROPE = "rope"
-    # Holds what is already turned, so it comes after the rotary embedding.
+    # The cache holds rotated keys, so it comes after the rotary embedding.
     CACHE = "cache"
     SIGNAL = "signal attention"
     NOISE = "noise attention"
@@ -24,7 +24,7 @@ class Stage(StrEnum):
 
 _OF_WEIGHT = {
     "q_proj": Stage.Q_PROJECTION,
-    # The norm of queries and keys is no stage of its own.
+    # The norm of queries and keys is not a separate stage.
     "q_norm": Stage.Q_PROJECTION,
     "k_proj": Stage.K_PROJECTION,
     "k_norm": Stage.K_PROJECTION,
@@ -37,5 +37,5 @@ _OF_WEIGHT = {
 
 def stage_of_weight(name: str) -> Stage:
     """The stage that a canonical weight belongs to."""
-    # The lambda vectors are all that the table leaves out.
+    # The table omits only the lambda vectors.
     return _OF_WEIGHT.get(name.partition(".")[0], Stage.LAMBDA)

@@ -1,1 +1,1 @@
-"""Bundles inside other people's libraries; each module needs the library that it is named after."""
+"""Bundles inside third-party libraries; each module needs the library that it is named after."""

@@ -1,4 +1,4 @@
-"""Model bundles as models of transformers, so that everything that builds on its ``generate()`` works on them.
+"""Model bundles as models of transformers, usable wherever its ``generate()`` is.
 
 Shape suffixes: B batch, S new tokens, T all tokens so far, V vocabulary.
 """
@@ -23,31 +23,31 @@ from diffdeploy.runtime import Runtime, eos_of, load
 __all__ = ["DiffDeployConfig", "DiffDeployForCausalLM"]
 
 _GENERATION_CONFIG = "generation_config.json"
-# What callers may ask of a model of transformers, and no graph gives.
+# Outputs that callers may request from a model of transformers, but that no graph returns.
 _NOT_GIVEN = ("inputs_embeds", "labels", "output_attentions", "output_hidden_states")
 
 
 class DiffDeployConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Sizes of the model in a bundle, by the names of transformers."""
+    """Sizes of the model in a bundle, by their names in transformers."""
 
     model_type = "diffdeploy"
 
     @classmethod
     def of(cls, bundle: Bundle) -> Self:
-        """The config of a bundle.
+        """Create the config of a bundle.
 
         Raises:
-            InputError: it holds a block.
+            InputError: the bundle holds a block.
         """
         decoder = bundle.manifest.config
         if not isinstance(decoder, DecoderConfig):
-            raise InputError(f"{bundle.path} holds a block, which gives no tokens; export a whole model")
+            raise InputError(f"{bundle.path} holds a block, which generates no tokens; export a whole model")
         eos, block = eos_of(bundle), decoder.attention
         config = cls(
             vocab_size=decoder.vocab_size,
             hidden_size=decoder.embed_dim,
             num_hidden_layers=decoder.num_layers,
-            # As the cache counts them, which is what caches of transformers are made by.
+            # Counted as in the cache, since caches of transformers are created from this.
             num_attention_heads=2 * block.num_heads,
             num_key_value_heads=block.num_kv_heads,
             head_dim=block.key_cache_dim,
@@ -64,13 +64,13 @@ class DiffDeployConfig(PreTrainedConfig):  # type: ignore[misc]
 class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A model bundle of any format, run by `diffdeploy.runtime.Runtime`, with the methods of transformers' models.
 
-    It has no parameters: nothing of it can be trained, moved or cast. Caches are `transformers.DynamicCache`.
+    It has no parameters, so it cannot be trained, moved or cast. Caches are of the class `transformers.DynamicCache`.
 
     Args:
-        runtime: of a bundle that holds a whole model.
+        runtime: runtime of a bundle that holds a whole model.
 
     Attributes:
-        runtime: what computes.
+        runtime: the runtime that computes.
 
     Raises:
         InputError: the bundle holds a block.
@@ -89,12 +89,12 @@ class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[
         """Open a bundle.
 
         Args:
-            path: its directory.
-            **options: of `diffdeploy.load`, such as ``device`` and ``trust``.
+            path: directory of the bundle.
+            **options: options of `diffdeploy.load`, such as ``device`` and ``trust``.
 
         Raises:
-            DiffDeployError: see `diffdeploy.load`; `InputError` for other options, such as those of transformers that
-                say how weights are loaded, and where the bundle holds a block.
+            DiffDeployError: see `diffdeploy.load`; `InputError` for other options, such as those of transformers for
+                loading weights, and if the bundle holds a block.
         """
         accepted = [name for name, each in signature(load).parameters.items() if each.kind is each.KEYWORD_ONLY]
         if unknown := sorted(options.keys() - accepted):
@@ -103,11 +103,11 @@ class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> Self:
-        """`from_bundle`, by the name that code for transformers calls."""
+        """Call `from_bundle`; code for transformers uses this name."""
         return cls.from_bundle(path, **options)
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
-        """Refused, since there are no weights here to save.
+        """Raise an error, since there are no weights to save.
 
         Raises:
             InputError: always.
@@ -116,12 +116,12 @@ class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[
 
     @property
     def device(self) -> torch.device:
-        """Where the bundle runs."""
+        """Device on which the bundle runs."""
         return torch.device(self.runtime.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of logits and caches."""
+        """Dtype of logits and caches."""
         found: torch.dtype = getattr(torch, self.runtime.spec.dtype)
         return found
 
@@ -136,29 +136,29 @@ class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[
         return_dict: bool | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits, in the terms of transformers.
+        """Compute logits, with the arguments of transformers' models.
 
         Args:
-            input_ids: new tokens ``[B, S]``, int64.
-            attention_mask: ``[B, T]``, 0 for padding; by default there is none.
-            position_ids: ``[B, S]``; by default those behind the cache, whatever the mask.
-            past_key_values: cache of the tokens before; it takes the new ones.
-            use_cache: make a cache where none is given.
-            logits_to_keep: of how many last positions; 0 for all.
-            return_dict: give a tuple where this is false.
-            **others: what else transformers passes on, of which nothing changes the result.
+            input_ids: new token ids ``[B, S]``, int64.
+            attention_mask: mask ``[B, T]``, 0 for padding; no padding by default.
+            position_ids: positions ``[B, S]``; by default those after the cache, whatever the mask.
+            past_key_values: cache of earlier tokens, to which the new ones are added.
+            use_cache: true to create a cache if none is given.
+            logits_to_keep: number of last positions whose logits are returned; 0 for all.
+            return_dict: false to return a tuple.
+            **others: other arguments of transformers, which must not change the result.
 
         Returns:
             ``logits [B, S, V]`` in `dtype`, and the cache.
 
         Raises:
-            InputError: inputs that the bundle does not accept, logits of positions that it does not give, a cache of
-                another kind, or an output that it does not have.
+            InputError: the bundle does not accept the inputs or does not return logits at the requested positions, the
+                cache is of another class, or another output is requested.
         """
         for name in _NOT_GIVEN:
-            # By identity: a tensor has no truth.
+            # Compared by identity, since a tensor has no truth value.
             if others.get(name) is not None and others[name] is not False:
-                raise InputError(f"{name} is not something that a bundle takes or gives; leave it out")
+                raise InputError(f"{name} is not an input or output of a bundle; omit it")
         if input_ids is None:
             raise InputError("input_ids is missing; give int64 [batch, tokens]")
         past_key_values = DynamicCache(config=self.config) if past_key_values is None and use_cache else past_key_values
@@ -184,12 +184,12 @@ class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[
     def _require_logits(self, wanted: int, length: int) -> None:
         if self.runtime.spec.logits == "last" and (wanted or length) > 1:
             raise InputError(
-                f"logits of {wanted or length} positions are asked for, and the bundle gives those of the last one; "
+                f"logits of {wanted or length} positions are requested, but the bundle returns only those of the last; "
                 "export with --logits all"
             )
 
     def _cached(self, cache: DynamicCache | None, input_ids: Tensor) -> dict[str, Tensor]:
-        """What the graph takes of a cache, by the names of its inputs; empty before the first token."""
+        """Inputs of the graph from a cache, by name; empty before the first token."""
         spec, given = self.runtime.spec, {}
         for number, pair in enumerate(self._pairs()):
             layer = _layer(cache, number)
@@ -201,7 +201,7 @@ class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[
         return given
 
     def _keep(self, cache: DynamicCache | None, outputs: dict[str, Tensor]) -> None:
-        """Put what the graph gives into a cache, in place of what it took: past and new tokens together."""
+        """Replace the content of a cache with the graph's outputs, which include past and new tokens."""
         if cache is None:
             return
         for number, pair in enumerate(self._pairs()):
@@ -209,37 +209,37 @@ class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[
             layer = _layer(cache, number)
             assert layer is not None
             if layer.is_initialized:
-                # Not `update`, which would copy all of it once more to put the new tokens behind the past.
+                # `update` would copy everything once more to append the new tokens to the past.
                 layer.keys, layer.values = keys, values
             else:
                 layer.update(keys, values)
 
     def _pairs(self) -> list[tuple[str, str]]:
-        """Names of keys and values of each layer."""
+        """Names of the keys and values of each layer."""
         names = list(self.runtime.spec.caches)
         return list(zip(names[::2], names[1::2], strict=True))
 
 
 def _layer(cache: DynamicCache | None, number: int) -> DynamicLayer | None:
-    """A layer of a cache; those that it makes when they are first asked for are made now.
+    """Layer of a cache; layers that it would create on first use are created now.
 
     Raises:
-        InputError: a cache of another kind, such as a static or quantised one.
+        InputError: the cache is of another class, such as a static or quantised one.
     """
     if cache is None:
         return None
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layers += [DynamicLayer() for _ in range(number + 1 - len(cache.layers))]
-    # The class itself: others derive from it that hold less than all tokens.
+    # Exactly this class: some of its subclasses hold only a part of the tokens.
     if number >= len(cache.layers) or type(cache.layers[number]) is not DynamicLayer or cache.offloading:
         raise InputError(
-            f"the cache is a {type(cache).__name__}, or one of parts of the past; accepted is a DynamicCache of it all"
+            f"the cache is a {type(cache).__name__}, or one with parts of the past; accepted is a whole DynamicCache"
         )
     return cache.layers[number]
 
 
 def _generation_config(bundle: Bundle, config: DiffDeployConfig) -> GenerationConfig:
-    """What the checkpoint says of generating, with the token that ends texts as the runtime has it."""
+    """The checkpoint's settings for generation, with the same end token as in the runtime."""
     found = GenerationConfig()
     if _GENERATION_CONFIG in bundle.manifest.files:
         found = GenerationConfig.from_dict(json.loads((bundle.path / _GENERATION_CONFIG).read_text(encoding="utf-8")))
@@ -247,6 +247,6 @@ def _generation_config(bundle: Bundle, config: DiffDeployConfig) -> GenerationCo
     return found
 
 
-# Pipelines look here for what they accept.
+# Pipelines look up accepted models here.
 AutoConfig.register(DiffDeployConfig.model_type, DiffDeployConfig, exist_ok=True)
 AutoModelForCausalLM.register(DiffDeployConfig, DiffDeployForCausalLM, exist_ok=True)

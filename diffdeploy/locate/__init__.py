@@ -1,4 +1,4 @@
-"""Locating the guilty stage: where an artifact that failed verification first deviates."""
+"""Locating the guilty stage: the first one at which an artifact that failed verification deviates."""
 
 from diffdeploy.locate.finding import Finding, StageError
 from diffdeploy.locate.locate import locate

@@ -1,4 +1,4 @@
-"""What is said about the guilty stage."""
+"""Records of what was found about the guilty stage."""
 
 from typing import Literal
 
@@ -10,15 +10,16 @@ __all__ = ["Finding", "StageError"]
 
 
 class StageError(Record):
-    """How far one stage of an artifact is off.
+    """Error of one stage of an artifact.
 
     Attributes:
-        stage: its name.
-        rmse: root mean square of the artifact's error at this stage against fp64; ``None`` for NaN or infinity.
-        eager_rmse: the same of the formula in the artifact's dtype.
-        amplification: the first over the second, which is at least what rounding to the dtype costs.
-        deviates: whether that is more than rounding explains.
-        node: where the artifact computes it.
+        stage: name of the stage.
+        rmse: root mean square error of the artifact at this stage, against fp64; ``None`` for NaN or infinity.
+        eager_rmse: root mean square error of the formula in the artifact's dtype.
+        amplification: ratio of ``rmse`` to ``eager_rmse``, where the latter is at least the cost of rounding to the
+            dtype.
+        deviates: true if the error is larger than rounding explains.
+        node: node of the artifact that computes the stage.
     """
 
     stage: str
@@ -33,10 +34,10 @@ class Finding(Record):
     """The guilty stage of a failed verification.
 
     Attributes:
-        stage: the first stage that deviates; ``None`` when none does.
-        found_by: ``constants``, where a check has named one; ``intermediate values`` of the artifact; ``probes``,
-            inputs for which all stages but a few are known to agree.
-        node: of the artifact, where the stage is computed.
+        stage: the first stage that deviates; ``None`` if none does.
+        found_by: ``constants`` if a check has named one; ``intermediate values`` of the artifact; ``probes``, inputs
+            for which all but a few stages are known to agree.
+        node: node of the artifact that computes the stage.
         detail: one clause for people.
         stages: errors of all stages that the artifact shows.
     """

@@ -1,4 +1,4 @@
-"""Finding the guilty stage, by the best evidence there is: a constant, the artifact's own values, or probes."""
+"""Locating the guilty stage by the best available evidence: a constant, the artifact's own values, or probes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -20,18 +20,18 @@ class _Runs(Protocol):
 def locate(
     bundle: Bundle, artifact: _Runs, checks: Sequence[Check], inputs: Sequence[Mapping[str, Array]]
 ) -> Finding | None:
-    """Name the first stage that deviates, of an artifact that failed.
+    """Name the first stage that deviates in an artifact that failed.
 
     Args:
         bundle: the bundle that failed.
-        artifact: what runs inputs; it raises ExportError where the artifact does not run.
+        artifact: object that runs inputs and raises ExportError if the artifact does not run.
         checks: structural checks of the bundle.
-        inputs: inputs to look at, until one shows a stage that deviates.
+        inputs: inputs to try until one shows a stage that deviates.
 
     Returns:
-        ``None`` when there is nothing to go by: no constant is named, and no case failed.
+        The finding, or ``None`` without any evidence, if no constant is named and no case failed.
     """
-    # A named constant is certain; values only come near one another.
+    # A named constant is certain evidence; a comparison of values is only approximate.
     if (finding := _by_constants(checks)) is not None or not inputs:
         return finding
     try:
@@ -42,7 +42,7 @@ def locate(
         from diffdeploy.locate.probes import by_probes
 
         return by_probes(bundle, artifact)
-    # The first case tells stages apart; a fault that it does not show needs the one that failed.
+    # The first case distinguishes the stages; a fault that it does not show needs the case that failed.
     for one in inputs:
         finding = by_values(bundle, artifact, one, shown)
         if finding.stage is not None:
@@ -51,9 +51,9 @@ def locate(
 
 
 def _by_constants(checks: Sequence[Check]) -> Finding | None:
-    """The first stage with a constant that a check has found to be another one."""
+    """Finding for the first stage with a constant that a check found to be wrong."""
     found = {stage: check.detail for check in checks if not check.passed for stage in _stages_named(check)}
-    # In the order of the formula, since later stages take in what earlier ones get wrong.
+    # In the order of the formula, since later stages inherit errors of earlier ones.
     first = next((stage for stage in Stage if stage in found), None)
     return None if first is None else Finding(stage=first, found_by="constants", detail=found[first])
 
@@ -67,7 +67,7 @@ def _stages_named(check: Check) -> set[Stage]:
 
 
 def by_values(bundle: Bundle, artifact: _Runs, inputs: Mapping[str, Array], shown: Intermediates) -> Finding:
-    """Compare every stage that the artifact shows with what it should be."""
+    """Compare every stage that the artifact shows with its correct value."""
     import torch
 
     from diffdeploy.arrays import to_tensor
@@ -82,7 +82,7 @@ def by_values(bundle: Bundle, artifact: _Runs, inputs: Mapping[str, Array], show
         for node, value in shown.values(inputs):
             matcher.offer(node, value)
         outputs = artifact.run(inputs)
-    except ExportError as error:  # an artifact that does not run is a finding of its own
+    except ExportError as error:  # an artifact that does not run is a finding, too
         return _does_not_run(error)
     matcher.offer_outputs({name: to_tensor(array) for name, array in outputs.items()})
     return matcher.finding()

@@ -1,4 +1,4 @@
-"""Finding stages among the values of an artifact by what they hold, so that no names of nodes are needed.
+"""Matching of an artifact's intermediate values with stages by content, so that no names of nodes are needed.
 
 Shape suffixes: B batch, H heads, S query length, w any width.
 """
@@ -18,55 +18,56 @@ __all__ = ["Matcher"]
 
 _OUTPUTS = {Stage.CACHE: ("present.key", "present.value"), Stage.OUTPUT_PROJECTION: ("output",)}
 
-# What an artifact may compute for each stream by itself.
+# Stages that an artifact may compute for each stream separately.
 _OF_STREAMS = (Stage.Q_PROJECTION, Stage.K_PROJECTION, Stage.ROPE)
 
-# Of a budget, which is meant for whole blocks over several runs of eager; a stage has one run to compare with. Stages
-# of 48 right exports, in every format that shows them, used up to a third of one budget.
+# Share of a budget, which is meant for whole blocks over several runs of eager; a stage is compared with one run.
+# Stages of 48 correct exports, in every format that shows them, used up to a third of one budget.
 _SLACK = 2.0
 
-# Of the dtype, that a value may be off by and still be the one that is looked for. Eager stages are off by up to 12 of
-# them; the nearest that right exports come to exchanged streams is 91, in bfloat16 and with lambda near 1.
+# In epsilons of the dtype: maximum error of a value that still counts as the stage. Eager stages are off by up to 12;
+# in correct exports, swapped streams come no closer than 91, in bfloat16 with lambda near 1.
 _ROUNDINGS = 64
 
-# Of the dtype's epsilon: what rounding every number once costs, as a root mean square. Eager can be exact by chance.
+# In epsilons of the dtype: root mean square error of rounding every number once. Eager can be exact by chance.
 _ONE_ROUNDING = 1 / 4
 
-# ``[B, S, D]``: what has fewer axes is a mask, a table or a size, and no stage.
+# Number of axes of ``[B, S, D]``; values with fewer axes are masks, tables or sizes, and not stages.
 _FEWEST_AXES = 3
 
 
 @dataclass
 class _Wanted:
-    """One value that a stage should give, and the nearest that the artifact has given so far."""
+    """One value that a stage should have, and the nearest value of the artifact so far."""
 
     stage: Stage
     exact: Tensor
     eager_rmse: float
     rounding_rmse: float
-    streams: "tuple[_Wanted, ...]" = ()  # the same of each stream, where the artifact may have them apart
+    streams: "tuple[_Wanted, ...]" = ()  # the values of each stream, if the artifact may compute them separately
     nearest: tuple[bool, float, str] | None = None
 
     def offer(self, node: str, value: Tensor) -> None:
-        """Take the value if it has the shape of this one and is nearer than what came before."""
+        """Take the value if it has the right shape and is nearer than the previous ones."""
         for stream in self.streams:
             stream.offer(node, value)
-        # Rows that are not split into heads yet could be those of another projection: they count where nothing else is.
+        # Rows that are not split into heads yet could belong to another projection, so they count only without other
+        # matches.
         candidates = [(False, form) for form in _split_forms(value, self.exact.shape)]
         candidates += [(True, form) for form in _joined_forms(value, self.exact.shape)]
         for joined, form in candidates:
             rmse = float((form.to(torch.float64) - self.exact).square().mean().sqrt())
-            # NaN compares with nothing, and would stay the nearest for good.
+            # NaN compares false with everything, and would stay the nearest value forever.
             found = (joined, rmse if rmse == rmse else float("inf"), node)
             if self.nearest is None or found[:2] < self.nearest[:2]:
                 self.nearest = found
 
 
 def _split_forms(value: Tensor, shape: torch.Size) -> Iterator[Tensor]:
-    """The value as ``[B, H, S, w]`` in every layout that attention code uses for heads."""
+    """Yield the value as ``[B, H, S, w]`` for every layout of heads that attention code uses."""
     batch, heads, length, width = shape
     if value.ndim == 4 and value.shape[:3] == shape[:3] and value.shape[3] >= width:
-        yield value[..., :width]  # padded with zeros for kernels that want equal widths
+        yield value[..., :width]  # padded with zeros for kernels that require equal widths
     if value.shape == (batch, length, heads, width):
         yield value.transpose(1, 2)
     if value.shape == (batch * heads, length, width):
@@ -76,21 +77,21 @@ def _split_forms(value: Tensor, shape: torch.Size) -> Iterator[Tensor]:
 
 
 def _joined_forms(value: Tensor, shape: torch.Size) -> Iterator[Tensor]:
-    """The same where heads are joined."""
+    """Yield the same for values with joined heads."""
     batch, heads, length, width = shape
     if value.shape == (batch, length, heads * width):
         yield value.reshape(batch, length, heads, width).transpose(1, 2)
 
 
 class Matcher:
-    """Takes the artifact's values one at a time, keeps none of them, and then names the first stage that deviates.
+    """Compares the artifact's values one at a time, without keeping them, and names the first stage that deviates.
 
     Args:
         exact: stages in fp64.
         eager: stages in the artifact's dtype.
-        dtype: of the artifact.
-        by_stream: whether it computes queries and keys of each stream by themselves.
-        hidden: stages that are inside its operators, and not among its values.
+        dtype: dtype of the artifact.
+        by_stream: true if the artifact computes the queries and keys of each stream separately.
+        hidden: stages inside fused operators, whose results are not among the values.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Matcher:
 
         def wanted(stage: Stage, value: Tensor, rounded: Tensor, *, apart: bool) -> _Wanted:
             error = float((rounded.to(torch.float64) - value).square().mean().sqrt())
-            # An odd number of heads has no pairs of streams: both share their keys.
+            # An odd number of heads has no pairs of streams: both streams share their keys.
             numbers = (0, 1) if apart and value.shape[1] % 2 == 0 else ()
             streams = tuple(wanted(stage, value[:, s::2], rounded[:, s::2], apart=False) for s in numbers)
             return _Wanted(stage, value, error, eps * float(value.square().mean().sqrt()), streams)
@@ -118,38 +119,38 @@ class Matcher:
             if stage not in hidden
             for value, rounded in zip(exact[stage], eager[stage], strict=True)
         ]
-        # Where the streams have changed places both attentions are there, and only the difference tells.
+        # With swapped streams, both attentions are correct, and only the difference shows the fault.
         signal, noise, weighted = (exact[s][0] for s in (Stage.SIGNAL, Stage.NOISE, Stage.LAMBDA))
         lam = (weighted * noise).sum(-1, keepdim=True) / noise.square().sum(-1, keepdim=True)
-        # A query that sees nothing has no noise, and 0 / 0 for its lambda.
+        # A fully masked query has no noise, and its lambda would be 0 / 0.
         exchanged = noise - lam.nan_to_num() * signal
         self._exchanged = _Wanted(Stage.SIGNAL, exchanged, 0.0, eps * float(exchanged.square().mean().sqrt()))
 
     def offer(self, node: str, value: Tensor) -> None:
-        """Compare an intermediate value of the artifact with all stages inside."""
+        """Compare an intermediate value of the artifact with all inner stages."""
         if value.is_floating_point() and value.ndim >= _FEWEST_AXES:
             for wanted in (*self._wanted, self._exchanged):
                 if wanted.stage not in _OUTPUTS:
                     wanted.offer(node, value)
 
     def offer_outputs(self, outputs: Mapping[str, Tensor]) -> None:
-        """Compare the artifact's outputs with the stages that they are: nothing inside may stand in for them."""
+        """Compare the artifact's outputs with their stages, for which no intermediate value can be a substitute."""
         for stage, names in _OUTPUTS.items():
             wanted = [value for value in self._wanted if value.stage == stage]
-            # Not strict: a block without a cache has none of its outputs.
+            # Not strict, since a block without a cache lacks the cache outputs.
             for value, name in zip(wanted, names, strict=False):
                 value.offer(name, outputs[name])
 
     def finding(self) -> Finding:
-        """The verdict over all that was offered."""
+        """Return the verdict on all values that were offered."""
         errors = map(self._least_error, self._wanted)
         stages = [error for error in errors if error is not None]
         guilty = next((error for error in stages if error.deviates), None)
         if guilty is None:
-            detail = "every stage that the artifact shows is right by itself"
+            detail = "every stage that the artifact shows is correct on its own"
             return Finding(stage=None, found_by="intermediate values", detail=detail, stages=stages)
         stage, node = guilty.stage, guilty.node
-        # Lambda times the noise is the first value that exchanged streams lack, though lambda is right.
+        # With swapped streams, lambda times the noise is the first value that is missing, though lambda is correct.
         if stage == Stage.LAMBDA and self._within(self._exchanged):
             stage, node = Stage.SIGNAL, None
         detail = f"it is {_times(guilty)} as far off as eager"
@@ -159,7 +160,7 @@ class Matcher:
         return wanted.nearest is not None and wanted.nearest[1] <= _ROUNDINGS * wanted.rounding_rmse
 
     def _least_error(self, whole: _Wanted) -> StageError | None:
-        """Of the value as a whole, or of the worse stream; ``None`` where the artifact shows neither."""
+        """Error of the whole value or of the worse stream; ``None`` if the artifact shows neither."""
         errors = [] if whole.nearest is None else [self._error(whole)]
         if whole.streams and all(stream.nearest is not None for stream in whole.streams):
             errors.append(max(map(self._error, whole.streams), key=_severity))

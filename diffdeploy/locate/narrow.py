@@ -1,6 +1,6 @@
-"""Probes of blocks whose outputs are narrower than their joined heads, so that the heads cannot be had back from them.
+"""Probes of blocks whose outputs are narrower than their joined heads, so that heads cannot be recovered from outputs.
 
-What is left is to try what one stage could have done, and to see whether that explains the outputs.
+They try the possible faults of single stages, and check which of them explains the outputs.
 
 Shape suffixes: B batch, S positions, H heads, e value width, D model width.
 """
@@ -17,35 +17,35 @@ _Verdict = tuple[Stage | None, str]
 
 _LENGTH = 3
 
-# Steps of 0.05. Right lambdas lie between 0 and 1 or little beyond; a negated one, and one that is exchanged for the
-# inverse of a third, are in the range too.
+# Grid with steps of 0.05. Correct lambdas lie between 0 and 1 or slightly above; the range also includes negated ones,
+# and the inverse of a third, which swapped streams may cause.
 _LARGEST_LAMBDA, _GRID = 3.0, 121
 
-# All steps together reach 3 steps of the grid far; the last is 1e-12 wide, below all rounding.
+# All steps together cover 3 steps of the grid; the last is 1e-12 wide, below all rounding.
 _REFINEMENTS, _SHRINK = 60, 1.5
 
-# Heads of tokens of that size have squares near 4,000, where even an epsilon that is added outside of the root makes
-# less than rounding.
+# Heads of tokens of this size have squares near 4,000, where even an epsilon outside of the root changes less than
+# rounding does.
 _LARGE = 64.0
 
-# Right explanations used up to half of that many tolerances; of wrong steps that no explanation fits, the nearest was
-# at 1.1 (a noise of 1e-4 on the outputs).
+# Correct explanations used up to half of this many tolerances; the closest of the faults that no explanation fits used
+# 1.1 (a noise of 1e-4 on the outputs).
 _EXPLAINED = 4.0
 
 
 def narrow_verdict(prober: Prober) -> _Verdict:
-    """The stage that explains the outputs, of those that can be told apart here."""
+    """Stage that explains the outputs, among those that can be distinguished here."""
     if found := _lambda(prober):
         return found
     alone = prober.tokens(1)
     if prober.ask(alone).right and prober.ask(TINY * alone).right:
-        return None, "outputs are narrower than the heads, and tell no more than that values and norm are right"
+        return None, "outputs are narrower than the heads, and show only that values and norm are correct"
     if prober.ask(_LARGE * alone).right:
-        return Stage.NORM, "single positions are right where the norm's epsilon does not count"
+        return Stage.NORM, "single positions are correct where the norm's epsilon does not count"
     answers = [prober.ask(prober.tokens(_LENGTH)) for _ in range(_num_answers(prober))]
     outputs = np.concatenate([answer.given["output"].reshape(-1, prober.config.embed_dim) for answer in answers])
     joined = np.concatenate([_joined(prober, answer) for answer in answers])
-    # The norm first: it has fewer unknowns, so another matrix would explain its faults as well.
+    # The norm comes first: it has fewer unknowns, and another matrix would explain its faults as well.
     if _is_explained(prober, _by_channel(prober, joined), outputs.reshape(-1)):
         return Stage.NORM, "another weight of the norm explains every output"
     if all(_is_explained(prober, joined, column) for column in outputs.T):
@@ -66,7 +66,7 @@ def _joined(prober: Prober, answer: Answer) -> Array:
 
 
 def _by_channel(prober: Prober, joined: Array) -> Array:
-    """What each channel of all heads together gives to each output: ``[B S D, e]``."""
+    """Contribution of each channel, over all heads, to each output: ``[B S D, e]``."""
     heads, width = prober.config.num_heads, prober.config.value_dim
     weight_DHe = prober.weights["out_proj.weight"].reshape(-1, heads, width)
     parts: Array = np.einsum("nhe,dhe->nde", joined.reshape(-1, heads, width), weight_DHe)
@@ -80,7 +80,7 @@ def _is_explained(prober: Prober, features: Array, outputs: Array) -> bool:
 
 
 def _lambda(prober: Prober) -> _Verdict | None:
-    """Whether one other lambda explains the outputs."""
+    """Verdict if one other lambda explains the outputs, or ``None``."""
     if not prober.config.constant_lambda:
         return None
     eps, output_scale = prober.config.norm_eps, prober.config.output_scale

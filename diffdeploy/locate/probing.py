@@ -1,4 +1,4 @@
-"""Asking an artifact: chosen inputs, what it gives for them, and what every stage should have given.
+"""Chosen inputs for an artifact, its outputs, and the exact values of every stage.
 
 Shape suffixes: B batch, S positions, H heads, e value width, D model width.
 """
@@ -16,81 +16,81 @@ from diffdeploy.locate.values import stage_values
 
 __all__ = ["EQUATIONS", "INVERTED", "MOST", "TINY", "Answer", "Prober", "Runs", "null_spaces", "same"]
 
-# Of the dtype's spacing, relative to the size of what is compared: less is rounding, through several stages. Right
-# blocks of random sizes used half of it in float32 and a sixth in half precision; one, with lambda at 0.98, used 1.9
-# times as much. Wrong steps and weights in float32 are 2,000 times as far off in the median.
+# In multiples of the dtype's spacing, relative to the compared values: smaller differences are rounding through several
+# stages. Correct blocks of random sizes used half of it in float32 and a sixth in half precision; one, with lambda at
+# 0.98, used 1.9 times as much. Wrong steps and weights in float32 are off by 2,000 times as much in the median.
 _ROUNDINGS = 256
 
-# Of the output projection: what is had back through it loses that many times its precision. 1e4 roundings are a
-# third of what `INVERTED` allows; right blocks with conditions up to 2,300 used a quarter of it.
+# Condition number of the output projection, the factor by which inverting it loses precision. 1e4 roundings are a third
+# of what `INVERTED` allows; correct blocks with conditions up to 2,300 used a quarter of it.
 _WORST_CONDITION = 1e4
 
-# Going back through the output projection multiplies rounding: what is compared there gets so many times the tolerance.
+# Inverting the output projection multiplies rounding errors: comparisons after it get this many times the tolerance.
 INVERTED = 64.0
 
-# Of the elements, which a fit must explain. Right explanations met all of them, wrong ones less than one in a hundred;
-# the difference to 1 is room for outliers.
+# Share of the elements that a fit must explain. Correct explanations fitted all of them, wrong ones less than one in a
+# hundred; the difference to 1 allows for outliers.
 MOST = 0.99
 
-# Heads of tokens of that size have squares near 1e-6, below the usual epsilon of a norm.
+# Heads of tokens of this size have squares near 1e-6, below the usual epsilon of a norm.
 TINY = 1e-3
 
-# Equations for each unknown of a fit, so that a wrong model cannot meet them all.
+# Number of equations per unknown of a fit, so that a wrong model cannot satisfy them all.
 EQUATIONS = 3
 
-# More rows in a call are fewer calls, and a fit needs hundreds of tokens.
+# More rows per call need fewer calls, and a fit needs hundreds of tokens.
 _MOST_ROWS = 32
 
-# Smaller than the size of any token, so that dividing by it changes none, and a point at 0 stays there.
+# Smaller than any token, so that dividing by it changes none, and a token of 0 stays 0.
 _SMALLEST_SIZE = 1e-30
 
 
 class Runs(Protocol):
-    """What can be asked."""
+    """Interface of an artifact that can be run."""
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name."""
+        """Compute the outputs by name."""
         ...
 
 
 class Answer:
-    """What the artifact gave for one input, and what every stage should have given, in float64."""
+    """The artifact's outputs for one input, and the exact values of every stage, in float64."""
 
     def __init__(self, given: dict[str, Array], exact: Mapping[Stage, tuple[Array, ...]], tolerance: float) -> None:
         self.given, self._exact, self._tolerance = given, exact, tolerance
 
     def stage(self, stage: Stage) -> Array:
-        """The exact value of a stage that has one, ``[B, H, S, width]``."""
+        """Exact value of a stage, ``[B, H, S, width]``."""
         (value,) = self._exact[stage]
         return value
 
     def wanted(self, name: str) -> Array:
-        """The exact output of that name."""
+        """Exact output of that name."""
         if name == "output":
             return self._exact[Stage.OUTPUT_PROJECTION][0][:, 0]
         return self._exact[Stage.CACHE][0 if name == "present.key" else 1]
 
     @property
     def right(self) -> bool:
-        """Whether the artifact's output is the exact one."""
+        """True if the artifact's output is the exact one."""
         return same(self.given["output"], self.wanted("output"), self._tolerance)
 
 
 class Prober:
-    """Makes inputs and asks for their outputs.
+    """Creates inputs and runs the artifact on them.
 
     Args:
-        bundle: whose artifact is asked.
-        artifact: runs inputs.
+        bundle: bundle of the artifact.
+        artifact: object that runs inputs.
 
     Attributes:
-        config: of the block.
+        config: config of the block.
         weights: canonical weights, float64.
         tolerance: relative error that rounding explains.
-        batch_size: rows of an input.
-        takes_positions: whether tokens can be put at any position.
-        has_cache: whether keys and values are given back.
-        shows_heads: whether the output projection can be inverted.
+        batch_size: number of rows of an input.
+        takes_positions: true if tokens can have any position.
+        has_cache: true if keys and values are returned.
+        shows_heads: true if the output projection can be inverted.
     """
 
     def __init__(self, bundle: Bundle, artifact: Runs) -> None:
@@ -101,11 +101,11 @@ class Prober:
         self.takes_positions = "position_ids" in self._spec.inputs
         self.has_cache = self._spec.variant == "cached"
         self._artifact = artifact
-        # The same probes each time, so that the same artifact gets the same verdict.
+        # A fixed seed, so that the same artifact always gets the same verdict.
         self._generator = np.random.default_rng(0)
         projection = self.weights["out_proj.weight"]
         self._inverse = np.linalg.pinv(projection)
-        # More heads than outputs leave a space of heads that no output shows.
+        # If heads are wider than outputs, some heads have no effect on any output.
         self.shows_heads = projection.shape[0] >= projection.shape[1] and np.linalg.cond(projection) < _WORST_CONDITION
 
     def ask(self, x_BSD: Array, *, position: int | None = None, past_length: int = 0) -> Answer:
@@ -113,8 +113,8 @@ class Prober:
 
         Args:
             x_BSD: hidden states.
-            position: of all tokens; by default they are counted on from the past.
-            past_length: random tokens in the cache.
+            position: position of all tokens; by default they follow the past.
+            past_length: number of random tokens in the cache.
         """
         inputs = self._inputs(x_BSD, position, past_length)
         given = {name: array.astype(np.float64) for name, array in self._artifact.run(inputs).items()}
@@ -126,24 +126,24 @@ class Prober:
         return self._generator.standard_normal((self.batch_size, length, self.config.embed_dim))
 
     def tokens_in(self, basis: Array) -> Array:
-        """Random hidden states ``[B, D]`` of a space with that basis ``[n, D]``, as large as others."""
+        """Random hidden states ``[B, D]`` in the space of a basis ``[n, D]``, of the usual size."""
         points = self._generator.standard_normal((self.batch_size, len(basis))) @ basis
         sizes = np.sqrt(np.mean(np.square(points), axis=-1, keepdims=True))
         unit: Array = points / np.maximum(sizes, _SMALLEST_SIZE)
         return unit
 
     def heads(self, output: Array) -> Array:
-        """Normalised heads ``[B, H, S, e]`` that outputs ``[B, S, D]`` were projected from, nearest to them."""
+        """Normalised heads ``[B, H, S, e]`` whose projections are nearest to the outputs ``[B, S, D]``."""
         joined = (output - self.weights.get("out_proj.bias", 0.0)) @ self._inverse.T
         return joined.reshape(*output.shape[:2], self.config.num_heads, -1).transpose(0, 2, 1, 3)
 
     def directions(self, output: Array) -> Array:
-        """The same without the norm's weight and factor: differential heads, but for their lengths."""
+        """Normalised heads without the norm's weight and factor: the differential heads, except for their lengths."""
         directions: Array = self.heads(output) / (self.weights.get("subln.weight", 1.0) * self.config.output_scale)
         return directions
 
     def same(self, given: Array, wanted: Array, *, slack: float = 1.0, share: float = 1.0) -> bool:
-        """See `same`; ``slack`` is for what goes through the inverse of the output projection."""
+        """See `same`; ``slack`` multiplies the tolerance after inverting the output projection."""
         return same(given, wanted, slack * self.tolerance, share)
 
     def _inputs(self, x_BSD: Array, position: int | None, past_length: int) -> dict[str, Array]:
@@ -164,17 +164,17 @@ class Prober:
 
 
 def same(given: Array, wanted: Array, tolerance: float, share: float = 1.0) -> bool:
-    """Whether that share of the elements differs by no more than that part of the usual size; NaN never does."""
-    # Relative to all elements together: single ones may be near 0.
+    """True if that share of the elements differs by at most the tolerance times the usual size; false for NaN."""
+    # Relative to all elements together, since single ones may be near 0.
     size = float(np.sqrt(np.mean(np.square(wanted)))) or 1.0
     return bool(np.mean(np.abs(given - wanted) <= tolerance * size) >= share)
 
 
 def null_spaces(rows: Array) -> Array | None:
-    """Bases ``[n, rest, D]`` of what ``rows [n, r, D]`` do not see; ``None`` where they may see everything."""
+    """Bases ``[n, rest, D]`` of the null spaces of ``rows [n, r, D]``; ``None`` if they may be empty."""
     rank = rows.shape[1]
-    # Rows that depend on each other would leave more dimensions; those that are taken are unseen in any case.
+    # Linearly dependent rows would leave more dimensions; the ones taken here are in the null space in any case.
     if rank >= rows.shape[2]:
         return None
-    # The right singular vectors behind the rank are those that the rows map to 0.
+    # The right singular vectors beyond the rank span the null space.
     return np.stack([np.linalg.svd(matrix)[2][rank:] for matrix in rows])

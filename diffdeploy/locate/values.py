@@ -1,4 +1,4 @@
-"""What every stage of a block should give, in any dtype: the formula again, one stage at a time.
+"""Exact values of every stage of a block, in any dtype: the formula again, one stage at a time.
 
 Shape suffixes: B batch, H heads, S query length, P past length, T = P + S key length, d stream width, e value width.
 """
@@ -15,24 +15,24 @@ from diffdeploy.graphs import Stage
 
 __all__ = ["StageValues", "stage_values"]
 
-# A stage may have two values: both sides of the rotary embedding, both halves of the cache.
+# A stage may have two values, such as both sides of the rotary embedding, or both halves of the cache.
 StageValues = dict[Stage, tuple[Tensor, ...]]
 
 
 def stage_values(
     config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], dtype: torch.dtype
 ) -> StageValues:
-    """All stages of arXiv 2410.05258, equations 1 to 3, or of the second version.
+    """Compute all stages of arXiv 2410.05258, equations 1 to 3, or of the second version.
 
     Args:
-        config: of the block.
+        config: config of the block.
         weights: canonical weights.
-        inputs: by the names of the graph.
-        dtype: of the computation: ``float64`` for what is exact, the artifact's for what rounding alone does.
+        inputs: inputs by the names of the graph.
+        dtype: dtype of the computation: ``float64`` for exact values, the artifact's for the effect of rounding.
 
     Returns:
-        Tensors ``[B, H, S, width]`` of the stages that the block has; of the cache ``[B, H, T, width]``, and of the
-        output projection ``[B, 1, S, D]``.
+        Tensors ``[B, H, S, width]`` of the stages that the block has; ``[B, H, T, width]`` for the cache and
+        ``[B, 1, S, D]`` for the output projection.
     """
     w = {name: to_tensor(array).to(dtype) for name, array in weights.items()}
     x_BSD = to_tensor(inputs["hidden_states"]).to(dtype)
@@ -70,13 +70,13 @@ def stage_values(
 
 
 def _pairs(config: AnyConfig, k_BHTd: Tensor) -> Tensor:
-    """Key streams side by side, as the cache holds them: ``[B, h_kv, T, key_cache_dim]``."""
+    """Pair the key streams, as in the cache: ``[B, h_kv, T, key_cache_dim]``."""
     num_streams = config.num_key_streams // config.num_kv_heads
     return torch.cat([k_BHTd[:, stream::num_streams] for stream in range(num_streams)], dim=-1)
 
 
 def _streams(config: AnyConfig, pairs_BHTw: Tensor) -> Tensor:
-    """Inverse of `_pairs`."""
+    """Invert `_pairs`."""
     return torch.stack(torch.split(pairs_BHTw, config.head_dim, dim=-1), dim=2).flatten(1, 2)
 
 
@@ -117,7 +117,7 @@ def _rotate(x_BHSd: Tensor, rope: RopeConfig, positions_BS: Tensor) -> Tensor:
 
 
 def _hidden(config: AnyConfig, length: int, key_length: int, tokens: Array | None) -> Tensor:
-    """``[B or 1, S, T]``, ``True`` where a query may not see a key."""
+    """Boolean ``[B or 1, S, T]``, ``True`` where a key is hidden from a query."""
     age = torch.arange(key_length - length, key_length)[:, None] - torch.arange(key_length)
     hidden = age < 0 if config.causal else torch.zeros_like(age, dtype=torch.bool)
     if config.sliding_window is not None:
@@ -126,7 +126,7 @@ def _hidden(config: AnyConfig, length: int, key_length: int, tokens: Array | Non
 
 
 def _attention(config: AnyConfig, q: Tensor, k: Tensor, v: Tensor, hidden_BST: Tensor, stream: int) -> Tensor:
-    """One stream of all heads, one score matrix at a time; a row that sees nothing gives 0."""
+    """Attention of one stream for all heads, one score matrix at a time; a fully masked query returns 0."""
     group = config.num_heads // config.num_kv_heads
     heads = [
         _softmax_times(

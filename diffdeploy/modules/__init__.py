@@ -5,7 +5,7 @@ from diffdeploy.modules.decoder import DecoderLayer, DiffTransformer
 from diffdeploy.modules.mlp import GatedMlp, PolyNorm
 from diffdeploy.modules.rotary import RotaryEmbedding
 
-# What an artifact can be made of.
+# Modules that an artifact can be made from.
 AnyModule = AttentionBlock | DiffTransformer
 
 __all__ = [

@@ -18,18 +18,18 @@ __all__ = ["AttentionBlock", "DiffAttention", "DiffAttentionV2", "KeyValueCache"
 class DiffAttention(AttentionBlock):
     """Multi-head differential attention (arXiv 2410.05258, section 2.1 and figure 2).
 
-    Row order of the weights: ``q_proj`` is ``[h, 2, d]``, ``k_proj`` ``[h_kv, 2, d]``, ``v_proj`` ``[h_kv, 2d]``,
-    the columns of ``out_proj`` ``[h, 2d]``.
+    Row order of the weights: ``q_proj`` is ``[h, 2, d]``, ``k_proj`` ``[h_kv, 2, d]`` and ``v_proj`` ``[h_kv, 2d]``;
+    the columns of ``out_proj`` are ``[h, 2d]``.
 
-    The lambda vectors stay in fp32 (fp64 in a ``float64`` block), whatever ``dtype`` is, and lambda is rounded once:
-    rounding the vectors to bf16 costs more accuracy than the whole rest of the lambda path.
+    The lambda vectors stay in fp32 (fp64 in a ``float64`` block) whatever ``dtype`` is, and lambda is rounded once:
+    rounding the vectors to bf16 costs more accuracy than all other roundings on the way to lambda.
 
     Args:
-        config: sizes and flags.
-        impl: how the two attentions are computed.
-        max_positions: positions that can be embedded, when the config has rotary embedding.
-        device: as for any module.
-        dtype: of the projections and the norm; float64, float32, float16 or bfloat16.
+        config: sizes and flags of the block.
+        impl: implementation of the operator.
+        max_positions: number of positions that can be embedded, if the config has rotary embedding.
+        device: device of the parameters, as for any module.
+        dtype: dtype of the projections and the norm; float64, float32, float16 or bfloat16.
     """
 
     config: DiffAttentionConfig
@@ -51,7 +51,8 @@ class DiffAttention(AttentionBlock):
         lambda_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         for name in LAMBDA_VECTORS if config.lambda_kind != "fixed" else ():
             vector = torch.empty(config.lambda_shape, device=device, dtype=lambda_dtype)
-            if not vector.is_meta:  # where random numbers are none, and torch would import its compiler for them
+            # Meta tensors need no random numbers, and torch would import its compiler to draw them.
+            if not vector.is_meta:
                 nn.init.normal_(vector, std=0.1)
             self.register_parameter(name, nn.Parameter(vector))
         self.subln = (
@@ -65,7 +66,7 @@ class DiffAttention(AttentionBlock):
         self.register_buffer("_frozen_lambda", None, persistent=False)
 
     def lambda_value(self) -> Tensor:
-        """``exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init``, in at least fp32: a scalar, or ``[h]`` by head."""
+        """``exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init``, in at least fp32: a scalar, or ``[h]``, one per head."""
         if self.config.lambda_kind == "fixed":
             weight = self.out_proj.weight
             dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -80,12 +81,12 @@ class DiffAttention(AttentionBlock):
         return self
 
     def lambda_(self, hidden_states: Tensor) -> Tensor:
-        """One scalar for all tokens and heads; or one number for each head, ``[1, h, S, 1]``."""
+        """Lambda: one scalar for all tokens and heads, or one number per head, ``[1, h, S, 1]``."""
         value = self.lambda_value() if self._frozen_lambda is None else self._frozen_lambda
         return value if value.ndim == 0 else value[None, :, None, None].expand(1, -1, hidden_states.shape[1], 1)
 
     def normalise(self, heads: Tensor) -> Tensor:
-        """RMS norm over each head, times ``1 - lambda_init`` (section 2.1, equation 3), in models that have them."""
+        """RMS norm over each head, times ``1 - lambda_init`` (section 2.1, equation 3), in models that have the two."""
         normalised: Tensor = heads if self.subln is None else self.subln(heads)
         return normalised * self.config.output_scale if self.config.has_head_step else heads
 
@@ -94,7 +95,7 @@ class DiffAttentionV2(AttentionBlock):
     """The second version (Microsoft unilm, Diff-Transformer-V2): ``P1 v - sigmoid(W x) P2 v``, without a norm.
 
     Row order of the weights: ``q_proj`` is ``[h, 2, d]``, ``k_proj`` and ``v_proj`` ``[h_kv, d]``, ``lambda_proj``
-    ``[h]``, the columns of ``out_proj`` ``[h, d]``. Both streams of a head read the same keys and values.
+    ``[h]``; the columns of ``out_proj`` are ``[h, d]``. Both streams of a head read the same keys and values.
     """
 
     config: DiffAttentionV2Config
@@ -112,11 +113,11 @@ class DiffAttentionV2(AttentionBlock):
         self.lambda_proj = nn.Linear(config.embed_dim, config.num_heads, bias=False, device=device, dtype=dtype)
 
     def lambda_(self, hidden_states: Tensor) -> Tensor:
-        """A sigmoid for each token and head."""
+        """Lambda: a sigmoid for each token and head."""
         per_token_BSh: Tensor = self.lambda_proj(hidden_states)
         return per_token_BSh.sigmoid().transpose(1, 2)[..., None]
 
 
 def block_class(config: AnyConfig) -> type[AttentionBlock]:
-    """The module that computes what a config describes."""
+    """Module class that computes the block of a config."""
     return DiffAttention if isinstance(config, DiffAttentionConfig) else DiffAttentionV2

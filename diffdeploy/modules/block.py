@@ -1,4 +1,4 @@
-"""What every block shares, as public steps of the formula: projections, rotary embedding, cache, masks, operator.
+"""The steps of the formula that every block shares, as public methods.
 
 Shape suffixes: B batch, H heads, S query length, P past length, T = P + S key length, d stream width, e value width.
 """
@@ -20,26 +20,25 @@ __all__ = ["AttentionBlock", "KeyValueCache", "Rotation"]
 Rotation = Callable[[Tensor], Tensor]
 
 
-# Keys ``[B, h_kv, P, 2d]``, both streams of a head side by side (``[B, h_kv, P, d]`` in the second version, where they
-# are shared), after rotary embedding, and values ``[B, h_kv, P, e]`` of past tokens, each held once. Side by side, so
-# that attention over them is ordinary grouped-query attention, which reads the cache as it is. A plain tuple, so that
-# every exporter takes it.
+# Keys ``[B, h_kv, P, 2d]`` after rotary embedding, with both streams of a head side by side (``[B, h_kv, P, d]`` in the
+# second version, where both streams share them), and values ``[B, h_kv, P, e]`` of past tokens, each stored once. Side
+# by side, they can be read in place by ordinary grouped-query attention. Every exporter supports a plain tuple.
 KeyValueCache = tuple[Tensor, Tensor]
 
 
 class AttentionBlock(nn.Module):
-    """What both versions share: projections, rotary embedding, cache, masks and the operator.
+    """Base class of both versions: projections, rotary embedding, cache, masks and the operator.
 
-    The formula is taken in public steps, which exporters reuse and faults replace, in this order: `normalise_queries`,
-    `normalise_keys`, `rotate_queries`, `rotate_keys`, `append` to the cache, `key_mask`, `lambda_`, `attend`,
-    `normalise`, `join`, `project`.
+    The formula is computed in public steps, which exporters reuse and faults replace, in this order:
+    `normalise_queries`, `normalise_keys`, `rotate_queries`, `rotate_keys`, `append` to the cache or `write` into it,
+    `key_mask`, `lambda_`, `attend`, `normalise`, `join`, `project`.
 
     Args:
-        config: sizes and flags.
-        impl: how the two attentions are computed.
-        max_positions: positions that can be embedded, when the config has rotary embedding.
-        device: as for any module.
-        dtype: of the projections; float64, float32, float16 or bfloat16.
+        config: sizes and flags of the block.
+        impl: implementation of the operator.
+        max_positions: number of positions that can be embedded, if the config has rotary embedding.
+        device: device of the parameters, as for any module.
+        dtype: dtype of the projections; float64, float32, float16 or bfloat16.
     """
 
     config: AnyConfig
@@ -88,11 +87,11 @@ class AttentionBlock(nn.Module):
         """Build a frozen block, in evaluation mode, from canonical weights.
 
         Args:
-            config: sizes and flags.
-            weights: tensors named and shaped as ``config.weight_shapes()`` says, of any floating dtype.
-            impl: how the two attentions are computed.
-            max_positions: positions that can be embedded, when the config has rotary embedding.
-            dtype: of the block.
+            config: sizes and flags of the block.
+            weights: tensors of any floating dtype, with the names and shapes of ``config.weight_shapes()``.
+            impl: implementation of the operator.
+            max_positions: number of positions that can be embedded, if the config has rotary embedding.
+            dtype: dtype of the block.
         """
         with torch.device("meta"):
             block = cls(config, impl=impl, max_positions=1, dtype=dtype)
@@ -104,15 +103,15 @@ class AttentionBlock(nn.Module):
         return block.eval().freeze()
 
     def freeze(self) -> Self:
-        """Compute once what does not depend on the input, for inference."""
+        """Compute everything that does not depend on the input once, for inference."""
         return self
 
     def normalise_queries(self, q_BHSd: Tensor) -> Tensor:
-        """RMS norm over each query stream, in those models that have one."""
+        """RMS norm over each query stream, in models that have one."""
         return q_BHSd if self.q_norm is None else self.q_norm(q_BHSd)
 
     def normalise_keys(self, k_BHSd: Tensor) -> Tensor:
-        """RMS norm over each key stream, in those models that have one."""
+        """RMS norm over each key stream, in models that have one."""
         return k_BHSd if self.k_norm is None else self.k_norm(k_BHSd)
 
     def rotate_queries(self, q_BHSd: Tensor, rotate: Rotation) -> Tensor:
@@ -124,21 +123,37 @@ class AttentionBlock(nn.Module):
         return rotate(k_BHSd)
 
     def append(self, past: KeyValueCache, new: KeyValueCache) -> KeyValueCache:
-        """Past and new tokens: what attention reads, and what is handed on.
+        """Join past and new tokens to the cache that attention reads and the block returns.
 
         Raises:
-            InputError: shapes that do not fit.
+            InputError: the shapes do not fit.
         """
         for name, old, side in zip(("key", "value"), past, new, strict=True):
             if old.ndim != 4 or (*old.shape[:2], old.shape[3]) != (*side.shape[:2], side.shape[3]):
                 wanted = [*side.shape[:2], "P", side.shape[3]]
                 raise InputError(f"past {name} has shape {list(old.shape)}; accepted is {wanted}")
         if past[0].shape[2] != past[1].shape[2]:
-            raise InputError(f"past key holds {past[0].shape[2]} tokens, and past value {past[1].shape[2]}")
+            raise InputError(f"past key holds {past[0].shape[2]} tokens, but past value holds {past[1].shape[2]}")
         return torch.cat((past[0], new[0]), dim=2), torch.cat((past[1], new[1]), dim=2)
 
+    def write(self, buffers: KeyValueCache, new: KeyValueCache, total_length: int) -> KeyValueCache:
+        """Write new tokens into buffers, after the past tokens in them.
+
+        Args:
+            buffers: keys and values ``[B, h_kv, capacity, w]``, which are changed in place.
+            new: new keys and values ``[B, h_kv, S, w]``.
+            total_length: number ``T`` of past and new tokens, at most the capacity.
+
+        Returns:
+            Views ``[B, h_kv, T, w]`` of the buffers, with past and new tokens.
+        """
+        places = torch.arange(total_length - new[0].shape[2], total_length, device=new[0].device)
+        for buffer, side in zip(buffers, new, strict=True):
+            buffer.index_copy_(2, places, side)
+        return buffers[0][:, :, :total_length], buffers[1][:, :, :total_length]
+
     def key_mask(self, attention_mask: Tensor) -> Tensor:
-        """``[B, T]``, ``True`` for tokens."""
+        """Boolean mask ``[B, T]``, ``True`` for tokens."""
         return attention_mask.to(torch.bool)
 
     def lambda_(self, hidden_states: Tensor) -> Tensor:
@@ -148,7 +163,7 @@ class AttentionBlock(nn.Module):
     def attend(
         self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, mask: Tensor | None, *, causal: bool
     ) -> Tensor:
-        """Differential heads ``[B, h, S, e]``; keys are in pairs where they come from a cache."""
+        """Differential heads ``[B, h, S, e]``; keys that come from a cache are paired."""
         return diff_attention(
             q_BHSd,
             k_BHTd,
@@ -163,15 +178,15 @@ class AttentionBlock(nn.Module):
         )
 
     def normalise(self, heads: Tensor) -> Tensor:
-        """The norm over each head's ``e`` channels, the last axis, and the factor behind it, where there are any."""
+        """The norm over the last axis, each head's ``e`` channels, and the factor after it, if the model has them."""
         return heads
 
     def join(self, heads_BHSe: Tensor) -> Tensor:
-        """All heads side by side, ``[B, S, H e]``."""
+        """Concatenate all heads, ``[B, S, H e]``."""
         return heads_BHSe.transpose(1, 2).flatten(2)
 
     def project(self, joined: Tensor) -> Tensor:
-        """The output projection."""
+        """Apply the output projection."""
         output: Tensor = self.out_proj(joined)
         return output
 
@@ -182,25 +197,26 @@ class AttentionBlock(nn.Module):
         position_ids: Tensor | None = None,
         past_key_values: KeyValueCache | None = None,
     ) -> Any:
-        """Attend over the sequence of each batch row.
+        """Compute attention over the sequence of each batch row.
 
         Args:
-            hidden_states: ``[B, S, D]`` in the block's dtype.
-            attention_mask: ``[B, T]`` (integer or boolean, 1 is a token, 0 is padding), or a mask broadcastable to
-                ``[B, 1 or h or 2h, S, T]`` (boolean, ``True`` is seen, or additive). It comes on top of causality.
-            position_ids: integer ``[B, S]``, for the rotary embedding; by default ``P .. P + S - 1``.
+            hidden_states: input, ``[B, S, D]``, in the block's dtype.
+            attention_mask: padding mask ``[B, T]`` (integer or boolean, 1 for tokens and 0 for padding), or a mask
+                broadcastable to ``[B, 1 or h or 2h, S, T]`` (boolean, ``True`` keeps a key, or additive). It is
+                combined with the causal mask.
+            position_ids: integer positions ``[B, S]`` for the rotary embedding; ``P .. P + S - 1`` by default.
             past_key_values: keys and values of past tokens, from an earlier call; ``P`` may be 0.
 
         Returns:
-            ``[B, S, D]``, same dtype; with ``past_key_values`` a pair of that and the `KeyValueCache` of ``T`` tokens.
+            Output ``[B, S, D]`` of the same dtype; with ``past_key_values``, also the `KeyValueCache` of ``T`` tokens.
 
         Raises:
-            InputError: shapes that do not fit, a past without a mask, or positions beyond ``max_positions``.
+            InputError: shapes do not fit, a past comes without a mask, or positions exceed ``max_positions``.
         """
         past_length = 0
         if past_key_values is not None:
             if attention_mask is None:
-                raise InputError("past_key_values needs an attention_mask [B, P + S], which says what of it are tokens")
+                raise InputError("past_key_values needs an attention_mask [B, P + S] that marks tokens and padding")
             past_length = past_key_values[0].shape[2]
         rotary = self.rotary
 
@@ -218,22 +234,24 @@ class AttentionBlock(nn.Module):
         past_key_values: KeyValueCache | None = None,
         *,
         causal: bool | None = None,
+        total_length: int | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
-        """All steps, with the caller's rotary embedding.
+        """Compute all steps with the caller's rotary embedding.
 
         Args:
-            hidden_states: see `forward`, as `attention_mask` and `past_key_values`.
-            attention_mask: mask, or ``None``.
-            rotate: turns queries and keys ``[B, H, S, d]``.
-            past_key_values: cache, or ``None``.
-            causal: in place of the config's.
+            hidden_states: input, see `forward`.
+            attention_mask: mask as in `forward`, or ``None``.
+            rotate: function that rotates queries and keys ``[B, H, S, d]``.
+            past_key_values: cache as in `forward`, or ``None``.
+            causal: overrides the config's ``causal``.
+            total_length: length ``T``, if ``past_key_values`` are buffers that are updated in place, see `write`.
 
         Returns:
-            ``[B, S, D]``, and the keys and values that were attended to; without a past the keys are those of the
-            streams, ``[B, 2 h_kv, S, d]``.
+            Output ``[B, S, D]``, and the keys and values that were attended to; without a past, the keys are those of
+            the streams, ``[B, 2 h_kv, S, d]``.
 
         Raises:
-            InputError: shapes that do not fit.
+            InputError: the shapes do not fit.
         """
         config = self.config
         q_BHSd = self.rotate_queries(
@@ -245,7 +263,11 @@ class AttentionBlock(nn.Module):
         v_BHTe = _split_heads(self.v_proj(hidden_states), config.value_dim)
         if past_key_values is not None:
             new = k_BHTd if config.streams_share_keys else pair_streams(k_BHTd)
-            k_BHTd, v_BHTe = self.append(past_key_values, (new, v_BHTe))
+            k_BHTd, v_BHTe = (
+                self.append(past_key_values, (new, v_BHTe))
+                if total_length is None
+                else self.write(past_key_values, (new, v_BHTe), total_length)
+            )
         if attention_mask is not None and attention_mask.ndim == 2:
             _check_key_mask(attention_mask, v_BHTe)
             attention_mask = self.key_mask(attention_mask)[:, None, None]

@@ -13,7 +13,7 @@ class PolyNorm(nn.Module):
     """``w0 n(z^3) + w1 n(z^2) + w2 n(z) + b`` with ``n(u) = u / sqrt(mean(u^2) + 1e-6)`` over the last axis.
 
     Source: Motif-Technologies, ``PolyNorm`` of Motif-2.6B, whose first weight belongs to the cube (arXiv 2411.03884).
-    It is computed in at least float32: a sixth power is beyond float16 from 6.3 on.
+    It is computed in at least float32, since the sixth power of numbers above 6.3 overflows float16.
     """
 
     def __init__(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
@@ -22,7 +22,7 @@ class PolyNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
 
     def forward(self, z: Tensor) -> Tensor:
-        """Apply it to ``[..., I]``; the result has the dtype of ``z``."""
+        """Apply the function to ``[..., I]``; the result has the dtype of ``z``."""
         dtype = torch.promote_types(z.dtype, torch.float32)
         wide, w = z.to(dtype), self.weight.to(dtype)
         powers = (wide * wide * wide, wide * wide, wide)
@@ -33,13 +33,13 @@ class PolyNorm(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """``W_down(act(W_gate x) * W_up x)``.
+    """Gated MLP, ``W_down(act(W_gate x) * W_up x)``.
 
     Args:
-        config: kind and sizes.
+        config: kind and sizes of the MLP.
         embed_dim: model width ``D``.
-        device: as for any module.
-        dtype: as for any module.
+        device: device of the parameters, as for any module.
+        dtype: dtype of the parameters, as for any module.
     """
 
     def __init__(
@@ -58,6 +58,6 @@ class GatedMlp(nn.Module):
         self.act: nn.Module = PolyNorm(device, dtype) if config.kind == "polynorm" else nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., D]``."""
+        """Apply the MLP to ``[..., D]``; the result has the same shape."""
         output: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
         return output

@@ -1,4 +1,4 @@
-"""Rotary position embedding from tables that are rounded once."""
+"""Rotary position embedding with tables that are rounded once."""
 
 import math
 from collections.abc import Callable
@@ -14,16 +14,16 @@ __all__ = ["RotaryEmbedding", "rotate"]
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns channel pairs of ``[..., S, d]`` by ``position * theta ** (-2j / r)`` (RoFormer, arXiv 2104.09864, eq. 34).
+    """Rotates channel pairs of ``[..., S, d]`` by ``position * theta ** (-2j / r)`` (arXiv 2104.09864, equation 34).
 
     The tables are computed in fp64 and rounded once to the module's dtype, also after ``.to(dtype)``.
 
     Args:
-        config: style and base.
-        head_dim: width ``d``.
-        max_positions: rows of the tables; the longest sequence that can be embedded.
-        device: as for any module.
-        dtype: as for any module.
+        config: style and base of the embedding.
+        head_dim: width ``d`` of a stream.
+        max_positions: number of rows of the tables, the longest sequence that can be embedded.
+        device: device of the tables, as for any module.
+        dtype: dtype of the tables, as for any module.
     """
 
     cos: Tensor
@@ -51,37 +51,37 @@ class RotaryEmbedding(nn.Module):
         self.cos, self.sin = (angles.cos() * factor).to(self.cos), (angles.sin() * factor).to(self.sin)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
         self._fill_tables()
         return self
 
     def forward(self, x: Tensor, position_ids: Tensor | None = None, *, offset: int = 0) -> Tensor:
-        """Embed positions.
+        """Rotate channel pairs by their positions.
 
         Args:
-            x: ``[B, H, S, d]``, floating point.
-            position_ids: integer ``[B, S]``; by default ``offset .. offset + S - 1``.
+            x: queries or keys ``[B, H, S, d]``, floating point.
+            position_ids: integer positions ``[B, S]``; ``offset .. offset + S - 1`` by default.
             offset: position of the first row.
 
         Returns:
-            The turned channels, same shape and dtype.
+            The rotated channels, with the same shape and dtype.
 
         Raises:
-            InputError: positions do not fit the tables of ``max_positions``, or are not ``[B, S]``.
+            InputError: positions exceed the tables of ``max_positions``, or are not ``[B, S]``.
         """
         cos, sin = self.tables(x.shape[-2], position_ids, offset=offset)
         return rotate(x, cos, sin, self.config.style)
 
     def tables(self, length: int, position_ids: Tensor | None = None, *, offset: int = 0) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions, which `rotate` takes.
+        """Look up the cosines and sines of positions, which `rotate` takes.
 
         Args:
             length: number of positions ``S``.
-            position_ids: see `forward`, as for the errors.
+            position_ids: positions, see `forward`, which also lists the errors.
             offset: position of the first row.
 
         Returns:
-            ``[B, 1, S, r/2]`` each, or ``[S, r/2]`` without ``position_ids``.
+            Cosines and sines, ``[B, 1, S, r/2]`` each, or ``[S, r/2]`` without ``position_ids``.
         """
         if position_ids is not None:
             if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.is_floating_point():
@@ -99,7 +99,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def _frequencies(config: RopeConfig, width: int) -> Tensor:
-    """Radians per position, ``[r/2]``, float64."""
+    """Frequencies in radians per position, ``[r/2]``, float64."""
     frequencies = config.theta ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
     scaling = config.scaling
     if scaling is None:
@@ -116,9 +116,9 @@ def _frequencies(config: RopeConfig, width: int) -> Tensor:
 
 
 def _divided(config: RopeConfig, scaling: RopeScaling, width: int) -> Tensor:
-    """By pair of channels, how far it is on its way from kept to divided (arXiv 2309.00071, section 3.2)."""
+    """Degree, 0 to 1, to which the frequency of each channel pair is divided (arXiv 2309.00071, section 3.2)."""
     length = scaling.original_max_position_embeddings
-    # The pair that turns so many times in the original context; between two pairs, unless the borders are rounded.
+    # Index of the pair with that number of turns in the original context; fractional unless boundaries are rounded.
     first, last = (
         width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
         for turns in (scaling.beta_fast, scaling.beta_slow)
@@ -126,15 +126,15 @@ def _divided(config: RopeConfig, scaling: RopeScaling, width: int) -> Tensor:
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
-    length_of_ramp = last - first if last != first else 0.001  # as transformers has it, which would divide by zero
+    length_of_ramp = last - first if last != first else 0.001  # as in transformers; avoids a division by zero
     pairs = torch.arange(width // 2, dtype=torch.float64, device="cpu")
     return ((pairs - first) / length_of_ramp).clamp(0, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, style: RopeStyle) -> Tensor:
-    """Turn the channel pairs of ``x`` ``[..., S, d]`` by angles with those cosines and sines ``[..., S, r/2]``.
+    """Rotate the channel pairs of ``x`` ``[..., S, d]`` by angles given as cosines and sines ``[..., S, r/2]``.
 
-    Channels behind the first ``r`` stay as they are.
+    Channels after the first ``r`` stay unchanged.
     """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     width = 2 * cos.shape[-1]

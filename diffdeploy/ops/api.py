@@ -11,16 +11,16 @@ from diffdeploy.ops.request import Request
 
 __all__ = ["IMPLEMENTATION_MODULES", "diff_attention", "resolve_impl"]
 
-# Each enters its implementations into the registry when it is imported.
+# Each module registers its implementations when it is imported.
 IMPLEMENTATION_MODULES = (naive, sdpa, paired, flash2, fused)
 _KNOWN = tuple(Impl)  # torch.compile of torch 2.11 cannot list an enum
 
 
 def resolve_impl(impl: Impl | str) -> Impl:
-    """The implementation of that name; ``auto`` stays, and looks at the tensors later.
+    """Look up an implementation by name; ``auto`` is returned unchanged and resolved for each request.
 
     Raises:
-        InputError: ``impl`` is not an implementation.
+        InputError: ``impl`` is not the name of an implementation.
     """
     if impl not in _KNOWN:
         raise InputError(f"attention implementation {str(impl)!r} is not known; accepted: {', '.join(Impl)}")
@@ -42,31 +42,31 @@ def diff_attention(
 ) -> Tensor:
     """Differential attention of every head (arXiv 2410.05258, equation 1).
 
-    ``softmax(q1 k1^T / sqrt(d)) v - lam softmax(q2 k2^T / sqrt(d)) v``; the two streams of a head are neighbours.
-    A query that sees no key gives 0.
+    It is ``softmax(q1 k1^T / sqrt(d)) v - lam softmax(q2 k2^T / sqrt(d)) v``; the two streams of a head are neighbours.
+    A fully masked query returns 0.
 
-    Keys that are held in pairs must be finite in those implementations that read the pairs as they are (``padded``,
-    ``paired``, ``rows``): there an infinite ``k1`` makes what reads ``k2`` NaN as well, see `diffdeploy.ops.rows`.
+    Implementations that read paired keys without separating them (``padded``, ``paired``, ``rows``) need finite keys:
+    with an infinite ``k1``, the stream that reads ``k2`` becomes NaN as well, see `diffdeploy.ops.rows`.
 
     Args:
         q_BHSd: queries ``[B, 2h, S, d]``, head ``i`` stream ``s`` at ``2i + s``.
-        k_BHTd: keys ``[B, 2 h_kv, T, d]`` in the same order; or both streams side by side, ``[k1 | k2]``,
-            ``[B, h_kv, T, 2d]``; or ``[B, h_kv, T, d]`` when both streams read the same.
+        k_BHTd: keys ``[B, 2 h_kv, T, d]`` in the same order, or both streams side by side, ``[k1 | k2]``,
+            ``[B, h_kv, T, 2d]``, or ``[B, h_kv, T, d]`` if both streams read the same keys.
         v_BHTe: values ``[B, h_kv, T, e]``; ``e`` is ``2d`` in the paper, ``d`` in the second version.
-        lam: scalar, or ``[B or 1, h, S, 1]``; rounded once to the dtype of ``q``.
-        causal: query ``i`` of ``S`` sees keys up to ``T - S + i``.
-        attn_mask: boolean (``True`` is seen) or additive, broadcastable to ``[B, 1 or h or 2h, S, T]``.
-        sliding_window: of those, only the last ``sliding_window`` keys; needs ``causal``.
-        gqa_layout: which key stream a query stream reads when ``h_kv < h``; see `DiffAttentionConfig`.
-        scale: factor of the scores; by default ``d ** -0.5``.
-        impl: which implementation; ``auto`` takes the fastest one measured.
+        lam: lambda, a scalar or ``[B or 1, h, S, 1]``; rounded once to the dtype of ``q``.
+        causal: true if query ``i`` of ``S`` attends only to keys up to ``T - S + i``.
+        attn_mask: boolean (``True`` keeps a key) or additive mask, broadcastable to ``[B, 1 or h or 2h, S, T]``.
+        sliding_window: number of those keys that remain visible, the last ones; requires ``causal``.
+        gqa_layout: map from query streams to key streams when ``h_kv < h``; see `DiffAttentionConfig`.
+        scale: factor of the scores; ``d ** -0.5`` by default.
+        impl: name of the implementation; ``auto`` selects the fastest one by its measured cost.
 
     Returns:
-        ``[B, h, S, e]`` in the dtype of ``q``.
+        Outputs of the heads, ``[B, h, S, e]``, in the dtype of ``q``.
 
     Raises:
-        InputError: shapes or a mask that do not fit, or something that the implementation asked for cannot do.
-        UnavailableError: the implementation asked for cannot run here.
+        InputError: shapes or the mask do not fit, or the chosen implementation does not support the request.
+        UnavailableError: the chosen implementation cannot run on this machine.
     """
     request = Request.of(
         q_BHSd,

@@ -1,11 +1,11 @@
 """FlashAttention-2 through the ``flash-attn`` package, eagerly on CUDA.
 
-It wants equal widths of queries, keys and values. Up to 128 channels, for which its kernels are fast, both streams go
-together: ``2h`` zero-padded heads over keys ``[k1 | k2]``, as `diffdeploy.ops.rows` says. Wider values (``2d``) are met
-by a call for each stream, zero-padded to ``2d``, or split in halves, which takes two calls for each.
+It requires queries, keys and values of equal width. Up to 128 channels, for which its kernels are fast, both streams
+are one call of ``2h`` zero-padded heads over keys ``[k1 | k2]``, see `diffdeploy.ops.rows`. Wider values (``2d``) take
+one call per stream with zero-padding to ``2d``, or two with the values split into halves.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
-Its own layout has heads behind positions: ``[B, S, H, d]``.
+The package's own layout has heads after positions: ``[B, S, H, d]``.
 """
 
 from enum import StrEnum
@@ -31,7 +31,7 @@ _WIDEST_FAST = 128
 
 
 class Road(StrEnum):
-    """Ways to equal widths, by the number of attentions."""
+    """Ways to equal widths."""
 
     TOGETHER = "together"
     PADDED = "padded"
@@ -42,10 +42,10 @@ _NUM_CALLS = {Road.TOGETHER: 1, Road.PADDED: 2, Road.SPLIT: 4}
 
 
 def road_for(width: int, value_width: int, *, shares_keys: bool) -> Road:
-    """Which way is chosen.
+    """The way that is preferred for these widths.
 
-    Split values take as many multiplications as padded streams, but each exponential twice. Above 128 the kernels of
-    the package have smaller tiles, which costs more than that.
+    Padding and splitting take the same number of multiplications, but splitting computes each exponential twice. Above
+    width 128 the kernels of the package have smaller tiles, which costs more than that.
     """
     if max(width if shares_keys else 2 * width, value_width) <= _WIDEST_FAST:
         return Road.TOGETHER
@@ -53,34 +53,34 @@ def road_for(width: int, value_width: int, *, shares_keys: bool) -> Road:
 
 
 def num_calls(width: int, value_width: int, *, shares_keys: bool) -> int:
-    """How many attentions `flash2` runs."""
+    """Number of attentions that `flash2` runs."""
     return _NUM_CALLS[road_for(width, value_width, shares_keys=shares_keys)]
 
 
 def unsupported(request: Request) -> DiffDeployError | None:
-    """What FlashAttention-2 demands and does not get: a device, a package, a dtype, a width or a mask."""
+    """Reason that FlashAttention-2 cannot run: the device, package, dtype, width or mask; ``None`` if it can."""
     if request.device != "cuda":
-        return UnavailableError(f"flash2 runs on CUDA only, and the tensors are on {request.device}")
+        return UnavailableError(f"flash2 runs on CUDA only, but the tensors are on {request.device}")
     if find_spec("flash_attn") is None:
         return UnavailableError("flash2 needs the package flash-attn, which is not installed")
     if request.dtype not in (torch.float16, torch.bfloat16):
-        return InputError(f"flash2 runs in float16 and bfloat16, and the tensors are {request.dtype}")
+        return InputError(f"flash2 runs in float16 and bfloat16, but the tensors are {request.dtype}")
     splits = _road(request) == Road.SPLIT
     width = max(request.width, request.value_width // 2 if splits else request.value_width)
     if width > _MAX_WIDTH or request.width % 8 or request.value_width % 8:
         return InputError(
-            f"flash2 has kernels for head widths that are multiples of 8 up to {_MAX_WIDTH}, and this one is {width}"
+            f"flash2 has kernels for head widths that are multiples of 8 up to {_MAX_WIDTH}, but this one is {width}"
         )
     return unsupported_mask(request)
 
 
 def unsupported_mask(request: Request) -> InputError | None:
-    """Why a mask cannot be expressed: it must hide keys from all queries alike, as padding does."""
+    """Error for a mask, unless it hides the same keys from all queries, as padding does."""
     mask, key_length = request.attn_mask, request.key_length
     if mask is None or is_key_padding(mask, request.q.shape[0], key_length):
         return None
     return InputError(
-        f"flash2 takes masks that hide keys from all queries alike, boolean [B, 1, 1, {key_length}], and this one "
+        f"flash2 takes masks that hide the same keys from all queries, boolean [B, 1, 1, {key_length}], but this one "
         f"is {mask.dtype} {list(mask.shape)}"
     )
 
@@ -92,13 +92,13 @@ def _road(request: Request) -> Road:
 # Twice the time of `stacked_wide` (docs/operator-speed.md, H200, bfloat16, 2048 positions).
 @register(Impl.FLASH2, num_attentions=2, supports=unsupported, cost=0.25)
 def flash2(request: Request, *, road: Road | None = None) -> Tensor:
-    """Calls of ``flash_attn_func`` or, where there is padding, of ``flash_attn_with_kvcache``, which leaves it out.
+    """Compute with ``flash_attn_func`` or, if there is padding, with ``flash_attn_with_kvcache``, which skips it.
 
-    The package knows padding before the tokens alone. A batch with padding elsewhere goes through `paired`.
+    The package supports padding before the tokens only; `paired` computes batches with padding elsewhere.
 
     Args:
-        request: which `unsupported` has nothing against.
-        road: which way to equal widths; by default `road_for` decides.
+        request: a request that `unsupported` does not reject.
+        road: way to equal widths; `road_for` decides by default.
     """
     padding = None if request.attn_mask is None else _padding_before(request)
     if padding is None and request.attn_mask is not None:
@@ -119,7 +119,7 @@ def flash2(request: Request, *, road: Road | None = None) -> Tensor:
 
 
 def _padding_before(request: Request) -> Tensor | None:
-    """How many keys of each row come before its tokens, int32 ``[B]``; ``None`` where some come behind one."""
+    """Number of keys before the tokens of each row, int32 ``[B]``; ``None`` if there is padding after a token."""
     assert request.attn_mask is not None
     mask_BT = request.attn_mask.reshape(-1, request.key_length).expand(request.q.shape[0], request.key_length)
     if bool((mask_BT[:, :-1] & ~mask_BT[:, 1:]).any()):
@@ -128,7 +128,7 @@ def _padding_before(request: Request) -> Tensor | None:
 
 
 class _Attention:
-    """One call of the package, in this project's layout."""
+    """One call of the package in this project's tensor layout."""
 
     def __init__(self, request: Request, padding: Tensor | None) -> None:
         import flash_attn

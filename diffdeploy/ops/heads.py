@@ -1,4 +1,4 @@
-"""Which key and value heads a stream reads, keys side by side or apart, and heads as rows.
+"""The key and value heads that a stream reads, keys in pairs or separate, and heads as rows.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -13,20 +13,20 @@ __all__ = ["as_rows", "equal_widths", "from_rows", "pair_streams", "separate_str
 
 
 def pair_streams(k_BHTd: Tensor) -> Tensor:
-    """Keys ``[B, 2 h_kv, T, d]``, stream ``s`` of head ``j`` at ``2j + s``, as ``[k1 | k2]``: ``[B, h_kv, T, 2d]``."""
+    """Join keys ``[B, 2 h_kv, T, d]``, stream ``s`` of head ``j`` at ``2j + s``, to pairs ``[B, h_kv, T, 2d]``."""
     return torch.unflatten(k_BHTd, 1, (-1, 2)).transpose(2, 3).flatten(3)
 
 
 def separate_streams(k_BHTd: Tensor) -> Tensor:
-    """Inverse of `pair_streams`; copies."""
+    """Invert `pair_streams`; the result is a copy."""
     return torch.unflatten(k_BHTd, 3, (2, -1)).transpose(2, 3).flatten(1, 2)
 
 
 def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values zero-padded to the widest of them, as fused kernels of the CPU and FlashAttention want.
+    """Zero-pad queries, keys and values to the widest of them, as FlashAttention and fused CPU kernels require.
 
-    Exact: zeros add nothing to a score, and make channels of the output that are 0. In the paper's block all widths of
-    paired keys and values are ``2d``, and nothing is padded.
+    This is exact: zeros add nothing to a score, and padded output channels are 0. In the paper's block, paired keys and
+    values already have width ``2d``, so nothing is padded.
     """
     width = max(q.shape[-1], v.shape[-1])
     q, k, v = (side if side.shape[-1] == width else F.pad(side, (0, width - side.shape[-1])) for side in (q, k, v))
@@ -36,20 +36,20 @@ def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 def stream_heads(
     k_BHTd: Tensor, v_BHTe: Tensor, stream: int, *, width: int, num_heads: int, gqa_layout: GqaLayout
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of one stream: ``n`` of each, where query head ``i`` reads number ``i // (h / n)``.
+    """Keys and values of one stream, ``n`` heads of each; query head ``i`` reads head ``i // (h / n)``.
 
     With ``g = h / h_kv``, canonical streams take every second key head, or half of each pair, and nothing is copied. In
-    the legacy layout query half head ``e = 2i + s`` reads key half head ``e // g``: for even ``g`` that is
-    ``i // (g / 2)``, so each stream reads all ``2 h_kv`` key heads as they lie; for odd ``g`` the keys are gathered.
+    the legacy layout, query half head ``e = 2i + s`` reads key half head ``e // g``. For even ``g`` that is
+    ``i // (g / 2)``, so each stream reads all ``2 h_kv`` key heads in place; for odd ``g`` the keys are gathered.
 
     Args:
         k_BHTd: ``2 h_kv`` key heads, stream ``s`` of head ``j`` at ``2j + s``; or ``h_kv`` pairs of twice the width; or
-            ``h_kv`` shared ones.
+            ``h_kv`` shared key heads.
         v_BHTe: ``h_kv`` value heads.
         stream: 0 or 1.
-        width: ``d``, which tells pairs from shared keys.
-        num_heads: ``h``.
-        gqa_layout: see `DiffAttentionConfig`.
+        width: width ``d`` of a stream, which distinguishes pairs from shared keys.
+        num_heads: number of heads ``h``.
+        gqa_layout: map from query streams to key streams; see `DiffAttentionConfig`.
     """
     num_kv_heads = v_BHTe.shape[1]
     paired = k_BHTd.shape[3] == 2 * width
@@ -66,17 +66,17 @@ def stream_heads(
     return k_BHTd.index_select(1, read), v_BHTe.repeat_interleave(group_size, dim=1)
 
 
-# Rows of one position are neighbours, so that only axes of known sizes are merged, after a copy without conditions: in
-# a trace, anything else would make a guard of whether heads and positions merge as they lie.
+# Rows of one position are neighbours, so that only axes of known size are merged, after an unconditional copy. In a
+# trace, any other order would add a guard on whether the strides allow merging heads and positions in place.
 
 
 def as_rows(q_BHSe: Tensor, num_kv_heads: int) -> Tensor:
-    """Heads ``[B, H, S, e]`` that read one key/value head as its rows, ``[B, h_kv, S H / h_kv, e]``."""
+    """Turn the heads ``[B, H, S, e]`` that read one key/value head into its rows, ``[B, h_kv, S H / h_kv, e]``."""
     grouped = torch.unflatten(q_BHSe, 1, (num_kv_heads, -1)).transpose(2, 3)
     return grouped.clone(memory_format=torch.contiguous_format).flatten(2, 3)
 
 
 def from_rows(output: Tensor, num_rows: int) -> Tensor:
-    """Inverse of `as_rows`, for ``num_rows`` heads that read one key/value head."""
+    """Invert `as_rows`, for ``num_rows`` heads per key/value head."""
     by_position = torch.unflatten(output, 2, (-1, num_rows)).transpose(1, 2)
     return by_position.clone(memory_format=torch.contiguous_format).flatten(2, 3).transpose(1, 2)

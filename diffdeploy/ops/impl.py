@@ -6,7 +6,7 @@ __all__ = ["Impl"]
 
 
 class Impl(StrEnum):
-    """How the two attentions of a differential head are computed."""
+    """Name of an implementation, the way in which the two attentions of a differential head are computed."""
 
     AUTO = "auto"
     NAIVE = "naive"

@@ -1,4 +1,4 @@
-"""What a query may see: causal, window and user's masks made into one, with fully masked rows kept apart.
+"""Combination of causal, window and user masks into one mask, with fully masked queries kept apart.
 
 Shape suffixes: B batch, H heads, S query length, T key length.
 """
@@ -18,15 +18,15 @@ __all__ = ["Visibility", "is_key_padding", "kernel_mask", "require_window_to_sli
 
 @dataclass(frozen=True)
 class Visibility:
-    """One mask for a kernel.
+    """The combined mask for a kernel.
 
     Attributes:
-        mask: boolean (``True`` is seen) or additive, broadcastable to ``[B, H, S, T]``; ``None`` when none is needed.
-            No row of it is fully masked, since kernels disagree on those.
-        is_causal: the square causal mask, which kernels know without a tensor.
-        dead: rows that see nothing, ``[..., S, 1]``; their result is 0. ``None`` when there can be none.
-        offset: query ``i`` sees keys up to ``i + offset``; ``None`` when it may see all.
-        window: of those, only so many.
+        mask: boolean (``True`` keeps a key) or additive mask, broadcastable to ``[B, H, S, T]``; ``None`` if no mask is
+            needed. None of its rows is fully masked, since kernels disagree on such rows.
+        is_causal: true for the square causal mask, which kernels apply without a tensor.
+        dead: fully masked rows, ``[..., S, 1]``, whose result is 0; ``None`` if there can be none.
+        offset: query ``i`` attends only to keys up to ``i + offset``; ``None`` for no such limit.
+        window: number of those keys that remain visible; ``None`` for all.
     """
 
     mask: Tensor | None = None
@@ -36,20 +36,20 @@ class Visibility:
     window: int | None = None
 
     def of_stream(self, stream: int, num_heads: int) -> "Visibility":
-        """The part of stream 0 or 1, when the mask tells the ``2h`` half heads apart."""
+        """Mask of stream 0 or 1, if the mask has an entry for each of the ``2h`` half heads."""
         return self._heads(lambda mask: mask[:, stream::2] if mask.shape[1] == 2 * num_heads else mask)
 
     def of_half_heads(self, num_heads: int) -> "Visibility":
-        """For ``2h`` half heads in natural order, when the mask tells heads apart."""
+        """Mask for ``2h`` half heads in natural order, if the mask has an entry for each head."""
         return self._heads(lambda mask: mask.repeat_interleave(2, dim=1) if mask.shape[1] == num_heads else mask)
 
     def reorder(self, order: Tensor) -> "Visibility":
-        """Heads in another order, when the mask tells them apart."""
+        """Reorder the heads of the mask, if it has an entry for each head."""
         return self._heads(lambda mask: mask.index_select(1, order) if mask.shape[1] > 1 else mask)
 
     @staticmethod
     def stack(parts: Sequence["Visibility"]) -> "Visibility":
-        """Of heads that are stacked in that order."""
+        """Stack the masks of heads that are stacked in the same order."""
         first = parts[0]
         if first.mask is None or first.mask.ndim < 4 or first.mask.shape[1] == 1:
             return first
@@ -64,10 +64,10 @@ class Visibility:
         return Visibility(change(self.mask), self.is_causal, None if dead is None else change(dead))
 
     def of_rows(self, q_BHSd: Tensor, num_kv_heads: int) -> "Visibility":
-        """Where the heads of ``q`` that read one of ``num_kv_heads`` heads are its rows: ``[B, H, S rows, T]``.
+        """Mask for heads that are the rows of the ``num_kv_heads`` heads that they read: ``[B, H, S rows, T]``.
 
-        Rows of one query are neighbours. ``H`` is 1, or ``num_kv_heads`` when the mask tells heads apart. Rows that are
-        more than the queries need the square causal mask as a tensor.
+        Rows of one query are neighbours. ``H`` is 1, or ``num_kv_heads`` if the mask has an entry for each head. If
+        there are more rows than queries, the square causal mask must become a tensor.
         """
         num_rows, seen = q_BHSd.shape[1] // num_kv_heads, self
         if num_rows == 1:
@@ -85,14 +85,14 @@ class Visibility:
         return Visibility(mask, dead=dead)
 
     def keys_of(self, queries: slice, key_length: int) -> slice:
-        """The keys that any of these queries may see by its position."""
+        """Keys within the position limits of at least one of these queries."""
         if self.offset is None:
             return slice(0, key_length)
         end = max(0, min(key_length, queries.stop + self.offset))
         return slice(0 if self.window is None else max(0, min(end, queries.start + self.offset + 1 - self.window)), end)
 
     def part(self, heads: slice, queries: slice, keys: slice) -> "Visibility":
-        """For some heads of one stream, some queries, and keys that are all that they see."""
+        """Mask for some heads of one stream and some queries; ``keys`` includes all keys that these queries can see."""
         some = self._heads(lambda mask: mask[:, heads])
         return Visibility(
             None if some.mask is None else some.mask[..., queries, keys],
@@ -101,34 +101,34 @@ class Visibility:
         )
 
     def clear_dead(self, output: Tensor) -> Tensor:
-        """Give rows that see nothing the result 0."""
+        """Set the result of fully masked queries to 0."""
         return output if self.dead is None else output.masked_fill(self.dead, 0.0)
 
 
 def visibility(
     q_BHSd: Tensor, k_BHTd: Tensor, *, causal: bool, attn_mask: Tensor | None, sliding_window: int | None
 ) -> Visibility:
-    """Combine all that hides keys from queries.
+    """Combine everything that hides keys from queries.
 
     Args:
-        q_BHSd: queries, ``2h`` half heads.
+        q_BHSd: queries of ``2h`` half heads.
         k_BHTd: keys.
-        causal: query ``i`` of ``S`` sees keys up to ``T - S + i``.
-        attn_mask: boolean (``True`` is seen) or additive, broadcastable to ``[B, 1 or h or 2h, S, T]``.
-        sliding_window: of those, only the last ``sliding_window`` ones.
+        causal: true if query ``i`` of ``S`` attends only to keys up to ``T - S + i``.
+        attn_mask: boolean (``True`` keeps a key) or additive mask, broadcastable to ``[B, 1 or h or 2h, S, T]``.
+        sliding_window: number of those keys that remain visible, the last ones.
 
     Raises:
-        InputError: a mask that is neither boolean nor floating point, or does not fit; a window without ``causal``.
+        InputError: the mask is neither boolean nor floating point or does not fit, or a window lacks ``causal``.
     """
     length, key_length = q_BHSd.shape[2], k_BHTd.shape[2]
     offset = key_length - length if causal else None
     require_window_to_slide(sliding_window, causal=causal)
     if attn_mask is not None:
-        # Runtimes that broadcast batch and heads of a mask do not all broadcast its queries and keys.
+        # Some runtimes broadcast the batch and head axes of a mask, but not its query and key axes.
         attn_mask = _checked(attn_mask, q_BHSd, key_length).expand(-1, -1, length, key_length)
     band = None
-    square = bool(length == key_length)
-    if causal and (sliding_window is not None or attn_mask is not None or not square):
+    # Lengths are compared last, and only if nothing else decides, since a comparison becomes a guard in a trace.
+    if causal and (sliding_window is not None or attn_mask is not None or bool(length != key_length)):
         newest = torch.arange(length, device=q_BHSd.device)[:, None] + (key_length - length)
         keys = torch.arange(key_length, device=q_BHSd.device)
         band = keys <= newest
@@ -137,7 +137,7 @@ def visibility(
     if attn_mask is None:
         if band is None:
             return Visibility(is_causal=causal, offset=offset)
-        # Later keys than queries leave no row empty; the other way round the first queries come before every key.
+        # With at least as many keys as queries, no row is empty; otherwise the first queries precede every key.
         mask, dead = _without_dead_rows(band, None) if length > key_length else (band, None)
     elif attn_mask.dtype == torch.bool:
         mask, dead = _without_dead_rows(attn_mask if band is None else attn_mask & band, None)
@@ -148,29 +148,29 @@ def visibility(
 
 
 def require_window_to_slide(sliding_window: int | None, *, causal: bool) -> None:
-    """Refuse a window without causality.
+    """Reject a sliding window without causality.
 
     Raises:
-        InputError: there is one.
+        InputError: a window is given without ``causal``.
     """
     if sliding_window is not None and not causal:
-        raise InputError("a sliding window needs a causal operator: without it there is no end for it to slide along")
+        raise InputError("a sliding window needs a causal operator: without causality, the window has no end to follow")
 
 
 def is_key_padding(mask: Tensor, batch: int, key_length: int) -> bool:
-    """Whether a mask hides keys from all queries and heads alike: boolean, broadcastable from ``[B or 1, 1, 1, T]``."""
+    """True if a boolean mask, broadcastable from ``[B or 1, 1, 1, T]``, hides the same keys from all queries."""
     shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
-    # Each size by itself: where sizes are symbols, a comparison of tuples looks for the same symbols.
+    # Sizes are compared one by one: for symbolic sizes, comparing tuples would look for identical symbols.
     same_batch = shape[0] == 1 or shape[0] == batch
     one_for_all = len(shape) == 4 and shape[1] == 1 and shape[2] == 1 and shape[3] == key_length
     return mask.dtype == torch.bool and same_batch and one_for_all
 
 
 def kernel_mask(q_BHSd: Tensor, mask: Tensor | None) -> Tensor | None:
-    """A mask as fused kernels take it: additive for half precision where it may run on CUDA, else as it is.
+    """Mask in the form that fused kernels take: additive for half precision that may run on CUDA, else unchanged.
 
-    torch makes a finite number of what a boolean mask hides before it calls cuDNN, so that hidden keys with scores from
-    about 3e5 on are seen: 30 to 50 % of the queries were wrong on an H100 with torch 2.11.
+    Before it calls cuDNN, torch replaces hidden entries of a boolean mask with a finite number, so that hidden keys
+    with scores above about 3e5 become visible: 30 to 50 % of the queries were wrong on an H100 with torch 2.11.
     """
     if mask is None or mask.dtype != torch.bool or q_BHSd.dtype not in (torch.float16, torch.bfloat16):
         return mask
@@ -192,17 +192,17 @@ def _checked(attn_mask: Tensor, q_BHSd: Tensor, key_length: int) -> Tensor:
     batch, half_heads, length, _ = q_BHSd.shape
     if attn_mask.dtype != torch.bool:
         if not attn_mask.is_floating_point():
-            raise InputError(f"attn_mask has dtype {attn_mask.dtype}; accepted is boolean (True is seen) or additive")
+            raise InputError(f"attn_mask has dtype {attn_mask.dtype}; accepted is boolean (True is kept) or additive")
         attn_mask = attn_mask.to(q_BHSd.dtype)
     shape = list(attn_mask.shape)
     if attn_mask.ndim > 4:
         raise InputError(f"attn_mask has shape {shape}; accepted is at most 4 axes, [B, heads, S, T]")
     attn_mask = attn_mask.reshape(*(1,) * (4 - attn_mask.ndim), *shape)
     wanted = ((1, batch), (1, half_heads // 2, half_heads), (1, length), (1, key_length))
-    # Not by `in`: where sizes are symbols, torch.compile looks for the same symbol and not for an equal one.
+    # Not written with `in`: for symbolic sizes, torch.compile would look for the same symbol, not for an equal one.
     if not all(any(size == each for each in sizes) for size, sizes in zip(attn_mask.shape, wanted, strict=True)):
         raise InputError(
-            f"attn_mask has shape {shape}; accepted is what broadcasts to "
+            f"attn_mask has shape {shape}; accepted are shapes that broadcast to "
             f"[{batch}, 1 or {half_heads // 2} or {half_heads}, {length}, {key_length}]"
         )
     return attn_mask

@@ -15,18 +15,18 @@ from diffdeploy.ops.request import Request
 
 __all__ = ["chunked", "naive"]
 
-# Queries of a chunk, and scores of both streams in as many heads as are taken together: 16 MiB in fp32, which stay in
-# a last-level cache.
+# Maximum number of queries in a chunk, and of scores of both streams in the heads computed together: 16 MiB in fp32,
+# which fit into a last-level cache.
 _ROWS = 128
 _SCORES = 2**22
 
-# Queries, below which `auto` takes another implementation.
+# Number of queries below which `auto` selects another implementation.
 _SHORTEST = 32
 
 
 @register(Impl.NAIVE, num_attentions=2, cost=1.0)
 def naive(request: Request) -> Tensor:
-    """``(P1 - lam P2) v`` with materialised probabilities; softmax in at least fp32, all else in the dtype of ``q``.
+    """``(P1 - lam P2) v`` with materialised probabilities; softmax in at least fp32, the rest in the dtype of ``q``.
 
     Source: arXiv 2410.05258, equation 1. See `diff_attention` for shapes.
     """
@@ -40,8 +40,8 @@ def naive(request: Request) -> Tensor:
 
 
 def _chunked_cost(request: Request) -> float:
-    # docs/operator-speed.md: 0.5 to 0.66 at 512 positions and more; few queries make a chunk for each of few heads. In
-    # float16 the products of CPUs are slow, and training would keep all probabilities.
+    # docs/operator-speed.md: 0.5 to 0.66 at 512 positions or more; with few queries, chunks cover few heads each.
+    # Matrix products of CPUs are slow in float16, and training would keep all probabilities.
     slow = request.traced or request.dtype == torch.float16 or request.q.requires_grad
     if request.device != "cpu" or slow or request.length < _SHORTEST:
         return 1.1
@@ -50,12 +50,12 @@ def _chunked_cost(request: Request) -> float:
 
 @register(Impl.CHUNKED, num_attentions=2, cost=_chunked_cost)
 def chunked(request: Request) -> Tensor:
-    """`naive` for a few queries and heads at a time, without the keys that none of these queries can see.
+    """Compute `naive` for a few queries and heads at a time, leaving out keys that none of these queries can see.
 
-    Scores stay in the cache, memory grows with the length and not with its square, and both streams share one product
-    with the values: 8 d operations per pair of a query and a key, where two attentions take 12 d, and 16 d in kernels
-    for equal widths. Chunks of queries as in arXiv 2112.05682, but all keys at once. A graph that is traced gets
-    `naive`, since the number of chunks is not known there. See `diff_attention` for shapes.
+    Scores stay in the cache, memory grows linearly with the length instead of quadratically, and both streams share one
+    product with the values: 8 d operations per pair of query and key, compared with 12 d for two attentions and 16 d
+    for kernels with equal widths. Queries are chunked as in arXiv 2112.05682, but keys are not. A traced graph contains
+    `naive`, since the number of chunks is unknown there. See `diff_attention` for shapes.
     """
     if request.traced:
         return naive(request)
@@ -90,7 +90,7 @@ def _parts(size: int, at_once: int) -> Iterator[slice]:
 
 
 def _whole_heads(request: Request) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Keys of both streams and values, one of each for every query head."""
+    """Keys of both streams, and values, expanded to one of each per query head."""
     num_heads = request.num_heads
     signal, noise = (_repeated(request.stream_heads(stream)[0], num_heads) for stream in (0, 1))
     return (signal, noise), _repeated(request.v, num_heads)
@@ -103,7 +103,7 @@ def _repeated(side: Tensor, num_heads: int) -> Tensor:
 def _probabilities(q_BHSd: Tensor, k_BHTd: Tensor, seen: Visibility, scale: float) -> Tensor:
     scores_BHST = (q_BHSd * scale) @ k_BHTd.transpose(-1, -2)
     if seen.is_causal:
-        # The last query sees all keys; only as many keys as there are queries are hidden from any.
+        # The last query sees all keys; keys can be hidden only among the last ones, as many as there are queries.
         length = q_BHSd.shape[2]
         hidden = torch.ones(length, length, dtype=torch.bool, device=q_BHSd.device).triu(1)
         scores_BHST[..., k_BHTd.shape[2] - length :].masked_fill_(hidden, float("-inf"))

@@ -1,7 +1,7 @@
-"""Differential attention as one ordinary attention over keys that are held side by side, ``[k1 | k2]``.
+"""Differential attention as one ordinary attention over paired keys, ``[k1 | k2]``.
 
-`diffdeploy.ops.rows` says why that is exact, and what it makes of keys that are not finite. Keys that are held apart
-are paired first, which copies them.
+`diffdeploy.ops.rows` explains why this is exact, and the effect of keys that are not finite. Separate keys are paired
+first, which copies them.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -38,7 +38,7 @@ def _paired_cost(request: Request) -> float:
 
 @register(Impl.PAIRED, num_attentions=1, cost=_paired_cost)
 def paired(request: Request) -> Tensor:
-    """One grouped-query attention of ``2h`` zero-padded heads over all keys. See `diff_attention` for shapes."""
+    """Compute one grouped-query attention of ``2h`` zero-padded heads. See `diff_attention` for shapes."""
     seen = request.visibility().of_half_heads(request.num_heads)
     sides = equal_widths(padded_queries(request), _paired_keys(request), request.v)
     output = attend(*sides, seen, request.scale)[..., : request.value_width]
@@ -55,16 +55,17 @@ def _rows_cost(request: Request) -> float:
 
 @register(Impl.ROWS, num_attentions=1, cost=_rows_cost)
 def rows(request: Request) -> Tensor:
-    """`paired` with both streams of all heads of a group as rows, so that each key and value is read once.
+    """Compute `paired` with both streams of all heads of a group as rows, so that keys and values are read only once.
 
-    Made for one token; right for more, whose mask is repeated for each of the ``2g`` heads. A graph that is exported
-    for a CPU holds both ways, and takes one by the number of queries. See `diff_attention` for shapes.
+    This is made for one token. It is also correct for more tokens, but repeats their mask for each of the ``2g`` heads.
+    A graph exported for a CPU contains both ways and selects one by the number of queries. See `diff_attention` for
+    shapes.
     """
     scale, past_length = request.scale, request.key_length - request.length
     seen = request.visibility().of_half_heads(request.num_heads)
     operands = (padded_queries(request), _paired_keys(request), request.v, request.lam, seen.mask, seen.dead)
 
-    # Operands of a condition are tensors, and its results must lie alike in memory.
+    # Operands of a condition must be tensors, and both branches must return the same memory layout.
     def one_attention(
         q_BHSe: Tensor, keys: Tensor, v_BHTe: Tensor, lam: Tensor, mask: Tensor | None, dead: Tensor | None
     ) -> Tensor:
@@ -80,26 +81,26 @@ def rows(request: Request) -> Tensor:
 
     if runs_on_cuda(request.q) or request.dtype not in (torch.float32, torch.float64):
         return one_attention(*operands)
-    # Before 2.13, is_exporting says so of torch.compile as well.
+    # Before torch 2.13, is_exporting is also true during torch.compile.
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         chosen: Tensor = torch.cond(request.length == 1, two_products, one_attention, operands)
         return chosen
-    # torch.compile makes a graph of its own for sizes of 1, so that this comparison adds no guard there.
+    # torch.compile specialises its graph for sizes of 1 anyway, so this comparison adds no guard there.
     return (two_products if request.length == 1 else one_attention)(*operands)
 
 
 def _two_products(
     q_BHSe: Tensor, keys: Tensor, v_BHTe: Tensor, lam: Tensor, seen: Visibility, past_length: int
 ) -> Tensor:
-    """`rows` as products: one with the keys, one with the values for ``P1 - lam P2`` (8 d, not 12 d).
+    """Compute `rows` with two products, one with the keys and one of ``P1 - lam P2`` with the values (8 d, not 12 d).
 
-    The keys are the left factor: with the queries on the left, MKL reads them at a third of the speed. It reads the
-    values for two or three rows at a third of the speed of four, too, and for one at two thirds.
+    The keys are the left factor: with the queries on the left, MKL reads them at a third of the speed. MKL also reads
+    the values for two or three rows at a third of the speed that it has for four, and for one row at two thirds.
     """
     batch, half_heads, length, _ = q_BHSe.shape
     num_kv_heads = keys.shape[1]
     group_size = half_heads // 2 // num_kv_heads
-    # Asked for by its parts, each of which inductor's wrapper in Python must know by itself.
+    # The components of the mask are requested one by one, since inductor's Python wrapper must know each of them.
     key_length = past_length + length
     seen = seen.of_rows(q_BHSe, num_kv_heads)
     scores = (keys @ as_rows(q_BHSe, num_kv_heads).transpose(2, 3)).transpose(2, 3).contiguous()

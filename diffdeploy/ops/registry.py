@@ -1,6 +1,6 @@
-"""The table of implementations: each module of `diffdeploy.ops` enters its own.
+"""The table of implementations, in which each module of `diffdeploy.ops` registers its own.
 
-A new one is one more module that calls `register` and a row in `diffdeploy.ops.api`, which imports it.
+A new implementation is one more module that calls `register`, and a row in `diffdeploy.ops.api`, which imports it.
 """
 
 import math
@@ -24,16 +24,17 @@ Cost = Callable[[Request], float]
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute the operator.
+    """One implementation of the operator.
 
     Attributes:
-        impl: its name.
-        run: computes ``[B, h, S, e]``.
-        supports: gives ``None``, or why not: the error that an explicit choice of it raises. ``None`` for one that
-            takes every request.
-        cost: estimated time as a ratio to `naive` for the same request. Where the request is traced it may look at
-            widths, dtype and device alone.
-        num_attentions: softmax attentions of a graph that holds it: operators where it calls fused ones.
+        impl: name of the implementation.
+        run: function that computes the heads, ``[B, h, S, e]``.
+        supports: function that returns ``None`` for a supported request, and otherwise the error that an explicit
+            choice of the implementation raises. ``None`` if every request is supported.
+        cost: estimated time as a ratio to `naive` for the same request. For a traced request, it may depend only on
+            widths, dtype and device.
+        num_attentions: number of softmax attentions in a graph with this implementation, counted as operators if they
+            are fused.
     """
 
     impl: Impl
@@ -43,7 +44,7 @@ class Implementation:
     num_attentions: int
 
     def why_not(self, request: Request) -> DiffDeployError | None:
-        """Why it cannot take a request; ``None`` when it can."""
+        """Error that explains why the implementation does not support a request; ``None`` if it does."""
         return None if self.supports is None else self.supports(request)
 
     def cost_of(self, request: Request) -> float:
@@ -57,7 +58,7 @@ _TABLE: dict[Impl, Implementation] = {}
 def register(
     impl: Impl, *, cost: Cost | float, num_attentions: int, supports: Supports | None = None
 ) -> Callable[[AnyRun], AnyRun]:
-    """Enter a function into the table; see `Implementation` for the arguments."""
+    """Decorate a function to register it as an implementation; see `Implementation` for the arguments."""
 
     def enter(run: AnyRun) -> AnyRun:
         assert impl not in _TABLE
@@ -68,10 +69,10 @@ def register(
 
 
 def implementation(impl: Impl) -> Implementation:
-    """A row of the table.
+    """Look up an implementation.
 
     Raises:
-        InputError: ``auto``, which is none.
+        InputError: ``impl`` is ``auto``, which is not an implementation.
     """
     if impl not in _TABLE:
         raise InputError(f"{impl.value} is not an implementation; accepted: {', '.join(_TABLE)}")
@@ -79,12 +80,12 @@ def implementation(impl: Impl) -> Implementation:
 
 
 def cheapest(request: Request) -> Implementation:
-    """What ``auto`` takes: of those that support a request the one of least cost, by the figures of its own module."""
+    """Implementation that ``auto`` selects: the one with the least estimated cost of those that support a request."""
     best, least = None, math.inf
     for candidate in _TABLE.values():
         cost = candidate.cost_of(request)
-        # Asked last, since some look for packages or at the mask.
+        # Support is checked last, since some checks look for packages or inspect the mask.
         if cost < least and candidate.why_not(request) is None:
             best, least = candidate, cost
-    assert best is not None  # naive takes everything
+    assert best is not None  # naive supports every request
     return best

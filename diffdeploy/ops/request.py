@@ -1,4 +1,4 @@
-"""What one call of the operator asks for: implementations are asked with it whether they can, and run on it.
+"""One call of the operator, by which implementations say if they support it, and on which they run.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -18,7 +18,7 @@ __all__ = ["Keys", "Phase", "Request"]
 
 
 class Keys(StrEnum):
-    """How the keys of a key/value head are held."""
+    """Arrangement of the keys of a key/value head."""
 
     STREAMS = "streams"
     PAIRED = "paired"
@@ -26,7 +26,7 @@ class Keys(StrEnum):
 
 
 class Phase(StrEnum):
-    """What the sizes make of a call."""
+    """Kind of a call, determined by its sizes."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -34,20 +34,20 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One call of `diff_attention`, whose shapes fit.
+    """One call of `diff_attention`, with shapes that fit.
 
     Attributes:
         q: queries ``[B, 2h, S, d]``, head ``i`` stream ``s`` at ``2i + s``.
-        k: keys, as `keys` says.
+        k: keys, arranged as `keys` says.
         v: values ``[B, h_kv, T, e]``.
-        lam: scalar, or ``[B or 1, h, S, 1]``, in the dtype of the queries.
-        causal: bottom-right.
-        attn_mask: boolean or additive, or ``None``; not checked yet.
-        sliding_window: keys that a query sees, or ``None``.
-        gqa_layout: which key stream a query stream reads.
+        lam: lambda, a scalar or ``[B or 1, h, S, 1]``, in the dtype of the queries.
+        causal: true for a causal mask, aligned bottom-right.
+        attn_mask: boolean or additive mask that is not checked yet, or ``None``.
+        sliding_window: number of keys that a query attends to; ``None`` for all.
+        gqa_layout: map from query streams to key streams.
         scale: factor of the scores.
         keys: ``streams`` ``[B, 2 h_kv, T, d]``, ``paired`` ``[B, h_kv, T, 2d]`` or ``shared`` ``[B, h_kv, T, d]``.
-        traced: whether a graph is made, in which sizes are symbols: a rule that compared one would become a guard.
+        traced: true if a graph is being traced, in which sizes are symbols and comparing one would add a guard.
     """
 
     q: Tensor
@@ -75,10 +75,10 @@ class Request:
         gqa_layout: GqaLayout = "canonical",
         scale: float | None = None,
     ) -> "Request":
-        """Check the shapes; see `diff_attention` for the arguments.
+        """Create a request and check its shapes; see `diff_attention` for the arguments.
 
         Raises:
-            InputError: queries, keys and values do not fit each other.
+            InputError: the shapes of queries, keys and values do not fit each other.
         """
         return Request(
             q=q_BHSd,
@@ -106,49 +106,49 @@ class Request:
 
     @property
     def num_heads(self) -> int:
-        """Differential heads ``h``."""
+        """Number of differential heads ``h``."""
         return self.q.shape[1] // 2
 
     @property
     def num_kv_heads(self) -> int:
-        """Key/value heads ``h_kv``."""
+        """Number of key/value heads ``h_kv``."""
         return self.v.shape[1]
 
     @property
     def group_size(self) -> int:
-        """Heads that read one key/value head, ``g``."""
+        """Number ``g`` of heads that read one key/value head."""
         return self.num_heads // self.num_kv_heads
 
     @property
     def length(self) -> int:
-        """Queries ``S``; a symbol where it is `traced`."""
+        """Number of queries ``S``; a symbol if the request is `traced`."""
         return self.q.shape[2]
 
     @property
     def key_length(self) -> int:
-        """Keys ``T``; a symbol where it is `traced`."""
+        """Number of keys ``T``; a symbol if the request is `traced`."""
         return self.k.shape[2]
 
     @property
     def device(self) -> str:
-        """Kind of device of the tensors; a graph may be traced for another one."""
+        """Device type of the tensors; a graph may be traced for another device."""
         return self.q.device.type
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of queries, keys, values and the result."""
+        """Dtype of queries, keys, values and the result."""
         return self.q.dtype
 
     @property
     def phase(self) -> Phase | None:
-        """``decode`` for one query; ``None`` in a graph, which serves all sizes."""
+        """``decode`` for one query; ``None`` in a traced graph, which serves all sizes."""
         if self.traced:
             return None
         return Phase.DECODE if self.length == 1 else Phase.PREFILL
 
     @property
     def permutes_key_streams(self) -> bool:
-        """Whether streams read other keys than those of the canonical key map."""
+        """True if streams read other keys than in the canonical key map."""
         return self.gqa_layout == "legacy" and self.group_size > 1 and self.keys != Keys.SHARED
 
     def stream_heads(self, stream: int, v_BHTe: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,7 @@ class Request:
 
         Args:
             stream: 0 or 1.
-            v_BHTe: a part of the values, in place of all.
+            v_BHTe: a part of the values; all values by default.
         """
         return stream_heads(
             self.k,
@@ -168,10 +168,10 @@ class Request:
         )
 
     def visibility(self) -> Visibility:
-        """Everything that hides keys from queries, as one mask.
+        """Combine everything that hides keys from queries into one mask.
 
         Raises:
-            InputError: a mask that does not fit, or a window without ``causal``.
+            InputError: the mask does not fit, or a window is given without ``causal``.
         """
         return visibility(
             self.q,

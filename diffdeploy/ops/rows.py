@@ -1,11 +1,11 @@
-"""Zero-padded queries over pairs of keys, and heads that become rows, so that no kernel expands keys and values.
+"""Zero-padded queries over paired keys, and heads turned into rows, so that no kernel expands keys and values.
 
-On keys ``[k1 | k2]`` differential attention is ordinary grouped-query attention: queries ``[q1 | 0]`` and ``[0 | q2]``,
-``2h`` heads of width ``2d``, scale ``d ** -0.5``. It is exact, since the zeros add nothing, as long as all keys are
-finite: 0 times infinity is NaN. Where one half of a pair is infinite, as after an overflow of float16, the other stream
-becomes NaN as well, where two products would have left it as it is. That is not guarded against: the guard would be a
-copy of the keys, and the head, which is the difference of both streams, is lost either way unless every query that sees
-this key has a score of minus infinity there.
+With keys ``[k1 | k2]``, differential attention is ordinary grouped-query attention of ``2h`` heads of width ``2d`` with
+queries ``[q1 | 0]`` and ``[0 | q2]`` and scale ``d ** -0.5``. This is exact for finite keys, since the zeros add
+nothing, but 0 times infinity is NaN. If one half of a pair is infinite, as after an overflow of float16, the other
+stream becomes NaN as well, which two separate products would avoid. There is no guard against that: it would copy the
+keys, and the head, the difference of both streams, is lost anyway, unless every query that sees this key has a score of
+minus infinity there.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -20,17 +20,17 @@ from diffdeploy.ops.request import Keys, Request
 
 __all__ = ["attend_rows", "padded_queries"]
 
-# Heads and rows are merged with the positions outside of them, so that their strides are numbers. The strides of heads
-# whose positions lie inside hold the length, and torch.export before 2.13, which does not know that min(6 s, 12 s) is
-# 6 s, makes a guard of what it merges them to.
+# Heads and rows are merged with the positions as an outer axis, so that their strides are numbers. With the positions
+# inside, the strides of heads contain the length, and merging them adds a guard in torch.export before 2.13, which does
+# not know that min(6 s, 12 s) is 6 s.
 
 
 def padded_queries(request: Request) -> Tensor:
-    """Queries of all ``2h`` half heads in natural order, for keys side by side: ``[B, 2h, S, 2d]``.
+    """Queries of all ``2h`` half heads in natural order, zero-padded for paired keys: ``[B, 2h, S, 2d]``.
 
-    Canonical streams stand in their own half. In the legacy key map half head ``e = 2i + s`` reads key half head
-    ``e // g``, which is half ``(e // g) % 2`` of pair ``e // (2g)``: of the ``2g`` half heads of a group, the first
-    ``g`` stand in the first half. Shared keys have no halves, and their queries stay as they are.
+    Each canonical stream occupies its own half. In the legacy key map, half head ``e = 2i + s`` reads key half head
+    ``e // g``, which is half ``(e // g) % 2`` of pair ``e // (2g)``: among the ``2g`` half heads of a group, the first
+    ``g`` occupy the first half. Shared keys have no halves, and their queries stay unchanged.
     """
     width = request.width
     if request.keys == Keys.SHARED:
@@ -42,7 +42,7 @@ def padded_queries(request: Request) -> Tensor:
 
 
 def attend_rows(q_BHSe: Tensor, k_BHTe: Tensor, v_BHTe: Tensor, seen: Visibility, scale: float) -> Tensor:
-    """One softmax attention in which the heads that read one key/value head are its rows: nothing is expanded."""
+    """Compute one softmax attention in which heads are rows of the key/value head they read, so nothing is expanded."""
     num_kv_heads = k_BHTe.shape[1]
     num_rows = q_BHSe.shape[1] // num_kv_heads
     seen = seen.of_rows(q_BHSe, num_kv_heads)

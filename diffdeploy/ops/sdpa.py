@@ -1,7 +1,7 @@
 """Decompositions into ``scaled_dot_product_attention``, which fused kernels and exporters understand.
 
-Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width (2d, or d in the second
-version, or what a model has).
+Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width (2d in the paper, d in the
+second version, or as the model defines it).
 """
 
 import torch
@@ -19,16 +19,16 @@ from diffdeploy.ops.target import runs_on_cuda
 
 __all__ = ["attend", "four_call", "padded", "stacked_split", "stacked_wide", "two_call"]
 
-# Of one stream, in elements: as long as they stay in the processor's caches.
+# Number of scores of one stream, in elements, that fit into the processor's caches.
 _CACHED_SCORES_FP16 = 2**21
 
-# Before torch 2.13, torch.export does not know that min(6 s, 12 s) is 6 s, and makes a guard of it. Such minima are the
-# strides of two axes that were joined.
+# Before torch 2.13, torch.export does not know that min(6 s, 12 s) is 6 s, and adds a guard for it. Such minima appear
+# in the strides of joined axes.
 _JOINED_AXES_BECOME_GUARDS = torch.__version__ < "2.13"  # TorchVersion compares versions
 
 
 def attend(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility, scale: float) -> Tensor:
-    """One softmax attention."""
+    """Compute one softmax attention."""
     grouped = q_BHSd.shape[1] != k_BHTd.shape[1]
     if grouped and _must_gather_groups(q_BHSd, v_BHTe):
         num_heads, grouped = q_BHSd.shape[1], False
@@ -47,10 +47,10 @@ def attend(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility, sca
 
 
 def _must_gather_groups(q_BHSd: Tensor, v_BHTe: Tensor) -> bool:
-    """Whether torch cannot be left to repeat the key and value heads of a group."""
-    # No fused kernel of CUDA takes groups in float32; torch would fall back to plain matrix products.
+    """True if key and value heads are to be repeated by gathering, since torch's own way is slow or adds guards."""
+    # No fused CUDA kernel supports grouped heads in float32; torch would fall back to plain matrix products.
     in_float32_on_cuda = q_BHSd.dtype == torch.float32 and runs_on_cuda(q_BHSd)
-    # Where no fused kernel takes the widths, torch repeats heads by joining axes; torch.onnx keeps the call as it is.
+    # For widths without a fused kernel, torch repeats heads by joining axes; torch.onnx keeps the call unchanged.
     exported_by_joining_axes = (
         q_BHSd.shape[-1] != v_BHTe.shape[-1] and torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export()
     )
@@ -58,7 +58,7 @@ def _must_gather_groups(q_BHSd: Tensor, v_BHTe: Tensor) -> bool:
 
 
 def _two_streams(request: Request, v_BHTe: Tensor, *, equal: bool = False) -> Tensor:
-    """One attention of each stream, at ``equal`` widths or at those that there are."""
+    """Compute one attention per stream, with widths made ``equal`` by padding or left as they are."""
     seen, num_heads = request.visibility(), request.num_heads
     streams = []
     for stream in (0, 1):
@@ -69,38 +69,38 @@ def _two_streams(request: Request, v_BHTe: Tensor, *, equal: bool = False) -> Te
 
 
 def _halves_values(request: Request) -> InputError | None:
-    """Why values cannot be halved."""
+    """Error that explains why the values cannot be halved; ``None`` if they can."""
     if request.value_width % 2 == 0:
         return None
-    return InputError(f"this implementation halves the values, and their width {request.value_width} is odd")
+    return InputError(f"this implementation halves the values, but their width {request.value_width} is odd")
 
 
 # docs/operator-speed.md, at 2048 positions: on CUDA bfloat16, h 8, d 64; on the CPU float32.
 @register(Impl.TWO_CALL, num_attentions=2, cost=lambda request: 0.11 if request.device == "cuda" else 1.4)
 def two_call(request: Request) -> Tensor:
-    """Two calls with value width ``2d``: ``sdpa(q1, k1, v) - lam sdpa(q2, k2, v)``. See `diff_attention` for shapes."""
+    """Compute ``sdpa(q1, k1, v) - lam sdpa(q2, k2, v)`` as two calls. See `diff_attention` for shapes."""
     return _two_streams(request, request.v)
 
 
 def _padded_cost(request: Request) -> float:
     if request.device == "cuda":
         return 0.15
-    # Padding copies the keys of a cache, or reads a paired one twice, which is all the time of one token.
+    # Padding copies the keys of a cache, or reads paired keys twice, which takes most of the time of one token.
     return 1.8 if request.phase == Phase.DECODE else 0.7
 
 
 @register(Impl.PADDED, num_attentions=2, cost=_padded_cost)
 def padded(request: Request) -> Tensor:
-    """`two_call` with q and k zero-padded to the width of v, for kernels that want equal widths.
+    """Compute `two_call` with q and k zero-padded to the width of v, for kernels that require equal widths.
 
-    Exact: the zeros add nothing to ``q k^T``, and the scale stays ``d ** -0.5``. Paired keys are not copied: both
-    streams read all of them, ``[q1 | 0]`` and ``[0 | q2]``; see `diffdeploy.ops.rows` for keys that are not finite. See
-    `diff_attention` for shapes.
+    This is exact: the zeros add nothing to ``q k^T``, and the scale stays ``d ** -0.5``. Paired keys are not copied:
+    both streams read all of them, with queries ``[q1 | 0]`` and ``[0 | q2]``; see `diffdeploy.ops.rows` for keys that
+    are not finite. See `diff_attention` for shapes.
     """
     if request.keys != Keys.PAIRED:
         return _two_streams(request, request.v, equal=True)
     q_BHSe, seen = padded_queries(request), request.visibility()
-    # Kernels of the CPU, torch's and onnxruntime's, expand grouped keys; those of CUDA take groups in half precision.
+    # CPU kernels of torch and onnxruntime expand grouped keys; CUDA kernels support groups in half precision.
     grouped = runs_on_cuda(q_BHSe) and request.dtype != torch.float32
     one_stream = attend if grouped else attend_rows
     q_BHSe, keys, values = equal_widths(q_BHSe, request.k, request.v)
@@ -124,7 +124,7 @@ def padded(request: Request) -> Tensor:
     cost=lambda request: 0.2 if request.device == "cuda" else 0.9,
 )
 def four_call(request: Request) -> Tensor:
-    """`two_call` for each half of the values, so that all widths are ``d``. See `diff_attention` for shapes."""
+    """Compute `two_call` for each half of the values, so that all widths are ``d``. See `diff_attention` for shapes."""
     return torch.cat([_two_streams(request, half) for half in request.v.chunk(2, dim=-1)], dim=-1)
 
 
@@ -135,7 +135,7 @@ def four_call(request: Request) -> Tensor:
     cost=lambda request: 0.17 if request.device == "cuda" else 0.9,
 )
 def stacked_split(request: Request) -> Tensor:
-    """`four_call` as one call of ``4h`` heads: streams 1, 1, 2, 2 with value halves 1, 2, 1, 2.
+    """Compute `four_call` as one call of ``4h`` heads: streams 1, 1, 2, 2 with value halves 1, 2, 1, 2.
 
     See `diff_attention` for shapes.
     """
@@ -165,18 +165,18 @@ def _stacked_wide_cost(request: Request) -> float:
         return 0.09
     if request.dtype != torch.float16 or request.traced:
         return 1.4
-    # In float16 on the CPU matrix products are slow; one call is faster as long as its scores stay in the caches.
+    # Matrix products are slow in float16 on the CPU; one call is faster if its scores fit into the caches.
     scores = request.q.shape[0] * request.num_heads * request.length * request.key_length
     return 0.6 if scores < _CACHED_SCORES_FP16 else 1.4
 
 
 @register(Impl.STACKED_WIDE, num_attentions=1, cost=_stacked_wide_cost)
 def stacked_wide(request: Request) -> Tensor:
-    """`two_call` as one call of ``2h`` heads. Values are copied, once per stream, unless keys are shared.
+    """Compute `two_call` as one call of ``2h`` heads. Values are copied, once per stream, unless keys are shared.
 
-    Keys are not copied, but taken apart where they are paired. Query heads are ordered so that those which read one key
-    head are neighbours: key head, stream, member of the group in the canonical layout; natural order in the legacy one
-    and where keys are shared. See `diff_attention` for shapes.
+    Keys are not copied, but paired keys are separated. Query heads are ordered so that heads reading the same key head
+    are neighbours: by key head, stream and member of the group in the canonical layout; in natural order in the legacy
+    layout and for shared keys. See `diff_attention` for shapes.
     """
     q_BHSd, k_BHTd, v_BHTe, lam = request.q, request.k, request.v, request.lam
     num_heads, num_kv_heads = request.num_heads, request.num_kv_heads
@@ -189,7 +189,7 @@ def stacked_wide(request: Request) -> Tensor:
             natural = torch.arange(2 * num_heads, device=q_BHSd.device)
             order = natural.reshape(num_kv_heads, -1, 2).transpose(1, 2).flatten()
             output = attend(q_BHSd.index_select(1, order), k_BHTd, v_BHTe, seen.reorder(order), request.scale)
-            # Gathered, where a reshape would join axes: see _JOINED_AXES_BECOME_GUARDS.
+            # Gathering avoids a reshape that would join axes: see _JOINED_AXES_BECOME_GUARDS.
             by_stream = natural.reshape(num_kv_heads, 2, -1).transpose(0, 1).flatten()
             signal, noise = output.index_select(1, by_stream).chunk(2, dim=1)
             return signal - lam * noise

@@ -1,4 +1,4 @@
-"""Which device a graph is traced for, where that is not the one that it is traced on."""
+"""The device that a graph is traced for, which may differ from the one that it is traced on."""
 
 import sys
 from collections.abc import Iterator
@@ -10,29 +10,29 @@ from diffdeploy.exclusive import replaced
 
 __all__ = ["ANY_DEVICE", "may_run_on_cuda", "runs_on_cuda", "traced_for"]
 
-# Of a graph that is loaded wherever its users like.
+# Target of a graph that users may load on any device.
 ANY_DEVICE = "any"
 
-# A plain global: `torch.compile` does not trace context variables.
+# A plain global, since `torch.compile` does not trace context variables.
 _traced_for: str | None = None
 
 
 @contextmanager
 def traced_for(device: str) -> Iterator[None]:
-    """Graphs that are traced in the block will run on ``device``; for one thread at a time, as tracing is.
+    """Trace graphs in the block for ``device``; only one thread at a time may do so, as with all tracing.
 
     Args:
-        device: ``cpu``, ``cuda``, ``cuda:N`` or `ANY_DEVICE`.
+        device: target device, ``cpu``, ``cuda``, ``cuda:N`` or `ANY_DEVICE`.
     """
     with replaced(sys.modules[__name__], "_traced_for", device):
         yield
 
 
 def runs_on_cuda(tensor: Tensor) -> bool:
-    """Whether what is computed from a tensor will run on CUDA."""
+    """True if computations on a tensor will run on CUDA."""
     return tensor.is_cuda if _traced_for is None else _traced_for.startswith("cuda")
 
 
 def may_run_on_cuda(tensor: Tensor) -> bool:
-    """Whether what is computed from a tensor runs on CUDA, or somebody may load it there."""
+    """True if computations on a tensor run on CUDA, or if the traced graph may be loaded there."""
     return _traced_for == ANY_DEVICE or runs_on_cuda(tensor)

@@ -1,6 +1,6 @@
-"""Conversations as the one text that a model was trained on, by the template that its checkpoint brought along.
+"""Conversations, rendered to one text by the chat template that came with the checkpoint.
 
-The variables and functions that a template finds are those of Hugging Face's ``apply_chat_template``.
+Templates can use the same variables and functions as in Hugging Face's ``apply_chat_template``.
 """
 
 import json
@@ -16,24 +16,24 @@ __all__ = ["ChatTemplate"]
 
 _TEMPLATE = "chat_template.jinja"
 _CONFIG = "tokenizer_config.json"
-# Characters; the longest templates have some twenty thousand, and contexts some millions.
+# Maximum length in characters; the longest templates have some twenty thousand, and conversations some millions.
 _LONGEST_TEMPLATE = 2**20
 _LONGEST_TEXT = 2**24
 _LONGEST_REPEATED = 2**12
-# Older sandboxes let templates out (CVE-2024-56326, CVE-2025-27516).
+# Sandboxes of older versions let templates escape (CVE-2024-56326, CVE-2025-27516).
 _SAFE_JINJA = (3, 1, 6)
 
 
 class ChatTemplate:
     """The chat template of a bundle: ``chat_template.jinja``, else ``chat_template`` in ``tokenizer_config.json``.
 
-    It comes from wherever the checkpoint does, and is run in jinja2's sandbox: it sees the messages and nothing else.
+    It is as trustworthy as its checkpoint, so it runs in jinja2's sandbox and has access only to the messages.
 
     Args:
-        bundle: of a model.
+        bundle: bundle of a model.
 
     Raises:
-        InputError: the bundle has no template, or one that is none.
+        InputError: the bundle has no template, or an invalid one.
         UnavailableError: the package jinja2 is not installed.
     """
 
@@ -43,30 +43,30 @@ class ChatTemplate:
         source = _text_of(bundle, _TEMPLATE) if _TEMPLATE in bundle.manifest.files else _default(config)
         if source is None:
             raise InputError(
-                f"{bundle.path} has no chat template: beside its checkpoint there was none in {_TEMPLATE} or "
-                f"{_CONFIG}; leave --chat out"
+                f"{bundle.path} has no chat template: its checkpoint came without {_TEMPLATE} and without a template "
+                f"in {_CONFIG}; omit --chat"
             )
         if len(source) > _LONGEST_TEMPLATE:
-            raise InputError(f"the chat template of {bundle.path} has {len(source):,} characters, and cannot be one")
+            raise InputError(f"the chat template of {bundle.path} has {len(source):,} characters, which is too long")
         self._special = {name: text for name, value in config.items() if (text := _token(name, value)) is not None}
         environment = _environment()
         try:
             self._template: Any = environment.from_string(source)
-        # Whatever a text from elsewhere makes of the parser; and below, a template may raise anything.
+        # The parser may raise any error for untrusted text; the same applies to templates below.
         except Exception as error:
             raise InputError(f"the chat template of {bundle.path} cannot be read: {_first_line(error)}") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """The text of a conversation, with its special tokens.
+        """Render a conversation to text with special tokens.
 
         Args:
-            messages: such as ``{"role": "user", "content": "Hello"}``, of what JSON can hold.
-            add_generation_prompt: end it where the model is to answer.
+            messages: messages such as ``{"role": "user", "content": "Hello"}``, of JSON types.
+            add_generation_prompt: true to end the text where the model is to answer.
 
         Raises:
-            InputError: the template refuses the messages, or fails.
+            InputError: the template rejects the messages, or fails.
         """
-        # Of plain types alone: objects have methods of which the sandbox cannot know what they do.
+        # Only plain types: the sandbox cannot know what the methods of other objects do.
         given = json.loads(json.dumps(list(messages)))
         parts, size = [], 0
         try:
@@ -75,7 +75,7 @@ class ChatTemplate:
             ):
                 size += len(part)
                 if size > _LONGEST_TEXT:
-                    raise InputError(f"the chat template of {self._path} writes text without end")  # noqa: TRY301
+                    raise InputError(f"the chat template of {self._path} writes text without limit")  # noqa: TRY301
                 parts.append(part)
         except InputError:
             raise
@@ -88,7 +88,7 @@ def _text_of(bundle: Bundle, name: str) -> str:
     try:
         return (bundle.path / name).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{bundle.path / name} is not text in UTF-8; export again with the right one") from error
+        raise InputError(f"{bundle.path / name} is not UTF-8 text; export again with the correct file") from error
 
 
 def _json_of(bundle: Bundle, name: str) -> dict[str, Any]:
@@ -97,12 +97,12 @@ def _json_of(bundle: Bundle, name: str) -> dict[str, Any]:
     try:
         fields = json.loads(_text_of(bundle, name))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{bundle.path / name} is not readable JSON; export again with the right one") from error
+        raise InputError(f"{bundle.path / name} is not readable JSON; export again with the correct file") from error
     return fields if isinstance(fields, dict) else {}
 
 
 def _default(config: Mapping[str, Any]) -> str | None:
-    """The template in a tokenizer's config, which has one, or several with names."""
+    """Default template in a tokenizer's config, which contains one template or several with names."""
     found = config.get("chat_template")
     if isinstance(found, list):
         named = [each for each in found if isinstance(each, dict) and each.get("name") == "default"]
@@ -111,7 +111,7 @@ def _default(config: Mapping[str, Any]) -> str | None:
 
 
 def _token(name: str, value: object) -> str | None:
-    """The text of a special token, such as ``bos_token``, which older files write as an object."""
+    """Text of a special token, such as ``bos_token``, which older files store as an object."""
     if not name.endswith("_token"):
         return None
     text = value.get("content") if isinstance(value, dict) else value
@@ -130,8 +130,8 @@ def _require_jinja2() -> None:
         )
     if tuple(int(part) for part in found.split(".")[:3]) < _SAFE_JINJA:
         raise UnavailableError(
-            f"chat templates need jinja2 3.1.6 or newer, since the sandbox of {found} has known holes; pip install "
-            "'diffdeploy[text]'"
+            f"chat templates need jinja2 3.1.6 or newer, since the sandbox of {found} has known vulnerabilities; pip "
+            "install 'diffdeploy[text]'"
         )
 
 
@@ -141,7 +141,7 @@ def _environment() -> Any:
     from jinja2 import ext, nodes, sandbox
 
     class Generation(ext.Extension):
-        """``{% generation %}``, with which trainers mark what a model wrote; here its content is all that counts."""
+        """``{% generation %}``, with which trainers mark the model's own text; only its content is rendered here."""
 
         tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
@@ -151,7 +151,7 @@ def _environment() -> Any:
             return body
 
     class Sandbox(sandbox.ImmutableSandboxedEnvironment):
-        # The two that make much of little: a text of terabytes, a number that takes years.
+        # The two operators that turn little into much: a text of terabytes, or a number that takes years to compute.
         intercepted_binops = frozenset({"*", "**"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -165,7 +165,7 @@ def _environment() -> Any:
         raise jinja2.exceptions.TemplateError(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        # Jinja's own is for web pages, and escapes what stands in tags.
+        # Jinja's own function is for web pages, and escapes characters of HTML tags.
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])

@@ -1,4 +1,4 @@
-"""What a model has seen of a batch of sequences: its cache, handed on from call to call, or written in place.
+"""The cache of a model for a batch of sequences, passed from call to call or updated in place.
 
 Shape suffixes: B batch, S new tokens, P tokens before them, T = P + S, V vocabulary.
 """
@@ -20,20 +20,20 @@ __all__ = ["Decoding"]
 
 
 class Decoding:
-    """The cache of a batch of sequences, which grows by what is fed.
+    """The cache of a batch of sequences, which grows with each call.
 
-    Where the backend writes in place, the tokens of a row lie side by side in its buffers, without padding: a token
-    that the mask hides later, as one that only filled a row, must be behind all others, and the next one takes its
-    place.
+    If the backend updates caches in place and counts tokens, the tokens of a row are contiguous in its buffers, without
+    padding. A token that a later mask hides, such as the filling of a finished row, must therefore be the last one, and
+    the next token overwrites it.
 
     Args:
-        runtime: of a model.
-        batch_size: rows.
-        fill: what buffers hold before.
+        runtime: runtime of a model.
+        batch_size: number of rows.
+        fill: initial value of the buffers.
 
     Attributes:
-        num_tokens: tokens of each row that were fed, padding included.
-        buffers: where the cache is written in place; ``None`` where it is handed on, or nothing was fed yet.
+        num_tokens: number of tokens that were fed per row, including padding.
+        buffers: buffers that are updated in place; ``None`` before the first call, or if caches are passed on.
     """
 
     def __init__(self, runtime: "Runtime", batch_size: int, *, fill: float = 0.0) -> None:
@@ -49,54 +49,59 @@ class Decoding:
         return np.empty((self._batch_size, int(heads), 0, int(width)), self._spec.inputs[name].dtype)
 
     def reserve(self, capacity: int) -> None:
-        """Make room for so many tokens of a row at once, which spares copies later."""
+        """Allocate space for a number of tokens per row at once, which avoids later copies."""
         if capacity <= self._capacity:
             return
         wider = self._runtime.buffers(self._batch_size, capacity, self._fill)
         if wider is not None and self.buffers is not None:
             for name, array in self.buffers.arrays().items():
                 wider.arrays()[name][:, :, : self._capacity] = array
-        self.buffers, self._capacity = wider, capacity
+        self.buffers, self._capacity = wider, capacity if wider is None else wider.capacity
 
     def feed(self, tokens_BS: Array, mask_BT: Array) -> Array:
-        """Logits ``[B, V]`` of what follows the last token of each row.
+        """Feed tokens and compute the logits ``[B, V]`` that follow the last token of each row.
 
         Args:
             tokens_BS: new tokens, int64.
-            mask_BT: int64, 0 for padding, of all tokens so far; the last one of a row is none.
+            mask_BT: mask of all tokens so far, int64, 0 for padding; the last position of a row must be a token.
 
         Raises:
-            InputError: tokens or sizes that the graph does not accept.
+            InputError: the graph does not accept the tokens or sizes.
         """
         self.reserve(mask_BT.shape[1])
         if self.buffers is None:
             logits = self._handed_on(tokens_BS, mask_BT)
         else:
             if not self.num_tokens:
-                # The backend would be the first to look at them.
+                # Checked here, since otherwise only the backend would see them.
                 check_inputs(self._spec, self._inputs(tokens_BS, mask_BT))
             logits = self._in_place(self.buffers, tokens_BS, mask_BT)
         self.num_tokens = mask_BT.shape[1]
         return logits
 
     def _inputs(self, tokens_BS: Array, mask_BT: Array) -> dict[str, Array]:
-        inputs: dict[str, Array] = {"input_ids": tokens_BS, "attention_mask": mask_BT, **self._caches}
+        return {**self._new(tokens_BS, mask_BT), **self._caches}
+
+    def _new(self, tokens_BS: Array, mask_BT: Array) -> dict[str, Array]:
+        inputs: dict[str, Array] = {"input_ids": tokens_BS, "attention_mask": mask_BT}
         if "position_ids" in self._spec.inputs:
-            # Padding takes no position.
+            # Padding does not count as a position.
             counted = np.maximum(mask_BT.cumsum(1) - 1, 0)
             inputs["position_ids"] = np.ascontiguousarray(counted[:, -tokens_BS.shape[1] :])
         return inputs
 
     def bare_call(self, tokens_B1: Array, mask_BT: Array) -> Callable[[], object]:
-        """The call that `feed` would make for one token of each row, to be repeated: what is measured beside `feed`.
+        """Prepare the call that `feed` would make for one token per row, so that its time can be measured separately.
 
         Args:
-            tokens_B1: see `feed`; behind tokens that were fed.
-            mask_BT: see `feed`.
+            tokens_B1: tokens, see `feed`; other tokens must have been fed before.
+            mask_BT: mask, see `feed`.
         """
         self.reserve(mask_BT.shape[1])
         if self.buffers is None:
             return partial(self._runtime, **self._inputs(tokens_B1, mask_BT))
+        if self._spec.padding == "anywhere":
+            return partial(self.buffers.run, self._new(tokens_B1, mask_BT))
         before_B = mask_BT[:, :-1].sum(1)
         return partial(self.buffers.run, self._inputs_in_place(tokens_B1, before_B, before_B + 1))
 
@@ -107,13 +112,16 @@ class Decoding:
         return last
 
     def _in_place(self, buffers: CacheBuffers, tokens_BS: Array, mask_BT: Array) -> Array:
+        if self._spec.padding == "anywhere":
+            last: Array = buffers.run(self._new(tokens_BS, mask_BT))[:, -1]
+            return last
         length = tokens_BS.shape[1]
         new_BS, before_B = mask_BT[:, -length:] == 1, mask_BT[:, :-length].sum(1)
         if self.num_tokens and len(tokens_BS) > 1:
-            # The operator takes several new tokens behind a past for one row alone.
+            # The operator supports several new tokens after a past only for one row.
             for place in range(length):
                 logits = self._call(buffers, tokens_BS[:, place : place + 1], before_B, np.ones_like(before_B))
-                # What a row has no token for was written where its next one goes.
+                # Rows with fewer tokens were written beyond their end, where their next token goes.
                 before_B = before_B + new_BS[:, place]
             return logits
         order = np.argsort(~new_BS, axis=1, kind="stable")
@@ -121,7 +129,7 @@ class Decoding:
         return self._call(buffers, np.take_along_axis(tokens_BS, order, axis=1)[:, : counts.max()], before_B, counts)
 
     def _call(self, buffers: CacheBuffers, tokens_BS: Array, before_B: Array, counts_B: Array) -> Array:
-        """Logits of the last of so many new tokens of each row, which stand before all padding."""
+        """Logits of the last new token of each row, where new tokens precede all padding."""
         logits = buffers.run(self._inputs_in_place(tokens_BS, before_B, before_B + counts_B))
         last = counts_B - 1 if logits.shape[1] > 1 else np.zeros_like(counts_B)
         chosen: Array = logits[np.arange(len(logits)), last]
@@ -136,16 +144,19 @@ class Decoding:
         return inputs
 
     def caches(self, mask_BT: Array) -> Mapping[str, Array]:
-        """Keys and values of all tokens so far ``[B, h_kv, T, w]``, by the names of the outputs that hand them on.
+        """Keys and values of all tokens so far ``[B, h_kv, T, w]``, by the names of the graph's cache outputs.
 
         Args:
-            mask_BT: that was fed last. Where a cache is written in place, cells of padding hold 0.
+            mask_BT: mask of the last call. If tokens are counted, entries of padding are set to 0.
         """
         if self.buffers is None:
             return {self._spec.caches[name]: array for name, array in self._caches.items()}
-        found = {}
+        total, found = mask_BT.shape[1], {}
         for name, buffer in self.buffers.arrays().items():
-            whole = np.zeros((*buffer.shape[:2], mask_BT.shape[1], buffer.shape[3]), buffer.dtype)
+            if self._spec.padding == "anywhere":
+                found[self._spec.caches[name]] = buffer[:, :, :total].copy()
+                continue
+            whole = np.zeros((*buffer.shape[:2], total, buffer.shape[3]), buffer.dtype)
             for row, shown in enumerate(mask_BT == 1):
                 whole[row][:, shown] = buffer[row, :, : int(shown.sum())]
             found[self._spec.caches[name]] = whole

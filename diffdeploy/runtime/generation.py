@@ -1,4 +1,4 @@
-"""Tokens out of a model bundle: one after the other, with the cache handed on, for every format.
+"""Token-by-token generation with a model bundle and a cache, for every format.
 
 Shape suffixes: B batch, S new tokens of a prompt, T all tokens so far, V vocabulary.
 """
@@ -24,14 +24,14 @@ __all__ = ["Context", "GenerationOptions", "Step", "Streamer", "eos_of", "steps"
 
 
 class Streamer(Protocol):
-    """What Hugging Face's streamers are: `put` takes the prompt ``[B, S]`` and then tokens ``[B]``."""
+    """Interface of Hugging Face's streamers: `put` takes the prompt ``[B, S]`` and then tokens ``[B]``."""
 
     def put(self, value: Any) -> None:
-        """Take tokens."""
+        """Receive tokens."""
         ...
 
     def end(self) -> None:
-        """There are no more."""
+        """Signal that no more tokens follow."""
         ...
 
 
@@ -39,25 +39,25 @@ def eos_of(bundle: Bundle) -> tuple[int, ...]:
     """Tokens that end a text; see `diffdeploy.bundle.special_tokens`.
 
     Raises:
-        InputError: a file does not say it in numbers.
+        InputError: a file does not state them as numbers.
     """
     return special_tokens(bundle.path, bundle.manifest).end
 
 
 class GenerationOptions(TypedDict, total=False):
-    """How tokens are chosen and when a row ends; see `Sampling` for the first six.
+    """Options for choosing tokens and ending rows; see `Sampling` for the first six.
 
     Attributes:
-        do_sample: draw tokens; else the most probable ones.
-        temperature: what logits are divided by.
-        top_k: draw from so many.
-        top_p: draw from the most probable ones with so much probability.
-        repetition_penalty: against tokens that are there already, padding aside.
-        seed: of the draws.
-        eos_token_id: what ends a row; by default the model's own, see `eos_of`; ``None`` for nothing.
-        pad_token_id: what a row that has ended is filled with; by default the first of those, or 0.
-        min_new_tokens: no row is ended by such a token before.
-        stop: texts that end a row; its tokens are the last ones that it gets, and its text ends before.
+        do_sample: true to draw tokens, false to take the most probable ones.
+        temperature: divisor of the logits.
+        top_k: number of most probable tokens to draw from.
+        top_p: total probability of the most probable tokens to draw from.
+        repetition_penalty: penalty for tokens that already occur, except padding.
+        seed: random seed for the draws.
+        eos_token_id: tokens that end a row; by default the model's own, see `eos_of`; ``None`` for none.
+        pad_token_id: token that fills rows after their end; by default the first of those, or 0.
+        min_new_tokens: number of tokens before which no such token ends a row.
+        stop: texts that end a row. Their tokens are the last ones of the row, but its text ends before them.
     """
 
     do_sample: bool
@@ -76,11 +76,11 @@ _OF_ROWS = ("eos_token_id", "pad_token_id", "min_new_tokens", "stop")
 
 
 class Step(NamedTuple):
-    """One token of each row.
+    """One new token for each row.
 
     Attributes:
-        tokens: ``[B]``, int64.
-        texts: what can be shown of each row with them; ``None`` where the bundle has no tokenizer.
+        tokens: token ids ``[B]``, int64.
+        texts: new text of each row that is ready for display; ``None`` if the bundle has no tokenizer.
     """
 
     tokens: Array
@@ -89,13 +89,13 @@ class Step(NamedTuple):
 
 @dataclass
 class Context:
-    """What came before in each row, and the cache of what the model has seen of it.
+    """The tokens of each row so far, and the cache with which the model continues them.
 
     Attributes:
-        tokens: ``[B, T]``, int64.
-        mask: ``[B, T]``, int64, 0 for padding.
-        filling: ``[B, T]``, bool: what rows that had ended were filled with.
-        decoding: what the model has seen of it; the last token that was chosen it has not.
+        tokens: token ids ``[B, T]``, int64.
+        mask: mask ``[B, T]``, int64, 0 for padding.
+        filling: boolean ``[B, T]``, true for tokens that fill rows after their end.
+        decoding: cache of the tokens so far, except for the last chosen token, which the model has not seen.
     """
 
     tokens: Array
@@ -105,12 +105,12 @@ class Context:
 
     @classmethod
     def empty(cls, runtime: "Runtime", batch: int) -> Self:
-        """Nothing came before."""
+        """Create a context without tokens."""
         nothing = np.zeros((batch, 0), np.int64)
         return cls(nothing, nothing, nothing.astype(bool), Decoding(runtime, batch))
 
     def extended(self, input_ids: Array, mask: Array) -> tuple[Array, Array, Array]:
-        """Tokens, mask and filling with a prompt behind them; what filled rows is padding from now on."""
+        """Tokens, mask and filling after appending a prompt; the filling of earlier rows becomes padding."""
         return (
             np.concatenate((self.tokens, input_ids), axis=1),
             np.concatenate((np.where(self.filling, 0, self.mask), mask), axis=1),
@@ -120,7 +120,7 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class _Ends:
-    """When rows end: see `GenerationOptions`."""
+    """Conditions that end rows: see `GenerationOptions`."""
 
     max_new_tokens: int
     min_new_tokens: int
@@ -134,7 +134,7 @@ class _Ends:
         pad, stop, least = options.get("pad_token_id"), options.get("stop"), options.get("min_new_tokens", 0)
         stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if "" in stop:
-            raise InputError("stop holds an empty text, which every text has; leave it out")
+            raise InputError("stop contains an empty text, which would end every row; omit it")
         for name, number, smallest in (("max_new_tokens", max_new_tokens, 1), ("min_new_tokens", least, 0)):
             if number < smallest:
                 raise InputError(f"{name} is {number}; accepted is {smallest} or more")
@@ -157,27 +157,27 @@ def steps(
     with_text: bool,
     options: GenerationOptions,
 ) -> Iterator[Step]:
-    """New tokens of all rows, step by step, until every row has ended or there are enough.
+    """Generate new tokens for all rows, step by step, until every row has ended or the limit is reached.
 
     Args:
-        runtime: of a model.
-        context: what came before; each step puts into it what it gives.
-        input_ids: prompts ``[B, S]``, int64, padded at the left.
-        attention_mask: ``[B, S]``, 0 for padding; ``None`` for none.
-        max_new_tokens: most tokens.
-        with_text: whether texts are wanted.
+        runtime: runtime of a model.
+        context: earlier tokens, which each step extends.
+        input_ids: prompts ``[B, S]``, int64, padded on the left.
+        attention_mask: mask ``[B, S]``, 0 for padding; ``None`` for no padding.
+        max_new_tokens: maximum number of new tokens.
+        with_text: true to return texts.
         options: see `GenerationOptions`.
 
     Raises:
-        InputError: tokens, a mask, lengths or an option that are not accepted, or a text is asked for and there is no
-            tokenizer. Nothing is in the context then.
-        UnavailableError: a text is asked for, and the package tokenizers is not installed.
+        InputError: tokens, the mask, lengths or an option are invalid, or a text is requested without a tokenizer. The
+            context is then unchanged.
+        UnavailableError: a text is requested, but the package tokenizers is not installed.
     """
     if unknown := sorted(options.keys() - GenerationOptions.__annotations__.keys()):
         raise InputError(f"{unknown[0]} is not an option; accepted: {', '.join(GenerationOptions.__annotations__)}")
     sampling = Sampling(**{name: value for name, value in options.items() if name not in _OF_ROWS})  # type: ignore[arg-type]
     ends = _Ends.of(runtime.bundle, max_new_tokens, options)
-    # Checked now: a generator would do it when the first token is asked for.
+    # Checked now, since a generator would do it only when the first token is requested.
     mask = _checked(runtime, context, input_ids, attention_mask, max_new_tokens)
     rows = []
     if with_text or ends.stop:
@@ -197,7 +197,7 @@ def _steps(
     tokens, mask, filling = extended
     ended, draws = np.zeros(len(tokens), bool), sampling.generator()
     seen_BV = _seen(runtime, tokens, mask)
-    # The last token is given out, and enters no cache.
+    # The last token is returned, but not added to the cache.
     context.decoding.reserve(tokens.shape[1] + ends.max_new_tokens - 1)
     for step in range(ends.max_new_tokens):
         logits = context.decoding.feed(tokens[:, context.decoding.num_tokens :], mask)
@@ -226,7 +226,7 @@ def _steps(
 
 
 def _seen(runtime: "Runtime", tokens: Array, mask: Array) -> Array:
-    """Which tokens of the vocabulary each row has, ``[B, V]``; padding is none of them."""
+    """Tokens of the vocabulary that occur in each row, ``[B, V]``; padding does not count."""
     vocab_size = runtime.spec.outputs[runtime.spec.main_output].shape[-1]
     seen = np.zeros((len(tokens), int(vocab_size)), bool)
     rows, columns = np.nonzero(mask)
@@ -237,19 +237,19 @@ def _seen(runtime: "Runtime", tokens: Array, mask: Array) -> Array:
 def _checked(
     runtime: "Runtime", context: Context, input_ids: Array, attention_mask: Array | None, max_new_tokens: int
 ) -> Array:
-    """The mask of a prompt, once everything fits."""
+    """Check a prompt and return its mask."""
     spec, before = runtime.spec, context.tokens.shape[1]
     if input_ids.ndim != 2 or input_ids.dtype != np.int64:  # noqa: PLR2004 - rows and tokens
         raise InputError(f"input_ids is {input_ids.dtype} {list(input_ids.shape)}; accepted is int64 [batch, tokens]")
     if len(input_ids) != len(context.tokens):
-        raise InputError(f"the session has {len(context.tokens)} rows, and input_ids {len(input_ids)}")
+        raise InputError(f"the session has {len(context.tokens)} rows, but input_ids has {len(input_ids)}")
     if input_ids.size == 0:
         raise InputError("the prompt is empty; give at least one token")
     check_values("input_ids", spec.inputs["input_ids"], input_ids)
     capacity, length = spec.axes["total_sequence_length"].max, before + input_ids.shape[1]
-    # The last token is given out, and enters no cache.
+    # The last token is returned, but not added to the cache.
     if length + max_new_tokens - 1 > capacity:
-        said = f"the prompt has {input_ids.shape[1]} tokens" + (f" behind {before}" if before else "")
+        said = f"the prompt has {input_ids.shape[1]} tokens" + (f" after {before}" if before else "")
         raise InputError(
             f"{said} and {max_new_tokens} are to come; the bundle was exported for {capacity} (--max-sequence-length)"
         )
@@ -258,7 +258,5 @@ def _checked(
         raise InputError(f"attention_mask is {list(mask.shape)}; accepted is {list(input_ids.shape)}")
     check_values("attention_mask", spec.inputs["attention_mask"], mask)
     if not mask[:, -1].all():
-        raise InputError(
-            "attention_mask ends in padding; prompts are padded at the left, so that new tokens follow them"
-        )
+        raise InputError("attention_mask ends in padding; pad prompts on the left, so that new tokens follow them")
     return mask

@@ -1,4 +1,4 @@
-"""What a graph accepts: names, dtypes, shapes, ranges and values of its inputs, checked before a backend sees them."""
+"""Checks of a graph's inputs, their names, dtypes, shapes, ranges and values, before a backend sees them."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -13,7 +13,7 @@ __all__ = ["as_integers", "check_inputs", "check_values"]
 
 
 def as_integers(spec: GraphSpec, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs with boolean masks as the 0 and 1 that graphs take."""
+    """Convert boolean masks among the inputs to the 0 and 1 that graphs take."""
     return {
         name: value * _one(value) if name in spec.inputs and _is_boolean_mask(spec.inputs[name], value) else value
         for name, value in inputs.items()
@@ -26,7 +26,7 @@ def _is_boolean_mask(spec: TensorSpec, value: Any) -> bool:
 
 
 def _one(value: Any) -> Any:
-    """1 as an int64 that makes integers of booleans: numpy's own, or a number, which torch takes for int64."""
+    """1 as an int64 that converts booleans to integers: numpy's own, or a number, which torch treats as int64."""
     return np.int64(1) if isinstance(value, np.ndarray) else 1
 
 
@@ -38,8 +38,8 @@ def check_inputs(spec: GraphSpec, inputs: Mapping[str, Any]) -> None:
         inputs: torch tensors or numpy arrays by name.
 
     Raises:
-        InputError: a name, dtype, shape or value is not what ``spec`` accepts. Values of tensors on CUDA are not looked
-            at, since that would wait for the device.
+        InputError: a name, dtype, shape or value is not what ``spec`` accepts. Values of tensors on CUDA are not
+            checked, since that would wait for the device.
     """
     if inputs.keys() != spec.inputs.keys():
         raise InputError(f"inputs are {sorted(inputs)}; accepted are {sorted(spec.inputs)}")
@@ -53,7 +53,7 @@ def check_inputs(spec: GraphSpec, inputs: Mapping[str, Any]) -> None:
 
 
 def _check_tensor(graph: GraphSpec, name: str, spec: TensorSpec, value: Any, sizes: dict[str, int]) -> None:
-    # By what it has, not by its type: a runtime without torch cannot name torch's.
+    # Identified by attributes and not by type, since a runtime without torch has no torch types.
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         raise InputError(f"{name} is a {type(value).__name__}; accepted is a torch tensor or a numpy array")
     dtype = _name(value.dtype)
@@ -66,16 +66,16 @@ def _check_tensor(graph: GraphSpec, name: str, spec: TensorSpec, value: Any, siz
             _check_size(graph, name, axis, given, sizes)
         elif given != axis:
             raise InputError(f"{name} has shape {list(value.shape)}; accepted is {list(spec.shape)}")
-    # On CUDA the values are not looked at, since that would wait for the device in every call.
+    # Values on CUDA are not checked, since that would wait for the device in every call.
     if not getattr(value, "is_cuda", False):
         check_values(name, spec, value)
 
 
 def check_values(name: str, spec: TensorSpec, value: Any) -> None:
-    """Check what the elements of a tensor or an array are.
+    """Check the values of a tensor or an array.
 
     Raises:
-        InputError: one is out of the range that ``spec`` has.
+        InputError: a value is out of the range of ``spec``.
     """
     if spec.values is None:
         return
@@ -87,7 +87,7 @@ def check_values(name: str, spec: TensorSpec, value: Any) -> None:
 
 
 def _check_size(graph: GraphSpec, name: str, axis: str, given: int, sizes: dict[str, int]) -> None:
-    """Check the size of a named axis; ``sizes`` holds what other inputs gave for it, and takes this one."""
+    """Check the size of a named axis; ``sizes`` holds the sizes from other inputs, and this one is added."""
     bounds = graph.axes[axis]
     if not bounds.min <= given <= bounds.max:
         raise InputError(f"{axis} of {name} is {given}; accepted is {bounds.min} to {bounds.max}")
@@ -97,12 +97,12 @@ def _check_size(graph: GraphSpec, name: str, axis: str, given: int, sizes: dict[
 
 @cache
 def _name(dtype: Any) -> str:
-    """Of a dtype of torch or numpy, which take their time to write it out."""
+    """Name of a dtype of torch or numpy, cached since formatting it takes time."""
     return str(dtype).removeprefix("torch.")
 
 
 def _extremes(integers: Any) -> tuple[int, int]:
-    """Smallest and largest of a tensor or an array."""
+    """Smallest and largest value of a tensor or an array."""
     if isinstance(integers, np.ndarray):
         return int(np.minimum.reduce(integers, axis=None)), int(np.maximum.reduce(integers, axis=None))
     smallest, largest = integers.aminmax()

@@ -1,4 +1,4 @@
-"""`load`: from a directory to a runtime, with the backend of its format; and what can be run here."""
+"""`load`, which opens a bundle with the backend of its format, and the checks that it can and may run here."""
 
 import re
 import warnings
@@ -15,10 +15,10 @@ __all__ = ["device_of", "least_versions", "load", "open_runtime", "require_runna
 
 
 def device_of(manifest: Manifest, options: RunOptions) -> str:
-    """Where a bundle is run: as asked for, else where it was made for, else on the CPU.
+    """Device that a bundle runs on: the requested one, else the one it was made for, else the CPU.
 
     Raises:
-        InputError: not the name of a device, or not the kind of device that the artifact was compiled for.
+        InputError: the device has an invalid name, or is not of the kind that the artifact was compiled for.
     """
     made_for = manifest.options.device
     device = options.device or made_for or "cpu"
@@ -35,47 +35,47 @@ def require_runnable(manifest: Manifest, options: RunOptions) -> None:
     """Check that a bundle can be run here.
 
     Raises:
-        InputError: an option that the format does not have.
-        UnavailableError: this version does not know the format, its backend or device is not here, the backend is too
-            old to compute the artifact rightly, or the artifact was compiled for another machine.
+        InputError: the format does not have an option.
+        UnavailableError: this version does not know the format, its backend or device is missing, the backend is too
+            old to compute the artifact correctly, or the artifact was compiled for another machine.
     """
     found = _format_of(manifest)
-    # What is wrong on every machine comes before what this one lacks.
+    # Errors that hold on every machine come before those of this machine.
     found.check_run_options(manifest, options)
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads is {options.threads}; accepted is 1 or more")
     device = device_of(manifest, options)
     if reason := found.why_not_run(device, manifest.graph.dtype, runtime=options.runtime):
         raise UnavailableError(reason)
-    # Another runtime stands in for the package that could be too old.
+    # Another runtime replaces the package that could be too old.
     if options.runtime == "native" and (reason := _why_too_old(found, manifest)):
         raise UnavailableError(reason)
-    # What is compiled here fits this machine, whatever it was compiled for before.
+    # Code that is recompiled here fits this machine, whatever the bundle was compiled for.
     if not manifest.made_for or options.recompile:
         return
     if differing := differences(manifest.made_for, this_machine(device)):
-        way_out = "--recompile compiles it afresh here" if _can_recompile(found, manifest) else "export it again here"
+        way_out = "--recompile compiles it again here" if _can_recompile(found, manifest) else "export it again here"
         raise UnavailableError(f"this {manifest.format} bundle was compiled for {'; '.join(differing)}; {way_out}")
 
 
 def require_trusted(bundle: Bundle, options: RunOptions) -> None:
-    """See that what a bundle runs when it is loaded comes from here, or that the user trusts it or its signer.
+    """Check that code in a bundle comes from this user, or that the user trusts it or its signer.
 
     Raises:
-        IntegrityError: it runs code, no export of this user on this machine made it, it was not opened with the key of
-            its signer, and nobody said to trust it.
+        IntegrityError: the bundle runs code when it is loaded, was not exported by this user on this machine, was not
+            opened with the key of its signer, and the user did not choose to trust it.
     """
     executes = _format_of(bundle.manifest).executes
-    # Compiled afresh, nothing that the bundle brought runs.
+    # If the block is recompiled, no code from the bundle runs.
     if executes is None or options.trust or options.recompile:
         return
-    # Not the option, which says what is asked for and not that it was checked.
+    # The option only states the key to check; the bundle shows that the check was made.
     if bundle.signature_checked or is_own_export(bundle.path):
         return
     raise IntegrityError(
         f"{bundle.path} is a bundle of format {bundle.manifest.format}, whose {executes} would run with your rights, "
-        "and no export of yours on this machine made it; give --trust, or trust=True, if you trust whoever did, or "
-        "--public-key with the key that signed it"
+        "but it is not one of your own exports on this machine; give --trust, or trust=True, if you trust its maker, "
+        "or --public-key with the key that signed it"
     )
 
 
@@ -89,10 +89,10 @@ def _format_of(manifest: Manifest) -> Format:
 
 
 def least_versions(manifest: Manifest) -> dict[str, str]:
-    """Least version of each package that computes an artifact rightly, by import name.
+    """Least version of each package that computes an artifact correctly, by import name.
 
     Args:
-        manifest: of the bundle; what it requires counts as far as the tables of its format do not ask for more.
+        manifest: manifest of the bundle; the higher of its requirements and those of its format's tables applies.
     """
     found = find_format(manifest.format)
     known = {} if found is None else found.least_versions(manifest)
@@ -106,11 +106,11 @@ def _why_too_old(found: Format, manifest: Manifest) -> str | None:
     least = least_versions(manifest).get(found.package)
     if least is None or release(installed := imported_version(found.package)) >= release(least):
         return None
-    # As pip knows it: the package may come from a build with another name.
+    # Named as in pip, since the package may come from a distribution with another name.
     names = [name for name in installed_versions(found.distributions) if name.startswith(found.package)]
     return (
-        f"{found.package} {installed} is installed, and this {manifest.format} bundle needs {least} or newer to be "
-        f"computed rightly; pip install '{names[0] if names else found.package}>={least}'"
+        f"{found.package} {installed} is installed, but this {manifest.format} bundle needs {least} or newer for "
+        f"correct results; pip install '{names[0] if names else found.package}>={least}'"
     )
 
 
@@ -132,21 +132,21 @@ def load(
     trust: bool = False,
     public_key: str | Path | None = None,
 ) -> Runtime:
-    """Open a bundle for running; its digests are checked first. One that was never verified gives a warning.
+    """Open a bundle for running, after checking its digests. A bundle without verification raises a warning.
 
     Args:
-        path: the bundle's directory.
-        device: see `RunOptions`, as for the other options.
-        threads: of the backend.
-        runtime: run ONNX with ``reference``, which is `onnx.reference`, or ``openvino``.
-        recompile: compile afresh.
-        trust: run what a bundle from elsewhere brings: the machine code or pickles of some formats.
-        public_key: file of the key that must have signed the bundle; one that it signed is trusted.
+        path: directory of the bundle.
+        device: device to run on; see `RunOptions` for this and the other options.
+        threads: number of CPU threads of the backend.
+        runtime: ``reference``, which is `onnx.reference`, or ``openvino`` for an ONNX bundle.
+        recompile: true to recompile the block.
+        trust: true to run code from a foreign bundle: the machine code or pickles of some formats.
+        public_key: file of the key that must have signed the bundle, which is then trusted.
 
     Raises:
-        InputError: no bundle there, an option that it does not have, or a file that is no key.
-        IntegrityError: the bundle is not what was exported, or signed by the key, or it runs code and is not trusted.
-        UnavailableError: the backend or the device is not here, the bundle was made for another machine, or a key is
+        InputError: there is no bundle, the format does not have an option, or the file is not a key.
+        IntegrityError: the bundle is not what was exported or signed, or it runs code and is not trusted.
+        UnavailableError: the backend or the device is missing, the bundle was made for another machine, or a key is
             given without model-signing.
         ExportError: the backend cannot load the artifact.
     """
@@ -161,7 +161,7 @@ def load(
     loaded = open_runtime(path, options)
     if not loaded.verified:
         warnings.warn(
-            f"{path} was exported without verification, so nothing says that it computes what its checkpoint does; run "
+            f"{path} was exported without verification, so it may not compute what its checkpoint does; run "
             f"diffdeploy verify {path}",
             UnverifiedWarning,
             stacklevel=2,
@@ -170,7 +170,7 @@ def load(
 
 
 def open_runtime(path: str | Path, options: RunOptions) -> Runtime:
-    """`load` without its warning, for those who verify the bundle now.
+    """Like `load`, but without its warning, for callers that verify the bundle now.
 
     Raises:
         DiffDeployError: see `load`.

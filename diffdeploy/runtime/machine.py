@@ -1,4 +1,4 @@
-"""What compiled artifacts depend on: written down when they are made, compared before they are loaded."""
+"""Facts about a machine that compiled artifacts depend on, recorded at export and compared before loading."""
 
 import platform
 
@@ -6,22 +6,22 @@ __all__ = ["differences", "this_machine"]
 
 
 def this_machine(device: str) -> dict[str, str]:
-    """Versions and instruction sets that machine code made here needs.
+    """Versions and instruction sets that machine code compiled here depends on.
 
     Args:
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        device: target device, ``cpu``, ``cuda`` or ``cuda:N``.
     """
     import torch
 
     facts = {
         "torch": str(torch.__version__),
-        # Extension modules load in every patch release of the Python that they were built for.
+        # Extension modules load in every patch release of the Python version that they were built for.
         "python": ".".join(platform.python_version_tuple()[:2]),
         "platform": f"{platform.system()} {platform.machine()}",
     }
     if device == "cpu":
         abilities = torch.cpu.get_capabilities()
-        # Among the abilities are cache sizes and names, which machine code does not depend on.
+        # The capabilities include cache sizes and names, which machine code does not depend on.
         facts["isa"] = " ".join(sorted(name for name, able in abilities.items() if able is True))
     else:
         major, minor = torch.cuda.get_device_capability(device)
@@ -30,7 +30,7 @@ def this_machine(device: str) -> dict[str, str]:
 
 
 def differences(made_for: dict[str, str], here: dict[str, str]) -> list[str]:
-    """Where this machine is not the one that an artifact was made for; both sides are named.
+    """Describe the differences between the machine that an artifact was made for and this one.
 
     A processor may have more instruction sets than the artifact needs, but not fewer.
     """
@@ -40,5 +40,5 @@ def differences(made_for: dict[str, str], here: dict[str, str]) -> list[str]:
             if missing := sorted(set(there.split()) - set(here.get("isa", "").split())):
                 found.append(f"a processor with {', '.join(missing)}, which this one lacks")
         elif here.get(name) != there:
-            found.append(f"{name} {there}, and here is {here.get(name, 'none')}")
+            found.append(f"{name} {there}, but this machine has {here.get(name, 'none')}")
     return found

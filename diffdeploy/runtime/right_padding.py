@@ -1,8 +1,8 @@
-"""Feeding graphs that count the tokens of a row, and want them in front of all padding.
+"""Adaptation of padding for graphs that count the tokens of a row, which must precede all padding.
 
-Callers may pad wherever they like: tokens are moved to the front and results back to where the tokens were, and where
-there is padding the results are 0. Without padding nothing is moved. onnxruntime's operator takes several new tokens
-behind a past for one row alone, so that such a batch is fed row by row.
+Callers may pad anywhere: tokens are moved to the front, and results back to the positions of their tokens; results at
+padded positions are 0. Without padding, nothing is moved. onnxruntime's operator supports several new tokens after a
+past only for one row, so such a batch is fed row by row.
 
 Shape suffixes: B batch, S new tokens, P past tokens, T = P + S.
 """
@@ -22,22 +22,22 @@ Run = Callable[[Arrays], dict[str, Array]]
 
 
 def run_right_padded(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Array]:
-    """Outputs by name.
+    """Compute the outputs by name.
 
     Args:
         spec: interface of the graph.
-        inputs: by its names, with padding wherever its ``padding`` allows it.
-        run: calls the graph.
+        inputs: inputs by name, with padding wherever the graph's ``padding`` allows it.
+        run: function that calls the graph.
 
     Raises:
-        InputError: padding between the tokens of a row of a graph that takes none.
+        InputError: there is padding between the tokens of a row, which the graph does not support.
     """
     tokens_BT, (batch, length) = inputs["attention_mask"] == 1, inputs[spec.main_input].shape
     past_length = tokens_BT.shape[1] - length
     if spec.padding == "contiguous" and (row := _first_with_holes(tokens_BT)) is not None:
         raise InputError(
-            f"attention_mask has padding between the tokens of row {row}; a sliding window over counted tokens takes "
-            "it before and behind them alone"
+            f"attention_mask has padding between the tokens of row {row}; a sliding window over counted tokens allows "
+            "it only before and after them"
         )
     if past_length and length > 1:
         rows = [
@@ -48,13 +48,13 @@ def run_right_padded(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Arr
 
 
 def _one_row(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Array]:
-    """Several new tokens behind a past: of those that are padding the operator must not know."""
+    """Run one row with several new tokens after a past; the operator must not see padding among them."""
     mask_T, length = inputs["attention_mask"][0] == 1, inputs[spec.main_input].shape[1]
     if mask_T.all():
         return run(inputs)
     past_T, new_S = mask_T[:-length], mask_T[-length:]
     if not new_S.any():
-        # Nothing is computed, and the past stays.
+        # Nothing is computed, and the past is returned.
         given: dict[str, Array] = {}
     else:
         kept = {name: inputs[name][:, :, past_T] for name in spec.caches}
@@ -66,7 +66,7 @@ def _one_row(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Array]:
 
 
 def _moved(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Array]:
-    """All rows together: prompts, or one token each behind pasts of different lengths."""
+    """Run all rows together: prompts, or one token each after pasts of different lengths."""
     mask_BT = inputs["attention_mask"] == 1
     past_length = mask_BT.shape[1] - inputs[spec.main_input].shape[1]
     fed = dict(inputs)
@@ -74,7 +74,7 @@ def _moved(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Array]:
         order = np.argsort(~mask_BT[:, :past_length], axis=1, kind="stable")
         for name in spec.caches:
             fed[name] = np.take_along_axis(inputs[name], order[:, None, :, None], axis=2)
-        # A new token that is padding is computed, and thrown away.
+        # A new token that is padding is computed, and its result discarded.
         counts = mask_BT[:, :past_length].sum(1) + 1
     else:
         order = np.argsort(~mask_BT, axis=1, kind="stable")
@@ -87,7 +87,7 @@ def _moved(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Array]:
 
 
 def _moved_back(spec: GraphSpec, inputs: Arrays, given: Arrays, mask_BT: Array, new_BS: Array) -> dict[str, Array]:
-    """Results where their tokens were; of caches, the past as it came in."""
+    """Move results back to the positions of their tokens; the past of caches is copied from the inputs."""
     outputs = {}
     batch, length = new_BS.shape
     past_length = mask_BT.shape[1] - length
@@ -97,7 +97,7 @@ def _moved_back(spec: GraphSpec, inputs: Arrays, given: Arrays, mask_BT: Array, 
             whole = np.zeros((batch, positions, int(tensor.shape[2])), tensor.dtype)
             for row in range(batch if given else 0):
                 if positions == 1 and length > 1:
-                    whole[row] = given[name][row]  # cleared below where the last position is padding
+                    whole[row] = given[name][row]  # cleared below if the last position is padding
                 else:
                     whole[row, new_BS[row]] = given[name][row, : int(new_BS[row].sum())]
         else:
@@ -114,7 +114,7 @@ def _moved_back(spec: GraphSpec, inputs: Arrays, given: Arrays, mask_BT: Array, 
 
 
 def _first_with_holes(tokens_BT: Array) -> int | None:
-    """The first row with padding between tokens."""
+    """Index of the first row with padding between tokens; ``None`` if there is none."""
     starts = np.diff(tokens_BT.astype(np.int8), prepend=0, axis=1) == 1
     rows = np.flatnonzero(starts.sum(1) > 1)
     return int(rows[0]) if len(rows) else None

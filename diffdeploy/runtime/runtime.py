@@ -25,23 +25,24 @@ __all__ = ["Runtime"]
 
 
 class Runtime:
-    """A loaded bundle. Call it with the inputs by name; safe to call from several threads.
+    """A loaded bundle. Call it with inputs by name; calls from several threads are safe.
 
-    A context manager, which closes it.
+    It is a context manager that closes itself.
 
     Args:
         bundle: an opened bundle.
         backend: its opened artifact.
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        device: device that it runs on, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Attributes:
-        bundle: where it came from.
+        bundle: the bundle that was loaded.
         spec: names, dtypes and ranges of inputs and outputs.
-        device: where it runs.
+        device: device that it runs on.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, device: str) -> None:
-        self.bundle, self.device = bundle, device
+        self.bundle = bundle
+        self.device = device
         self.spec: GraphSpec = bundle.manifest.graph
         self._backend: Backend | None = backend
         self._description = backend.description
@@ -53,23 +54,23 @@ class Runtime:
 
     @property
     def verified(self) -> bool:
-        """Whether verification accepted the bundle when it was made, and its report is there."""
+        """True if the bundle passed verification when it was made, and contains the report."""
         return self.bundle.verified
 
     def __call__(self, *unnamed: object, **inputs: "Tensor | Array") -> "dict[str, Any]":
         """Run the graph.
 
         Args:
-            *unnamed: refused: inputs are given by name.
-            **inputs: torch tensors or numpy arrays, as `spec` says; bfloat16 arrays are those of ``ml_dtypes``, and a
-                mask may be boolean.
+            *unnamed: positional inputs, which raise an error: inputs are given by name.
+            **inputs: torch tensors or numpy arrays, as defined by `spec`; bfloat16 arrays are those of ``ml_dtypes``,
+                and a mask may be boolean.
 
         Returns:
-            Outputs by name: torch tensors, where the first input is, if that is one; else numpy arrays.
+            Outputs by name: torch tensors on the device of the first input if that is a tensor, else numpy arrays.
 
         Raises:
             InputError: a name, dtype, shape or value is not what `spec` accepts, or the runtime is closed. Values of
-                tensors on CUDA are not looked at, since that would wait for the device.
+                tensors on CUDA are not checked, since that would wait for the device.
         """
         backend = self._opened()
         if unnamed:
@@ -78,19 +79,19 @@ class Runtime:
             )
         inputs = as_integers(self.spec, inputs)
         check_inputs(self.spec, inputs)
-        # Asked of numpy, since torch may not be installed.
+        # Tested for numpy, since torch may not be installed.
         as_torch = not isinstance(inputs[self.spec.main_input], np.ndarray)
         if self.spec.padding != "anywhere":
             return self._right_padded(backend, inputs, as_torch=as_torch)
         return self._run(backend, inputs, as_torch=as_torch)
 
     def _run(self, backend: Backend, inputs: Mapping[str, Any], *, as_torch: bool) -> dict[str, Any]:
-        # Backends take positions, and callers may name inputs in any order.
+        # Backends take inputs by position, and callers may name them in any order.
         outputs = backend.run([inputs[name] for name in self.spec.inputs], as_torch=as_torch)
         return dict(zip(self.spec.outputs, outputs, strict=True))
 
     def _right_padded(self, backend: Backend, inputs: Mapping[str, Any], *, as_torch: bool) -> dict[str, Any]:
-        """Run a graph that counts tokens: where there is padding, arrays are moved in numpy."""
+        """Run a graph that counts tokens; if there is padding, arrays are rearranged in numpy."""
         arrays = {name: value if isinstance(value, np.ndarray) else to_array(value) for name, value in inputs.items()}
         outputs = run_right_padded(self.spec, arrays, partial(self._run, backend, as_torch=False))
         if not as_torch:
@@ -99,7 +100,7 @@ class Runtime:
         return {name: to_tensor(array).to(device) for name, array in outputs.items()}
 
     def buffers(self, batch_size: int, capacity: int, fill: float = 0.0) -> CacheBuffers | None:
-        """A cache that is written in place; see `Backend.buffers`.
+        """Create a cache that is updated in place; see `Backend.buffers`.
 
         Raises:
             InputError: the runtime is closed.
@@ -107,7 +108,7 @@ class Runtime:
         return self._opened().buffers(batch_size, capacity, fill)
 
     def _opened(self) -> Backend:
-        # Read once: another thread may close the runtime while this one calls it.
+        # Read once, since another thread may close the runtime during this call.
         if (backend := self._backend) is None:
             raise InputError(f"the runtime of {self.bundle.path} is closed; load the bundle again")
         return backend
@@ -121,20 +122,20 @@ class Runtime:
         streamer: Streamer | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Any:
-        """Continue prompts, in the terms of Hugging Face's ``generate``; of a bundle that holds a whole model.
+        """Continue prompts, as Hugging Face's ``generate`` does, with a bundle that holds a whole model.
 
         Args:
-            input_ids: prompts ``[B, S]``, int64, padded at the left.
-            attention_mask: ``[B, S]``, 0 for padding; by default there is none.
-            max_new_tokens: most tokens to come.
-            streamer: gets the prompt and every token as they come.
+            input_ids: prompts ``[B, S]``, int64, padded on the left.
+            attention_mask: mask ``[B, S]``, 0 for padding; no padding by default.
+            max_new_tokens: maximum number of new tokens.
+            streamer: object that receives the prompt and every new token as it is generated.
             **options: see `diffdeploy.runtime.generation.GenerationOptions`.
 
         Returns:
             Prompts and new tokens ``[B, S + new]``, int64: a torch tensor if ``input_ids`` is one, else an array.
 
         Raises:
-            InputError: tokens, a mask, lengths or an option that are not accepted.
+            InputError: tokens, the mask, lengths or an option are invalid.
         """
         return self.session().generate(
             input_ids, attention_mask, max_new_tokens=max_new_tokens, streamer=streamer, **options
@@ -148,15 +149,15 @@ class Runtime:
         max_new_tokens: int,
         **options: Unpack[GenerationOptions],
     ) -> Iterator[Step]:
-        """`generate`, with each token, and its text where the bundle has a tokenizer, as it comes.
+        """Like `generate`, but yield each token as it is generated, with its text if the bundle has a tokenizer.
 
-        Joined, the texts of a row are all that the model wrote, up to the text of ``stop`` that ended it. A character
-        comes with the token that completes it. What is not taken from the iterator is not computed.
+        The joined texts of a row are the model's whole text, up to the ``stop`` text that ended it. A character is
+        yielded with the token that completes it. Steps that are not requested from the iterator are not computed.
         """
         return self.session().stream(input_ids, attention_mask, max_new_tokens=max_new_tokens, **options)
 
     def session(self) -> Session:
-        """A conversation, which goes on from turn to turn with one cache.
+        """Start a conversation that continues from turn to turn with one cache.
 
         Raises:
             InputError: the bundle holds a block.
@@ -165,28 +166,28 @@ class Runtime:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """From text to tokens and back.
+        """Tokenizer that converts text to tokens and back.
 
         Raises:
-            InputError: the bundle has none, or one that cannot be used.
+            InputError: the bundle has no tokenizer, or an invalid one.
             UnavailableError: the package tokenizers is not installed.
         """
         return Tokenizer(self.bundle)
 
     def warmup(self, **sizes: int) -> None:
-        """Make one call, so that the first one in production does not pay for what backends put off until then.
+        """Make one call, so that the first call in production does not include the backend's deferred initialisation.
 
         Args:
-            **sizes: of axes, by their names; by default the smallest, and 64 positions, or as many as there can be.
+            **sizes: sizes of axes by name; by default the smallest, and 64 positions or the maximum, if that is less.
 
         Raises:
-            InputError: a size is out of its range.
+            InputError: a size is out of range.
         """
         self(**zero_inputs(self.spec, **sizes))
 
     def close(self) -> None:
-        """Release the backend; later calls are refused."""
-        # Taken away first, so that no call begins on a backend that is being closed.
+        """Release the backend; later calls raise an error."""
+        # Cleared first, so that no call starts on a backend that is being closed.
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()

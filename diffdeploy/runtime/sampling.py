@@ -1,4 +1,4 @@
-"""From logits to the next token, in the terms of Hugging Face's ``generate``.
+"""Choice of the next token from logits, with the options of Hugging Face's ``generate``.
 
 Shape suffixes: B batch, V vocabulary.
 """
@@ -15,16 +15,16 @@ __all__ = ["Sampling"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen.
+    """Options for choosing the next token.
 
     Attributes:
-        do_sample: draw it; else it is the most probable one.
-        temperature: what logits are divided by, above 0.
-        top_k: draw from so many of the most probable tokens; 0 or ``None`` for all.
-        top_p: draw from the most probable tokens that together have at least this probability, of ``(0, 1]``.
-        repetition_penalty: what positive logits of tokens that are there already are divided by, and negative ones
-            multiplied (arXiv 1909.05858, section 4.1); 1 for none.
-        seed: of the draws; ``None`` for another one each time.
+        do_sample: true to draw the token, false to take the most probable one.
+        temperature: divisor of the logits, above 0.
+        top_k: number of most probable tokens to draw from; 0 or ``None`` for all.
+        top_p: total probability, in ``(0, 1]``, that the most probable tokens to draw from must reach.
+        repetition_penalty: divisor of the positive logits of tokens that already occur, and factor of negative ones
+            (arXiv 1909.05858, section 4.1); 1 for none.
+        seed: random seed for the draws; ``None`` for a different one each time.
 
     Raises:
         InputError: a number is out of range.
@@ -48,17 +48,17 @@ class Sampling:
             raise InputError(f"repetition_penalty is {self.repetition_penalty}; accepted is a number above 0")
 
     def generator(self) -> np.random.Generator:
-        """What the tokens of one call are drawn with."""
+        """Random number generator for the draws of one call."""
         return np.random.default_rng(self.seed)
 
     def choose(self, logits_BV: Array, seen_BV: Array, forbidden: Array, draws: np.random.Generator) -> Array:
-        """The next token of each row, ``[B]`` int64.
+        """Choose the next token of each row, ``[B]`` int64.
 
         Args:
-            logits_BV: of the last position, any floating dtype.
-            seen_BV: which tokens each row holds already, bool.
-            forbidden: tokens that may not come now.
-            draws: see `generator`.
+            logits_BV: logits of the last position, any floating dtype.
+            seen_BV: boolean, true for tokens that already occur in the row.
+            forbidden: tokens that may not be chosen now.
+            draws: random number generator, see `generator`.
         """
         scores = self.scores(logits_BV, seen_BV, forbidden)
         if not self.do_sample:
@@ -66,9 +66,9 @@ class Sampling:
         return np.array([draws.choice(len(row), p=row) for row in _softmax(scores)], np.int64)
 
     def scores(self, logits_BV: Array, seen_BV: Array, forbidden: Array) -> Array:
-        """Logits ``[B, V]`` in fp64 that tokens are chosen by, in the order of Hugging Face's processors; see `choose`.
+        """Logits ``[B, V]`` in fp64 after all options, in the order of Hugging Face's processors; see `choose`.
 
-        What cannot be drawn is minus infinity.
+        Tokens that cannot be drawn get minus infinity.
         """
         scores = logits_BV.astype(np.float64)
         if self.repetition_penalty != 1:
@@ -79,13 +79,13 @@ class Sampling:
             return scores
         scores /= self.temperature
         if self.top_k:
-            # Tokens as likely as the last one of them are kept, too.
+            # Tokens with the same logit as the last of these are kept, too.
             last = -min(self.top_k, scores.shape[1])
             scores[scores < np.partition(scores, last, axis=1)[:, last, None]] = -np.inf
         if self.top_p is not None:
             for row, chances in zip(scores, _softmax(scores), strict=True):
                 order = np.argsort(-chances, kind="stable")
-                # The first token that reaches the bound is one of them.
+                # The first token that reaches the bound is included.
                 row[order[int(np.searchsorted(np.cumsum(chances[order]), self.top_p)) + 1 :]] = -np.inf
         return scores
 

@@ -1,4 +1,4 @@
-"""`Session`: a conversation that goes on, with one cache for all of it."""
+"""`Session`: a conversation that continues with one cache."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Unpack
@@ -18,12 +18,12 @@ __all__ = ["Session"]
 
 
 class Session:
-    """Prompts and what a model wrote behind them, one turn after the other; no token is computed twice.
+    """A conversation of prompts and the model's answers, turn by turn; no token is computed twice.
 
-    Of one thread; several sessions may share a runtime.
+    A session must be used by one thread; several sessions may share a runtime.
 
     Args:
-        runtime: of a model.
+        runtime: runtime of a model.
 
     Raises:
         InputError: the bundle holds a block.
@@ -31,7 +31,7 @@ class Session:
 
     def __init__(self, runtime: "Runtime") -> None:
         if runtime.spec.variant != "model":
-            raise InputError(f"{runtime.bundle.path} holds a block, which gives no tokens; export a whole model")
+            raise InputError(f"{runtime.bundle.path} holds a block, which generates no tokens; export a whole model")
         self._runtime = runtime
         self._context: Context | None = None
 
@@ -48,7 +48,7 @@ class Session:
         max_new_tokens: int,
         **options: Unpack[GenerationOptions],
     ) -> Iterator[Step]:
-        """`generate`, with each token as it comes. What is not taken from the iterator is not computed."""
+        """Like `generate`, but yield each token as it is generated. Steps that are not requested are not computed."""
         prompt = _array("input_ids", input_ids)
         return self._steps(prompt, attention_mask, max_new_tokens, options, with_text=self._has_tokenizer())
 
@@ -61,20 +61,20 @@ class Session:
         streamer: Streamer | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Any:
-        """`diffdeploy.runtime.Runtime.generate` behind all turns before.
+        """Continue all earlier turns, see `diffdeploy.runtime.Runtime.generate`.
 
         Args:
-            input_ids: what is new in this turn, ``[B, S]``, int64, padded at the left; of as many rows in every turn.
-            attention_mask: ``[B, S]``, 0 for padding; by default there is none.
-            max_new_tokens: most tokens to come.
-            streamer: gets what is new and every token as they come.
+            input_ids: new tokens of this turn, ``[B, S]``, int64, padded on the left; every turn has the same rows.
+            attention_mask: mask ``[B, S]``, 0 for padding; no padding by default.
+            max_new_tokens: maximum number of new tokens.
+            streamer: object that receives the new prompt and every new token as it is generated.
             **options: see `GenerationOptions`.
 
         Returns:
-            What was given and new tokens, ``[B, S + new]``, int64; a torch tensor if ``input_ids`` is one.
+            Given and new tokens, ``[B, S + new]``, int64; a torch tensor if ``input_ids`` is one.
 
         Raises:
-            InputError: tokens, a mask, lengths or an option that are not accepted; the session is as it was before.
+            InputError: tokens, the mask, lengths or an option are invalid; the session is then unchanged.
         """
 
         def as_given(array: Array) -> Any:
@@ -96,7 +96,7 @@ class Session:
     def _has_tokenizer(self) -> bool:
         try:
             return self._runtime.tokenizer is not None
-        # Tokens can be had without text.
+        # Tokens can be generated without text.
         except DiffDeployError:
             return False
 
@@ -120,7 +120,7 @@ class Session:
             with_text=with_text,
             options=options,
         )
-        # Only now that the turn is accepted: a refused one leaves no trace.
+        # Only after the turn is accepted, so that an invalid one leaves no trace.
         self._context = context
         return found
 

@@ -1,4 +1,4 @@
-"""Self-test: faults that a right bundle could have, put in on purpose to see that verification catches them."""
+"""Self-test: faults that a correct bundle could have, introduced on purpose to check that verification detects them."""
 
 from diffdeploy.selftest.fault import Fault, FaultTarget
 from diffdeploy.selftest.registry import all_faults

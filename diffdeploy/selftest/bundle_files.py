@@ -1,4 +1,4 @@
-"""Faults in the files of a bundle: damaged, stale, of another block, or promising what the artifact does not hold."""
+"""Faults in the files of a bundle: damaged, stale, of another block, or declaring what the artifact cannot do."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,7 +39,7 @@ def _fault(
 
 
 def _artifact(target: FaultTarget) -> str:
-    """The largest file that only the artifact has."""
+    """Name of the largest file that belongs only to the artifact."""
     others = (WEIGHTS, GOLDEN, MANIFEST, REPORT)
     names = [name for name in target.manifest.files if name not in others]
     return max(names, key=lambda name: target.manifest.files[name].size)
@@ -61,7 +61,7 @@ def _leave_a_file(target: FaultTarget) -> None:
 
 
 def _link_weights(target: FaultTarget) -> None:
-    # The very same bytes: only that it is a link can give it away.
+    # The bytes are identical, so that only the link itself can be detected.
     elsewhere = target.path.parent / "weights-elsewhere"
     (target.path / WEIGHTS).rename(elsewhere)
     (target.path / WEIGHTS).symlink_to(elsewhere)
@@ -83,13 +83,13 @@ def _edit_arrays(target: FaultTarget, file: str, edit: Callable[[dict[str, Array
 
 
 def _last(arrays: dict[str, Array], ending: str) -> str:
-    """A name with that ending: of a model, that of the last layer."""
+    """Name with that ending; in a model, that of the last layer."""
     return [name for name in arrays if name.endswith(ending)][-1]
 
 
 def _one_bit_in_the_weights_file(target: FaultTarget) -> None:
     def edit(arrays: dict[str, Array]) -> None:
-        # With new digests, so that only a comparison with the artifact can see it.
+        # With new digests, so that only a comparison with the artifact can detect it.
         name = _last(arrays, "v_proj.weight")
         arrays[name] = next_bit(arrays[name])
 
@@ -113,12 +113,12 @@ def _golden_output_off(target: FaultTarget) -> None:
 
 
 def _edit_manifest(target: FaultTarget, manifest: Manifest) -> None:
-    # Not by `write_manifest`, which comes after every fault with new digests.
+    # `write_manifest` is not used here, since it follows every fault with new digests.
     (target.path / MANIFEST).write_bytes(manifest.to_bytes())
 
 
 def _names_config(change: Callable[[Any], AnyConfig]) -> Callable[[FaultTarget], None]:
-    """The manifest says another config; weights and artifact are the old ones."""
+    """Change the config in the manifest, but neither weights nor artifact."""
 
     def inject(target: FaultTarget) -> None:
         _edit_manifest(target, target.manifest.model_copy(update={"config": change(target.config)}))
@@ -133,7 +133,7 @@ def _other_theta(config: AnyConfig) -> AnyConfig:
 
 def _promise_longer_sequences(target: FaultTarget) -> None:
     spec = target.spec
-    # Lengths alone: the fault is that the rotary tables end before them.
+    # Only the lengths are changed, so that the rotary tables are too short.
     axes = {name: Range(min=r.min, max=r.max if name == "batch_size" else 2 * r.max) for name, r in spec.axes.items()}
     _edit_manifest(target, target.manifest.model_copy(update={"graph": spec.model_copy(update={"axes": axes})}))
 
@@ -150,7 +150,7 @@ BUNDLE_FILE_FAULTS = [
         new_digests=False,
         of_models=True,
     ),
-    _fault("weights_missing", "weights.safetensors is not there", _remove_weights, new_digests=False, of_models=True),
+    _fault("weights_missing", "weights.safetensors is missing", _remove_weights, new_digests=False, of_models=True),
     _fault(
         "file_left_over", "a file that the manifest does not list", _leave_a_file, new_digests=False, of_models=True
     ),
@@ -176,14 +176,14 @@ BUNDLE_FILE_FAULTS = [
     ),
     _fault(
         "golden_output_off_by_a_millionth",
-        "an exact output in golden.safetensors is not exact",
+        "an exact output in golden.safetensors is wrong",
         _golden_output_off,
         of_models=True,
     ),
     _fault(
         "manifest_of_another_layer",
         "the manifest says another lambda_init",
-        # About what one layer makes at a depth of 4.
+        # About the difference that one layer makes at a depth of 4.
         _names_config(lambda config: replace(config, lambda_init=config.lambda_init + 0.05)),
         version_1,
         stage=Stage.LAMBDA,
@@ -205,7 +205,7 @@ BUNDLE_FILE_FAULTS = [
     ),
     _fault(
         "manifest_of_another_key_map",
-        "the manifest says the other meaning of grouped queries",
+        "the manifest says the other key map of grouped queries",
         _names_config(
             lambda config: replace(config, gqa_layout="legacy" if config.gqa_layout == "canonical" else "canonical")
         ),

@@ -1,4 +1,4 @@
-"""What must hold of a bundle for a fault to be one: heads that can be confused, a mask that can be ignored, ..."""
+"""Conditions under which a fault changes a bundle: heads that can be confused, a mask that can be ignored, ..."""
 
 from diffdeploy.exact import lambda_value
 from diffdeploy.selftest.fault import FaultTarget, When
@@ -28,11 +28,11 @@ __all__ = [
     "without_window",
 ]
 
-# Where a fault of long sequences begins: most lengths of the sweep are shorter, and the next one is just beyond.
+# Length above which faults of long sequences apply: most lengths of the sweep are shorter, and the next is just above.
 LONG = 64
-# Channels of a stream that has one pair to turn.
+# Channels of a stream that has only one pair to rotate.
 _ONE_PAIR = 2
-# A factor nearer to 1 could pass for rounding in half precision.
+# A factor closer to 1 could pass for rounding in half precision.
 _VISIBLE = 1e-3
 
 
@@ -52,7 +52,7 @@ def has_learned_lambda(target: FaultTarget) -> bool:
 
 
 def lambda_is_not_one(target: FaultTarget) -> bool:
-    """Lambda is no factor that may be left out."""
+    """Lambda is a factor with an effect."""
     config = target.config
     return not config.constant_lambda or abs(lambda_value(config, target.weights) - 1) > _VISIBLE
 
@@ -74,29 +74,29 @@ def several_kv_heads(target: FaultTarget) -> bool:
 
 def grouped(target: FaultTarget) -> bool:
     """Several heads read one key/value head."""
-    # Without groups both key maps are the same.
+    # Without groups, both key maps are the same.
     return target.config.num_heads > target.config.num_kv_heads
 
 
 def has_rope(target: FaultTarget) -> bool:
-    """There is rotary embedding."""
+    """The block has rotary embedding."""
     return target.config.rope is not None
 
 
 def several_pairs(target: FaultTarget) -> bool:
-    """A stream has more than one pair of channels to turn."""
-    # A single pair turns by position * theta^0, whatever theta is, and has no order.
+    """A stream has more than one pair of channels to rotate."""
+    # A single pair rotates by position * theta^0, whatever theta is, and has no order.
     rope, width = target.config.rope, target.config.head_dim
     return (width if rope is None else rope.width(width)) > _ONE_PAIR
 
 
 def causal(target: FaultTarget) -> bool:
-    """Positions see none after them."""
+    """Positions do not see later ones."""
     return target.config.causal
 
 
 def without_window(target: FaultTarget) -> bool:
-    """There is no sliding window."""
+    """The block has no sliding window."""
     return target.config.sliding_window is None
 
 
@@ -106,7 +106,7 @@ def causal_without_window(target: FaultTarget) -> bool:
 
 
 def window_above_64(target: FaultTarget) -> bool:
-    """A window of 64 would be another one."""
+    """A window of 64 would differ from the block's."""
     window = target.config.sliding_window
     return window is None or window > LONG
 
@@ -122,12 +122,12 @@ def masked(target: FaultTarget) -> bool:
 
 
 def cached(target: FaultTarget) -> bool:
-    """The graph takes and gives a cache."""
+    """The graph takes and returns a cache."""
     return target.spec.variant == "cached"
 
 
 def float32(target: FaultTarget) -> bool:
-    """Half precision would be another one."""
+    """The dtype is float32, so half precision would differ."""
     return target.spec.dtype == "float32"
 
 
@@ -137,10 +137,10 @@ def has_positions(target: FaultTarget) -> bool:
 
 
 def longer_than(length: int) -> When:
-    """Sequences can be longer than that."""
+    """Sequences can be longer than ``length``."""
     return lambda target: target.spec.axes["sequence_length"].max > length
 
 
 def rows_above(num_rows: int) -> When:
-    """A batch can have more rows than that."""
+    """A batch can have more rows than ``num_rows``."""
     return lambda target: target.spec.axes["batch_size"].max > num_rows

@@ -1,4 +1,4 @@
-"""Entering faults in an artifact's constants into a table, and the changes of arrays that several of them share."""
+"""Registration of faults in an artifact's constants, and the changes of arrays that several of them share."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,17 +25,17 @@ __all__ = [
 def constant_fault(
     name: str, stage: Stage, breaks: str, change: Callable[[FaultTarget], Mapping[str, Array]], *conditions: When
 ) -> Fault:
-    """A fault that `change`, the constants that are others, says all of.
+    """Create a fault that consists of changed constants, which ``change`` returns.
 
-    It applies where all conditions hold and the artifact has those constants.
+    It applies if all conditions hold and the artifact has those constants.
     """
 
     def is_held(target: FaultTarget) -> bool:
-        # Where the artifact folds a constant away, there is nothing to change.
+        # A constant that the artifact folds into others cannot be changed.
         return change(target).keys() <= target.constants.keys()
 
     def inject(target: FaultTarget) -> None:
-        # Formats find a constant by its right value, not by a name.
+        # Formats find a constant by its correct value, not by a name.
         expected = expected_constants(target.manifest, target.weights)
         target.format.write_constants(target.path, expected, change(target))
 
@@ -51,25 +51,25 @@ def constant_fault(
 
 
 def rows(target: FaultTarget, side: str, change: Callable[[Array], Array]) -> dict[str, Array]:
-    """The rows of the projection ``side`` and of its bias, changed."""
-    # Both: a layout has weight and bias in one order, and a fault in one of them alone would be another fault.
+    """Change the rows of the projection ``side`` and of its bias."""
+    # Both, since a layout orders weight and bias in the same way; changing only one would be another fault.
     names = (f"{side}_proj.weight", f"{side}_proj.bias")
     return {name: change(target.weights[name]) for name in names if name in target.weights}
 
 
 def columns(target: FaultTarget, change: Callable[[Array], Array]) -> dict[str, Array]:
-    """The columns of the output projection, changed."""
+    """Change the columns of the output projection."""
     return {"out_proj.weight": np.ascontiguousarray(change(target.weights["out_proj.weight"].T).T)}
 
 
 def scalar(name: str, value: float) -> dict[str, Array]:
-    """One number."""
-    # In fp64, as all numbers of `expected_constants`; the format rounds it as it did the right one.
+    """Set one number."""
+    # In fp64, like all numbers of `expected_constants`; the format rounds it in the same way as the correct one.
     return {name: np.asarray(value, np.float64)}
 
 
 def flipped(shape: tuple[int, ...], axis: int) -> Callable[[Array], Array]:
-    """Rows ``[*shape, rest]`` in reverse order along one axis."""
+    """Function that reverses rows ``[*shape, rest]`` along one axis."""
 
     def change(array: Array) -> Array:
         grid = np.flip(array.reshape(*shape, -1, *array.shape[1:]), axis)
@@ -79,7 +79,7 @@ def flipped(shape: tuple[int, ...], axis: int) -> Callable[[Array], Array]:
 
 
 def reordered(*shape: int) -> Callable[[Array], Array]:
-    """Rows ``[*shape, rest]`` with the axes of ``shape`` in reverse, as another layout has them."""
+    """Function that reverses the axes of ``shape`` in rows ``[*shape, rest]``, as in another layout."""
 
     def change(array: Array) -> Array:
         grid = array.reshape(*shape, -1, *array.shape[1:])
@@ -90,15 +90,15 @@ def reordered(*shape: int) -> Callable[[Array], Array]:
 
 
 def times(factor: float) -> Callable[[Array], Array]:
-    """Every element multiplied."""
-    # Rounded once: in half precision the factor itself would be rounded before.
+    """Function that multiplies every element."""
+    # Rounded once: a factor in half precision would already be rounded.
     return lambda array: (array.astype(np.float64) * factor).astype(array.dtype)
 
 
 def next_bit(array: Array) -> Array:
-    """The largest element moved to the next number of its dtype, towards zero."""
+    """Move the largest element to the next number of its dtype, towards zero."""
     changed = array.copy()
     bits: np.ndarray[Any, Any] = changed.view(f"uint{8 * array.dtype.itemsize}").reshape(-1)
-    # The largest is not 0, whose bits would wrap around; and towards zero no number becomes infinite.
+    # The largest element is not 0, whose bits would wrap around; towards zero, no number becomes infinite.
     bits[int(np.argmax(np.abs(array.astype(np.float64))))] -= 1
     return changed

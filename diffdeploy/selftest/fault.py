@@ -1,4 +1,4 @@
-"""What a fault is, and the copy of a bundle that it is put into."""
+"""Definition of a fault, and of the copy of a bundle into which it is introduced."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,19 +18,20 @@ __all__ = ["Fault", "FaultTarget", "Place", "When", "Wrap", "all_of"]
 
 Place = Literal["constants", "block", "model", "graph", "bundle", "runtime"]
 
-# Stands between a runtime and what asks it.
+# Wrapper between a runtime and its caller.
 Wrap = Callable[[Callable[[dict[str, Array]], dict[str, Array]]], Callable[[dict[str, Array]], dict[str, Array]]]
 
 
 @dataclass(frozen=True)
 class FaultTarget:
-    """The bundle that a fault is for, or a copy of it that the fault is put into.
+    """The bundle that a fault is for, or the copy of it into which the fault is introduced.
 
     Attributes:
-        path: its directory.
-        manifest: of the bundle.
-        constants: what the artifact holds of the canonical weights, ``lambda``, ``rope.cos``, ``rope.sin``,
-            ``norm_eps``, ``output_scale`` and ``softmax_scale``; see `diffdeploy.selftest.constant_fault`.
+        path: directory of the bundle.
+        manifest: manifest of the bundle.
+        constants: constants in the artifact, among the canonical weights, ``lambda``, ``rope.cos``,
+            ``rope.sin``, ``norm_eps``, ``output_scale`` and ``softmax_scale``; see
+            `diffdeploy.selftest.constant_fault`.
         weights: canonical weights.
     """
 
@@ -41,27 +42,27 @@ class FaultTarget:
 
     @property
     def config(self) -> AnyConfig:
-        """Of the block; of a model, that of the first layer, which stands for all in their caches and masks."""
+        """Config of the block, or that of a model's first layer, which has the same caches and masks as the others."""
         return self.manifest.config.attention
 
     @property
     def decoder(self) -> DecoderConfig | None:
-        """Of a whole model; ``None`` for a block."""
+        """Config of a whole model; ``None`` for a block."""
         config = self.manifest.config
         return config if isinstance(config, DecoderConfig) else None
 
     @property
     def format(self) -> Format:
-        """The format that the bundle is of."""
+        """Format of the bundle."""
         return require_format(self.manifest.format)
 
     @property
     def spec(self) -> GraphSpec:
-        """Of the graph."""
+        """Interface of the graph."""
         return self.manifest.graph
 
 
-# Whether something would be a fault of that bundle at all.
+# True if something would be a fault of that bundle at all.
 When = Callable[[FaultTarget], bool]
 
 
@@ -70,29 +71,29 @@ def _always(_: FaultTarget) -> bool:
 
 
 def all_of(*conditions: When) -> When:
-    """All conditions hold; later ones are asked only where earlier ones do."""
-    # A condition may read what only targets of an earlier one have, such as the rotary base.
+    """Combine conditions, of which later ones are evaluated only if earlier ones hold."""
+    # A condition may read a property that an earlier one guarantees, such as the rotary base.
     return lambda target: all(condition(target) for condition in conditions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One way for an artifact to be wrong.
+    """One way in which an artifact can be wrong.
 
     Attributes:
-        name: in words joined by underscores.
-        place: where it is put in.
-        breaks: what is wrong then, one clause.
+        name: words joined by underscores.
+        place: place into which the fault is introduced.
+        breaks: description of the fault, one clause.
         stage: the stage that is wrong, or the layer of a model; ``None`` for a fault of the whole.
-        inject: puts it into a copy of a bundle.
-        change: of a fault in constants, those that are others, by their names in a block.
-        applies: whether it would be a fault of this bundle at all.
-        wrap: what it does to the calls of a loaded runtime instead.
-        stand_in: what stands in place of a loaded runtime of a model instead.
-        new_digests: whether the manifest is written again afterwards, so that the digests do not give it away.
-        family: what kind of inputs or of damage shows it; by default its place.
-        of_models: whether a whole model can have it as well as a block.
-        provable: whether a sweep can be expected to see it; one that a single exact value triggers is seen by chance.
+        inject: function that introduces the fault into a copy of a bundle.
+        change: function that returns the changed constants by their names in a block, for a fault in constants.
+        applies: function that returns true if a bundle can have the fault.
+        wrap: wrapper around the calls of a loaded runtime, for faults outside the files.
+        stand_in: substitute for a loaded runtime of a model, for faults outside the files.
+        new_digests: true if the manifest is written again afterwards, so that digests do not reveal the fault.
+        family: kind of inputs or of damage that shows the fault; its place by default.
+        of_models: true if a whole model can have the fault as well as a block.
+        provable: true if a sweep should detect it; a fault that a single exact value triggers is detected by chance.
     """
 
     name: str
@@ -104,7 +105,7 @@ class Fault:
     applies: When = _always
     wrap: Wrap | None = None
     stand_in: "type[StandIn] | None" = None
-    # The old digests would catch every fault, and nothing else would be tried.
+    # The old digests would reveal every fault, and nothing else would be tested.
     new_digests: bool = True
     family: str = ""
     of_models: bool = False
@@ -116,5 +117,5 @@ class Fault:
 
     @property
     def is_put_into_files(self) -> bool:
-        """Whether it is in the bundle, and not in what runs it."""
+        """True if the fault is in the bundle, and not in the runtime."""
         return self.wrap is None and self.stand_in is None

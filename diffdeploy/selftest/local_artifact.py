@@ -1,4 +1,4 @@
-"""An artifact that runs in this process: for many trials in a row, where a process for each would cost minutes."""
+"""An artifact in this process, for many trials in a row, for which separate processes would take minutes."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,13 +17,13 @@ __all__ = ["LocalArtifact"]
 
 
 class LocalArtifact:
-    """Stands for `diffdeploy.verify.worker.ArtifactProcess`.
+    """Substitute for `diffdeploy.verify.worker.ArtifactProcess`.
 
     Args:
         bundle: directory of the bundle.
-        options: what it is run with.
-        wrap: what stands between the runtime's calls and the verification.
-        stand_in: what stands in place of the runtime.
+        options: options for running it.
+        wrap: wrapper around the runtime's calls.
+        stand_in: substitute for the runtime.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class LocalArtifact:
 
     @property
     def backend(self) -> str:
-        """What runs the artifact; loads it.
+        """Backend that runs the artifact, which is loaded first.
 
         Raises:
             ExportError: the runtime cannot load the bundle.
@@ -62,39 +62,39 @@ class LocalArtifact:
         return self._runtime.description
 
     def start(self, inputs: Mapping[str, Array]) -> None:
-        """Take an input; `result` runs it."""
-        self.backend  # noqa: B018 - it loads
+        """Store an input, which `result` runs."""
+        self.backend  # noqa: B018 - loads the artifact
         self._started = inputs
 
     def result(self) -> dict[str, Array]:
-        """Outputs by name.
+        """Run the input and return its outputs by name.
 
         Raises:
             ExportError: the artifact did not run.
         """
         try:
             return self._call(dict(self._started))
-        except Exception as error:  # whatever a backend raises is the finding, as in a process of its own
+        except Exception as error:  # any error of a backend is the finding, as in a separate process
             raise ExportError(f"{type(error).__name__}: {error}") from error
 
     def decode(self, inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
-        """See `Artifact.decode`; raises ExportError where the artifact did not run."""
+        """See `Artifact.decode`; raises ExportError if the artifact did not run."""
         return self._answered({"decode": num_tokens}, inputs)
 
     def generate(self, inputs: Mapping[str, Array], num_tokens: int) -> Array:
-        """See `Artifact.generate`; raises ExportError where the artifact did not run."""
+        """See `Artifact.generate`; raises ExportError if the artifact did not run."""
         return self._answered({"generate": num_tokens}, inputs)["tokens"]
 
     def _answered(self, header: Mapping[str, int], inputs: Mapping[str, Array]) -> dict[str, Array]:
-        self.backend  # noqa: B018 - it loads
+        self.backend  # noqa: B018 - loads the artifact
         assert self._runtime is not None
         try:
             return answered(self._runtime, header, dict(inputs))
-        except Exception as error:  # whatever a backend raises is the finding, as in a process of its own
+        except Exception as error:  # any error of a backend is the finding, as in a separate process
             raise ExportError(f"{type(error).__name__}: {error}") from error
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name of an input.
+        """Run an input and return its outputs by name.
 
         Raises:
             ExportError: the artifact did not run.

@@ -1,4 +1,4 @@
-"""Faults in the numbers that an artifact holds beside its weights: lambda, rotary tables, scales, epsilon, factor."""
+"""Faults in an artifact's numbers other than weights: lambda, rotary tables, scales, epsilon, factor."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -24,9 +24,9 @@ from diffdeploy.selftest.fault import Fault, FaultTarget
 
 __all__ = ["NUMBER_FAULTS"]
 
-# Relative to what is right: a smaller fault could pass for rounding in half precision.
+# Relative to the correct value: a smaller fault could pass for rounding in half precision.
 _VISIBLE = 1e-3
-# Lambda may happen to be a short number; rounding it is a fault only where it moves it by far more than float32 does.
+# Lambda may happen to be a short number; rounding it counts as a fault only if it changes far more than in float32.
 _MORE_THAN_FLOAT32 = 1e-5
 
 _LAMBDA, _ROPE, _NORM, _SIGNAL = Stage.LAMBDA, Stage.ROPE, Stage.NORM, Stage.SIGNAL
@@ -54,7 +54,7 @@ def _exponentials(target: FaultTarget) -> tuple[float, float]:
 def _lambda_fault(
     name: str, breaks: str, value: Callable[[FaultTarget], float], *conditions: Callable[[FaultTarget], bool]
 ) -> Fault:
-    """Applies where it makes a difference of at least a thousandth, so that no rounding hides it."""
+    """Create a fault in lambda, which applies if it changes lambda by a thousandth, so that no rounding hides it."""
 
     def differs(target: FaultTarget) -> bool:
         return abs(value(target) - _lambda(target)) > _VISIBLE * abs(_lambda(target))
@@ -64,7 +64,7 @@ def _lambda_fault(
 
 _LAMBDAS = [
     _lambda_fault("lambda_negated", "the noise is added", lambda s: -_lambda(s), has_one_lambda),
-    _lambda_fault("lambda_zero", "the noise is not subtracted at all", lambda _: 0.0, has_one_lambda),
+    _lambda_fault("lambda_zero", "the noise is not subtracted", lambda _: 0.0, has_one_lambda),
     _lambda_fault(
         "lambda_of_the_next_layer",
         "lambda_init of the layer after this one",
@@ -81,7 +81,7 @@ _LAMBDAS = [
         "lambda_init_alone", "the lambda vectors are not used", lambda s: _lambda_init(s), has_learned_lambda
     ),
     _lambda_fault(
-        "lambda_without_init", "lambda_init is left out", lambda s: _lambda(s) - _lambda_init(s), has_learned_lambda
+        "lambda_without_init", "lambda_init is omitted", lambda s: _lambda(s) - _lambda_init(s), has_learned_lambda
     ),
     _lambda_fault(
         "lambda_terms_exchanged",
@@ -91,8 +91,8 @@ _LAMBDAS = [
     ),
     _lambda_fault(
         "lambda_without_exponentials",
-        "the scalar products themselves",
-        # The logarithms give the products back.
+        "the scalar products without the exponential",
+        # The logarithms return the products.
         lambda s: math.log(_exponentials(s)[0]) - math.log(_exponentials(s)[1]) + _lambda_init(s),
         has_learned_lambda,
     ),
@@ -109,7 +109,7 @@ _LAMBDAS = [
     constant_fault(
         "lambda_rounded_to_two_digits",
         _LAMBDA,
-        "lambda as a report would print it",
+        "lambda rounded as in a printed report",
         lambda s: scalar("lambda", round(_lambda(s), 2)),
         has_one_lambda,
         lambda s: s.spec.dtype == "float32" and abs(round(_lambda(s), 2) - _lambda(s)) > _MORE_THAN_FLOAT32,
@@ -118,8 +118,8 @@ _LAMBDAS = [
 
 
 def _lambda_init_after(value: float, layers: int) -> float:
-    """``lambda_init`` of the layer that many after the one that has ``value``; of an unknown depth, a tenth more."""
-    # The inverse of `lambda_init_at`; a lambda_init of 0.8 in all layers, as DiffCLIP's, is that of no depth.
+    """``lambda_init`` of a later layer than the one that has ``value``; a tenth more if the depth is unknown."""
+    # The inverse of `lambda_init_at`; a lambda_init of 0.8 in all layers, as in DiffCLIP, belongs to no depth.
     share = (0.8 - value) / 0.6
     if not 0.0 < share <= 1.0:
         return value + 0.1 * layers
@@ -128,10 +128,10 @@ def _lambda_init_after(value: float, layers: int) -> float:
 
 
 def _tables(target: FaultTarget, change: Callable[[RopeConfig], RopeConfig]) -> Mapping[str, Array]:
-    """The tables of another rotary embedding."""
+    """Tables of another rotary embedding."""
     rope = target.config.rope
     assert rope is not None
-    # As long as the right tables, whose place they take.
+    # As long as the correct tables, which they replace.
     length = target.spec.axes["sequence_length"].max
     tables = rope_tables(change(rope), target.config.head_dim, length)
     return {f"rope.{name}": table for name, table in zip(("cos", "sin"), tables, strict=True)}
@@ -142,7 +142,7 @@ def _edited(target: FaultTarget, name: str, edit: Callable[[Array], Array]) -> M
 
 
 def _shifted(table: Array) -> Array:
-    # The last row comes twice, so that the table keeps its length.
+    # The last row is repeated, so that the table keeps its length.
     return np.concatenate((table[1:], table[-1:]))
 
 
@@ -172,8 +172,8 @@ _ROPES = [
     constant_fault(
         "rope_exponent_over_the_whole_head",
         _ROPE,
-        "frequencies theta^(-2j / 2d) where they are theta^(-2j / d)",
-        # theta^(-2j / 2d) is the root's power of -2j / d.
+        "frequencies theta^(-2j / 2d) instead of theta^(-2j / d)",
+        # Using the root of theta gives these frequencies.
         lambda s: _tables(s, lambda rope: replace(rope, theta=rope.theta**0.5)),
         has_rope,
         several_pairs,
@@ -188,14 +188,14 @@ _ROPES = [
     constant_fault(
         "rope_turns_backwards",
         _ROPE,
-        "the sines have the other sign",
+        "the sines have the opposite sign",
         lambda s: _edited(s, "rope.sin", np.negative),
         has_rope,
     ),
     constant_fault(
         "rope_sine_and_cosine_exchanged",
         _ROPE,
-        "sines for cosines and the other way round",
+        "sines and cosines are swapped",
         lambda s: {
             "rope.cos": _tables(s, lambda rope: rope)["rope.sin"],
             "rope.sin": _tables(s, lambda rope: rope)["rope.cos"],
@@ -212,7 +212,7 @@ _ROPES = [
     constant_fault(
         "rope_rounded_to_bfloat16",
         _ROPE,
-        "the cosines went through bfloat16",
+        "the cosines were rounded to bfloat16",
         lambda s: _edited(s, "rope.cos", lambda t: t.astype(ml_dtypes.bfloat16).astype(np.float64)),
         has_rope,
         float32,
@@ -225,7 +225,7 @@ _SCALES = [
         "softmax_scale_of_the_value_width",
         _SIGNAL,
         "scores divided by the root of 2d",
-        # What an attention operator takes by itself when queries are padded to the width of the values.
+        # The default of an attention operator whose queries are padded to the width of the values.
         lambda s: scalar("softmax_scale", (2 * s.config.head_dim) ** -0.5),
     ),
     constant_fault("softmax_scale_missing", _SIGNAL, "scores not divided", lambda _: scalar("softmax_scale", 1.0)),
@@ -238,21 +238,21 @@ _SCALES = [
     constant_fault(
         "norm_eps_of_another_model",
         _NORM,
-        "epsilon a tenth of what it is",
+        "a tenth of epsilon",
         lambda s: scalar("norm_eps", _norm_eps(s) / 10),
         has_norm,
     ),
     constant_fault(
         "norm_eps_large",
         _NORM,
-        "epsilon a hundred times what it is",
+        "a hundred times epsilon",
         lambda s: scalar("norm_eps", _norm_eps(s) * 100),
         has_norm,
     ),
     constant_fault(
         "output_factor_missing",
         _NORM,
-        "no factor behind the norm",
+        "no factor after the norm",
         lambda _: scalar("output_scale", 1.0),
         has_norm,
         lambda s: abs(s.config.output_scale - 1.0) > _VISIBLE,
@@ -260,10 +260,10 @@ _SCALES = [
     constant_fault(
         "output_factor_is_lambda_init",
         _NORM,
-        "lambda_init where 1 - lambda_init is due",
+        "lambda_init instead of 1 - lambda_init",
         lambda s: scalar("output_scale", 1.0 - s.config.output_scale),
         has_norm,
-        # At 0.5 lambda_init and 1 - lambda_init are the same.
+        # At 0.5, lambda_init and 1 - lambda_init are the same.
         lambda s: abs(s.config.output_scale - 0.5) > _VISIBLE,
     ),
     constant_fault(

@@ -1,4 +1,4 @@
-"""Faults in single weights: a bias or a norm's weight that is missing, less precision, one last bit."""
+"""Faults in single weights: a missing bias or norm weight, a loss of precision, a wrong last bit."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -18,7 +18,7 @@ _Q, _K, _V, _OUT = Stage.Q_PROJECTION, Stage.K_PROJECTION, Stage.V_PROJECTION, S
 
 
 def _through(dtype: str, array: Array) -> Array:
-    # numpy has no bfloat16 of its own.
+    # numpy itself has no bfloat16.
     return array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).astype(array.dtype)
 
 
@@ -42,13 +42,13 @@ def _last_bit(target: FaultTarget, name: str) -> Mapping[str, Array]:
 def _one_off_by_a_thousandth(array: Array) -> Array:
     changed = array.copy()
     flat = changed.reshape(-1)
-    # The largest one, since a thousandth of a weight near 0 would change nothing.
+    # The largest weight, since a thousandth of a weight near 0 would have no effect.
     flat[int(np.argmax(np.abs(array.astype(np.float64))))] *= array.dtype.type(1.001)
     return changed
 
 
 def _ones(target: FaultTarget, name: str) -> Mapping[str, Array]:
-    # A norm that is built without its weight, as DiffLlama's is.
+    # A norm that is built without its weight, as in DiffLlama.
     return {name: np.ones_like(target.weights[name])}
 
 
@@ -92,8 +92,8 @@ _PRECISION: list[Fault] = [
         constant_fault(
             f"{side}_weights_rounded_to_{dtype}",
             stage,
-            f"the weights of {side}_proj went through {dtype}",
-            # As defaults: a closure would see the last values of the loop.
+            f"the weights of {side}_proj were rounded to {dtype}",
+            # Bound as defaults, since a closure would see the last values of the loop.
             lambda s, side=side, dtype=dtype: rows(s, side, partial(_through, dtype)),  # type: ignore[misc]
             float32,
         )
@@ -139,7 +139,7 @@ _NORMS: list[Fault] = [
     constant_fault(
         "lambda_projection_reversed",
         Stage.LAMBDA,
-        "lambda of each head from the weights of another",
+        "lambda of each head computed from the weights of another",
         partial(_reverse, name="lambda_proj.weight"),
         partial(_names_weight, name="lambda_proj.weight"),
         several_heads,

@@ -1,4 +1,4 @@
-"""All faults: those that any format can have, and those of one format's files."""
+"""All faults: those of any format, and those of one format's files."""
 
 from functools import cache
 
@@ -18,8 +18,8 @@ __all__ = ["all_faults", "faults_of"]
 
 @cache
 def all_faults() -> tuple[Fault, ...]:
-    """Every fault, in the order of trials: cheap ones first, and those that have to be exported last."""
-    # A format describes faults in its own files, and knows nothing of a self-test: it stands far below.
+    """Every fault, in the order of trials: cheap ones first, and those that need an export last."""
+    # A format describes faults in its own files without knowing the self-test, which is above it.
     of_files = [_of_format(each, fault) for each in formats().values() for fault in each.file_faults()]
     return (
         *WEIGHT_FAULTS,
@@ -46,10 +46,10 @@ def _of_format(owner: Format, fault: FileFault) -> Fault:
 
 
 def faults_of(target: FaultTarget) -> list[Fault]:
-    """The faults that a bundle could have."""
+    """Faults that a bundle could have."""
     if target.decoder is None:
         return [fault for fault in all_faults() if fault.applies(target)]
     of_both = [fault for fault in all_faults() if fault.of_models]
-    # Those that have to be exported last.
+    # Those that need an export come last.
     by_cost = sorted((*model_faults(target.decoder), *of_both), key=lambda fault: fault.place == "model")
     return [fault for fault in by_cost if fault.applies(target)]

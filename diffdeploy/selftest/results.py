@@ -1,4 +1,4 @@
-"""What a self-test says: one record per fault, and how many were caught and located."""
+"""The result of a self-test: one record per fault, and the numbers of detected and located faults."""
 
 from typing import Self
 
@@ -10,21 +10,21 @@ __all__ = ["Family", "FaultResult", "SelfTest", "Skipped"]
 
 
 class FaultResult(Record):
-    """How one fault fared.
+    """Result of the trial of one fault.
 
     Attributes:
-        name: of the fault.
-        place: where it was put in.
-        family: what kind of inputs or of damage shows it.
-        provable: whether a sweep can be expected to see it.
-        breaks: what is wrong with it.
-        caught: whether the verification failed.
-        by: the checks that failed, and the first case that did.
-        reason: what the first of them says.
-        stage: the stage that was named.
-        expected_stage: the stage that is wrong; ``None`` for a fault of the whole.
-        located: whether they are the same; ``None`` where there is none to name.
-        found_by: how the stage was found.
+        name: name of the fault.
+        place: place into which it was introduced.
+        family: kind of inputs or of damage that shows it.
+        provable: true if a sweep should detect it.
+        breaks: description of the fault.
+        caught: true if the verification failed.
+        by: checks that failed, and the first case that did.
+        reason: message of the first of them.
+        stage: stage that was named.
+        expected_stage: stage that is wrong; ``None`` for a fault of the whole.
+        located: true if both stages agree; ``None`` if there is none to name.
+        found_by: evidence by which the stage was found.
     """
 
     name: str
@@ -42,9 +42,9 @@ class FaultResult(Record):
 
     @classmethod
     def of(cls, fault: Fault, report: Report) -> Self:
-        """From the report of a verification that ran to its end."""
+        """Create the result from the report of a completed verification."""
         failed = [f"check {check.name}" for check in report.contract if not check.passed]
-        # Cases end at the first failure, so there is at most one.
+        # Verification stops at the first failed case, so there is at most one.
         case = next((case for case in report.cases if not case.passed), None)
         guilty = report.guilty
         return cls._made(
@@ -58,7 +58,7 @@ class FaultResult(Record):
 
     @classmethod
     def refused(cls, fault: Fault, reason: str) -> Self:
-        """The bundle was not even opened."""
+        """Create the result of a bundle that was refused on opening."""
         return cls._made(fault, caught=True, by=["opening"], reason=reason, stage=None, found_by=None)
 
     @classmethod
@@ -76,27 +76,27 @@ class FaultResult(Record):
             reason=reason,
             stage=stage,
             expected_stage=fault.stage,
-            # Faults of the whole, such as a missing file, have no stage to be right or wrong about.
+            # Faults of the whole, such as a missing file, have no stage to name.
             located=None if fault.stage is None else stage == fault.stage,
             found_by=found_by,
         )
 
 
 class Skipped(Record):
-    """A fault that could not be put in, and why."""
+    """A fault that could not be introduced, with the reason."""
 
     name: str
     reason: str
 
 
 class Family(Record):
-    """Faults of one kind.
+    """Results for faults of one kind.
 
     Attributes:
-        name: of the family.
-        injected: faults that were put in.
-        caught: of those, the ones that the verification saw.
-        provable: whether it can be expected to see them.
+        name: name of the family.
+        injected: number of faults that were introduced.
+        caught: number of those that the verification detected.
+        provable: true if the verification should detect them.
     """
 
     name: str
@@ -109,13 +109,13 @@ class SelfTest(Record):
     """The verdict on the verification.
 
     Attributes:
-        injected: faults that were put in and can be proved: an exact value that triggers a fault is met by chance.
-        caught: of those, the ones that the verification saw.
-        with_stage: of those injected, the ones that have a stage.
-        located: of those, the ones whose stage was named.
-        families: the same by kinds of faults, those that cannot be proved among them.
-        faults: one record each.
-        skipped: faults that could not be put in.
+        injected: number of provable faults that were introduced; faults of an exact value are detected only by chance.
+        caught: number of those that the verification detected.
+        with_stage: number of the injected faults that have a stage.
+        located: number of those whose stage was named.
+        families: results by kind of fault, including those that are not provable.
+        faults: one record for each fault.
+        skipped: faults that could not be introduced.
     """
 
     injected: int
@@ -128,7 +128,7 @@ class SelfTest(Record):
 
     @classmethod
     def of(cls, faults: list[FaultResult], skipped: list[Skipped]) -> Self:
-        """Count."""
+        """Count the results."""
         provable = [fault for fault in faults if fault.provable]
         return cls(
             injected=len(provable),
@@ -142,8 +142,8 @@ class SelfTest(Record):
 
     @property
     def passed(self) -> bool:
-        """Whether there was a fault, and every one that can be proved was caught."""
-        # Of no fault at all nothing is proved.
+        """True if there was a fault, and every provable one was detected."""
+        # Without any fault, nothing is proved.
         return 0 < self.injected == self.caught
 
 

@@ -1,4 +1,4 @@
-"""Faults in the runtime: right artifacts whose results are changed on their way, sometimes or always."""
+"""Faults in the runtime: correct artifacts whose results are changed on the way, sometimes or always."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ __all__ = ["RUNTIME_FAULTS"]
 
 Arrays = dict[str, Array]
 Run = Callable[[Arrays], Arrays]
-# Of inputs and outputs; what it gives is given in place of the outputs.
+# Function from inputs and outputs to the outputs that are returned instead.
 Change = Callable[[Arrays, Arrays], Arrays]
 
 # Inputs of the kind `tiny` have a standard deviation of 1e-3, those of `large` of 8, all others of 1.
@@ -39,7 +39,7 @@ def _wrapping(name: str, breaks: str, wrap: Callable[[Run], Run], *conditions: W
 
 
 def _with_output(outputs: Arrays, output: Array) -> Arrays:
-    # Some faults compute in fp64; only one of them is meant to be seen by its dtype.
+    # Some faults compute in fp64, but only one of them should be detected by its dtype.
     return {**outputs, "output": output.astype(outputs["output"].dtype)}
 
 
@@ -79,15 +79,15 @@ def _future_leaks(inputs: Arrays, outputs: Arrays) -> Arrays:
 
 def _random_noise(inputs: Arrays, outputs: Arrays) -> Arrays:
     output = outputs["output"].astype(np.float64)
-    # Not seeded: it must be another in each call, or determinism would hold.
+    # Unseeded, since the noise must differ in each call, or determinism would hold.
     noise = np.random.default_rng().standard_normal(output.shape)
     return _with_output(outputs, output + 0.05 * np.abs(output).max(initial=0.0) * noise)
 
 
 def _random_last_bits(inputs: Arrays, outputs: Arrays) -> Arrays:
-    """No larger than rounding, and another in every call."""
+    """Change numbers by no more than rounding, differently in every call."""
     output = outputs["output"].copy()
-    # The last bit flips in about half of the elements, which no error budget could tell from rounding.
+    # The last bit flips in about half of the elements, which no error budget could distinguish from rounding.
     bits = output.view(f"uint{8 * output.dtype.itemsize}")
     bits ^= np.random.default_rng().integers(0, 2, bits.shape, dtype=bits.dtype)
     return _with_output(outputs, output)
@@ -119,18 +119,18 @@ def _large_is_infinite(inputs: Arrays, outputs: Arrays) -> Arrays:
 def _padding_leaks(inputs: Arrays, outputs: Arrays) -> Arrays:
     hidden = inputs["attention_mask"] == 0
     output = outputs["output"].astype(np.float64)
-    # Rows with padding alone, so that only cases with a mask can see it.
+    # Only rows with padding, so that only cases with a mask can detect it.
     leak = 0.05 * np.abs(output).max(initial=0.0) * hidden.any(axis=1)[:, None, None]
     return _with_output(outputs, output + leak)
 
 
 def _cache_shifted(inputs: Arrays, outputs: Arrays) -> Arrays:
-    # The output is right: only what a next step would read is wrong.
+    # The output is correct, and only the input of a next step is wrong.
     return {**outputs, "present.key": np.roll(outputs["present.key"], 1, axis=2)}
 
 
 def _earlier_result(run: Run) -> Run:
-    """A buffer is not written again when a call has the shape of the one before."""
+    """Reuse the result of the previous call if it had the same shape."""
     kept: Arrays = {}
 
     def wrong(inputs: Arrays) -> Arrays:
@@ -165,17 +165,17 @@ RUNTIME_FAULTS = [
     ),
     _fault("run_rows_above_two_lost", "0 from the third row of a batch on", _batches_above_two, _several_rows),
     _fault("run_first_row_for_all", "every row gets the result of the first", _first_row_for_all),
-    _fault("run_rows_leak", "a hundredth of the batch's mean in every row", _rows_leak),
-    _fault("run_future_leaks", "a hundredth of the next position's result", _future_leaks),
-    _fault("run_random_noise", "noise that is another in every call", _random_noise),
-    _fault("run_random_last_bits", "last bits that are others in every call", _random_last_bits),
-    _fault("run_half_precision", "the output went through float16", _half_precision, float32),
+    _fault("run_rows_leak", "1 % of the batch's mean in every row", _rows_leak),
+    _fault("run_future_leaks", "1 % of the next position's result", _future_leaks),
+    _fault("run_random_noise", "noise that differs in every call", _random_noise),
+    _fault("run_random_last_bits", "last bits that differ in every call", _random_last_bits),
+    _fault("run_half_precision", "the output was rounded to float16", _half_precision, float32),
     _fault("run_another_dtype", "the output is float64", _another_dtype),
-    _fault("run_lost_batch_axis", "a batch of one comes without its axis", _lost_batch_axis),
+    _fault("run_lost_batch_axis", "a batch of one is returned without its axis", _lost_batch_axis),
     _fault("run_tiny_is_zero", "small inputs give 0", _tiny_is_zero),
     _fault("run_large_is_infinite", "large inputs give infinity", _large_is_infinite),
     _fault("run_padding_leaks", "rows with padding are off", _padding_leaks, masked),
-    _fault("run_cache_shifted", "the keys given back are one position off", _cache_shifted, cached),
-    _wrapping("run_earlier_result", "the result of an earlier call of that shape", _earlier_result),
+    _fault("run_cache_shifted", "the returned keys are one position off", _cache_shifted, cached),
+    _wrapping("run_earlier_result", "the result of an earlier call with the same shape", _earlier_result),
     _wrapping("run_fails_at_length_one", "an exception for a single position", _fails_at_length_one),
 ]

@@ -1,4 +1,4 @@
-"""`StandIn`: a runtime of a model with finer steps of which a fault can replace one; without a fault it is the runtime.
+"""`StandIn`: a runtime of a model in finer steps, one of which a fault replaces; without a fault, it is the runtime.
 
 Shape suffixes: B batch, S new tokens, P past tokens, T = P + S.
 """
@@ -16,18 +16,18 @@ __all__ = ["StandIn"]
 
 
 class StandIn(Runtime):
-    """Stands in place of a runtime: calls, generation and caches written in place go through its steps.
+    """Substitute for a runtime: calls, generation and in-place updates of caches go through its steps.
 
     Args:
-        runtime: of a model.
+        runtime: runtime of a model.
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        # All that it has, its opened artifact among it.
+        # Shares all attributes of the runtime, including its opened artifact.
         vars(self).update(vars(runtime))
 
     def __call__(self, *unnamed: object, **inputs: Any) -> dict[str, Any]:
-        """See `Runtime.__call__`; of arrays."""
+        """See `Runtime.__call__`; only arrays are supported."""
         spec = self.spec
         past_length = inputs["attention_mask"].shape[1] - inputs[spec.main_input].shape[1]
         outputs = super().__call__(*unnamed, **self.given(inputs, past_length))
@@ -42,30 +42,32 @@ class StandIn(Runtime):
         return None if found is None else _Buffers(found, self)
 
     def given(self, inputs: dict[str, Any], past_length: int) -> dict[str, Any]:
-        """What a call is given; of one in place, without the caches."""
+        """Inputs of a call; without the caches if they are updated in place."""
         return inputs
 
     def spoil(self, caches: Mapping[str, Array], newest_B: Array, past_length: int) -> None:
-        """Change caches ``[B, h_kv, T or capacity, w]`` behind a call, by the names of the inputs that take them.
+        """Change caches ``[B, h_kv, T or capacity, w]`` after a call, by the names of the cache inputs.
 
         Args:
-            caches: as the call left them.
-            newest_B: place of the last token of each row.
-            past_length: tokens before the call, 0 where it was the first.
+            caches: caches after the call.
+            newest_B: index of the last token of each row.
+            past_length: number of tokens before the call, 0 for the first one.
         """
 
 
 class _Buffers(CacheBuffers):
-    """Buffers with a fault in what they are given, or in what they hold."""
+    """Buffers with a fault in their inputs or in their content."""
 
     def __init__(self, buffers: CacheBuffers, owner: StandIn) -> None:
-        self._buffers, self._owner = buffers, owner
+        self._buffers, self._owner, self.capacity = buffers, owner, buffers.capacity
 
     def run(self, inputs: Mapping[str, Array]) -> Array:
         mask_BT = inputs["attention_mask"]
         past_length = mask_BT.shape[1] - inputs["input_ids"].shape[1]
         logits = self._buffers.run(self._owner.given(dict(inputs), past_length))
-        self._owner.spoil(self.arrays(), cast("Array", mask_BT.sum(1) - 1), past_length)
+        # If tokens are not counted, rows are as long as the mask.
+        counts_B = mask_BT.sum(1) if self._owner.spec.padding != "anywhere" else np.full(*mask_BT.shape)
+        self._owner.spoil(self.arrays(), cast("Array", counts_B - 1), past_length)
         return logits
 
     def arrays(self) -> dict[str, Array]:

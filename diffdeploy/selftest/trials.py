@@ -1,4 +1,4 @@
-"""Proof that the verification can fail: every fault that a bundle could have is put into a copy, and verified."""
+"""Proof that the verification can fail: every fault that a bundle could have is put into a copy and verified."""
 
 import shutil
 import tempfile
@@ -25,21 +25,21 @@ __all__ = ["Trials", "self_test"]
 
 
 class Trials:
-    """Trials of faults on copies of one right bundle, which is never changed.
+    """Trials of faults on copies of one correct bundle, which is never changed.
 
     Args:
-        path: the bundle's directory.
+        path: directory of the bundle.
         run_options: device and backend that artifacts are run with, and the key that must have signed the bundle.
 
     Attributes:
-        faults: faults that the bundle could have, and that can be put in.
-        skipped: faults that it could have, but that cannot be put in, with the reason.
+        faults: faults that the bundle could have, and that can be introduced.
+        skipped: faults that it could have, but that cannot be introduced, with the reason.
 
     Raises:
-        InputError: no bundle there.
-        IntegrityError: the bundle is not what was exported, or signed by the key.
+        InputError: there is no bundle.
+        IntegrityError: the bundle is not what was exported or signed.
         UnavailableError: this machine cannot run the format.
-        VerificationError: the bundle fails verification as it is, so that nothing could be proved with it.
+        VerificationError: the bundle fails verification without a fault, so that nothing could be proved with it.
     """
 
     def __init__(self, path: str | Path, run_options: RunOptions | None = None) -> None:
@@ -48,11 +48,11 @@ class Trials:
         weights = read_weights(bundle)
         self._target = FaultTarget(bundle.path, bundle.manifest, held_constants(bundle, weights), weights)
         is_block = self._target.decoder is None
-        # Of a model a layer at a time, where the formula needs it.
+        # The weights of a model are read one layer at a time when the formula needs them.
         exact = {name: array.astype(np.float64) if is_block else array for name, array in weights.items()}
         self._yardsticks = RememberedYardsticks(bundle, exact)
         self._digests = _digests(bundle.path)
-        # The formula of a whole model is that of all its layers, and what it gives for a full sweep fills the memory.
+        # The formula of a whole model includes all its layers, and its results for a full sweep would fill the memory.
         self._cases: Selection = "full" if self._target.decoder is None else "quick"
         report = verify_bundle(
             path,
@@ -61,10 +61,10 @@ class Trials:
             open_artifact=LocalArtifact,
             yardsticks=self._yardsticks,
         )
-        # This run also filled the yardsticks that all faults are held against.
+        # This run also computed the yardsticks for all faults.
         if not report.passed:
             raise VerificationError(
-                f"{path} fails verification without any fault put in, so a self-test proves nothing: "
+                f"{path} fails verification without any fault, so a self-test would prove nothing: "
                 f"{report.first_failure()}"
             )
         possible, why_not = faults_of(self._target), _why_not_export(self._target)
@@ -74,14 +74,14 @@ class Trials:
         ]
 
     def run(self, fault: Fault) -> FaultResult:
-        """Put one fault into a copy and verify it.
+        """Introduce one fault into a copy of the bundle and verify it.
 
         Raises:
-            ExportError: the fault could not be put in.
+            ExportError: the fault could not be introduced.
         """
         with tempfile.TemporaryDirectory(prefix="diffdeploy-fault-") as folder:
             copy = Path(folder) / "bundle"
-            # A copy for each: a fault that is caught late must not be there when the next one is tried.
+            # A separate copy for each fault, which must not remain when the next one is tried.
             shutil.copytree(self._target.path, copy)
             self._inject(fault, replace(self._target, path=copy))
             return self._verify(fault, copy)
@@ -89,28 +89,28 @@ class Trials:
     def _inject(self, fault: Fault, target: FaultTarget) -> None:
         try:
             fault.inject(target)
-        except DiffDeployError as error:  # a format that does not have what the faulty block needs
+        except DiffDeployError as error:  # the format does not support the faulty block
             raise ExportError(str(error)) from error
         if fault.new_digests:
             manifest = Manifest.from_bytes((target.path / MANIFEST).read_bytes())
             write_manifest(target.path, manifest)
-        # A fault that changes nothing would count as not caught, against a verification that is right.
+        # A fault without effect would count as not detected, although the verification is right.
         if fault.is_put_into_files and _digests(target.path) == self._digests:
             raise ExportError(f"the fault {fault.name} does not change the artifact")
 
     def _verify(self, fault: Fault, copy: Path) -> FaultResult:
-        # What is right is another thing where config, graph or weights are, and has to be computed for every case.
+        # If config, graph or weights change, so do the exact results, which must be computed again for every case.
         same = self._is_held_against_the_same(copy)
         try:
             report = verify_bundle(
                 copy,
                 cases=self._cases if same else "quick",
-                # A copy of a bundle that was loaded already, but for the fault. Nobody signed the copy: with the key,
-                # each would be refused before anything else is tried.
+                # The copy differs from a trusted bundle only by the fault, and nobody signed it: if the key were
+                # required, each copy would be refused before anything else is tested.
                 run_options=replace(self._options, trust=True, public_key=None),
                 open_artifact=partial(LocalArtifact, wrap=fault.wrap, stand_in=fault.stand_in),
                 yardsticks=self._yardsticks if same else None,
-                # Caught is caught; the rest of the sweep would take most of the time.
+                # One failure is enough; the rest of the sweep would take most of the time.
                 first_failure_only=True,
             )
         except DiffDeployError as error:
@@ -121,7 +121,7 @@ class Trials:
         manifest = Manifest.from_bytes((copy / MANIFEST).read_bytes())
         promised = (manifest.config, manifest.graph) == (self._target.manifest.config, self._target.spec)
         weights = copy / WEIGHTS
-        # The fault may have taken the file away.
+        # The fault may have removed the file.
         return promised and weights.exists() and file_sha256(weights) == self._digests[WEIGHTS]
 
 
@@ -131,12 +131,12 @@ def self_test(
     run_options: RunOptions | None = None,
     progress: Callable[[int, int, str], None] = lambda *_: None,
 ) -> SelfTest:
-    """Put every fault that a bundle could have into copies of it, one at a time, and verify each.
+    """Introduce every fault that a bundle could have into copies of it, one at a time, and verify each.
 
     Args:
-        path: the bundle's directory; it is not changed.
+        path: directory of the bundle, which is not changed.
         run_options: see `Trials`.
-        progress: called with faults done, faults in all, and the name of the next one.
+        progress: callback that receives the faults done, the faults in total, and the name of the next one.
 
     Raises:
         DiffDeployError: see `Trials`.
@@ -154,9 +154,9 @@ def self_test(
 
 
 def _why_not_export(target: FaultTarget) -> str | None:
-    """Why faults in the computation are not put into bundles of a format; ``None`` when they are."""
+    """Reason why faults in the computation are skipped for a format; ``None`` if they are not."""
     found = target.format
-    # The same program before it is compiled is a format of its own, and takes seconds.
+    # The same program before compilation has its own format, whose trials take seconds.
     if found.compiles:
         return f"each takes a compilation; export --format pt2 for the program that {found.name} compiles"
     return found.why_not_export(found.device_of(ExportOptions(device=target.manifest.options.device)))
@@ -166,6 +166,6 @@ def _digests(directory: Path) -> dict[str, str]:
     return {
         str(file.relative_to(directory)): file_sha256(file)
         for file in sorted(directory.rglob("*"))
-        # What a link leads to is no file of the bundle.
+        # The target of a link is not a file of the bundle.
         if file.is_file() and not file.is_symlink()
     }

@@ -1,6 +1,6 @@
-"""Faults in the weights that an artifact holds: heads, streams and halves in the order of another layout.
+"""Faults in an artifact's weights: heads, streams and halves in the order of another layout.
 
-``h`` heads, ``h_kv`` key/value heads, 2 streams, ``d`` and ``e`` widths, as in `DiffAttentionConfig`.
+Symbols: ``h`` heads, ``h_kv`` key/value heads, 2 streams, ``d`` and ``e`` widths, as in `DiffAttentionConfig`.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ _Q, _K, _V, _OUT = Stage.Q_PROJECTION, Stage.K_PROJECTION, Stage.V_PROJECTION, S
 
 
 def _exchanged(target: FaultTarget, one: str, other: str) -> Mapping[str, Array]:
-    """Two projections in each other's place."""
+    """Swap two projections."""
     first, second = f"{one}_proj.weight", f"{other}_proj.weight"
     return {first: target.weights[second], second: target.weights[first]}
 
@@ -44,7 +44,7 @@ def _same_shape(target: FaultTarget, one: str, other: str) -> bool:
 
 
 def _turned_pairs(array: Array, width: int) -> Array:
-    """Rows of each stream from neighbouring pairs to halves, as conversion between the rotary styles does."""
+    """Reorder the rows of each stream from neighbouring pairs to halves, as a conversion of the rotary style does."""
     grid = array.reshape(-1, width // 2, 2, *array.shape[1:])
     return np.ascontiguousarray(np.swapaxes(grid, 1, 2)).reshape(array.shape)
 
@@ -64,7 +64,7 @@ WEIGHT_FAULTS: list[Fault] = [
     constant_fault(
         "query_streams_swapped",
         _Q,
-        "signal and noise queries in each other's place",
+        "signal and noise queries are swapped",
         lambda s: rows(s, "q", flipped((s.config.num_heads, 2), 1)),
     ),
     constant_fault(
@@ -77,7 +77,7 @@ WEIGHT_FAULTS: list[Fault] = [
     constant_fault(
         "query_halves_for_pairs",
         _Q,
-        "query rows as [2, h, d] where they are [h, 2, d]",
+        "query rows as [2, h, d] instead of [h, 2, d]",
         # DiffLlama's order, read as if it were Microsoft's.
         lambda s: rows(s, "q", reordered(s.config.num_heads, 2)),
         several_heads,
@@ -91,7 +91,7 @@ WEIGHT_FAULTS: list[Fault] = [
         several_pairs,
     ),
     constant_fault(
-        # Both alike leave every product of a query and a key as it is, until the rotary embedding turns other pairs.
+        # Reordering both keeps every product of a query and a key, until the rotary embedding rotates other pairs.
         "query_and_key_rows_of_the_other_rope_style",
         _Q,
         "query and key rows in the channel order of the other rotary style",
@@ -112,15 +112,15 @@ WEIGHT_FAULTS: list[Fault] = [
     constant_fault(
         "key_streams_swapped",
         _K,
-        "signal and noise keys in each other's place",
+        "signal and noise keys are swapped",
         lambda s: rows(s, "k", flipped((s.config.num_kv_heads, 2), 1)),
         version_1,
     ),
     constant_fault(
-        # Each stream is right in itself, and they are subtracted the wrong way round.
+        # Each stream is correct, but they are subtracted the wrong way round.
         "query_and_key_streams_swapped",
         _Q,
-        "the attention that is subtracted is the signal",
+        "the signal is subtracted instead of the noise",
         lambda s: (
             rows(s, "q", flipped((s.config.num_heads, 2), 1)) | rows(s, "k", flipped((s.config.num_kv_heads, 2), 1))
         ),
@@ -136,7 +136,7 @@ WEIGHT_FAULTS: list[Fault] = [
     constant_fault(
         "key_halves_for_pairs",
         _K,
-        "key rows as [2, h_kv, d] where they are [h_kv, 2, d]",
+        "key rows as [2, h_kv, d] instead of [h_kv, 2, d]",
         lambda s: rows(s, "k", reordered(s.config.num_kv_heads, 2)),
         several_kv_heads,
         version_1,
@@ -153,14 +153,14 @@ WEIGHT_FAULTS: list[Fault] = [
     constant_fault(
         "keys_and_values_exchanged",
         _K,
-        "the key projection has the weights of the value projection, and the other way round",
+        "the weights of the key and value projections are swapped",
         lambda s: _exchanged(s, "k", "v"),
         lambda s: _same_shape(s, "k", "v"),
     ),
     constant_fault(
         "queries_and_keys_exchanged",
         _Q,
-        "the query projection has the weights of the key projection, and the other way round",
+        "the weights of the query and key projections are swapped",
         lambda s: _exchanged(s, "q", "k"),
         lambda s: _same_shape(s, "q", "k"),
     ),
@@ -174,14 +174,14 @@ WEIGHT_FAULTS: list[Fault] = [
     constant_fault(
         "value_halves_swapped",
         _V,
-        "the wrong half of each value first",
+        "the halves of each value are swapped",
         lambda s: rows(s, "v", flipped((s.config.num_kv_heads, 2), 1)),
     ),
     constant_fault(
         "value_halves_for_pairs",
         _V,
-        "value rows as [2, h_kv, e / 2] where they are [h_kv, 2, e / 2]",
-        # DiffLlama stores values so, too.
+        "value rows as [2, h_kv, e / 2] instead of [h_kv, 2, e / 2]",
+        # DiffLlama stores values in this order, too.
         lambda s: rows(s, "v", reordered(s.config.num_kv_heads, 2)),
         several_kv_heads,
     ),
@@ -196,13 +196,13 @@ WEIGHT_FAULTS: list[Fault] = [
     constant_fault(
         "output_halves_swapped",
         _OUT,
-        "columns of each head with the wrong half first",
+        "the halves of each head's columns are swapped",
         lambda s: columns(s, flipped((s.config.num_heads, 2), 1)),
     ),
     constant_fault(
         "output_halves_for_pairs",
         _OUT,
-        "columns as [2, h, e / 2] where they are [h, 2, e / 2]",
+        "columns as [2, h, e / 2] instead of [h, 2, e / 2]",
         lambda s: columns(s, reordered(s.config.num_heads, 2)),
         several_heads,
     ),

@@ -1,4 +1,4 @@
-"""Verification: an artifact is accepted when it computes what its weights and config say."""
+"""Verification: an artifact is accepted if it computes what its weights and config define."""
 
 from diffdeploy.budgets import BUDGETS, Budget
 from diffdeploy.formats import Check

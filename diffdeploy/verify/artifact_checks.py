@@ -1,4 +1,4 @@
-"""What an artifact says of itself, and its contract, where the artifact may be damaged."""
+"""Facts and contract checks of an artifact that may be damaged."""
 
 from collections.abc import Mapping
 
@@ -12,17 +12,17 @@ __all__ = ["artifact_checks", "artifact_facts"]
 
 
 def artifact_facts(bundle: Bundle) -> ArtifactFacts:
-    """What the artifact says of itself; where it cannot be read, what the manifest says.
+    """Facts read from the artifact, or from the manifest if the artifact cannot be read.
 
     Raises:
-        InputError: the format is not known.
+        InputError: the format is unknown.
     """
     found = require_format(bundle.manifest.format)
     try:
         return found.facts(bundle)
-    except (DiffDeployError, MemoryError):  # our own errors say more, and a lack of memory is no damage
+    except (DiffDeployError, MemoryError):  # our own errors say more, and a lack of memory is not damage
         raise
-    except Exception:  # noqa: BLE001 - whatever a library raises at a damaged file; `artifact_checks` says what
+    except Exception:  # noqa: BLE001 - libraries raise any error for a damaged file; `artifact_checks` reports it
         return declared_facts(bundle, attention_ops=0)
 
 
@@ -34,21 +34,21 @@ def artifact_checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]
         weights: canonical weights in the artifact's dtype.
 
     Raises:
-        InputError: the format is not known.
+        InputError: the format is unknown.
     """
     found = require_format(bundle.manifest.format)
     try:
         return [*found.contract(bundle, weights), *_engine_files(found, bundle)]
     except (DiffDeployError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001 - whatever a library raises at a damaged artifact is the finding
-        # The first line: what libraries add below it is for their own developers.
+    except Exception as error:  # noqa: BLE001 - any error of a library about a damaged artifact is the finding
+        # Only the first line, since libraries append details for their own developers.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return [Check(name="readable", passed=False, detail=f"the artifact cannot be read: {reason}")]
 
 
 def _engine_files(found: Format, bundle: Bundle) -> list[Check]:
-    """Whether the files for engines say of the artifact what the manifest says; earlier bundles have none."""
+    """Check that the files for engines agree with the manifest; bundles of earlier versions have none."""
     files = bundle.manifest.files.keys()
     expected = {n: text for n, text in found.engine_files(bundle.manifest, bundle.path).items() if n in files}
     wrong = [f"{name} is not that of this bundle" for name, text in expected.items()

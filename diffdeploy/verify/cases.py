@@ -1,4 +1,4 @@
-"""The inputs that an artifact is tried on: chosen from the declared ranges, seeded, with readable names."""
+"""The inputs that an artifact is verified with: chosen from the declared ranges, seeded, and readably named."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -23,39 +23,39 @@ __all__ = ["AnyCase", "Case", "Kind", "Mask", "Positions", "UserCase"]
 
 Positions = Literal["counted", "drawn"]
 
-# Of a long sequence all of these are compared, since they must be what they are without the rest of it.
+# Numbers of first and last positions that are always compared in a long sequence; the first do not depend on the rest.
 _FIRST_QUERIES, _LAST_QUERIES = 32, 16
-# Rows of a large batch that differ from each other.
+# Maximum number of distinct rows in a large batch.
 _DISTINCT_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One input. The ``kind`` and the ``mask`` say what it is hard for.
+    """One input, whose ``kind`` and ``mask`` define what makes it difficult.
 
     Attributes:
-        batch_size: rows.
-        sequence_length: positions.
-        seed: of the generator, together with all the sizes and kinds.
-        kind: ``normal`` N(0, 1); ``tiny`` N(0, 1e-6), where the norm's epsilon rules; ``large`` N(0, 64), where the
-            softmax saturates; ``constant`` the same vector at every position, where only the mask and the rotary
-            embedding tell positions apart; ``zeros`` with tokens of zeros; ``repeated`` a few tokens again and again;
-            ``offset`` far from a mean of 0; ``outliers`` channels 100 to 2000 times as large as the others; ``heavy``
-            Student's t with two degrees of freedom; ``scaled`` a scale of 1e-6 to 1e4 for each row; ``scales`` one for
-            each token; ``nan`` and ``infinity`` in one token of the first row.
-        mask: ``none``; padding of the last row at the ``left``, at the ``right``, ``ragged`` in between, or ``hidden``,
-            a row of nothing else; ``mixed``, where every row hides other tokens, from one to all.
-        positions: ``counted`` from the mask, as generation does, or ``drawn`` from the declared range.
-        past_length: tokens in the cache.
-        chunks: lengths of the calls that the sequence is fed in, each with the cache of the one before; together they
-            must give what one pass gives. Empty for a single call.
-        row_by_row: whether each row is fed alone; together they must give what the batch gives.
-        decoded: so many of the last tokens are decoded one by one, as generation does; the prompt before is padded on
-            the left or not at all.
-        repeats: whether rows behind the eighth are among the first eight again, in random order: they must give what
-            those give, and the formula is computed for those alone.
-        num_queries: positions whose output is compared, spread over the sequence; 0 for all.
-        number: of a random case; 0 for the others.
+        batch_size: number of rows.
+        sequence_length: number of positions.
+        seed: random seed for the generator, together with all sizes and kinds.
+        kind: ``normal`` N(0, 1); ``tiny`` N(0, 1e-6), where the norm's epsilon dominates; ``large`` N(0, 64), where the
+            softmax saturates; ``constant``, the same vector at every position, where only the mask and the rotary
+            embedding distinguish positions; ``zeros``, with tokens of zeros; ``repeated``, a few tokens again and
+            again; ``offset``, with a mean far from 0; ``outliers``, with channels 100 to 2000 times as large as the
+            others; ``heavy``, Student's t with two degrees of freedom; ``scaled``, a scale of 1e-6 to 1e4 for each row;
+            ``scales``, one for each token; ``nan`` and ``infinity``, in one token of the first row.
+        mask: ``none``; padding of the last row on the ``left``, on the ``right``, ``ragged`` in between, or ``hidden``,
+            a row of padding only; ``mixed``, where every row hides different tokens, from one to all.
+        positions: ``counted`` from the mask, as in generation, or ``drawn`` from the declared range.
+        past_length: number of tokens in the cache.
+        chunks: lengths of the calls in which the sequence is fed, each with the cache of the previous one; together
+            they must give the same result as one pass. Empty for a single call.
+        row_by_row: true if each row is fed alone; together they must give the same result as the batch.
+        decoded: number of last tokens that are decoded one by one, as in generation; the prompt before them is padded
+            on the left or not at all.
+        repeats: true if rows after the eighth repeat the first eight in random order; they must give the same results
+            as those, and the formula is computed only for those.
+        num_queries: number of positions whose output is compared, spread over the sequence; 0 for all.
+        number: index of a random case; 0 for the others.
     """
 
     batch_size: int
@@ -89,7 +89,7 @@ class Case:
 
     @property
     def group(self) -> str:
-        """What it tries, in words that other cases share."""
+        """Purpose of the case, in words that other cases share."""
         if self.number:
             return "random"
         if self.chunks:
@@ -106,22 +106,22 @@ class Case:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Rows, positions, and tokens in the cache."""
+        """Numbers of rows, positions, and tokens in the cache."""
         return self.batch_size, self.sequence_length, self.past_length
 
     @property
     def one_call(self) -> bool:
-        """Whether the artifact takes it as it is."""
+        """True if the artifact takes the case in one call."""
         return not (self.chunks or self.row_by_row or self.decoded)
 
     @property
     def is_extreme(self) -> bool:
-        """Whether a right computation in the dtype may overflow, or has NaN to begin with."""
+        """True if a correct computation in the dtype may overflow, or starts with NaN."""
         return self.kind in EXTREME_KINDS
 
     @property
     def by_row(self) -> bool:
-        """Whether each row is judged by itself: of rows in different sizes the largest would hide all others."""
+        """True if each row is judged separately: among rows of different sizes, the largest would hide all others."""
         return self.repeats or self.kind == "scaled"
 
     def queries(self) -> Array | None:
@@ -130,26 +130,26 @@ class Case:
             return None
         length = self.sequence_length
         ends = [*range(min(_FIRST_QUERIES, length)), *range(max(0, length - _LAST_QUERIES), length)]
-        # One of each of equal parts, so that no part as long as a kernel's block is left out.
+        # One position from each of equal parts, so that no part as long as a kernel's block is left out.
         parts = np.linspace(0, length, self.num_queries + 1)
         drawn = np.floor(np.random.default_rng([self.seed, length]).uniform(parts[:-1], parts[1:])).astype(np.int64)
         return np.unique(np.concatenate((np.array(ends, dtype=np.int64), drawn)))
 
     def sources(self) -> Array:
-        """For each row, the row among the distinct ones that it is."""
+        """Index among the distinct rows for each row."""
         distinct = min(self.batch_size, _DISTINCT_ROWS) if self.repeats else self.batch_size
         again = np.random.default_rng([self.seed, self.batch_size]).integers(0, distinct, self.batch_size - distinct)
         return np.concatenate((np.arange(distinct), again))
 
     def inputs(self, spec: GraphSpec) -> dict[str, Array]:
-        """The inputs of a single call, by name, as ``spec`` wants them."""
+        """Inputs of a single call, by name, as ``spec`` defines them."""
         kinds, masks = get_args(Kind), get_args(Mask)
         sources = self.sources()
         num_rows, total = int(sources.max()) + 1, self.past_length + self.sequence_length
         numbers = (self.batch_size, self.sequence_length, self.past_length)
-        # Only where there is one: a 0 would give the other cases, and stored golden vectors, other inputs.
+        # Added only if given: a 0 would change the inputs of the other cases and of stored golden vectors.
         more = (self.number,) if self.number else ()
-        # All that names a case, so that no two share their inputs, and the name alone gives them again.
+        # Everything in the case's name, so that no two cases share inputs, and the name alone reproduces them.
         entropy = [self.seed, *numbers, kinds.index(self.kind), masks.index(self.mask), *more]
         generator, of_masks = np.random.default_rng(entropy), np.random.default_rng([*entropy, 1])
         inputs = {spec.main_input: self._main(spec, generator, num_rows)}
@@ -167,7 +167,7 @@ class Case:
         return {name: array[sources] for name, array in inputs.items()} if self.repeats else inputs
 
     def _main(self, spec: GraphSpec, generator: np.random.Generator, num_rows: int) -> Array:
-        """Hidden states, or tokens."""
+        """Hidden states or tokens."""
         tensor = spec.inputs[spec.main_input]
         if tensor.dtype == "int64":
             assert tensor.values is not None
@@ -185,11 +185,11 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class UserCase:
-    """An input that the user brought; fed whole.
+    """An input from the user, which is fed in one call.
 
     Attributes:
-        name: in the user's file, or its sizes.
-        arrays: by the names of the graph, as it wants them.
+        name: name in the user's file, or its sizes.
+        arrays: arrays by the names of the graph, with its dtypes and shapes.
     """
 
     name: str
@@ -198,7 +198,7 @@ class UserCase:
     row_by_row: bool = False
     decoded: int = 0
     one_call: bool = True
-    # What users bring may overflow their dtype, and is nobody's fault.
+    # Inputs of users may overflow their dtype, which is not the artifact's fault.
     is_extreme: bool = True
     by_row: bool = False
 
@@ -209,12 +209,12 @@ class UserCase:
 
     @property
     def group(self) -> str:
-        """What it tries."""
+        """Purpose of the case."""
         return "user"
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Rows, positions, and tokens in the cache."""
+        """Numbers of rows, positions, and tokens in the cache."""
         batch_size, length = self._main.shape[:2]
         past = next((array for name, array in self.arrays.items() if name.startswith("past_key_values.")), None)
         return batch_size, length, 0 if past is None else past.shape[2]
@@ -224,15 +224,15 @@ class UserCase:
         return self.arrays["input_ids" if "input_ids" in self.arrays else "hidden_states"]
 
     def inputs(self, spec: GraphSpec) -> dict[str, Array]:  # noqa: ARG002 - they were checked when they were read
-        """The inputs of a single call, by name."""
+        """Inputs of a single call, by name."""
         return self.arrays
 
     def queries(self) -> Array | None:
-        """All are compared."""
+        """``None``: all positions are compared."""
         return None
 
     def sources(self) -> Array:
-        """Every row is one of its own."""
+        """Index of each row, since all rows are distinct."""
         return np.arange(len(self._main))
 
 

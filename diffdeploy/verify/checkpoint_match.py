@@ -1,4 +1,4 @@
-"""Proof that a bundle comes from a checkpoint: read again, cast again, the same bits."""
+"""Proof that a bundle comes from a checkpoint, which is read and cast again and must give identical bits."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +19,10 @@ __all__ = ["matches_checkpoint"]
 
 
 def matches_checkpoint(bundle: str | Path, checkpoint: str | Path) -> Check:
-    """Whether the weights and the config of a bundle are those of a checkpoint, and where it says they are.
+    """Check that the weights and the config of a bundle are those of a checkpoint, and so are its claims about it.
 
     Raises:
-        InputError: the checkpoint cannot be read as it was for the export.
+        InputError: the checkpoint cannot be read with the options of the export.
         IntegrityError: the bundle is not what was exported, or does not say how the checkpoint was read.
     """
     from safetensors.torch import load_file
@@ -35,10 +35,10 @@ def matches_checkpoint(bundle: str | Path, checkpoint: str | Path) -> Check:
         raise IntegrityError(f"manifest.json in {bundle} does not say how to read the checkpoint: {error}") from error
     is_model = isinstance(manifest.config, DecoderConfig)
     found = read_model(checkpoint, options) if is_model else read_checkpoint(checkpoint, options)
-    # Cast as for the export, since a bundle holds weights in the artifact's dtype.
+    # Cast as in the export, since a bundle contains weights in the artifact's dtype.
     config, read = _as_stored(found, manifest)
     stored = load_file(Path(bundle) / WEIGHTS)
-    problems = [] if config == manifest.config else ["its config is another"]
+    problems = [] if config == manifest.config else ["its config differs"]
     if read.keys() != stored.keys():
         problems.append("its weights have other names")
     problems += [
@@ -54,7 +54,7 @@ def matches_checkpoint(bundle: str | Path, checkpoint: str | Path) -> Check:
 
 
 def _as_stored(found: Checkpoint | ModelCheckpoint, manifest: Manifest) -> "tuple[AnyModel, Mapping[str, Tensor]]":
-    """Config and weights as an export of the checkpoint stores them."""
+    """Config and weights in the form in which an export of the checkpoint stores them."""
     config, weights, quantisation = found.config, found.weights, manifest.options.quantisation
     if quantisation is None:
         return config, cast_weights(weights, manifest.graph.dtype)
@@ -65,16 +65,16 @@ def _as_stored(found: Checkpoint | ModelCheckpoint, manifest: Manifest) -> "tupl
 
 
 def _false_claims(found: Checkpoint | ModelCheckpoint, source: Provenance) -> list[str]:
-    """What a manifest says of the checkpoint that is not so."""
+    """False claims of a manifest about the checkpoint."""
     facts: list[tuple[str, object, object]] = [("layer", found.layer, source.layer)]
-    # The same weights may have been stored anew, in other files and under other keys.
+    # The same weights may have been saved again, in other files and with other keys.
     if _digests(found) == _claimed_digests(source):
         sizes = {file.name: file.size for file in found.files}
         facts += [("sizes of files", sizes, {name: file.size for name, file in source.files.items()})]
         facts += [("layout", found.layout, source.layout), ("keys", found.keys, source.keys)]
         facts += [("defaults", found.defaults, source.defaults)]
     return [
-        f"the manifest has {name} {shortened(claimed)}, and the checkpoint {shortened(here)}"
+        f"the manifest has {name} {shortened(claimed)}, but the checkpoint has {shortened(here)}"
         for name, here, claimed in facts
         if here != claimed
     ]

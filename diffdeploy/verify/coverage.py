@@ -1,4 +1,4 @@
-"""Which part of the declared ranges a verification tried, and by what."""
+"""The parts of the declared ranges that a verification tried, and how."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -8,22 +8,22 @@ from diffdeploy.verify.cases import AnyCase
 
 __all__ = ["Coverage", "covered"]
 
-# Two sizes that are further apart than by this factor leave what lies between them untried; the sweep draws one of
-# each octave, so that its neighbours are nearer.
+# Two sizes that differ by more than this factor leave the sizes in between untried; the sweep draws one size per
+# octave, so that its neighbours are closer.
 _FURTHEST = 4
 
 
 class Coverage(Record):
-    """What was tried of one declared range.
+    """The part of one declared range that was tried.
 
     Attributes:
-        axis: its name.
+        axis: name of the axis.
         declared: smallest and largest size that the graph accepts.
-        num_sizes: different sizes that were run.
-        compared_whole: sizes whose outputs were compared everywhere; ``None`` where there were none.
-        compared_in_part: sizes where the outputs of some positions were compared, or rows with the same rows in smaller
-            batches; ``None`` where there were none.
-        untried: parts of the range with no size that was run.
+        num_sizes: number of different sizes that were run.
+        compared_whole: range of sizes whose outputs were compared completely; ``None`` if there were none.
+        compared_in_part: range of sizes whose outputs were compared at some positions, or by rows that repeat those of
+            smaller batches; ``None`` if there were none.
+        untried: parts of the range in which no size was run.
     """
 
     axis: str
@@ -35,7 +35,7 @@ class Coverage(Record):
 
     @property
     def untried_text(self) -> str | None:
-        """What was not tried, such as ``sequence_length 130 to 2048``; ``None`` where that is nothing."""
+        """Untried sizes, such as ``sequence_length 130 to 2048``; ``None`` if there are none."""
         if not self.untried:
             return None
         parts = [str(part.min) if part.min == part.max else f"{part.min} to {part.max}" for part in self.untried]
@@ -43,11 +43,11 @@ class Coverage(Record):
 
 
 def covered(spec: GraphSpec, cases: Iterable[AnyCase]) -> list[Coverage]:
-    """What cases cover of every range of a graph.
+    """Compute the coverage of every range of a graph.
 
     Args:
         spec: interface of the graph.
-        cases: those that were run.
+        cases: cases that were run.
     """
     whole: dict[str, set[int]] = {axis: set() for axis in spec.axes}
     part: dict[str, set[int]] = {axis: set() for axis in spec.axes}
@@ -61,7 +61,7 @@ def covered(spec: GraphSpec, cases: Iterable[AnyCase]) -> list[Coverage]:
 
 
 def _calls(case: AnyCase) -> list[Mapping[str, int]]:
-    """Sizes of the axes in each call that a case makes."""
+    """Sizes of the axes in each call of a case."""
     batch, length, past = case.sizes
     chunks = (length - case.decoded, *[1] * case.decoded) if case.decoded else case.chunks
     if chunks:
@@ -96,7 +96,7 @@ def _ends(sizes: set[int]) -> Range | None:
 
 
 def _gaps(declared: Range, sizes: Sequence[int]) -> list[Range]:
-    """Parts of the range before, between and behind the sizes; both ends must be among them."""
+    """Parts of the range between neighbouring sizes, and at either end."""
     gaps, before = [], declared.min - 1
     for size in (*sizes, declared.max + 1):
         is_end = before < declared.min or size > declared.max

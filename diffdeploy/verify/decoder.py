@@ -1,4 +1,4 @@
-"""The formula of a whole decoder in numpy fp64, one layer at a time, and that of a graph, whatever it holds.
+"""The formula of a whole decoder in numpy fp64, one layer at a time, and the exact outputs of any graph.
 
 Shape suffixes: B batch, S new tokens, D model width.
 """
@@ -14,7 +14,7 @@ from diffdeploy.verify.oracle import exact_and_stored, oracle
 
 __all__ = ["below", "exact_embedding", "exact_head", "exact_layer", "exact_outputs", "inputs_of_layer"]
 
-# The exponential of a large negative gate gives 0, and the criterion looks at results that are not finite.
+# The exponential of a large negative gate overflows, which makes the result 0; the criterion checks for infinity.
 _QUIETLY = np.errstate(over="ignore", invalid="ignore")
 
 
@@ -25,15 +25,14 @@ def exact_outputs(
     spec: GraphSpec,
     stored_as: DType | None = None,
 ) -> dict[str, Array]:
-    """What a graph must give: the formula of a block, or of a decoder.
+    """Exact outputs of a graph, by the formula of a block or of a decoder.
 
     Args:
-        config: of the block or the decoder.
+        config: config of the block or the decoder.
         weights: canonical weights, any floating dtype.
-        inputs: by the names of the graph.
+        inputs: inputs by the names of the graph.
         spec: interface of the graph.
-        stored_as: of a decoder, the dtype that the streams of every layer are rounded to on the way; ``None`` for
-            exact ones.
+        stored_as: dtype to which the streams of every layer of a decoder are rounded; ``None`` for exact streams.
 
     Returns:
         float64 arrays by the names of the graph.
@@ -52,12 +51,12 @@ def exact_outputs(
 
 
 def exact_embedding(weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> Array:
-    """What enters the first layer, ``[B, S, D]``."""
+    """Input of the first layer, ``[B, S, D]``."""
     return np.asarray(weights["embedding.weight"][inputs["input_ids"]], dtype=np.float64)
 
 
 def inputs_of_layer(inputs: Mapping[str, Array], number: int) -> dict[str, Array]:
-    """Inputs of a graph as the block of one layer takes them, all but the hidden states."""
+    """Inputs of the block of one layer, by the names of a block's graph, without the hidden states."""
     shared = {name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs}
     past = {f"past_key_values.{side}": inputs[f"past_key_values.{number}.{side}"] for side in ("key", "value")}
     return {**shared, **past}
@@ -72,18 +71,18 @@ def exact_layer(
     inputs: Mapping[str, Array],
     stored_as: DType | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """One layer: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
+    """Compute one layer: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
 
     Args:
-        config: of the layer.
+        config: config of the layer.
         norm_eps: epsilon of both norms.
-        weights: of the layer, by their names in it.
-        x_BSD: what the layer before gave.
+        weights: weights of the layer, by their names in it.
+        x_BSD: output of the previous layer.
         inputs: see `inputs_of_layer`.
         stored_as: see `exact_outputs`.
 
     Returns:
-        ``[B, S, D]``, and ``key`` and ``value`` of past and present; float64.
+        Output ``[B, S, D]``, and ``key`` and ``value`` of past and present; float64.
     """
     x_BSD = np.asarray(x_BSD, dtype=np.float64)
     given = {"hidden_states": _rms_norm(x_BSD, weights["attention_norm.weight"], norm_eps), **inputs}
@@ -101,15 +100,15 @@ def exact_layer(
 
 @_QUIETLY
 def exact_head(config: DecoderConfig, weights: Mapping[str, Array], x_BSD: Array) -> Array:
-    """Logits ``[B, S, V]`` of what the last layer gave."""
+    """Logits ``[B, S, V]`` from the output of the last layer."""
     head = weights["embedding.weight" if config.tied else "lm_head.weight"]
     logits: Array = _rms_norm(np.asarray(x_BSD, np.float64), weights["norm.weight"], config.norm_eps) @ _wide(head).T
     return logits
 
 
 def below(weights: Mapping[str, Array], prefix: str) -> dict[str, Array]:
-    """Weights whose names begin so, without it."""
-    # Not by items, which would read all of a checkpoint that is read when asked for.
+    """Weights whose names begin with a prefix, by their names without it."""
+    # Not by items, which would read all weights of a lazily read checkpoint.
     return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
 
 
@@ -134,7 +133,7 @@ def _bias(w: Mapping[str, Array], name: str) -> Array | float:
 
 
 def _activation(config: MlpConfig, w: Mapping[str, Array], gate: Array) -> Array:
-    """SiLU, or PolyNorm as `diffdeploy.modules.mlp.PolyNorm` has it."""
+    """SiLU, or PolyNorm as in `diffdeploy.modules.mlp.PolyNorm`."""
     if config.kind == "swiglu":
         return np.asarray(gate / (1.0 + np.exp(-gate)))
     cube, square, plain = (float(weight) for weight in _wide(w["act.weight"]))

@@ -1,4 +1,4 @@
-"""What differs between two bundles, or two reports: figures, checks, versions, graph, files."""
+"""Differences between two bundles or two reports: figures, checks, versions, graph, files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ __all__ = ["Described", "Difference", "differences", "read_described"]
 
 @dataclass(frozen=True)
 class Described:
-    """A bundle or a report that is compared; a bundle that was never verified has no report."""
+    """A bundle or a report to compare; a bundle that was never verified has no report."""
 
     path: Path
     manifest: Manifest | None
@@ -23,14 +23,14 @@ class Described:
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that differs.
+    """One difference.
 
     Attributes:
         section: ``bundle``, ``files``, ``graph``, ``config``, ``options``, ``requires``, ``versions``,
             ``verification``, ``checks`` or ``figures``.
-        name: of the thing, with dots.
-        before: its value in the first; ``None`` where it is not there.
-        after: its value in the second.
+        name: dotted name of what differs.
+        before: its value in the first; ``None`` if absent.
+        after: its value in the second; ``None`` if absent.
     """
 
     section: str
@@ -43,7 +43,7 @@ def read_described(path: Path) -> Described:
     """Open a bundle or a report.
 
     Raises:
-        InputError: it is neither.
+        InputError: the path is neither.
         IntegrityError: the bundle is not what was exported.
     """
     if not path.is_dir():
@@ -54,11 +54,11 @@ def read_described(path: Path) -> Described:
 
 
 def differences(one: Described, other: Described) -> list[Difference]:
-    """Everything that differs, section by section; what only one kind of subject has is left out.
+    """List everything that differs, section by section; sections that only one kind of subject has are omitted.
 
     Args:
-        one: compared with the other.
-        other: bundle or report, also where ``one`` is the other kind.
+        one: first bundle or report.
+        other: second bundle or report, which may be of the other kind.
     """
     changes = []
     befores, afters = _sections(one), _sections(other)
@@ -69,7 +69,7 @@ def differences(one: Described, other: Described) -> list[Difference]:
             for name in dict.fromkeys([*before, *after])
             if before.get(name) != after.get(name)
         ]
-    # The sections that both have come from sets, which have no order.
+    # Sets would not preserve the order of the sections.
     order = list(befores)
     return sorted(changes, key=lambda change: order.index(change.section))
 
@@ -89,7 +89,7 @@ def _sections(subject: Described) -> dict[str, Mapping[str, Any]]:
             "versions": _flat(fields["environment"]),
         }
     if report is not None:
-        # A bundle knows its own files better than the report that lies in it.
+        # A bundle knows its own files better than the report inside it.
         sections.setdefault("files", report.files)
         sections.setdefault("versions", _flat(report.environment.model_dump(mode="json")))
         judged = report.model_dump(include={"format", "dtype", "backend", "seed", "selection", "budget"})
@@ -103,8 +103,8 @@ def _sections(subject: Described) -> dict[str, Mapping[str, Any]]:
 
 
 def _figures(report: Report) -> dict[str, Any]:
-    """All of each output of each case, as one value."""
-    # As one value: an output that differs is one line, not one for each of its figures.
+    """Figures of each output of each case, as one value."""
+    # One value, so that an output that differs is one line, and not one for each of its figures.
     return {
         f"{case.id} {output.output}": output.model_dump(mode="json", exclude={"output"})
         for case in report.cases

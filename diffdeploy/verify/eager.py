@@ -1,4 +1,4 @@
-"""The error of the eager block, in the artifact's dtype, against the exact result: the yardstick of a case."""
+"""The error of the eager block in the artifact's dtype against the exact result, which is the yardstick of a case."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,9 +19,9 @@ __all__ = ["RunArrays", "eager_error", "eager_errors", "for_queries", "run_array
 
 RunArrays = Callable[[Mapping[str, Array]], dict[str, Array]]
 
-# Many positions average over enough numbers by themselves, and one neighbour is enough.
+# With this many positions, averages are stable, and one neighbour is enough.
 _MANY_POSITIONS, _NEIGHBOURS, _NEIGHBOURS_OF_FEW = 300, 1, 7
-# Numbers in the inputs of one call: 16 MiB in fp32.
+# Maximum count of numbers in the inputs of one call: 16 MiB in fp32.
 _MAX_STACKED = 2**22
 _UP_OR_DOWN = 0.5
 
@@ -29,12 +29,12 @@ _UP_OR_DOWN = 0.5
 def run_arrays(
     block: "AnyModule", *, device: str = "cpu", dtype: "torch.dtype | None" = None, last_only: bool = False
 ) -> RunArrays:
-    """The eager block as a function of arrays by the names of a graph, without gradients.
+    """Turn an eager block into a function of arrays by the names of a graph, without gradients.
 
     Args:
         block: block on the device.
-        device: where the inputs go.
-        dtype: dtype that floating-point inputs are given in; by default their own.
+        device: device of the inputs.
+        dtype: dtype to which floating-point inputs are cast; their own by default.
         last_only: see `run_graph`.
     """
     import torch
@@ -51,9 +51,9 @@ def run_arrays(
 
 
 def _fast_products(device: str) -> AbstractContextManager[Any]:
-    """Products of float16 on CPUs, which have no kernel for them, by that of float32: five times as fast.
+    """Compute float16 products on CPUs, which have no kernel for them, in float32: five times as fast.
 
-    They accumulate in float32 either way and are rounded once, so that errors are the same.
+    Both accumulate in float32 and round once, so the errors are the same.
     """
     if device != "cpu":
         return nullcontext()
@@ -74,7 +74,7 @@ def _fast_products(device: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def for_queries(block: "AnyModule", queries: Array | None) -> Iterator[None]:
-    """Within it the block computes the output of these positions alone, from all keys and values.
+    """While the block runs, compute its output only at these positions, from all keys and values.
 
     Args:
         block: eager block.
@@ -101,7 +101,7 @@ def for_queries(block: "AnyModule", queries: Array | None) -> Iterator[None]:
             q[:, :, chosen],
             k,
             v,
-            # One for each token, or one for all.
+            # Lambda may have an entry for each token.
             lam[:, :, chosen] if lam.ndim else lam,
             causal=False,
             attn_mask=seen[None, None] if mask is None else mask & seen,
@@ -110,7 +110,7 @@ def for_queries(block: "AnyModule", queries: Array | None) -> Iterator[None]:
             impl=impl,
         )
 
-    # On the instance, since all other steps are those of its class.
+    # Set on the instance, which keeps all other steps of its class.
     block.__dict__["attend"] = attend
     try:
         yield
@@ -121,7 +121,7 @@ def for_queries(block: "AnyModule", queries: Array | None) -> Iterator[None]:
 def eager_error(
     eager: RunArrays, inputs: Mapping[str, Array], expected: Mapping[str, Array], dtype: DType
 ) -> dict[str, Yardstick]:
-    """The same as `eager_errors` for all rows together: a yardstick for each output, by name."""
+    """Like `eager_errors`, but for all rows together: a yardstick for each output, by name."""
     (of_all_rows,) = eager_errors(eager, inputs, expected, dtype, [slice(None)])
     return of_all_rows
 
@@ -133,7 +133,7 @@ def eager_errors(
     dtype: DType,
     groups: Sequence[slice],
 ) -> list[dict[str, Yardstick]]:
-    """Run the eager block on an input, and on ones that differ from it in the last bits.
+    """Run the eager block on an input, and on neighbours that differ from it in the last bits.
 
     Args:
         eager: block, see `run_arrays`.
@@ -143,7 +143,7 @@ def eager_errors(
         groups: rows that are judged together.
 
     Returns:
-        For each group a yardstick for each output, by name.
+        A yardstick for each output by name, for each group.
     """
     yardsticks = [{name: Yardstick(array[rows], dtype) for name, array in expected.items()} for rows in groups]
     batch_size = len(next(iter(inputs.values())))
@@ -158,12 +158,12 @@ def eager_errors(
 
 
 def _stacks(inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
-    """The input, then its neighbours, several in one batch where that is small, since calls cost more than numbers."""
+    """Yield the input, then its neighbours, batched where they are small, since calls cost more than numbers."""
     yield dict(inputs)
-    if "hidden_states" not in inputs:  # tokens have no neighbours; a model has more numbers to average over
+    if "hidden_states" not in inputs:  # tokens have no neighbours, but a model has more numbers to average over
         return
     x_BSD = inputs["hidden_states"]
-    # The same neighbours each time, so that a verification that is repeated gives the same figures.
+    # A fixed seed, so that repeated verifications give the same figures.
     generator = np.random.default_rng(0)
     left = _NEIGHBOURS if x_BSD.shape[0] * x_BSD.shape[1] > _MANY_POSITIONS else _NEIGHBOURS_OF_FEW
     at_once = max(1, _MAX_STACKED // sum(array.size for array in inputs.values()))
@@ -175,8 +175,8 @@ def _stacks(inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
 
 
 def _nudge(x_BSD: Array, generator: np.random.Generator) -> Array:
-    """Every number one step up or down; NaN and infinity as they are."""
-    # Equal positions stay equal: what makes them hard is that their roundings do not average out.
+    """Move every number one step up or down; NaN and infinity stay unchanged."""
+    # Equal positions stay equal: they are difficult because their roundings do not average out.
     constant = bool((x_BSD == x_BSD[:, :1]).all())
     shape = (len(x_BSD), 1, x_BSD.shape[2]) if constant else x_BSD.shape
     directions = np.where(generator.random(shape) < _UP_OR_DOWN, -np.inf, np.inf).astype(x_BSD.dtype)

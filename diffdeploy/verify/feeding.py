@@ -1,4 +1,4 @@
-"""How a case is fed to an artifact: in one call, in steps that hand on the cache, or one row at a time."""
+"""Feeding a case to an artifact: in one call, in steps that pass on the cache, or one row at a time."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ __all__ = ["feed"]
 
 
 def feed(case: AnyCase, artifact: Artifact, inputs: Mapping[str, Array], spec: GraphSpec) -> dict[str, Array]:
-    """Outputs by name, of all calls together. A case of one call must have been started.
+    """Feed a case and join the outputs of all its calls, by name. A case of one call must have been started.
 
     Raises:
         ExportError: the artifact did not run.
@@ -37,7 +37,7 @@ def _in_chunks(
         part = {
             name: inputs[name][:, done : done + chunk] for name in (spec.main_input, "position_ids") if name in inputs
         }
-        # Grows with the cache: it speaks of all tokens so far.
+        # The mask grows with the cache, since it covers all tokens so far.
         part["attention_mask"] = inputs["attention_mask"][:, : done + chunk]
         result = artifact.run({**part, **caches})
         caches = {name: result[present] for name, present in spec.caches.items()}
@@ -48,7 +48,7 @@ def _in_chunks(
 
 
 def _decoded(num_tokens: int, artifact: Artifact, inputs: Mapping[str, Array], spec: GraphSpec) -> dict[str, Array]:
-    """Logits of the last tokens and the caches as generation finds them; those before are one call's."""
+    """Logits of the last tokens and the caches, as in generation; tokens before those are fed in one call."""
     outputs, found = artifact.run(inputs), artifact.decode(inputs, num_tokens)
     logits = found.pop(spec.main_output)[:, -outputs[spec.main_output].shape[1] :]
     outputs[spec.main_output][:, -logits.shape[1] :] = logits

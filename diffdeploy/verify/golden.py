@@ -1,4 +1,4 @@
-"""Golden vectors: inputs with exact outputs that travel with a bundle, for machines with nothing but its runtime."""
+"""Golden vectors: inputs with exact outputs in the bundle, for machines that have only its runtime."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,8 +23,8 @@ from diffdeploy.verify.sweep import golden_cases
 
 __all__ = ["golden_arrays", "golden_check", "verify_golden"]
 
-# Of the largest number in fp64: other machines sum in other orders, which makes 1e-14 in random blocks; what is told
-# from it is an output of other weights, and budgets begin at 1e-7.
+# Relative to the largest number, in fp64: other machines sum in other orders, which makes 1e-14 in random blocks; the
+# tolerance must detect outputs of other weights, and budgets begin at 1e-7.
 _RELATIVE_ERROR = 1e-10
 
 _WITHOUT_GOLDEN = "run diffdeploy verify without --golden"
@@ -41,7 +41,7 @@ def golden_arrays(config: AnyModel, spec: GraphSpec, weights: Mapping[str, Array
 
 
 def golden_check(bundle: Bundle, exact_weights: Mapping[str, Array]) -> Check:
-    """The stored exact outputs must be what the formula gives here and now."""
+    """Check that the stored exact outputs are those that the formula gives now."""
     manifest = bundle.manifest
     stored = read_safetensors(bundle.path / GOLDEN)
     fresh = golden_arrays(manifest.config, manifest.graph, exact_weights, manifest.options.seed)
@@ -51,24 +51,24 @@ def golden_check(bundle: Bundle, exact_weights: Mapping[str, Array]) -> Check:
         if stored[name].shape != fresh[name].shape or not np.allclose(
             stored[name], fresh[name], rtol=0.0, atol=_RELATIVE_ERROR * scale
         ):
-            problems.append(f"{name} is not what the formula gives")
+            problems.append(f"{name} differs from the result of the formula")
     return Check(name="golden", passed=not problems, detail="; ".join(problems) or "stored outputs are the formula's")
 
 
 def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Report:
-    """Run the golden inputs through the runtime, in this process, and hold the outputs against the stored exact ones.
+    """Run the golden inputs through the runtime, in this process, and compare the outputs with the stored exact ones.
 
-    Needs numpy and the backend of the format alone: eager's error, which sets the budget, is that of the report which
-    accepted the bundle.
+    This needs only numpy and the backend of the format: the report that accepted the bundle provides eager's error,
+    which determines the budget.
 
     Args:
-        path: the bundle's directory.
+        path: directory of the bundle.
         run_options: device and backend that the artifact is run with, and the key that must have signed it.
 
     Raises:
-        InputError: no bundle there, or one that was never verified.
-        IntegrityError: the bundle is not what was exported, its report is not of it or lacks a golden vector, or it
-            was not signed with the key.
+        InputError: there is no bundle, or it was never verified.
+        IntegrityError: the bundle is not what was exported, its report belongs to another bundle or lacks a golden
+            vector, or it was not signed with the key.
         UnavailableError: this machine cannot run the format.
         ExportError: the backend cannot load the artifact.
     """
@@ -86,7 +86,7 @@ def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Re
             "selection": "golden",
             "budget": BUDGETS[accepted.dtype],
             "environment": Environment.current(distributions()),
-            # All that was looked at here: contracts take the libraries of an export.
+            # The only structural check made here, since contracts need the libraries of an export.
             "contract": [Check(name="digests", passed=True, detail="every file is the one that was exported")],
             "cases": reports,
             "coverage": covered(spec, cases),
@@ -97,23 +97,23 @@ def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Re
 def _accepting_report(bundle: Bundle) -> Report:
     if REPORT not in bundle.manifest.files:
         raise InputError(
-            f"{bundle.path} was exported without verification, so no error of the eager block is on record for its "
+            f"{bundle.path} was exported without verification, so it has no recorded error of the eager block for its "
             f"budget; {_WITHOUT_GOLDEN}"
         )
     report = Report.from_bytes((bundle.path / REPORT).read_bytes(), str(bundle.path / REPORT))
     manifest = bundle.manifest
     if not report.passed:
-        raise IntegrityError(f"{REPORT} in {bundle.path} did not accept it; {_WITHOUT_GOLDEN}")
+        raise IntegrityError(f"{REPORT} in {bundle.path} did not accept the bundle; {_WITHOUT_GOLDEN}")
     if (report.format, report.dtype, report.files) != (manifest.format, manifest.graph.dtype, files_judged(manifest)):
-        raise IntegrityError(f"{REPORT} in {bundle.path} is of another bundle; {_WITHOUT_GOLDEN}")
+        raise IntegrityError(f"{REPORT} in {bundle.path} belongs to another bundle; {_WITHOUT_GOLDEN}")
     return report
 
 
 def _stored(bundle: Bundle, cases: Sequence[Case]) -> dict[str, Array]:
-    """The golden vectors, which must be there for every case.
+    """Read the golden vectors of every case.
 
     Raises:
-        IntegrityError: they are not.
+        IntegrityError: a vector is missing.
     """
     stored, spec = read_safetensors(bundle.path / GOLDEN), bundle.manifest.graph
     wanted = [f"{case.id}.{name}" for case in cases for name in (*spec.inputs, *spec.outputs)]
@@ -123,15 +123,15 @@ def _stored(bundle: Bundle, cases: Sequence[Case]) -> dict[str, Array]:
 
 
 def _recorded(bundle: Bundle, cases: Sequence[Case], accepted: Report) -> dict[str, CaseReport]:
-    """What a report says of each case, and of every output in it.
+    """Results of each case and all its outputs in a report.
 
     Raises:
-        IntegrityError: it does not.
+        IntegrityError: a case or an output is missing.
     """
     outputs = list(bundle.manifest.graph.outputs)
     recorded = {case.id: case for case in accepted.cases if [each.output for each in case.outputs] == outputs}
     if missing := [case.id for case in cases if case.id not in recorded]:
-        raise IntegrityError(f"{REPORT} in {bundle.path} says nothing of {', '.join(missing)}; {_WITHOUT_GOLDEN}")
+        raise IntegrityError(f"{REPORT} in {bundle.path} lacks {', '.join(missing)}; {_WITHOUT_GOLDEN}")
     return recorded
 
 
@@ -139,7 +139,7 @@ def _run_case(runtime: Runtime, case: Case, stored: Mapping[str, Array], recorde
     spec = runtime.spec
     try:
         outputs = runtime(**{name: stored[f"{case.id}.{name}"] for name in spec.inputs})
-    except Exception as error:  # noqa: BLE001 - whatever a backend raises is the finding
+    except Exception as error:  # noqa: BLE001 - any error of a backend is the finding
         return CaseReport.did_not_run(case.id, case.group, f"{type(error).__name__}: {error}")
     reports = []
     for eager in recorded.outputs:

@@ -1,4 +1,4 @@
-"""Tokens as generation gives them: each is to be the most probable one, wherever the exact margin tells which that is.
+"""Check of generated tokens: each must be the most probable one, wherever the exact margin is large enough to tell.
 
 Shape suffixes: B batch, N tokens, S prompt, V vocabulary.
 """
@@ -26,9 +26,8 @@ _NAME = "greedy tokens"
 class Greedy(NamedTuple):
     """The verdict on generated tokens.
 
-    Attributes:
-        check: whether all that can be told are right.
-        num_checked: tokens whose exact margin is larger than two logits may be off together.
+    check: passed if all tokens that can be judged are correct.
+    num_checked: number of tokens whose exact margin exceeds the allowed error of two logits together.
     """
 
     check: Check
@@ -36,15 +35,15 @@ class Greedy(NamedTuple):
 
 
 def wrong_tokens(exact_NV: Array, tokens_N: Array, allowed: float) -> tuple[Array, int]:
-    """Which tokens cannot be the most probable ones, and of how many it could be told.
+    """Find the tokens that cannot be the most probable ones, and count those that can be judged.
 
     Args:
-        exact_NV: exact logits or log-probabilities that each token was chosen by.
+        exact_NV: exact logits or log-probabilities from which each token was chosen.
         tokens_N: the chosen tokens.
-        allowed: what each of those may be off; two of them may be off towards each other.
+        allowed: allowed error of each of those; two of them may be off in opposite directions.
 
     Returns:
-        Places among the tokens, and the number of tokens with a larger margin.
+        Indices of the wrong tokens, and the number of tokens with a larger margin.
     """
     second, first = np.sort(exact_NV, axis=-1)[:, -2:].T
     lost = first - exact_NV[np.arange(len(tokens_N)), tokens_N]
@@ -52,13 +51,13 @@ def wrong_tokens(exact_NV: Array, tokens_N: Array, allowed: float) -> tuple[Arra
 
 
 def greedy_tokens(artifact: Artifact, yardsticks: Yardsticks, spec: GraphSpec, seed: int) -> Greedy:
-    """Let the artifact continue a padded batch of prompts by itself, and hold every token against the formula.
+    """Let the artifact continue a padded batch of prompts on its own, and compare every token with the formula.
 
     Args:
-        artifact: runs a model.
-        yardsticks: of the model.
+        artifact: object that runs a model.
+        yardsticks: yardsticks of the model.
         spec: interface of the graph.
-        seed: of the prompts.
+        seed: random seed for the prompts.
     """
     longest = spec.axes["total_sequence_length"].max
     length = min(_PROMPT, longest - 1)
@@ -71,9 +70,9 @@ def greedy_tokens(artifact: Artifact, yardsticks: Yardsticks, spec: GraphSpec, s
         return Greedy(Check(name=_NAME, passed=False, detail=f"the artifact did not run: {error}"), 0)
     if tokens.shape != (case.batch_size, length + new) or (tokens[:, :length] != inputs["input_ids"]).any():
         return Greedy(
-            Check(name=_NAME, passed=False, detail=f"it gave {list(tokens.shape)}, not the prompts and {new} tokens"), 0
+            Check(name=_NAME, passed=False, detail=f"it returned {list(tokens.shape)}, not prompts and {new} tokens"), 0
         )
-    # The last token entered no cache, and nothing was computed from it.
+    # The last token was never fed to the model.
     mask = np.concatenate((inputs["attention_mask"], np.ones((len(tokens), new - 1), np.int64)), axis=1)
     yardstick = yardsticks.of_logits(prompt_inputs(spec, tokens[:, :-1], mask))
     allowed = measure(spec.main_output, yardstick.rounded, yardstick).allowed_max_error
@@ -86,5 +85,5 @@ def greedy_tokens(artifact: Artifact, yardsticks: Yardsticks, spec: GraphSpec, s
         row, step = divmod(int(wrong[0]), new)
         detail = f"{len(wrong)} of {total} are not the most probable ones, first in row {row} token {step}"
         return Greedy(Check(name=_NAME, passed=False, detail=detail), checked)
-    detail = f"right, all {checked} of {total} whose margin tells"
+    detail = f"correct, all {checked} of {total} with a margin that is large enough to tell"
     return Greedy(Check(name=_NAME, passed=True, detail=detail), checked)

@@ -1,7 +1,7 @@
-"""Each layer of a model on what enters it in the artifact, by the criterion of blocks; and the head behind them.
+"""Verification of each layer of a model on its input in the artifact, by the criterion of blocks, and of the head.
 
-Errors of a layer do not add up with those of the layers before, so that a fault of one layer is as visible as in a
-block, and the layer is named.
+Errors of a layer are not mixed with those of earlier layers, so a fault in one layer is as visible as in a block, and
+the layer is named.
 """
 
 import re
@@ -29,20 +29,20 @@ __all__ = ["guilty_layer", "layer_reports", "num_judged_layers"]
 
 _GROUP, _HEAD = "each layer", "head"
 
-# Checks that say which weight or number is another one, and how they name its layer.
+# Checks that can name a wrong weight or number, and the form in which they name its layer.
 _OF_CONSTANTS, _LAYER = ("weights", "lambda"), re.compile(r"layers\.(\d+)\.")
 
 
 def layer_reports(
     bundle: Bundle, model: "DiffTransformer", weights: Mapping[str, Array], seed: int
 ) -> list[CaseReport]:
-    """A report for each layer, and one for the head; none for a format that does not show what is between them.
+    """Report on each layer and on the head; empty for a format whose intermediate values cannot be observed.
 
     Args:
-        bundle: of a model.
-        model: eager, with the formula as it is written.
+        bundle: bundle of a model.
+        model: eager model, with the formula as the paper writes it.
         weights: canonical weights in the artifact's dtype.
-        seed: of the tokens.
+        seed: random seed for the tokens.
     """
     values = require_format(bundle.manifest.format).layer_values(bundle)
     if values is None:
@@ -52,7 +52,7 @@ def layer_reports(
     past = min(5, longest - 2)
     case = Case(batch_size=2, sequence_length=min(17, longest - past), past_length=past, mask="left", seed=seed)
     if spec.padding != "anywhere":
-        # The graph is looked into as it is, without what the runtime does for it.
+        # The graph is observed directly, without the runtime's adaptation of padding.
         case = replace(case, batch_size=1, mask="none")
     return _Layers(bundle, model, weights).reports(case, values)
 
@@ -68,10 +68,10 @@ class _Layers:
         try:
             shown = values(inputs)
         except ExportError as error:
-            # Of another group: no layer was looked at.
+            # A separate group, since no layer was judged.
             return [CaseReport.did_not_run(f"layers-{case.id}", "all layers", str(error))]
         reports = []
-        # A row of the embedding is copied, and no rounding comes between.
+        # The embedding copies a row, without rounding.
         x_BSD = exact_embedding(self._weights, inputs).astype(self._dtype)
         for number in range(self._config.num_layers):
             reports.append(self._layer(number, x_BSD, inputs, shown))
@@ -128,21 +128,21 @@ class _EagerLayer:
 
 
 def num_judged_layers(reports: list[CaseReport]) -> int:
-    """How many layers were judged by themselves; 0 of a format that does not show what is between them."""
+    """Number of layers that were judged separately; 0 for a format whose intermediate values cannot be observed."""
     return sum(report.group == _GROUP and report.id != _HEAD for report in reports)
 
 
 def guilty_layer(reports: list[CaseReport], checks: list[Check]) -> Finding | None:
-    """The first layer with a constant that is another one, or that is off on its own inputs, or the head.
+    """Find the first layer with a wrong constant or a deviation on its own input, or the head.
 
     Args:
-        reports: of the cases, those of the layers among them.
-        checks: of the contract.
+        reports: reports on the cases, including those on the layers.
+        checks: checks of the contract.
 
     Returns:
-        ``None`` where no layer is.
+        The finding, or ``None`` if no layer is at fault.
     """
-    # A named constant is certain, and may be off by less than rounding.
+    # A named constant is certain evidence, even if it is off by less than rounding.
     for check in checks:
         if not check.passed and check.name in _OF_CONSTANTS and (named := _LAYER.search(check.detail)):
             return Finding(stage=f"layer {named[1]}", found_by="constants", detail=check.detail)
@@ -153,5 +153,5 @@ def guilty_layer(reports: list[CaseReport], checks: list[Check]) -> Finding | No
     return Finding(
         stage=guilty.id.replace("layer", "layer "),
         found_by="intermediate values",
-        detail=f"on what enters it in the artifact it is off{output}: {guilty.failure}",
+        detail=f"on its input in the artifact, it is off{output}: {guilty.failure}",
     )

@@ -1,4 +1,4 @@
-"""What quantised weights lose against the original ones, on a text: reported, and no part of the criterion.
+"""The loss of a model by quantisation, measured on a text: reported, but not part of the criterion.
 
 Shape suffixes: B batch (1), S tokens of a window, D model width, V vocabulary.
 """
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
 __all__ = ["WINDOW", "Loss", "measure_loss"]
 
-# Tokens of a text that see each other; the sample was trained on so many.
+# Number of tokens of a text that attend to each other, as in the training of the sample.
 WINDOW = 256
 
 
 class Loss(Record):
-    """How far a quantised model is from the original one.
+    """The distance of a quantised model from the original one.
 
     Attributes:
-        text: what it was measured on.
-        text_sha256: of the text in UTF-8.
-        num_bytes: of the text.
-        num_tokens: tokens that were predicted, all but the first.
+        text: name of the text that it was measured on.
+        text_sha256: sha256 of the text in UTF-8.
+        num_bytes: length of the text in bytes.
+        num_tokens: number of tokens that were predicted, all but the first.
         original_bits_per_byte: cross entropy of the original model.
-        bits_per_byte: that of the quantised one.
-        agreement: share of the tokens for which both have the same most probable one.
-        kl: mean Kullback-Leibler divergence of the quantised model's probabilities from the original ones, in nats a
+        bits_per_byte: cross entropy of the quantised model.
+        agreement: share of the tokens for which both models have the same most probable token.
+        kl: mean Kullback-Leibler divergence of the quantised model's probabilities from the original ones, in nats per
             token.
-        layers: error of each quantised part on what enters it in the original model, relative to what it adds there:
-            roots of mean squares, by the names of reports.
+        layers: root mean square error of each quantised part on its input in the original model, relative to what the
+            part adds there, by the names in reports.
     """
 
     text: str
@@ -50,25 +50,25 @@ class Loss(Record):
 
     @property
     def worst_layer(self) -> str:
-        """The part with the largest error."""
+        """Name of the part with the largest error."""
         return max(self.layers, key=lambda name: self.layers[name])
 
     @property
     def summary(self) -> str:
         """All figures in one line."""
         return (
-            f"{self.bits_per_byte:.4g} bits a byte, {self.original_bits_per_byte:.4g} before; same top token "
+            f"{self.bits_per_byte:.4g} bits per byte, {self.original_bits_per_byte:.4g} before; same top token "
             f"{self.agreement:.2%}, KL {self.kl:.3g} nats; worst layer {self.worst_layer}, off by "
             f"{self.layers[self.worst_layer]:.2%}; {self.num_tokens:,} tokens of {self.text}"
         )
 
     def excess(self, max_kl: float | None, min_agreement: float | None) -> str | None:
-        """What of it is beyond a limit, in one clause; ``None`` where nothing is."""
-        # Not `kl > max_kl`: NaN is beyond every limit.
+        """Description of the limit that is exceeded, in one clause; ``None`` if there is none."""
+        # Written as `not <=`, so that NaN exceeds every limit.
         if max_kl is not None and not self.kl <= max_kl:
-            return f"KL is {self.kl:.4g} nats a token, and at most {max_kl:g} was asked for"
+            return f"KL is {self.kl:.4g} nats per token, but the limit is {max_kl:g}"
         if min_agreement is not None and not self.agreement >= min_agreement:
-            return f"the top token is the same for {self.agreement:.4g}, and at least {min_agreement:g} was asked for"
+            return f"the top token is the same for {self.agreement:.4g}, but the limit is at least {min_agreement:g}"
         return None
 
 
@@ -83,19 +83,20 @@ def measure_loss(
     """Compare two eager models on a text, in windows of 256 tokens.
 
     Args:
-        original: with the weights as they were.
-        quantised: of the same config, with the dequantised weights, which the artifact is verified to compute with.
-        tokens: of the text, at least two.
-        text: in UTF-8.
-        name: of the text.
-        progress: called with windows done, windows in all, and the name of the text.
+        original: model with the original weights.
+        quantised: model of the same config with the dequantised weights, which the artifact is verified to compute
+            with.
+        tokens: tokens of the text, at least two.
+        text: the text in UTF-8.
+        name: name of the text.
+        progress: callback that receives the windows done, the windows in total, and the name of the text.
     """
     import hashlib
 
     import torch
 
     sums, errors = _Sums(), _Errors(original, quantised)
-    # A window begins with the last token of the one before, so that all tokens but the first are predicted once.
+    # A window begins with the last token of the previous one, so that all tokens but the first are predicted once.
     starts = range(0, len(tokens) - 1, WINDOW - 1)
     with torch.no_grad(), errors.watched():
         for done, start in enumerate(starts):
@@ -119,14 +120,14 @@ def measure_loss(
 
 
 class _Sums:
-    """Over all predicted tokens."""
+    """Sums over all predicted tokens."""
 
     def __init__(self) -> None:
         self.original = self.quantised = self.divergence = 0.0
         self.same = 0
 
     def add(self, next_S: "Tensor", original_SV: "Tensor", quantised_SV: "Tensor") -> None:
-        # In float64, since the divergence of good weights is the small difference of large sums.
+        # In float64, since the divergence of good weights is a small difference of large sums.
         before, after = original_SV.double().log_softmax(-1), quantised_SV.double().log_softmax(-1)
         self.original -= float(before.gather(1, next_S[:, None]).sum())
         self.quantised -= float(after.gather(1, next_S[:, None]).sum())
@@ -135,7 +136,7 @@ class _Sums:
 
 
 class _Errors:
-    """Of each layer and of the head, fed with what they get in the original model."""
+    """Errors of each layer and of the head, on their inputs in the original model."""
 
     def __init__(self, original: "DiffTransformer", quantised: "DiffTransformer") -> None:
         self._parts: dict[str, tuple[nn.Module, nn.Module]] = {
@@ -147,7 +148,7 @@ class _Errors:
 
     @contextmanager
     def watched(self) -> "Iterator[None]":
-        """Within it runs of the original model count."""
+        """Count runs of the original model in the ``with`` block."""
         hooks = [before.register_forward_hook(self._hook(name)) for name, (before, _) in self._parts.items()]
         try:
             yield
@@ -159,7 +160,7 @@ class _Errors:
         other, squares = self._parts[name][1], self._squares[name]
 
         def add(_module: "nn.Module", inputs: tuple[Any, ...], outputs: Any) -> None:
-            # A layer also gives its cache, and adds to what enters it.
+            # A layer also returns its cache, and adds to its input.
             is_layer = isinstance(outputs, tuple)
             found = other(*inputs)
             exact, off = (outputs[0], found[0]) if is_layer else (outputs, found)
@@ -170,5 +171,5 @@ class _Errors:
         return add
 
     def relative(self) -> dict[str, float]:
-        """Roots of mean squares over those of what is added."""
+        """Root mean square errors relative to that of what is added."""
         return {name: math.sqrt(error / size) if size else 0.0 for name, (error, size) in self._squares.items()}

@@ -1,9 +1,9 @@
-"""The criterion: an artifact may be at most a little less exact than a right computation in the same dtype must be.
+"""The criterion: an artifact may be at most slightly less exact than a correct computation in the same dtype.
 
-Where a softmax is nearly tied, the error of *one* right computation can be tiny or large by luck. So eager's error is
-taken over several runs on inputs that differ in the last bit. Where the two attentions nearly cancel, eager, which
-subtracts probabilities, is exact by its nature, and an artifact, which subtracts the results of two operators, cannot
-be: so the error of storing those results counts too.
+Where a softmax is nearly tied, the error of *one* correct computation can be tiny or large by chance, so eager's error
+is taken over several runs on inputs that differ in the last bit. Where the two attentions nearly cancel, eager, which
+subtracts probabilities, is exact by its nature; an artifact, which subtracts the results of two operators, cannot be,
+so the error of storing those results counts too.
 """
 
 import numpy as np
@@ -19,18 +19,18 @@ __all__ = ["Yardstick", "judge", "measure", "rejudge"]
 class Yardstick:
     """Error of the eager block against fp64, over runs that differ in the last bits of their inputs.
 
-    Only elements count whose exact value is finite in the dtype: of the others there is no error, only a kind. Where
-    eager gives another kind (it overflows on the way, or multiplies a hidden NaN by 0), a right artifact may as well,
-    and nothing is asked of it.
+    Only elements whose exact value is finite in the dtype count; the others have a kind and no error. Where eager
+    returns another kind (it overflows on the way, or multiplies a hidden NaN by 0), a correct artifact may as well, and
+    the element is not judged.
 
     Args:
-        expected: exact, float64.
-        dtype: of the artifact.
+        expected: exact result, float64.
+        dtype: dtype of the artifact.
     """
 
     def __init__(self, expected: Array, dtype: DType) -> None:
         self.expected, self.dtype = expected, dtype
-        with np.errstate(over="ignore", invalid="ignore"):  # what is too large for the dtype is infinity there, too
+        with np.errstate(over="ignore", invalid="ignore"):  # numbers beyond the range become infinite, too
             self.rounded = expected.astype(dtype)
         self.counts = np.isfinite(self.rounded)
         self.unjudged = np.zeros(expected.shape, dtype=bool)
@@ -39,15 +39,16 @@ class Yardstick:
         self.storage_rmse, self.storage_max_error = 0.0, 0.0
 
     def add(self, eager: Array) -> None:
-        """Take in one run, of the shape of ``expected`` and in the artifact's dtype."""
+        """Add one run, with the shape of ``expected`` and the artifact's dtype."""
         self.set_aside(eager)
         errors = self.errors(eager)
-        # Per run, not per element: runs have equally many, so the mean over runs is the mean over all.
+        # Averaged per run and not per element: runs have equally many elements, so the mean over runs is the mean over
+        # all.
         self._squares.append(float(np.mean(np.square(errors))) if errors.size else 0.0)
         self.max_error = max(self.max_error, float(errors.max(initial=0.0)))
 
     def set_aside(self, eager: Array) -> None:
-        """Stop counting elements that a right computation gave as another kind than the exact ones."""
+        """Stop counting elements whose kind in a correct computation differs from the exact one."""
         finite = np.isfinite(eager)
         if finite.all() and self.counts.all():
             return
@@ -58,24 +59,24 @@ class Yardstick:
         self.counts &= same_kind
 
     def add_stored(self, output: Array) -> None:
-        """Take in the formula with stored streams, float64; see `exact_and_stored`. Of several, the worst counts."""
+        """Add the formula with stored streams, float64; see `exact_and_stored`. Among several, the worst counts."""
         errors = self.errors(output)
         if errors.size:
             self.storage_rmse = max(self.storage_rmse, float(np.sqrt(np.mean(np.square(errors)))))
             self.storage_max_error = max(self.storage_max_error, float(errors.max()))
 
     def recall(self, figures: OutputReport) -> None:
-        """Take in errors as an earlier report recorded them, in place of runs."""
-        # An output without figures has no yardstick either, and `finite` says so of NaN.
+        """Add errors that an earlier report recorded, instead of runs."""
+        # An output without figures has no yardstick either, and `finite` reports the NaN.
         missing = float("nan")
         self._squares.append(missing if figures.eager_rmse is None else figures.eager_rmse**2)
         self.max_error = missing if figures.eager_max_error is None else figures.eager_max_error
         self.storage_rmse, self.storage_max_error = figures.storage_rmse, figures.storage_max_error
 
     def errors(self, values: Array) -> Array:
-        """Absolute errors, float64, of the elements that count, in one row."""
+        """Absolute errors, float64, of the elements that count, flattened."""
         errors: Array = values.astype(np.float64)
-        # A selection copies, which outputs of hundreds of megabytes are spared where everything counts.
+        # Selecting would copy hundreds of megabytes of a large output, which is avoided if everything counts.
         if not self.counts.all():
             errors = np.abs(errors[self.counts] - self.expected[self.counts])
         else:
@@ -90,7 +91,7 @@ class Yardstick:
 
     @property
     def finite(self) -> bool:
-        """Whether there is a figure for every run."""
+        """True if every run has a figure."""
         return bool(np.isfinite(self._squares).all())
 
 
@@ -98,11 +99,11 @@ def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: boo
     """Compare one output with the exact one, and judge it by the budget of its dtype.
 
     Args:
-        output: its name.
-        actual: of the artifact.
+        output: name of the output.
+        actual: output of the artifact.
         yardstick: the exact result, and the error of the eager block.
-        is_extreme: whether eager may give NaN or infinity where the exact result has a number; of other inputs it is
-            a yardstick that is broken.
+        is_extreme: true if eager may return NaN or infinity where the exact result has a number; for other inputs, that
+            means that the yardstick is broken.
     """
     expected, dtype = yardstick.expected, yardstick.dtype
     if actual.shape != expected.shape or actual.dtype != np.dtype(dtype):
@@ -111,20 +112,20 @@ def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: boo
         )
     num_unjudged = int(yardstick.unjudged.sum())
     if not yardstick.finite or (num_unjudged and not is_extreme):
-        return OutputReport.failed(output, "there is no yardstick: the eager block gives NaN or infinity")
+        return OutputReport.failed(output, "there is no yardstick: the eager block returns NaN or infinity")
     if not is_extreme and (reason := _no_yardstick(yardstick)):
         return OutputReport.failed(output, reason)
     if reason := _non_finite_differs(actual, yardstick):
         return OutputReport.failed(output, reason)
-    # Nothing but NaN and infinity, and those agree.
+    # The result has only NaN and infinity, and they agree.
     if not yardstick.counts.any():
         return OutputReport(output=output, passed=True, budget_used=0.0, num_unjudged=num_unjudged)
     errors, exact = yardstick.errors(actual), expected[yardstick.counts]
     worst = int(np.argmax(errors))
     if not yardstick.counts.all():
-        # From a place among the elements that count to one among all.
+        # Index among all elements, converted from the index among those that count.
         worst = int(np.flatnonzero(yardstick.counts)[worst])
-    # Judged from what the report keeps, rounded, so that judging it again gives the same verdict.
+    # Judged from the rounded figures in the report, so that judging it again gives the same verdict.
     figures = OutputReport(
         output=output,
         passed=False,
@@ -143,9 +144,9 @@ def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: boo
 
 
 def _no_yardstick(yardstick: Yardstick) -> str | None:
-    """Why eager's error says nothing of what a right artifact may do: it is no rounding any more.
+    """Reason why eager's error cannot serve as a yardstick, if it is larger than rounding explains.
 
-    Results that vanish, where both streams cancel, have no size that an error could be a share of.
+    Results that vanish, because both streams cancel, have no size to which an error could be compared.
     """
     exact = yardstick.expected[yardstick.counts]
     size = float(np.sqrt(np.mean(np.square(exact)))) if exact.size else 0.0
@@ -153,13 +154,13 @@ def _no_yardstick(yardstick: Yardstick) -> str | None:
     if size < epsilon(yardstick.dtype) or yardstick.rmse <= ceiling * size:
         return None
     return (
-        f"there is no yardstick: the eager block itself is off by {yardstick.rmse / size:.2g} of the exact result, and "
+        f"there is no yardstick: the eager block itself is off by {yardstick.rmse / size:.2g} of the exact result, but "
         f"{yardstick.dtype} explains at most {ceiling:g}"
     )
 
 
 def _non_finite_differs(actual: Array, yardstick: Yardstick) -> str | None:
-    """Where NaN and the infinities are not where the exact result, rounded to the dtype, has them."""
+    """Describe where NaN and infinities differ from those of the exact result, rounded to the dtype."""
     judged = ~yardstick.unjudged
     for name, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
         differs = (test(actual) != test(yardstick.rounded)) & judged
@@ -170,12 +171,12 @@ def _non_finite_differs(actual: Array, yardstick: Yardstick) -> str | None:
 
 
 def judge(figures: OutputReport, budget: Budget, dtype: DType) -> OutputReport:
-    """The verdict on measured figures, from nothing but them; one that has none stays as it is.
+    """Judge measured figures; an output without figures stays unchanged.
 
     Args:
-        figures: with or without a verdict.
-        budget: what is allowed.
-        dtype: of the artifact.
+        figures: figures with or without a verdict.
+        budget: allowed error.
+        dtype: dtype of the artifact.
     """
     if figures.rmse is None or figures.max_error is None:
         return figures
@@ -186,7 +187,7 @@ def judge(figures: OutputReport, budget: Budget, dtype: DType) -> OutputReport:
     cost_rmse = max(figures.eager_rmse, figures.storage_rmse)
     cost_max = max(figures.eager_max_error, figures.storage_max_error)
     allowed_rmse, allowed_max = budget.k * cost_rmse + floor_rmse, budget.k * cost_max + floor_max
-    # Never a division by 0: the spacing in the floors does not shrink below normal numbers.
+    # Never a division by 0, since the spacing in the floors does not shrink below normal numbers.
     used = max(figures.rmse / allowed_rmse, figures.max_error / allowed_max)
     smallest = max(
         _smallest_k(figures.rmse - floor_rmse, cost_rmse), _smallest_k(figures.max_error - floor_max, cost_max)
@@ -199,12 +200,12 @@ def judge(figures: OutputReport, budget: Budget, dtype: DType) -> OutputReport:
         "allowed_max_error": allowed_max,
         "reason": None if used <= 1.0 else "the error is above the budget",
     }
-    # Made anew, since a copy would not round its figures.
+    # Created anew, since a copy would not round its figures.
     return OutputReport(**{**{name: getattr(figures, name) for name in OutputReport.model_fields}, **verdict})
 
 
 def _spacing(magnitude: float, dtype: DType) -> float:
-    """About the distance between neighbours of that magnitude; it does not shrink any more below the normal numbers."""
+    """Approximate distance between neighbouring numbers of that magnitude, at least that of normal numbers."""
     return epsilon(dtype) * max(magnitude, smallest_normal(dtype))
 
 
@@ -215,7 +216,7 @@ def _smallest_k(above_floor: float, cost: float) -> float:
 
 
 def rejudge(report: Report, budget: Budget) -> Report:
-    """The same figures judged by another budget; checks, and outputs without figures, stay as they were."""
+    """Judge the same figures by another budget; checks, and outputs without figures, stay unchanged."""
     cases = [
         CaseReport.of(case.id, case.group, [judge(output, budget, report.dtype) for output in case.outputs])
         for case in report.cases

@@ -1,4 +1,4 @@
-"""Which cases a verification of a whole model runs: tokens, masks and caches over the declared ranges."""
+"""The cases for verifying a whole model: tokens, masks and caches over the declared ranges."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,19 +15,19 @@ __all__ = ["full_model_cases", "quick_model_cases", "random_model_cases"]
 
 _LENGTHS = (1, 2, 3, 7, 13, 31, 64, 65, 129)
 _KINDS: tuple[Kind, ...] = ("constant", "repeated")
-# Products of the formula for one case, in fp64, which are what a long case costs.
+# Maximum number of fp64 products in the formula of one case, which determine the cost of a long case.
 _MAX_PRODUCTS = 2e11
-# Numbers in the caches of one case: 256 MiB in fp32, and the formula holds them in fp64.
+# Maximum count of numbers in the caches of one case: 256 MiB in fp32; the formula needs them in fp64.
 _MAX_CACHED = 2**26
 _LONG_BATCH = 3
-# Rows, all tokens, those that are decoded one by one, and what pads the prompts.
+# Number of rows, of all tokens, of tokens that are decoded one by one, and the padding of the prompts.
 _DECODED: tuple[tuple[int, int, int, Mask], ...] = (
     (1, 2, 1, "none"), (1, 40, 12, "none"), (8, 9, 3, "left"), (2, 129, 12, "left"),
 )  # fmt: skip
 
 
 def longest_model_case(config: DecoderConfig) -> int:
-    """New tokens of the longest case whose formula is within `_MAX_PRODUCTS`."""
+    """Number of new tokens of the longest case whose formula is within `_MAX_PRODUCTS`."""
     return max(1, int(_MAX_PRODUCTS / sum(prod(shape) for shape in config.weight_shapes().values())))
 
 
@@ -38,7 +38,7 @@ def _longest_past(config: DecoderConfig, batch_size: int) -> int:
 
 
 def quick_model_cases(spec: GraphSpec, seed: int) -> list[Case]:
-    """A case for each thing that can go wrong."""
+    """One case for each kind of possible fault."""
     longest, rows = min(33, spec.axes["sequence_length"].max), spec.axes["batch_size"].max
     length, past = min(17, longest), longest // 2
     cases = [
@@ -57,7 +57,7 @@ def quick_model_cases(spec: GraphSpec, seed: int) -> list[Case]:
 
 
 def full_model_cases(spec: GraphSpec, config: DecoderConfig, seed: int) -> list[Case]:
-    """Every batch up to 8 and the largest, lengths and pasts of every octave as far as the formula reaches."""
+    """Every batch up to 8 and the largest; lengths and pasts of every octave that the formula can reach."""
     max_length, max_batch = spec.axes["sequence_length"].max, spec.axes["batch_size"].max
     longest, drawn = min(max_length, longest_model_case(config)), np.random.default_rng([seed, 3])
     cases = [
@@ -79,7 +79,7 @@ def full_model_cases(spec: GraphSpec, config: DecoderConfig, seed: int) -> list[
         for mask in PADDINGS
     ]
     cases += _pasts(spec, config, seed, drawn)
-    # Of every prompt the last is a token, whatever pads it: behind padding alone nothing is generated.
+    # The last token of every prompt is never padding: after padding only, nothing is generated.
     decoded = [
         Case(batch_size=batch, sequence_length=length, seed=seed, decoded=decoded, mask=mask)
         for batch, length, decoded, mask in _DECODED
@@ -89,7 +89,7 @@ def full_model_cases(spec: GraphSpec, config: DecoderConfig, seed: int) -> list[
 
 
 def _pasts(spec: GraphSpec, config: DecoderConfig, seed: int, drawn: np.random.Generator) -> list[Case]:
-    """One token, and a few, behind pasts of every octave."""
+    """One token, and a few, after pasts of every octave."""
     longest = min(spec.axes["total_sequence_length"].max, _longest_past(config, 1))
     cases = []
     for number, past in enumerate((*octaves(2, longest - 1, drawn), longest - 1)):
@@ -103,7 +103,7 @@ def _pasts(spec: GraphSpec, config: DecoderConfig, seed: int, drawn: np.random.G
 
 
 def random_model_cases(spec: GraphSpec, config: DecoderConfig, seed: int) -> Iterator[Case]:
-    """Endless cases with sizes that are log-uniform as far as the formula reaches."""
+    """Endless cases with log-uniform sizes that the formula can reach."""
     choose = np.random.default_rng(seed)
     masks: tuple[Mask, ...] = ("none", *PADDINGS, "mixed")
     kinds: tuple[Kind, ...] = ("normal", *_KINDS)

@@ -1,4 +1,4 @@
-"""The blocks' formulas in numpy fp64, straight from the canonical weights; a few rows of one score matrix at a time.
+"""The blocks' formulas in numpy fp64, straight from the canonical weights, a few rows of one score matrix at a time.
 
 Shape suffixes: B batch, H heads, S query length, P past length, T = P + S key length, D model width, d stream width,
 e value width.
@@ -18,7 +18,7 @@ __all__ = ["exact_and_stored", "oracle"]
 
 Store = Callable[[Array], Array]
 
-# Rows of a score matrix that are held at once.
+# Number of rows of a score matrix in memory at once.
 _ROWS = 256
 
 
@@ -34,7 +34,7 @@ def _rotate(x_HSd: Array, rope: RopeConfig, positions_S: Array) -> Array:
 
 
 def _hidden(config: AnyConfig, ends_S: Array, tokens_T: Array) -> Array:
-    """``[S, T]``, ``True`` where a query may not see a key; ``ends_S`` are the places of the queries among the keys."""
+    """Boolean ``[S, T]``, ``True`` where a key is hidden; ``ends_S`` are the indices of the queries among the keys."""
     age = ends_S[:, None] - np.arange(len(tokens_T))
     hidden: Array = np.broadcast_to(tokens_T == 0, age.shape)
     if config.causal:
@@ -49,7 +49,7 @@ def _softmax_times(q_Sd: Array, k_Td: Array, v_Te: Array, hidden_ST: Array, scal
     # In place from here on, since a block of scores is the largest array of the formula.
     scores *= scale
     scores[hidden_ST] = -np.inf
-    # A row that sees nothing has no largest score: -inf minus -inf would be NaN. It sums to 0, and gives 0.
+    # A fully masked row has no largest score, and -inf minus -inf would be NaN. It sums to 0, and returns 0.
     largest = scores.max(axis=1, keepdims=True)
     scores -= np.where(np.isneginf(largest), 0.0, largest)
     np.exp(scores, out=scores)
@@ -59,7 +59,7 @@ def _softmax_times(q_Sd: Array, k_Td: Array, v_Te: Array, hidden_ST: Array, scal
 
 
 def _weighted(weights_ST: Array, v_Te: Array, hidden_ST: Array) -> Array:
-    """Weights times values; NaN and infinity in a hidden token, whose weight is 0, stay where they are."""
+    """Product of weights and values; NaN and infinity in a hidden token, whose weight is 0, have no effect."""
     finite = np.isfinite(v_Te)
     if finite.all():
         return weights_ST @ v_Te
@@ -76,14 +76,14 @@ def oracle(
     """Differential attention as in arXiv 2410.05258, equations 1 to 3, or its second version.
 
     Args:
-        config: of the block.
+        config: config of the block.
         weights: canonical weights, any floating dtype.
-        inputs: by the names of the graph: ``hidden_states [B, S, D]``, and what of ``attention_mask [B, T]``,
-            ``position_ids [B, S]``, ``past_key_values.key`` and ``past_key_values.value`` the variant has.
-        queries: ascending positions whose output is computed, by default all; the cost of the attentions is theirs.
+        inputs: inputs by the names of the graph: ``hidden_states [B, S, D]``, and those of ``attention_mask [B, T]``,
+            ``position_ids [B, S]``, ``past_key_values.key`` and ``past_key_values.value`` that the variant has.
+        queries: ascending positions whose output is computed, all by default; they determine the cost.
 
     Returns:
-        float64 arrays by the names of the graph: ``output [B, S, D]``, or of the queries; with a past also
+        float64 arrays by the names of the graph: ``output [B, S, D]``, or that of the queries; with a past, also
         ``present.key`` and ``present.value``.
     """
     return _formula(config, weights, inputs, (_as_it_is,), queries)[0]
@@ -96,26 +96,29 @@ def exact_and_stored(
     dtype: DType,
     queries: Array | None = None,
 ) -> tuple[dict[str, Array], list[Array]]:
-    """What `oracle` gives, and ``output`` as it is when the streams are stored in a dtype on the way.
+    """Compute `oracle`, and its ``output`` if the streams are stored in a dtype on the way.
 
     Where the two streams nearly cancel, storing them alone costs many times the rounding of the result. Every artifact
-    stores them, since each is the result of an operator of its own. They are stored twice: rounded to the nearest
-    number, and rounded at random, since two streams that are almost equal round to the same number here, and in an
-    artifact only where both were computed without an error.
+    stores them, since each is the result of a separate operator. They are stored in two ways, rounded to the nearest
+    number and rounded at random: two streams that are almost equal round to the same number here, but in an artifact
+    only if both were computed without error.
 
     Args:
-        config: of the block.
-        weights: as for `oracle`.
-        inputs: as for `oracle`.
-        dtype: that both streams, lambda times the second, and the difference are rounded to; all else is exact.
-        queries: as for `oracle`.
+        config: config of the block.
+        weights: weights as for `oracle`.
+        inputs: inputs as for `oracle`.
+        dtype: dtype to which both streams, lambda times the second, and the difference are rounded; all else is exact.
+        queries: positions as for `oracle`.
+
+    Returns:
+        The exact outputs by name, and ``output`` for each way of storing the streams.
     """
 
     def store(values: Array) -> Array:
         rounded: Array = values.astype(dtype).astype(np.float64)
         return rounded
 
-    # The same each time, so that a verification that is repeated gives the same figures.
+    # A fixed seed, so that repeated verifications give the same figures.
     generator = np.random.default_rng(0)
 
     def store_at_random(values: Array) -> Array:
@@ -137,9 +140,9 @@ def _formula(
     queries: Array | None,
 ) -> list[dict[str, Array]]:
     """Outputs for each way of storing the streams."""
-    # The artifact's own weights, so that what casting them cost is no error of the artifact.
+    # The artifact's own weights, so that casting them is not an error of the artifact.
     w = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
-    with np.errstate(over="ignore", invalid="ignore"):  # inputs may hold infinity, and the criterion looks at results
+    with np.errstate(over="ignore", invalid="ignore"):  # inputs may hold infinity, and the criterion checks results
         rows = [
             _sequence(config, w, {name: array[b] for name, array in inputs.items()}, stores, queries)
             for b in range(len(inputs["hidden_states"]))
@@ -151,7 +154,7 @@ def _formula(
 
 
 class _Row(NamedTuple):
-    """One batch row: an output for each way of storing the streams, keys and values."""
+    """Results of one batch row: an output for each way of storing the streams, keys and values."""
 
     outputs: list[Array]
     key: Array
@@ -165,7 +168,7 @@ def _sequence(
     stores: Sequence[Store],
     queries: Array | None,
 ) -> _Row:
-    """One batch row; inputs without their batch axis."""
+    """Compute one batch row from inputs without their batch axis."""
     x_SD = np.asarray(inputs["hidden_states"], dtype=np.float64)
     length = len(x_SD)
     chosen = np.arange(length) if queries is None else queries
@@ -193,7 +196,7 @@ def _sequence(
     joined = np.empty((len(stores), len(chosen), config.num_heads * config.value_dim))
     for start in range(0, len(chosen), _ROWS):
         rows = slice(start, min(start + _ROWS, len(chosen)))
-        # Of causal queries, later keys are hidden from the whole block.
+        # Later keys are hidden from a whole block of causal queries.
         num_keys = past_length + (int(chosen[rows.stop - 1]) + 1 if config.causal else length)
         hidden = _hidden(config, past_length + chosen[rows], tokens[:num_keys])
         for i in range(config.num_heads):
@@ -203,7 +206,7 @@ def _sequence(
                 for s in (0, 1)
             )
             columns = slice(i * config.value_dim, (i + 1) * config.value_dim)
-            # The streams once for all ways of storing them, since they are nearly all of the work.
+            # The streams are computed once for all ways of storing them, since they are nearly all of the work.
             for number, store in enumerate(stores):
                 joined[number, rows, columns] = _head(
                     config, w, i, store(signal), store(noise), x_SD[chosen[rows]], store
@@ -213,12 +216,12 @@ def _sequence(
 
 
 def _streams(config: AnyConfig, pairs_HTw: Array) -> Array:
-    """Key heads ``[num_key_streams, T, d]`` of a cache ``[h_kv, T, key_cache_dim]``, which has them side by side."""
+    """Separate the key heads ``[num_key_streams, T, d]`` of a cache ``[h_kv, T, key_cache_dim]`` with paired keys."""
     return np.concatenate([np.split(pair, pair.shape[1] // config.head_dim, axis=1) for pair in pairs_HTw])
 
 
 def _pairs(config: AnyConfig, k_HTd: Array) -> Array:
-    """Inverse of `_streams`."""
+    """Invert `_streams`."""
     side_by_side = [np.concatenate([*streams], axis=1) for streams in np.split(k_HTd, config.num_kv_heads)]
     return np.stack(side_by_side)
 
@@ -226,7 +229,7 @@ def _pairs(config: AnyConfig, k_HTd: Array) -> Array:
 def _head(
     config: AnyConfig, w: Mapping[str, Array], i: int, signal: Array, noise: Array, x_SD: Array, store: Store
 ) -> Array:
-    """What head ``i`` makes of its two streams."""
+    """Combine the two streams of head ``i``."""
     if config.lambda_kind == "token":
         lam_S = 1.0 / (1.0 + np.exp(-x_SD @ w["lambda_proj.weight"][i]))
     else:

@@ -1,8 +1,8 @@
-"""How an artifact's outputs must hang together, whatever they are: what an input cannot reach keeps every bit.
+"""Relations between an artifact's outputs: those that do not depend on a changed input must stay bit-identical.
 
 Two runs of equal shapes do the same operations on the same numbers wherever the changed part of the input is not read,
-or is weighted with an exact 0, so a difference of one bit is a finding. Runs of other shapes may take other kernels:
-for those, batch and cache equivalence are cases against the exact result.
+or has a weight of exactly 0, so a difference of one bit is a finding. Runs of other shapes may use other kernels: for
+those, batch and cache equivalence are cases that are compared with the exact result.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from diffdeploy.verify.worker import Artifact
 
 __all__ = ["property_checks"]
 
-# One token as in decoding, and lengths that leave a rest in the blocks of every kernel.
+# One token, as in decoding, and lengths that leave a remainder in the blocks of every kernel.
 _LENGTHS = (1, 7, 65)
 _PADDINGS: tuple[Mask, ...] = ("left", "right", "ragged", "mixed")
 _REPETITIONS = 3
@@ -30,14 +30,14 @@ Arrays = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two inputs, and where their outputs must be equal.
+    """Two inputs, and the parts of their outputs that must be equal.
 
     Attributes:
-        name: of the pair, for the report.
-        inputs: the one.
-        changed: the other.
-        kept: by name of output, ``True`` where not a bit may differ; broadcastable to the output's ``[B, T]``, where
-            ``T`` is its axis of positions.
+        name: name of the pair, for the report.
+        inputs: the first input.
+        changed: the second input.
+        kept: boolean arrays by output, ``True`` where outputs must be bit-identical; broadcastable to the output's
+            ``[B, T]``, where ``T`` is its axis of positions.
     """
 
     name: str
@@ -47,27 +47,27 @@ class _Pair:
 
 
 def property_checks(artifact: Artifact, config: AnyModel, spec: GraphSpec, seed: int) -> list[Check]:
-    """Determinism, batch invariance, and where they apply causality, padding invariance and the handing on of a cache.
+    """Check determinism, batch invariance and, where they apply, causality, padding invariance and cache pass-through.
 
     Args:
-        artifact: a process that has loaded the bundle.
-        config: of the block.
+        artifact: object that runs the artifact.
+        config: config of the block.
         spec: interface of the graph.
-        seed: of the inputs.
+        seed: random seed for the inputs.
     """
     checks = [
-        _check("determinism", artifact, _determinism(spec, seed), "the same bits when an input comes again"),
-        _check("batch invariance", artifact, _other_rows(spec, seed), "other rows do not change a bit of a row"),
+        _check("determinism", artifact, _determinism(spec, seed), "bit-identical outputs for the same input"),
+        _check("batch invariance", artifact, _other_rows(spec, seed), "rows are bit-identical whatever the other rows"),
     ]
-    if spec.main_input == "hidden_states":  # tokens are no numbers
+    if spec.main_input == "hidden_states":  # tokens are not numbers
         checks.append(_nan_stays_in_its_row(artifact, spec, seed))
     if config.attention.causal:
         checks.append(
-            _check("causality", artifact, _later_tokens(spec, seed), "later tokens do not change a bit before them")
+            _check("causality", artifact, _later_tokens(spec, seed), "bit-identical outputs whatever the later tokens"),
         )
     if spec.variant != "plain":
         checks.append(
-            _check("padding invariance", artifact, _padding(spec, seed), "what padding holds does not change a bit")
+            _check("padding invariance", artifact, _padding(spec, seed), "bit-identical outputs whatever the padding"),
         )
     if spec.caches:
         checks.append(_cache_is_handed_on(artifact, spec, seed))
@@ -92,10 +92,10 @@ def _check(name: str, artifact: Artifact, pairs: Iterator[_Pair], fine: str) -> 
 
 
 def _difference(one: Array, other: Array, kept: Array) -> str | None:
-    """Where two outputs differ that must not, with ``kept`` as in `_Pair`."""
+    """Describe the first forbidden difference between two outputs, with ``kept`` as in `_Pair`."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return f"from {one.dtype} {list(one.shape)} to {other.dtype} {list(other.shape)}"
-    # Bits, since NaN equals nothing, and 0 equals -0.
+    # Compared as bits, since NaN equals nothing, and 0 equals -0.
     bits = f"u{one.dtype.itemsize}"
     wide = kept[:, :, None] if one.ndim == 3 else kept[:, None, :, None]
     differs = (np.ascontiguousarray(one).view(bits) != np.ascontiguousarray(other).view(bits)) & wide
@@ -114,17 +114,17 @@ def _base(spec: GraphSpec, seed: int, length: int, mask: Mask = "none") -> Case:
 
 
 def _bases(spec: GraphSpec, seed: int, mask: Mask | None = None) -> Iterator[tuple[Case, Arrays, Arrays]]:
-    """Cases with their inputs and other inputs of the same shapes; by default every row has a mask of its own."""
+    """Cases with their inputs and other inputs of the same shapes; by default every row has its own mask."""
     mask = mask or ("none" if spec.variant == "plain" else "mixed")
     for length in _LENGTHS:
         if length <= spec.axes["sequence_length"].max:
             case = _base(spec, seed, length, mask)
-            # Large, so that a trace of them is not lost in rounding.
+            # Large numbers, so that a trace of them is not lost in rounding.
             yield case, case.inputs(spec), replace(case, kind="large", number=1).inputs(spec)
 
 
 def _everywhere(spec: GraphSpec, kept: Array, past_length: int) -> dict[str, Array]:
-    """Of all outputs, where ``kept [B, P + S]`` says so; ``output`` has no past."""
+    """Expand ``kept [B, P + S]`` to all outputs; ``output`` has no past."""
     new = kept[:, past_length:]
     if spec.variant == "model" and spec.logits == "last":
         new = new[:, -1:]
@@ -152,7 +152,7 @@ def _other_rows(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
 def _later_tokens(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
     for case, inputs, others in _bases(spec, seed):
         length = case.sequence_length
-        # A change right behind the first token, in the middle, and of the last token alone.
+        # Changes right after the first token, in the middle, and of the last token only.
         for first in sorted({1, length // 2, length - 1} - {0, length}):
             changed = dict(inputs)
             changed[spec.main_input] = inputs[spec.main_input].copy()
@@ -173,13 +173,13 @@ def _padding(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
             for name in spec.caches:
                 changed[name] = _where(tokens[:, None, :past, None], inputs, others, name)
             if "position_ids" in inputs:
-                # What position a padding token is said to have must not count either.
+                # The position of a padding token must not matter either.
                 changed["position_ids"] = np.where(tokens[:, past:], inputs["position_ids"], 0)
             yield _Pair(case.id, inputs, changed, _everywhere(spec, tokens, past))
 
 
 def _nan_stays_in_its_row(artifact: Artifact, spec: GraphSpec, seed: int) -> Check:
-    """A token that is NaN makes every output NaN that sees it, and no other row of the batch."""
+    """Check that a NaN token makes every output NaN that depends on it, and changes no other row of the batch."""
     name, case = "NaN", _base(spec, seed, min(7, spec.axes["sequence_length"].max))
     inputs = case.inputs(spec)
     token = case.sequence_length // 2
@@ -195,9 +195,9 @@ def _nan_stays_in_its_row(artifact: Artifact, spec: GraphSpec, seed: int) -> Che
         if difference := _difference(one[output], other[output], where):
             return Check(name=name, passed=False, detail=f"{case.id}, in row 0: another row's {output} {difference}")
     if not np.isnan(other["output"][0, token:].astype(np.float32)).all():
-        detail = f"{case.id}: NaN in row 0, position {token}, gives numbers where it is seen"
+        detail = f"{case.id}: NaN in row 0, position {token}, yields numbers where it is visible"
         return Check(name=name, passed=False, detail=detail)
-    return Check(name=name, passed=True, detail="a token that is NaN shows where it is seen, and in no other row")
+    return Check(name=name, passed=True, detail="a NaN token affects only positions that see it, and no other row")
 
 
 def _where(kept: Array, inputs: Arrays, others: Arrays, name: str) -> Array:
@@ -216,4 +216,4 @@ def _cache_is_handed_on(artifact: Artifact, spec: GraphSpec, seed: int) -> Check
         kept = np.ones((case.batch_size, case.past_length), dtype=bool)
         if difference := _difference(past, present[:, :, : case.past_length], kept):
             return Check(name=name, passed=False, detail=f"{case.id}: the past of {name_out} changed, {difference}")
-    return Check(name=name, passed=True, detail="the past comes out bit for bit")
+    return Check(name=name, passed=True, detail="the past is returned bit for bit")

@@ -1,4 +1,4 @@
-"""What sweeps of blocks and of models share: how far into the declared ranges they reach, and how they spread there."""
+"""The reach of the sweeps of blocks and of models into the declared ranges, and their distribution there."""
 
 from dataclasses import replace
 
@@ -21,37 +21,37 @@ __all__ = [
     "octaves",
 ]
 
-# Of the last row, where the other rows have none.
+# Masks of the last row, while the other rows have none.
 PADDINGS: tuple[Mask, ...] = ("left", "right", "ragged", "hidden")
-# Every size of a batch up to here; of larger ones a few.
+# Every size of a batch up to this one is tried, and a few larger ones.
 EVERY_BATCH = 8
-# Token by token; a token between longer steps; a step that is shorter than the one before.
+# Steps of chunked cases: token by token; a token between longer steps; a step shorter than the previous one.
 _CHUNKS = ((1, 1, 1, 1, 1), (4, 1, 4), (7, 2))
 
-# Scores of all heads of one case: 128 MiB in fp32, and the eager block holds a few such tensors.
+# Maximum number of scores of all heads in one case: 128 MiB in fp32; the eager block needs a few such tensors.
 MAX_SCORES = 2**25
-# Of the hidden states of one case: 128 MiB in fp32, too.
+# Maximum count of numbers in the hidden states of one case: 128 MiB in fp32, too.
 MAX_ELEMENTS = 2**25
-# Scores of one call that an artifact may hold at once, 2 GiB in fp32: whatever is longer is named as not tried.
+# Maximum number of scores in memory in one call of an artifact, 2 GiB in fp32; longer inputs are reported as untried.
 _MAX_SCORES_OF_A_RUN = 2**29
-# Beyond so many positions some are compared: the whole square of scores costs more than it shows.
+# Above this many positions, only some are compared: the whole square of scores costs more than it shows.
 _COMPARED_WHOLE = 512
 _NUM_QUERIES = 64
 
 
 def longest_run(config: AnyConfig) -> int:
-    """Positions of the longest sequence in one row that an artifact is run on, whatever is compared of it."""
+    """Number of positions of the longest sequence, in one row, that an artifact is run on, compared or not."""
     square = int((_MAX_SCORES_OF_A_RUN / (2 * config.num_heads)) ** 0.5)
     return max(1, min(square, MAX_ELEMENTS // config.embed_dim))
 
 
 def longest_decoding(config: AnyConfig) -> int:
-    """Tokens of the longest cache that an artifact is run on, with the new one."""
+    """Number of tokens of the longest cache that an artifact is run on, including the new one."""
     return max(2, MAX_ELEMENTS // (config.num_kv_heads * (config.key_cache_dim + config.value_dim)))
 
 
 def compared(config: AnyConfig, case: Case) -> Case:
-    """The case as it is compared: whole, or some queries of it where scores of all would take too much."""
+    """Choose the part of a case that is compared: all, or some queries if the scores of all would be too many."""
     total = case.past_length + case.sequence_length
     scores = 2 * config.num_heads * case.batch_size * case.sequence_length * total
     long = case.sequence_length > _COMPARED_WHOLE or scores > MAX_SCORES
@@ -59,7 +59,7 @@ def compared(config: AnyConfig, case: Case) -> Case:
 
 
 def octaves(least: int, most: int, drawn: np.random.Generator) -> list[int]:
-    """One number of each octave from ``least`` to ``most``, so that none is far from all."""
+    """Draw one number per octave from ``least`` to ``most``, so that no number is far from all of them."""
     starts = []
     while least <= most:
         starts.append(least)
@@ -68,12 +68,12 @@ def octaves(least: int, most: int, drawn: np.random.Generator) -> list[int]:
 
 
 def log_uniform(choose: np.random.Generator, most: int) -> int:
-    """A number up to ``most``, as often between 10 and 100 as between 100 and 1,000."""
+    """Draw a number up to ``most``, as often between 10 and 100 as between 100 and 1,000."""
     return min(most, int(np.exp(choose.uniform(0.0, np.log(most + 1)))))
 
 
 def in_chunks(spec: GraphSpec, seed: int, batch_sizes: tuple[int, ...]) -> list[Case]:
-    """Sequences that are fed in steps, each with the cache of the one before."""
+    """Cases whose sequences are fed in steps, each with the cache of the previous one."""
     max_total = spec.axes["total_sequence_length"].max
     return [
         Case(batch_size=batch, sequence_length=sum(chunks), chunks=chunks, seed=seed)

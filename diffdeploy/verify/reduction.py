@@ -1,4 +1,4 @@
-"""From a case that fails to a smaller one that fails as well, which locating takes a fraction of the time for."""
+"""Reduction of a failing case to a smaller one that also fails, which speeds up locating the fault."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -7,16 +7,16 @@ from diffdeploy.verify.cases import Case
 
 __all__ = ["smallest_failing"]
 
-# A verification of such a case takes seconds where it is long, so a few dozen have to do.
+# Verifying a long case takes seconds, so a few dozen attempts must be enough.
 _MAX_TRIES = 24
 
 
 def smallest_failing(case: Case, fails: Callable[[Case], bool]) -> Case:
-    """Halve lengths, pasts and batches for as long as the artifact still fails.
+    """Halve lengths, pasts and batches while the artifact still fails.
 
     Args:
-        case: one that fails, in one call.
-        fails: whether another one does.
+        case: a failing case with one call.
+        fails: function that returns true if another case fails.
     """
     tries = 0
     reduced = True
@@ -33,9 +33,9 @@ def smallest_failing(case: Case, fails: Callable[[Case], bool]) -> Case:
 
 
 def _smaller(case: Case) -> Iterator[Case]:
-    """Cases to try in place of one, the smallest first."""
+    """Candidates to replace a case, the smallest first."""
     length, past, batch = case.sequence_length, case.past_length, case.batch_size
-    # By half first; where the fault begins just below, by a quarter of it.
+    # Reduced by half first, and by a quarter if the fault begins just below.
     for part in (1 / 8, 1 / 2, 3 / 4):
         if 1 <= (shorter := int(length * part)) < length:
             yield replace(case, sequence_length=shorter)

@@ -1,4 +1,4 @@
-"""Verifying a bundle: the exact formula, the eager block and the artifact on every case; contract and properties."""
+"""Verification of a bundle: the exact formula, the eager block and the artifact on every case; contract, properties."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,25 +52,24 @@ def verify_bundle(
 ) -> Report:
     """Verify a bundle from its own files.
 
-    Three computations per case are compared: the formula in fp64 from ``weights.safetensors``, the eager block with
-    ``impl="naive"`` in the artifact's dtype, and the artifact, run by the public runtime in a process of its own.
+    For each case, three computations are compared: the formula in fp64 from ``weights.safetensors``, the eager block
+    with ``impl="naive"`` in the artifact's dtype, and the artifact, run by the public runtime in a separate process.
 
     Args:
-        path: the bundle's directory.
-        seed: of the inputs; by default the one the bundle was made with.
-        cases: see `select_cases`; by default ``full``, or none beside ``load_inputs``.
+        path: directory of the bundle.
+        seed: random seed for the inputs; by default the one the bundle was made with.
+        cases: see `select_cases`; ``full`` by default, or none if ``load_inputs`` is given.
         load_inputs: file with inputs to verify on, see `read_inputs`.
-        save_inputs: file that the inputs of all cases are written to before they run.
-        progress: called with cases done, cases in all, and the name of the next one.
+        save_inputs: file to which the inputs of all cases are written before they run.
+        progress: callback that receives the cases done, the cases in total, and the name of the next one.
         run_options: device and backend that the artifact is run with, and the key that must have signed it.
-        open_artifact: runs it; by default in a process of its own.
-        yardsticks: what it is held against, where that is known already.
-        first_failure_only: stop at the first case that fails.
+        open_artifact: function that opens the artifact to run it; by default in a separate process.
+        yardsticks: yardsticks for the artifact, if they are already known.
+        first_failure_only: true to stop at the first case that fails.
 
     Raises:
-        InputError: no bundle there, one whose cache keeps the key streams apart, or inputs that its graph does not
-            accept.
-        IntegrityError: the bundle is not what was exported, or signed by the key, or it runs code and is not trusted.
+        InputError: there is no bundle, its cache separates the key streams, or its graph does not accept the inputs.
+        IntegrityError: the bundle is not what was exported or signed, or it runs code and is not trusted.
         UnavailableError: this machine cannot run the format.
     """
     run_options = run_options or RunOptions()
@@ -83,7 +82,7 @@ def verify_bundle(
     chosen, selection = _choose(bundle, seed, cases, load_inputs)
     if save_inputs is not None:
         write_inputs(save_inputs, chosen, spec)
-    # Opened first: its process loads the artifact while this one reads the contract.
+    # Opened first: its process loads the artifact while this process reads the contract.
     with open_artifact(bundle.path, run_options) as artifact, half_the_threads():
         found = _examine(bundle, artifact, chosen, yardsticks, seed, progress, first_failure_only=first_failure_only)
     return Report(
@@ -100,7 +99,7 @@ def verify_bundle(
 
 
 class _Findings(NamedTuple):
-    """What a report says of the artifact itself; see `Report`."""
+    """The part of a report about the artifact itself; see `Report`."""
 
     backend: str
     contract: list[Check]
@@ -120,10 +119,10 @@ def _examine(
     *,
     first_failure_only: bool,
 ) -> _Findings:
-    """Contract, cases, properties and, where something failed, the guilty stage."""
+    """Examine contract, cases and properties, and locate the guilty stage of a failure."""
     weights = read_weights(bundle)
     checks = artifact_checks(bundle, weights)
-    # Of a model a layer at a time, where the formula needs it: all of them are gigabytes.
+    # The weights of a model are read one layer at a time when the formula needs them, since they take gigabytes.
     is_model = isinstance(bundle.manifest.config, DecoderConfig)
     exact_weights = weights if is_model else {name: array.astype(np.float64) for name, array in weights.items()}
     checks.append(golden_check(bundle, exact_weights))
@@ -140,7 +139,7 @@ def _examine(
         reports.append(run_case(case, bundle, artifact, yardsticks))
         if first_failure_only and not reports[-1].passed:
             break
-    else:  # a run that stopped has failed already, and needs no properties
+    else:  # a run that stopped has already failed, and needs no properties
         checks += property_checks(artifact, bundle.manifest.config, bundle.manifest.graph, seed)
     tried = covered(bundle.manifest.graph, chosen[: len(reports)])
     greedy = None
@@ -155,9 +154,9 @@ def _examine(
 
 
 def _require_paired_cache(bundle: Bundle) -> None:
-    """Refuse a graph that keeps the key streams apart, as bundles of earlier versions do.
+    """Reject a graph that separates the key streams, as bundles of earlier versions do.
 
-    It runs, but the formula that it would be held against takes and gives them side by side.
+    The graph runs, but the formula for the comparison takes and returns the streams side by side.
     """
     config, inputs = bundle.manifest.config.attention, bundle.manifest.graph.inputs
     if "past_key_values.key" not in inputs:
@@ -166,13 +165,13 @@ def _require_paired_cache(bundle: Bundle) -> None:
     if given != wanted:
         raise InputError(
             f"{bundle.path} was made by an earlier version with a cache of separate key streams, "
-            f"{given[0]} heads of width {given[1]}, and verification knows {wanted[0]} of {wanted[1]}; export it again"
+            f"{given[0]} heads of width {given[1]}, but verification needs {wanted[0]} of {wanted[1]}; export it again"
         )
 
 
 @contextmanager
 def half_the_threads() -> Iterator[None]:
-    """Leave the other half to the artifact, which runs beside: threads without a core of their own only wait."""
+    """Leave half of the threads to the artifact, which runs concurrently: threads without their own core only wait."""
     import torch
 
     threads = torch.get_num_threads()
@@ -191,19 +190,19 @@ def _guilty_stage(
     reports: list[CaseReport],
     yardsticks: Yardsticks,
 ) -> Finding | None:
-    """Where the artifact goes wrong, if it does: the stage of a block, or the layer of a model."""
+    """Locate the fault, if there is one: the stage of a block, or the layer of a model."""
     if isinstance(bundle.manifest.config, DecoderConfig):
         return guilty_layer(reports, checks)
     failed = {report.id for report in reports if not report.passed}
     if not failed and all(check.passed for check in checks):
         return None
     spec = bundle.manifest.graph
-    # Of one call: what several calls give together has no stages of its own.
+    # Only cases of one call, since the joined results of several calls have no stages.
     single = [case for case in cases if case.id in failed and case.one_call]
-    # The smallest, since locating holds every stage of it in fp64.
+    # The smallest case, since locating keeps all of its stages in fp64 in memory.
     smallest = min(single, key=lambda case: sum(case.sizes), default=None)
     if isinstance(smallest, Case):
-        # A sweep that stops at the first failure has not tried smaller ones.
+        # A sweep that stops at the first failure has not tried smaller cases.
         smallest = smallest_failing(smallest, lambda case: not run_case(case, bundle, artifact, yardsticks).passed)
     telling = telling_case(spec, bundle.manifest.options.seed)
     chosen = [telling, *([] if smallest is None else [smallest])] if failed else []
@@ -213,10 +212,10 @@ def _guilty_stage(
 def _choose(
     bundle: Bundle, seed: int, selection: Selection | None, load_inputs: Path | None
 ) -> tuple[list[AnyCase], str]:
-    """The cases, and what to call their selection."""
+    """Choose the cases, and the name of their selection."""
     manifest = bundle.manifest
     users = [] if load_inputs is None else read_inputs(load_inputs, manifest.graph)
-    # Whoever brings inputs asks about those; a sweep beside them has to be asked for.
+    # Users who provide inputs ask about those; a sweep must be requested in addition.
     if users and selection is None:
         return [*users], "user"
     selection = "full" if selection is None else selection
@@ -225,18 +224,18 @@ def _choose(
 
 
 def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, yardsticks: Yardsticks) -> CaseReport:
-    """One case: the exact result, eager's error, the artifact's outputs, and the verdict on them.
+    """Verify one case: the exact result, eager's error, the artifact's outputs, and the verdict on them.
 
     Args:
-        case: to run.
+        case: case to run.
         bundle: an opened bundle.
-        artifact: runs it.
-        yardsticks: what it is held against.
+        artifact: object that runs the artifact.
+        yardsticks: yardsticks for the artifact.
     """
     spec = bundle.manifest.graph
     inputs = case.inputs(spec)
     if case.one_call:
-        # The artifact computes while this process works out what it should give.
+        # The artifact computes while this process computes the exact result.
         artifact.start(inputs)
     held = yardsticks.of(case, inputs)
     try:
@@ -244,20 +243,20 @@ def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, yardsticks: Yard
     except DiffDeployError as error:
         return CaseReport.did_not_run(case.id, case.group, str(error))
     queries = case.queries()
-    # An output of another shape stays whole, and fails by its shape.
+    # An output of another shape is not split, and fails because of its shape.
     if queries is not None and actual["output"].shape == inputs[spec.main_input].shape:
         actual = {**actual, "output": actual["output"][:, queries]}
     reports = [_judged(name, case, actual[name], held) for name in spec.outputs]
     if not all(np.isfinite(array.astype(np.float64)).all() for array in inputs.values()):
-        # What NaN touches behind a mask is no gap in what was tried.
+        # Elements that a hidden NaN affects do not count as untried.
         reports = [report.model_copy(update={"num_unjudged": 0}) for report in reports]
     return CaseReport.of(case.id, case.group, reports)
 
 
 def _judged(name: str, case: AnyCase, actual: Array, held: Sequence[Held]) -> OutputReport:
-    """One output of a case, or that of its worst row."""
+    """Judge one output of a case, or its worst row."""
     if len(actual) != sum(len(part.rows) for part in held):
-        held = held[:1]  # of another shape, which it says
+        held = held[:1]  # the shape differs, which the report will say
     reports = []
     for part in held:
         rows = actual if len(held) == 1 else actual[part.rows]

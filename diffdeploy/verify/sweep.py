@@ -1,4 +1,4 @@
-"""Which cases a verification runs: from the declared ranges of a graph, the hardest first."""
+"""The cases for verifying a block: chosen from the declared ranges of a graph, the most difficult first."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,10 +34,10 @@ _SPECIAL_LENGTHS = (1, 7, 65)
 _MASKED_LENGTHS = (2, 7, 65)
 # Past and present: empty, one step, steps across powers of two, chunks.
 _PASTS = ((0, 1), (0, 7), (1, 1), (5, 1), (64, 1), (63, 2), (31, 33), (128, 1))
-# As activations of models are, and worse: each at two lengths, so that a scale of every token finds narrow ranges.
+# Kinds like the activations of models, and worse: each at two lengths, so that a scale per token finds narrow ranges.
 _KINDS: tuple[Kind, ...] = ("zeros", "repeated", "offset", "outliers", "heavy", "scales", "nan", "infinity")
 _KIND_LENGTHS = (7, 65)
-# Rows of eight scales each, from 1e-6 to 1e4: a factor of 2 from one to the next.
+# Lengths of cases with eight rows each, whose scales go from 1e-6 to 1e4: a factor of 2 from one to the next.
 _SCALED_LENGTHS = (1, 3, 7, 33)
 _NUM_RANDOM = 12
 _MAX_RANDOM_BATCH, _MAX_RANDOM_TOKENS = 8, 2048
@@ -45,23 +45,23 @@ _SHARE_WITH_A_PAST, _SHARE_WITH_DRAWN_POSITIONS = 0.5, 0.25
 
 
 def select_cases(selection: Selection, config: AnyModel, spec: GraphSpec, seed: int) -> list[Case]:
-    """The cases of a graph.
+    """Choose the cases of a graph.
 
     Args:
-        selection: ``full``: every batch up to 8 and the largest, lengths and pasts at fixed points and one at random
-            of each octave of their ranges, masks that differ from row to row, numbers of every kind, and a dozen
-            random cases; ``quick``: a dozen or so that try one thing each; a number: that many, ``quick`` first, then
+        selection: ``full`` for every batch up to 8 and the largest, lengths and pasts at fixed points and one random
+            one per octave of their ranges, masks that differ from row to row, numbers of every kind, and a dozen random
+            cases; ``quick`` for about a dozen that try one thing each; a number for that many, ``quick`` first, then
             ``full``, then more random ones.
-        config: of the block.
+        config: config of the block.
         spec: interface of the graph.
-        seed: of the inputs.
+        seed: random seed for the inputs.
 
     Raises:
         InputError: the number is not positive.
     """
     quick, full, drawn = _parts(config, spec, seed)
     quick = [*golden_cases(spec, seed), *quick]
-    # Short ranges make several cases the same one, which is run once.
+    # With short ranges, several cases are identical, and run only once.
     if selection == "quick":
         return list(dict.fromkeys(quick))
     ordered = list(dict.fromkeys([*quick, *full, *islice(drawn, _NUM_RANDOM)]))
@@ -73,7 +73,7 @@ def select_cases(selection: Selection, config: AnyModel, spec: GraphSpec, seed: 
 
 
 def _parts(config: AnyModel, spec: GraphSpec, seed: int) -> tuple[list[Case], list[Case], Iterator[Case]]:
-    """Quick cases, those of a full sweep beside them, and endless random ones."""
+    """Quick cases, the additional ones of a full sweep, and endless random ones."""
     if isinstance(config, DecoderConfig):
         quick, full = quick_model_cases(spec, seed), full_model_cases(spec, config, seed)
         return quick, full, random_model_cases(spec, config, seed)
@@ -81,21 +81,21 @@ def _parts(config: AnyModel, spec: GraphSpec, seed: int) -> tuple[list[Case], li
 
 
 def longest_case(config: AnyConfig, *, decoding: bool = False) -> int:
-    """Positions of the longest case that is compared whole within the sweep's memory.
+    """Number of positions of the longest case that is compared completely within the sweep's memory.
 
     Args:
-        config: of the block.
-        decoding: one token behind a cache, in place of a whole sequence.
+        config: config of the block.
+        decoding: true for one token after a cache, false for a whole sequence.
     """
-    # Two streams of every head, each with a square of scores.
+    # Both streams of every head have a square of scores.
     square = int((MAX_SCORES / (2 * config.num_heads)) ** 0.5)
     fits = MAX_ELEMENTS // config.embed_dim
     return max(1, fits if decoding else min(fits, square))
 
 
 def golden_cases(spec: GraphSpec, seed: int) -> list[Case]:
-    """The few cases whose inputs and exact outputs travel with the bundle."""
-    # Small, since inputs and outputs in fp64 are shipped with every bundle.
+    """The few cases whose inputs and exact outputs are part of the bundle."""
+    # Small, since their inputs and outputs in fp64 are shipped with every bundle.
     length = min(7, spec.axes["sequence_length"].max)
     cases = [Case(batch_size=1, sequence_length=1, seed=seed), Case(batch_size=2, sequence_length=length, seed=seed)]
     if spec.variant != "plain":
@@ -130,7 +130,7 @@ def _quick(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
 
 
 def _mixed(spec: GraphSpec) -> Mask:
-    """Another mask in every row, where the graph takes one."""
+    """Mask that differs from row to row, if the graph takes one."""
     return "none" if spec.variant == "plain" else "mixed"
 
 
@@ -150,14 +150,14 @@ def _full(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
 def _lengths(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
     max_batch, max_length = spec.axes["batch_size"].max, spec.axes["sequence_length"].max
     lengths = [length for length in _LENGTHS if length <= max_length]
-    # Batches of their own kind are tried by themselves, so that each length is run once.
+    # Batches have separate cases, so that each length is run once.
     cases = [
         Case(batch_size=min(1 + number % 2, max_batch), sequence_length=length, seed=seed)
         for number, length in enumerate(lengths)
     ]
     drawn = np.random.default_rng([seed, 0])
     longest = min(max_length, longest_run(config))
-    # With padding where there is any, in one row, since memory is what ends them.
+    # With padding if the graph takes a mask, and in one row, since memory limits these cases.
     cases += [
         compared(config, Case(batch_size=1, sequence_length=length, seed=seed, mask=_mixed(spec)))
         for length in octaves(8, longest, drawn)
@@ -166,7 +166,7 @@ def _lengths(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
 
 
 def _batches(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
-    """Every batch up to 8 and beyond, each behind another past, where rows have masks of their own."""
+    """Every batch up to 8 and larger ones, each after a different past, with a mask for each row if possible."""
     max_batch, max_length = spec.axes["batch_size"].max, spec.axes["sequence_length"].max
     drawn = np.random.default_rng([seed, 1])
     sizes = [*range(3, min(EVERY_BATCH, max_batch) + 1), *octaves(EVERY_BATCH + 1, max_batch, drawn), max_batch]
@@ -194,7 +194,7 @@ def _kinds(spec: GraphSpec, seed: int) -> list[Case]:
     ]
     for length in (length for length in _KIND_LENGTHS if length <= max_length):
         for kind in _KINDS:
-            # Short ones behind a past, where there can be one.
+            # Short sequences follow a past, if the graph takes one.
             past = min(9, max_length - length) if spec.variant == "cached" and length == _KIND_LENGTHS[0] else 0
             cases.append(
                 Case(batch_size=min(3, max_batch), sequence_length=length, past_length=past, seed=seed, kind=kind,
@@ -220,7 +220,7 @@ def _masked(spec: GraphSpec, seed: int) -> list[Case]:
     cases = [
         Case(batch_size=2, sequence_length=length, seed=seed, mask=mask) for mask in PADDINGS for length in lengths
     ]
-    # The last is the longest with a hidden row: alone, a batch of nothing but padding.
+    # The last one is the longest with a hidden row: alone, it is a batch of padding only.
     cases += [replace(cases[-1], batch_size=1), replace(cases[-1], mask="left", kind="constant")]
     mixed = [
         Case(batch_size=min(batch, max_batch), sequence_length=length, seed=seed, mask="mixed")
@@ -249,12 +249,12 @@ def _cached(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
 
 
 def _long_pasts(config: AnyConfig, spec: GraphSpec, seed: int, max_batch: int) -> list[Case]:
-    """Pasts of every octave, padded: one token behind them, and some."""
+    """Padded pasts of every octave, followed by one token or some."""
     max_total = spec.axes["total_sequence_length"].max
     longest, drawn = min(max_total, longest_decoding(config)), np.random.default_rng([seed, 2])
     cases: list[Case] = []
     for number, past in enumerate((*octaves(2, longest - 1, drawn), longest - 1)):
-        # One row is a batch of its own kind, so it comes as often as several.
+        # A batch of one row is a special case, so it occurs as often as larger ones.
         batch = 1 if number % 2 else min(3, max_batch)
         case = Case(batch_size=batch, sequence_length=1, past_length=past, seed=seed, mask="mixed")
         cases.append(case)
@@ -267,12 +267,12 @@ def _long_pasts(config: AnyConfig, spec: GraphSpec, seed: int, max_batch: int) -
 
 
 def _steps(config: AnyConfig, spec: GraphSpec, seed: int, batch_sizes: tuple[int, ...]) -> list[Case]:
-    # Earlier steps would miss later tokens.
+    # With padding on the right, earlier steps would lack the later tokens.
     return in_chunks(spec, seed, batch_sizes) if config.causal else []
 
 
 def random_cases(config: AnyConfig, spec: GraphSpec, seed: int) -> Iterator[Case]:
-    """Endless cases of any kind, with sizes that are log-uniform over the declared ranges."""
+    """Endless cases of any kind, with log-uniform sizes over the declared ranges."""
     choose = np.random.default_rng(seed)
     kinds, masks = get_args(Kind), get_args(Mask)
     longest = min(spec.axes["sequence_length"].max, longest_run(config))
@@ -298,7 +298,7 @@ def random_cases(config: AnyConfig, spec: GraphSpec, seed: int) -> Iterator[Case
 
 
 def telling_case(spec: GraphSpec, seed: int) -> Case:
-    """One case on which every stage does something, so that none can be taken for another."""
+    """A case in which every stage has an effect, so that the stages can be distinguished."""
     longest = spec.axes["sequence_length"].max
     past = min(5, longest - 2) if spec.variant == "cached" else 0
     return Case(

@@ -1,4 +1,4 @@
-"""Inputs in files: those that a user brings to be verified on, and those of the cases that ran."""
+"""Inputs in files: those that a user provides for a verification, and those of the cases that ran."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ __all__ = ["read_inputs", "write_inputs"]
 
 
 def read_inputs(path: Path, spec: GraphSpec) -> list[UserCase]:
-    """The cases in a file: one, whose arrays have the names of the graph's inputs; or several, as ``CASE.NAME``.
+    """Read the cases in a file: one with arrays named as the graph's inputs, or several as ``CASE.NAME``.
 
     Args:
         path: a ``.safetensors`` or ``.npz`` file.
@@ -26,7 +26,7 @@ def read_inputs(path: Path, spec: GraphSpec) -> list[UserCase]:
     arrays = read_arrays(path)
     cases: dict[str, dict[str, Array]] = {}
     for key, array in arrays.items():
-        # From the end, since names of inputs have dots in them and names of cases may.
+        # Split from the right, since names of inputs contain dots and names of cases may contain them.
         name = next((name for name in spec.inputs if key == name or key.endswith(f".{name}")), None)
         if name is None:
             raise InputError(
@@ -50,17 +50,17 @@ def _sizes(inputs: dict[str, Array]) -> str:
 
 
 def write_inputs(path: Path, cases: Sequence[AnyCase], spec: GraphSpec) -> None:
-    """Write the inputs of cases as ``CASE.NAME``, to be read by `read_inputs` or by anything else.
+    """Write the inputs of cases as ``CASE.NAME``, for `read_inputs` or other programs.
 
     Args:
-        path: ``.safetensors`` or ``.npz``; replaced if it exists.
-        cases: what to write.
+        path: ``.safetensors`` or ``.npz`` file, which is replaced if it exists.
+        cases: cases to write.
         spec: interface of the graph.
 
     Raises:
-        InputError: the file cannot be written there, or cannot hold the dtype.
+        InputError: the file cannot be written there, or cannot store the dtype.
         UnavailableError: the file cannot be written.
     """
-    # Before inputs of all cases are made, which takes a while.
+    # Checked before the inputs of all cases are created, which takes a while.
     check_target(path, force=True)
     write_arrays(path, {f"{case.id}.{name}": array for case in cases for name, array in case.inputs(spec).items()})

@@ -1,4 +1,4 @@
-"""The numbers that cases are made of: hidden states as models have them, masks of rows that differ, positions.
+"""The numbers in cases: hidden states like those of models, masks that differ between rows, positions.
 
 Shape suffixes: B batch, S query length, T key length, D width.
 """
@@ -40,7 +40,7 @@ Kind = Literal[
 ]
 Mask = Literal["none", "left", "right", "ragged", "hidden", "mixed"]
 
-# With these a right computation in half precision may overflow on the way to a finite result.
+# Kinds for which a correct computation in half precision may overflow on the way to a finite result.
 EXTREME_KINDS: tuple[Kind, ...] = ("large", "offset", "outliers", "heavy", "scaled", "scales", "nan", "infinity")
 
 _SIGMAS = {"tiny": 1e-3, "large": 8.0}
@@ -48,21 +48,21 @@ _SIGMAS = {"tiny": 1e-3, "large": 8.0}
 # their keys have some that are tens of times as large.
 _OUTLIERS, _CHANNELS_PER_OUTLIER = (100.0, 2000.0), 64
 _OUTLIERS_OF_THE_PAST = (10.0, 100.0)
-# From below the square root of every norm's epsilon to where float16 ends.
+# From below the square root of every norm's epsilon to the upper end of float16.
 _SCALES = (1e-6, 1e4)
 _SCALES_OF_THE_PAST = (1e-3, 30.0)
 _DEGREES_OF_FREEDOM = 2.0
 _OFFSET = 4.0
-# Different tokens of a sequence that repeats them.
+# Number of different tokens in a sequence that repeats them.
 _DISTINCT_TOKENS = 3
-# Below the largest float16, which is the smallest of all largest numbers.
+# Below the largest float16, the smallest maximum among the dtypes.
 _LARGEST = 6e4
 
 
 def draw_states(kind: Kind, generator: np.random.Generator, batch_size: int, length: int, width: int) -> Array:
-    """Hidden states ``[B, S, D]``, float32, in the way of a kind; see `Case`."""
+    """Draw hidden states ``[B, S, D]``, float32, of a kind; see `Case`."""
     num_tokens = 1 if kind == "constant" else length
-    # Drawn in float32 and rounded later, so that every dtype is tried on the same numbers.
+    # Drawn in float32 and rounded later, so that every dtype is tried with the same numbers.
     x: Array = generator.standard_normal((batch_size, num_tokens, width), dtype=np.float32)
     if kind in _SIGMAS:
         x *= _SIGMAS[kind]
@@ -82,14 +82,14 @@ def draw_states(kind: Kind, generator: np.random.Generator, batch_size: int, len
         x *= _scales(generator, batch_size * length, _SCALES).reshape(batch_size, length, 1)
     x = np.clip(np.repeat(x, length // num_tokens, axis=1), -_LARGEST, _LARGEST)
     if kind in ("nan", "infinity"):
-        # One number of one token, in the first row: all other rows must stay as they are.
+        # One number of one token in the first row; all other rows must stay unchanged.
         place = 0, generator.integers(length), generator.integers(width)
         x[place] = np.nan if kind == "nan" else np.inf
     return x
 
 
 def draw_ids(kind: Kind, generator: np.random.Generator, batch_size: int, length: int, num_tokens: int) -> Array:
-    """Token ids ``[B, S]``, int64, out of ``num_tokens``: any, one alone (``constant``), or a few (``repeated``)."""
+    """Draw token ids ``[B, S]``, int64, below ``num_tokens``: any, one (``constant``), or a few (``repeated``)."""
     shape = (batch_size, 1 if kind == "constant" else length)
     ids: Array = generator.integers(0, num_tokens, shape)
     if kind == "repeated":
@@ -99,7 +99,7 @@ def draw_ids(kind: Kind, generator: np.random.Generator, batch_size: int, length
 
 
 def draw_past(kind: Kind, generator: np.random.Generator, shape: tuple[int, int, int, int]) -> Array:
-    """Keys or values of the past ``[B, H, P, width]``, float32, beside hidden states of that kind."""
+    """Draw keys or values of the past ``[B, H, P, width]``, float32, to go with hidden states of that kind."""
     batch_size, _, length, width = shape
     past: Array = generator.standard_normal(shape, dtype=np.float32)
     if kind == "zeros":
@@ -116,7 +116,7 @@ def draw_past(kind: Kind, generator: np.random.Generator, shape: tuple[int, int,
 
 
 def _some_tokens(generator: np.random.Generator, batch_size: int, length: int) -> Array:
-    """``[B, S]``, ``True`` for a part of the tokens that differs from row to row, from one of them to nearly all."""
+    """Boolean ``[B, S]``, ``True`` for some of the tokens, which differ from row to row, from one to nearly all."""
     shares = np.linspace(0.0, 0.9, batch_size) if batch_size > 1 else np.full(1, 0.5)
     some: Array = generator.random((batch_size, length)) < shares[:, None]
     if length:
@@ -125,7 +125,7 @@ def _some_tokens(generator: np.random.Generator, batch_size: int, length: int) -
 
 
 def _outliers(generator: np.random.Generator, width: int, factors: tuple[float, float]) -> Array:
-    """``[D]``: 1, and in a few channels a large factor; the same in every row, as models have them."""
+    """Factors ``[D]``: large in a few channels and 1 elsewhere; the same in every row, as in models."""
     channels = generator.choice(width, max(1, width // _CHANNELS_PER_OUTLIER), replace=False)
     scale = np.ones(width, dtype=np.float32)
     scale[channels] = np.exp(generator.uniform(np.log(factors[0]), np.log(factors[1]), len(channels)))
@@ -133,16 +133,16 @@ def _outliers(generator: np.random.Generator, width: int, factors: tuple[float, 
 
 
 def _scales(generator: np.random.Generator, count: int, ends: tuple[float, float]) -> Array:
-    """Log-uniform scales, one of each of ``count`` equal parts of the range, in random order."""
+    """Log-uniform scales, one from each of ``count`` equal parts of the range, in random order."""
     low, high = np.log(ends)
-    # In equal parts, so that few rows leave no gap as wide as chance would.
+    # Equal parts leave no gaps as wide as those that chance would leave among few rows.
     places = (generator.permutation(count) + generator.random(count)) / max(1, count)
     scales: Array = np.exp(low + places * (high - low)).astype(np.float32)
     return scales
 
 
 def draw_tokens(mask: Mask, generator: np.random.Generator, batch_size: int, total: int) -> Array:
-    """The mask ``[B, T]``, int64, 1 for tokens; ``mixed`` differs from row to row, others pad the last row alone."""
+    """Draw the mask ``[B, T]``, int64, 1 for tokens; ``mixed`` differs between rows, others pad only the last row."""
     tokens = np.ones((batch_size, total), dtype=np.int64)
     half = max(1, total // 2)
     if mask == "left":
@@ -150,7 +150,7 @@ def draw_tokens(mask: Mask, generator: np.random.Generator, batch_size: int, tot
     elif mask == "right":
         tokens[-1, total - half :] = 0
     elif mask == "ragged":
-        # The first token too, so that under causality the first query sees nothing.
+        # The first token is hidden, too, so that the first causal query is fully masked.
         tokens[-1, ::3] = 0
     elif mask == "hidden":
         tokens[-1] = 0
@@ -161,21 +161,21 @@ def draw_tokens(mask: Mask, generator: np.random.Generator, batch_size: int, tot
 
 
 def counted_positions(tokens_BT: Array, past_length: int = 0) -> Array:
-    """Position ids ``[B, S]`` of what stands behind a past, as generation counts them: padding takes no position.
+    """Position ids ``[B, S]`` after a past, counted as in generation: padding does not count as a position.
 
-    The runtime counts by itself: it is what is tried.
+    The runtime's own count is under test, so it is not used here.
     """
     counted = np.maximum(tokens_BT.cumsum(axis=1) - 1, 0)
     return np.ascontiguousarray(counted[:, past_length:])
 
 
 def prompt_inputs(spec: GraphSpec, input_ids_BS: Array, attention_mask_BS: Array | None = None) -> dict[str, Array]:
-    """Inputs of a model by the names of its graph: prompts, and nothing before them.
+    """Inputs of a model by the names of its graph, for prompts without a past.
 
     Args:
         spec: interface of the graph.
-        input_ids_BS: int64.
-        attention_mask_BS: int64; ``None`` for tokens alone.
+        input_ids_BS: token ids, int64.
+        attention_mask_BS: mask, int64; ``None`` for no padding.
     """
     mask = np.ones_like(input_ids_BS) if attention_mask_BS is None else attention_mask_BS
     inputs = {"input_ids": np.ascontiguousarray(input_ids_BS), "attention_mask": mask}
@@ -188,7 +188,7 @@ def prompt_inputs(spec: GraphSpec, input_ids_BS: Array, attention_mask_BS: Array
 
 
 def without_holes(tokens_BT: Array) -> Array:
-    """A mask with as many tokens in each row, side by side from the first of them on, or as late as they fit."""
+    """Mask with as many tokens in each row, contiguous from its first token on, or shifted left to fit."""
     counts, total = tokens_BT.sum(1), tokens_BT.shape[1]
     first = np.minimum(tokens_BT.argmax(1), total - counts)[:, None]
     places = np.arange(total)
@@ -201,7 +201,7 @@ _COUNTS = ("one", "few", "half", "most", "all but one", "all")
 
 
 def _patterns(generator: np.random.Generator, batch_size: int) -> list[tuple[str, str]]:
-    """Where tokens are hidden and how many, for each row; all combinations come before one comes again."""
+    """Place and number of hidden tokens for each row; all combinations occur before one is repeated."""
     everything = [(place, count) for count in _COUNTS for place in _PLACES]
     order = generator.permutation(len(everything))
     return [everything[order[row % len(order)]] for row in range(batch_size)]
@@ -210,7 +210,7 @@ def _patterns(generator: np.random.Generator, batch_size: int) -> list[tuple[str
 def _hide(tokens_T: Array, place: str, count: str, generator: np.random.Generator) -> None:
     total = len(tokens_T)
     shares = {"one": 1, "few": total // 8, "half": total // 2, "most": (7 * total) // 8, "all but one": total - 1}
-    # Of a single token, all is what there is to hide.
+    # With a single token, the only choice is to hide it.
     num_hidden = min(total, max(1, shares.get(count, total)))
     if place == "left":
         tokens_T[:num_hidden] = 0

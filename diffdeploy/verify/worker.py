@@ -1,7 +1,8 @@
-"""The process that runs an artifact: it has not exported it, and knows only the bundle and the public runtime.
+"""The process that runs an artifact; it did not export it, and uses only the bundle and the public runtime.
 
 Frames on its standard input and output are one line of JSON, with names, dtypes and shapes of arrays, followed by the
-bytes of those arrays. Nothing else is written to standard output; what backends print there goes to standard error.
+bytes of those arrays. Nothing else is written to standard output; the output of backends is redirected to standard
+error.
 """
 
 import json
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Artifact", "ArtifactProcess", "answered"]
 
-# Cells that a cache has beyond the last token.
+# Number of cache cells beyond the last token.
 _ROOM = 3
 
 
@@ -47,13 +48,13 @@ def _receive(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]] | Non
     arrays: dict[str, Array] = {}
     for name, (dtype, shape) in header["arrays"].items():
         size = np.dtype(dtype).itemsize * math.prod(shape)
-        # Writable, as inputs and outputs are elsewhere; bytes are not.
+        # Writable arrays, like inputs and outputs elsewhere; bytes are read-only.
         arrays[name] = np.frombuffer(bytearray(stream.read(size)), dtype).reshape(shape)
     return header, arrays
 
 
 class Artifact(Protocol):
-    """What a verification runs: an `ArtifactProcess`, or what stands for one."""
+    """Interface of a verified artifact: an `ArtifactProcess`, or a substitute."""
 
     def __enter__(self) -> Self: ...
 
@@ -63,40 +64,40 @@ class Artifact(Protocol):
 
     @property
     def backend(self) -> str:
-        """What runs it; waits until it is loaded."""
+        """Backend that runs it; waits until it is loaded."""
         ...
 
     def start(self, inputs: Mapping[str, Array]) -> None:
-        """Hand over an input."""
+        """Pass an input."""
         ...
 
     def result(self) -> dict[str, Array]:
-        """Outputs by name of the input that was started."""
+        """Outputs by name for the input that was started."""
         ...
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Both."""
+        """Start an input and return its outputs by name."""
         ...
 
     def decode(self, inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
-        """Logits and caches of a model as generation finds them, with the last tokens decoded one by one."""
+        """Logits and caches of a model as in generation, with the last tokens decoded one by one."""
         ...
 
     def generate(self, inputs: Mapping[str, Array], num_tokens: int) -> Array:
-        """Prompts of a model and so many greedy tokens behind them."""
+        """Prompts of a model, followed by a number of greedy tokens."""
         ...
 
 
 def answered(runtime: "Runtime", header: Mapping[str, Any], arrays: dict[str, Array]) -> dict[str, Array]:
-    """What a runtime answers: to a call, or to what the header asks for.
+    """Compute a runtime's answer, to a plain call or to a request in the header.
 
     Args:
-        runtime: of the bundle.
+        runtime: runtime of the bundle.
         header: ``decode`` or ``generate`` with a number of tokens, or nothing.
         arrays: inputs by name.
 
     Raises:
-        ExportError: an artifact that writes in place wrote beyond the last token.
+        ExportError: an artifact that updates caches in place wrote beyond the last token.
     """
     if "decode" in header:
         return _decoded(runtime, arrays, header["decode"])
@@ -108,12 +109,12 @@ def answered(runtime: "Runtime", header: Mapping[str, Any], arrays: dict[str, Ar
 
 
 def _decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
-    """Logits and caches by the names of the graph, as generation finds them.
+    """Logits and caches by the names of the graph, as in generation.
 
     Args:
-        runtime: of a model.
-        inputs: by the names of the graph, without a past.
-        num_tokens: of the last tokens of every row, which are decoded one by one behind the rest.
+        runtime: runtime of a model.
+        inputs: inputs by the names of the graph, without a past.
+        num_tokens: number of the last tokens of every row, which are decoded one by one after the rest.
 
     Returns:
         Logits ``[B, 1 + num_tokens, V]`` of the prompts' last position and of the tokens, and the caches.
@@ -121,10 +122,10 @@ def _decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) -
     from diffdeploy.runtime.decoding import Decoding
 
     ids, mask, length = inputs["input_ids"], inputs["attention_mask"], inputs["input_ids"].shape[1]
-    # What would show in every result if it was read, and room behind.
+    # A fill that would show in every result if it were read, and cells beyond the end.
     decoding = Decoding(runtime, len(ids), fill=np.nan)
     decoding.reserve(length + _ROOM)
-    # Another batch of sequences takes turns with it: what both share would show in the second turn.
+    # Another batch of sequences alternates with this one; state that both share would show in the second turn.
     other, others = Decoding(runtime, len(ids)), np.ascontiguousarray(ids[::-1, ::-1])
     other.reserve(length + _ROOM)
     logits = []
@@ -138,13 +139,13 @@ def _decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) -
 
 
 class ArtifactProcess:
-    """A fresh process that has loaded a bundle. `start` an input, do something else, then take its `result`.
+    """A fresh process that has loaded a bundle. `start` an input, do something else, then get its `result`.
 
     Use it as a context manager; the process ends with the block.
 
     Args:
         bundle: directory of the bundle.
-        options: what it is run with.
+        options: options for running it.
     """
 
     def __init__(self, bundle: Path, options: RunOptions) -> None:
@@ -162,7 +163,7 @@ class ArtifactProcess:
 
     @property
     def backend(self) -> str:
-        """What runs the artifact; waits until it is loaded.
+        """Backend that runs the artifact; waits until it is loaded.
 
         Raises:
             ExportError: the runtime cannot load the bundle.
@@ -176,16 +177,16 @@ class ArtifactProcess:
         return self._backend
 
     def start(self, inputs: Mapping[str, Array]) -> None:
-        """Hand over an input without waiting for the output."""
+        """Pass an input without waiting for the output."""
         self._ask({}, inputs)
 
     def _ask(self, header: Mapping[str, Any], inputs: Mapping[str, Array]) -> None:
         self.backend  # noqa: B018 - the first answer is that the artifact is loaded
-        with suppress(BrokenPipeError):  # `result` says how it died
+        with suppress(BrokenPipeError):  # `result` reports why the process ended
             _send(self._process.stdin, header, inputs)
 
     def result(self) -> dict[str, Array]:
-        """Outputs by name of the input that was started.
+        """Outputs by name for the input that was started.
 
         Raises:
             ExportError: the artifact did not run.
@@ -194,7 +195,7 @@ class ArtifactProcess:
         return outputs
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name, waited for.
+        """Run an input and wait for its outputs by name.
 
         Raises:
             ExportError: the artifact did not run.
@@ -203,12 +204,12 @@ class ArtifactProcess:
         return self.result()
 
     def decode(self, inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
-        """See `Artifact.decode`; raises ExportError where the artifact did not run."""
+        """See `Artifact.decode`; raises ExportError if the artifact did not run."""
         self._ask({"decode": num_tokens}, inputs)
         return self.result()
 
     def generate(self, inputs: Mapping[str, Array], num_tokens: int) -> Array:
-        """See `Artifact.generate`; raises ExportError where the artifact did not run."""
+        """See `Artifact.generate`; raises ExportError if the artifact did not run."""
         self._ask({"generate": num_tokens}, inputs)
         return self.result()["tokens"]
 
@@ -222,10 +223,10 @@ class ArtifactProcess:
 
 
 def _main(bundle: str, options: str) -> int:
-    # Frames keep a copy of standard output; what C code prints to descriptor 1 must not land between them.
+    # Frames go to a copy of standard output, so that C code that prints to descriptor 1 cannot write between them.
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    # Imported once printing is out of the way.
+    # Imported only after printing is redirected.
     from diffdeploy.runtime import open_runtime
 
     try:
@@ -237,9 +238,9 @@ def _main(bundle: str, options: str) -> int:
     while (frame := _receive(stdin)) is not None:
         try:
             outputs = answered(runtime, *frame)
-        except Exception as error:  # noqa: BLE001 - whatever a backend raises is the finding
+        except Exception as error:  # noqa: BLE001 - any error of a backend is the finding
             _send(stdout, {"error": f"{type(error).__name__}: {error}"}, {})
-            continue  # one input that fails says nothing of the next
+            continue  # one input that fails says nothing about the next
         _send(stdout, {}, outputs)
     return 0
 

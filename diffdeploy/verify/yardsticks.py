@@ -1,4 +1,4 @@
-"""What an artifact is held against on a case: the exact outputs, and the error of the eager block."""
+"""Yardsticks for an artifact on a case: the exact outputs, and the error of the eager block."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ __all__ = ["Held", "RememberedYardsticks", "Yardsticks"]
 
 @dataclass(frozen=True)
 class Held:
-    """What the outputs of some rows are held against.
+    """Yardsticks for the outputs of some rows.
 
     Attributes:
         rows: rows of the batch.
-        yardsticks: by names of outputs.
+        yardsticks: yardsticks by the names of outputs.
     """
 
     rows: Array
@@ -39,7 +39,7 @@ class Yardsticks:
     """Computes yardsticks of a block or a model.
 
     Args:
-        bundle: whose config and weights count.
+        bundle: bundle with the config and the weights.
         exact_weights: its weights, float64.
     """
 
@@ -47,21 +47,21 @@ class Yardsticks:
         self._config, self._spec = bundle.manifest.config, bundle.manifest.graph
         self._dtype = self._spec.dtype
         self._weights = exact_weights
-        # The formula as it is written, which no format ships.
+        # The formula as the paper writes it, which no format ships.
         self._block = eager_module(bundle, impl="naive")
         self._eager = run_arrays(self._block, last_only=self._spec.logits == "last")
-        # Only float16 ends before the scores of outliers do.
+        # Only float16 overflows on the scores of outliers.
         self._fused = eager_module(bundle, impl="two_call") if self._dtype == "float16" else None
 
     @property
     def model(self) -> "DiffTransformer | None":
-        """The eager model that the errors are of; ``None`` for a block."""
+        """The eager model for the errors; ``None`` for a block."""
         from diffdeploy.modules import DiffTransformer
 
         return self._block if isinstance(self._block, DiffTransformer) else None
 
     def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
-        """Of all outputs of a case: for the batch, or for each row where rows are judged by themselves."""
+        """Yardsticks for all outputs of a case: for the batch, or for each row if rows are judged separately."""
         if isinstance(self._config, DecoderConfig):
             return [self._of_model(self._config, inputs)]
         sources, queries = case.sources(), case.queries()
@@ -72,12 +72,12 @@ class Yardsticks:
         with for_queries(self._block, queries):
             found = eager_errors(self._eager, inputs, expected, self._dtype, groups)
         for rows, yardsticks in zip(groups, found, strict=True):
-            # The cache is what projections gave, and no stream is stored on the way to it.
+            # The cache holds results of projections, which no stored stream affects.
             for output in stored:
                 yardsticks["output"].add_stored(output[rows])
         if case.is_extreme and self._fused is not None:
-            # A kernel adds masks to scores, and infinity minus infinity is NaN where a hidden key has overflowed;
-            # eager puts the mask in place of the score.
+            # Kernels add masks to scores, and infinity minus infinity is NaN where a hidden key has overflowed; eager
+            # replaces the score instead.
             with for_queries(self._fused, queries):
                 fused = run_arrays(self._fused)(inputs)
             for rows, yardsticks in zip(groups, found, strict=True):
@@ -92,7 +92,7 @@ class Yardsticks:
         return Held(np.arange(len(inputs["input_ids"])), yardsticks)
 
     def of_logits(self, inputs: Mapping[str, Array]) -> Yardstick:
-        """Of the logits of a model at every position, whatever its graph gives."""
+        """Compute the yardstick for the logits of a model at every position, whatever its graph returns."""
         assert isinstance(self._config, DecoderConfig)
         spec = self._spec.with_all_logits()
         return self._model_yardsticks(self._config, inputs, spec)[spec.main_output]
@@ -127,7 +127,7 @@ class RememberedYardsticks(Yardsticks):
 
     def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
         """See `Yardsticks.of`."""
-        # A name stands for its inputs, since every case has the same seed.
+        # A name identifies the inputs, since every case has the same seed.
         if case.id not in self._known:
             self._known[case.id] = super().of(case, inputs)
         return self._known[case.id]

@@ -31,9 +31,9 @@ def test_noise_is_no_change_and_a_change_is_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"graph": "cached"}, "the graph was cached, and is plain"),
-        ({"dtype": "float16"}, "the dtype was float16, and is float32"),
-        ({"baseline": "padded"}, "the baseline was padded, and is naive"),
+        ({"graph": "cached"}, "the graph was cached, but is plain now"),
+        ({"dtype": "float16"}, "the dtype was float16, but is float32 now"),
+        ({"baseline": "padded"}, "the baseline was padded, but is naive now"),
         ({"results": []}, "no candidate and size in common"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -35,6 +35,6 @@ def test_there_are_sections_for_what_was_measured_only(
         Path(f"{name}.json").write_text(json.dumps(report.fields()))
     both = script["page"](Path("page.md"), [Path("cpu.json"), Path("cuda.json")])
     assert both.index("## CPU") < both.index("(cpu.svg)") < both.index("## CUDA") < both.index("(cuda.svg)")
-    assert "a GPU beside a processor" in both
+    assert "a GPU with a processor" in both
     assert "| onnx | 4.00 | 0.5% | 0.400 |" in both
     assert "CUDA" not in script["page"](Path("page.md"), [Path("cpu.json")])

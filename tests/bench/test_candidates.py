@@ -28,7 +28,7 @@ def test_what_is_measured_is_chosen_by_name(block: Checkpoint) -> None:
         eager_candidates([SOFTMAX], second, device="cpu", dtype="float32")
     assert choose_baseline(None, found) == "naive"
     assert choose_baseline(None, found[2:]) == "two_call"
-    with pytest.raises(InputError, match="baseline 'x' is not among what is measured"):
+    with pytest.raises(InputError, match="baseline 'x' is not among the candidates"):
         choose_baseline("x", found)
     with pytest.raises(InputError, match="nothing to measure"):
         choose_baseline(None, [])
@@ -41,6 +41,6 @@ def test_sizes_that_do_not_fit_are_refused(block: Checkpoint, tmp_path: Path) ->
     scores = 4096**2 * plan.config.num_heads * 4
     assert candidate_bytes(plan, plan.candidates[1], plan.sizes[0]) > 4 * scores
     assert candidate_bytes(plan, plan.candidates[0], plan.sizes[0]) < scores / 4
-    with pytest.raises(UnavailableError, match=r"naive at B1-S4096 needs about .* GiB, and 1\.95 GiB are free here"):
+    with pytest.raises(UnavailableError, match=r"naive at B1-S4096 needs about .* GiB, but 1\.95 GiB are free here"):
         require_memory(plan, 2_090_000_000)
     require_memory(plan, 2**40)

@@ -75,7 +75,7 @@ def test_they_run_as_their_manifest_says(old_bundle: Path) -> None:
 
 
 def test_they_cannot_be_verified(old_bundle: Path) -> None:
-    message = "a cache of separate key streams, 4 heads of width 6, and verification knows 2 of 12; export it again"
+    message = "a cache of separate key streams, 4 heads of width 6, but verification needs 2 of 12; export it again"
     with pytest.raises(InputError, match=message):
         verify_bundle(old_bundle)
 

@@ -207,7 +207,7 @@ def test_digests_do_not_cover_the_signature(signed: Path, keys: KeyPair) -> None
 
 def test_a_signature_is_replaced_by_force_only(signed: Path, tmp_path: Path) -> None:
     other, before = key_pair(tmp_path, "other"), (signed / SIGNATURE).read_bytes()
-    with pytest.raises(InputError, match="is signed already; give --force"):
+    with pytest.raises(InputError, match="is already signed; give --force"):
         sign_bundle(open_bundle(signed), other.private)
     assert (signed / SIGNATURE).read_bytes() == before
     sign_bundle(open_bundle(signed), other.private, force=True)
@@ -267,11 +267,11 @@ def _rsa(folder: Path) -> KeyPair:
     [
         (_no_key, r"cannot be read \(No such file or directory\); give"),
         (_folder, r"cannot be read \(Is a directory\); give"),
-        (_text, "key that signatures take; accepted are elliptic-curve keys in PEM"),
-        (_other_half, "key that signatures take"),
-        (_other_curve, "key that signatures take"),
-        (_edwards, "key that signatures take"),
-        (_rsa, "key that signatures take"),
+        (_text, "not a usable .* key; accepted are elliptic-curve keys in PEM"),
+        (_other_half, "not a usable .* key"),
+        (_other_curve, "not a usable .* key"),
+        (_edwards, "not a usable .* key"),
+        (_rsa, "not a usable .* key"),
     ],
 )
 def test_what_is_no_key_is_bad_input(
@@ -289,7 +289,9 @@ def test_what_is_no_key_is_bad_input(
 
 
 def test_a_key_with_a_password_is_bad_input(bundle_copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is locked by a password, which is never asked for; give an unlocked key"):
+    with pytest.raises(
+        InputError, match="is protected by a password, which diffdeploy does not ask for; give an unlocked key"
+    ):
         sign_bundle(open_bundle(bundle_copy), key_pair(tmp_path, password=b"secret").private)
 
 

@@ -101,7 +101,7 @@ def _unknown(weights: dict[str, Any]) -> None:
         (_wrong_shape, r"out_proj.weight has shape \[24, 47\]; accepted is \[24, 48\]"),
         (_odd_rows, "k_proj.weight has 23 rows; accepted is a multiple of 12"),
         (_indivisible, "num_kv_heads is 3"),
-        (_unknown, "layout that is not known"),
+        (_unknown, "no known layout"),
     ],
 )
 def test_bad_weights_are_refused(tmp_path: Path, damage: Any, message: str) -> None:

@@ -119,7 +119,7 @@ def test_gqa_layout_is_asked_for_only_where_it_matters(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path, CheckpointOptions(rope="none")).layout == "microsoft"
     assert summarise(tmp_path).also == ("sdpadiff", "blagpt")
     store(tmp_path, source, Shape(20, 4, 2, 4))
-    with pytest.raises(InputError, match=r"--gqa-layout is missing.*--layout sdpadiff says too"):
+    with pytest.raises(InputError, match=r"--gqa-layout is missing.*--layout sdpadiff implies"):
         read_checkpoint(tmp_path, CheckpointOptions(rope="none"))
 
 

@@ -216,8 +216,8 @@ def test_doubled_projections_of_axolotl(heads: int, kv_heads: int, norm: bool, t
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"split_heads": False}, "split_heads is False, and the block has True"),
-        ({"sublayer_norm": False}, "sublayer_norm is False, and the block has True"),
+        ({"split_heads": False}, "split_heads is False, but the block has True"),
+        ({"sublayer_norm": False}, "sublayer_norm is False, but the block has True"),
     ],
     ids=str,
 )
@@ -336,7 +336,7 @@ def test_ordinary_attention_is_not_taken_for_stable_audio(tmp_path: Path) -> Non
 def test_heads_without_a_norm(scale: float, tmp_path: Path) -> None:
     state = random_state({**projections(24, 24, 24, "out_proj", 24, 24), **lambdas(4)}, "blocks.1.attn.")
     options = CheckpointOptions(causal=False, norm="none", rope="none", gqa_layout="canonical")
-    with pytest.raises(InputError, match="--output-scale is missing: without a norm, nothing says"):
+    with pytest.raises(InputError, match="--output-scale is missing: without a norm, nothing shows"):
         read(tmp_path, state, options=options)
     found = read(tmp_path, state, options=replace(options, output_scale=scale))
     assert not found.config.has_norm
@@ -346,13 +346,13 @@ def test_heads_without_a_norm(scale: float, tmp_path: Path) -> None:
         return formulas.without_norm(x, w, num_heads=3, lam=lam) * scale
 
     compare(found, state, "blocks.1.attn.", formula)
-    with pytest.raises(InputError, match="layout microsoft has a norm of the heads True, and the block False"):
+    with pytest.raises(InputError, match="layout microsoft has a norm of the heads True, but the block has False"):
         write_checkpoint(replace(found.config, causal=True), found.weights, "microsoft")
 
 
 def test_a_norm_with_a_weight_cannot_be_left_out(tmp_path: Path) -> None:
     state = random_state({**projections(24, 24, 24, "out_proj", 24, 24), **lambdas(4), "subln.weight": (8,)})
-    with pytest.raises(InputError, match=r"--norm is none, and the block has subln.weight"):
+    with pytest.raises(InputError, match=r"--norm is none, but the block has subln.weight"):
         read(tmp_path, state, options=CheckpointOptions(norm="none", depth=1, rope="none", output_scale=1.0))
 
 
@@ -378,5 +378,5 @@ def test_a_layer_norm_in_half_precision_keeps_what_centring_needs(tmp_path: Path
 def test_a_block_without_a_norm_has_no_kind_of_norm(tmp_path: Path) -> None:
     shapes = {**projections(24, 12, 12, "o_proj", 24, 12), "lambda_proj.weight": (3, 24)}
     state = random_state({**shapes, "o_proj.weight": (24, 12)})
-    with pytest.raises(InputError, match="--norm is layer, and blocks of layout microsoft-v2 have no norm"):
+    with pytest.raises(InputError, match="--norm is layer, but blocks of layout microsoft-v2 have no norm"):
         read(tmp_path, state, options=CheckpointOptions(norm="layer", rope="none"))

@@ -46,7 +46,7 @@ def test_the_top_of_the_package_reads_a_layer_and_writes_it_back() -> None:
     written = diffdeploy.write_checkpoint(found.config, found.weights, found.layout, prefix="layers.3.self_attn.")
     with safe_open(SAMPLE / "model.safetensors", framework="pt") as stored:
         assert all(torch.equal(tensor, stored.get_tensor(name)) for name, tensor in written.items())
-    with pytest.raises(InputError, match="layer is 3, and 1 in the options"):
+    with pytest.raises(InputError, match="layer is 3, but 1 in the options"):
         diffdeploy.read_checkpoint(SAMPLE, CheckpointOptions(layer=1), layer=3)
 
 

@@ -20,7 +20,7 @@ from tests.support.code_bases import SOURCES, store
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("diffllama", {}, "has the keys of layout diffllama, but no config.json beside it says so"),
+        ("diffllama", {}, "has the keys of layout diffllama, but no config.json next to it says so"),
         ("diffllama", {"model_type": "diffllama", "num_attention_heads": 9}, "num_attention_heads in config.json is 9"),
         ("diffllama", {"model_type": "diffllama", "rope_scaling": {"type": "longrope"}}, "rope_type is 'longrope'"),
         ("diffllama", {"model_type": "diffllama", "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
@@ -86,7 +86,7 @@ def test_shards_that_are_missing_or_wrong(tmp_path: Path) -> None:
     found = read_checkpoint(tmp_path)
     assert [file.name for file in found.files] == ["a.safetensors", "b.safetensors"]
     index.write_text(json.dumps({"weight_map": dict.fromkeys(keys, "../a.safetensors")}))
-    with pytest.raises(InputError, match="not beside it"):
+    with pytest.raises(InputError, match="not in the same folder"):
         read_checkpoint(tmp_path)
     index.write_text("{")
     with pytest.raises(InputError, match="is not an index of shards"):

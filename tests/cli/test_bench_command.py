@@ -103,7 +103,7 @@ def test_a_run_is_compared_with_an_earlier_one(saved: Path, capsys: pytest.Captu
     few = ["--impl", "naive,padded", "--format", "none"]
     assert main(["bench", *TINY, *few, "--compare", "slow.json", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert "the graph was plain, and is cached" in refused(
+    assert "the graph was plain, but is cached now" in refused(
         ["bench", *TINY, *few, "--graph", "cached", "--compare", "slow.json"], capsys
     )
     changes = {(change["name"], change["sequence_length"]): change for change in result["changes"]}
@@ -196,8 +196,8 @@ def test_progress_says_what_runs_and_how_long_it_takes(saved: Path) -> None:
         (["--save", "nowhere/run.json"], "nowhere/run.json cannot be written", 2),
         (["--compare", "nowhere.json"], "nowhere.json is not a result of diffdeploy bench", 2),
         (["nowhere.pt"], "nowhere.pt does not exist", 2),
-        (["--num-heads", "3"], "--embed-dim 1024 is no multiple of 2 * --num-heads 3", 2),
-        (["--layer", "1"], "--layer is for reading a checkpoint, and none is given", 2),
+        (["--num-heads", "3"], "--embed-dim 1024 is not a multiple of 2 * --num-heads 3", 2),
+        (["--layer", "1"], "--layer is for reading a checkpoint, but none is given", 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -215,9 +215,9 @@ def test_a_bundle_that_does_not_fit_the_rest_is_refused(
 ) -> None:
     bundle = str(sample_bundle)
     for arguments, message in (
-        ([bundle, "--seq", "512"], "bundle bundle is made for sequence_length up to 256, and --seq leads to 512"),
-        ([bundle, "--dtype", "float16"], "--dtype is float16, and bundle bundle has float32"),
-        ([bundle, "--graph", "cached"], "--graph is cached, and bundle bundle has plain"),
+        ([bundle, "--seq", "512"], "bundle bundle is made for sequence_length up to 256, but --seq leads to 512"),
+        ([bundle, "--dtype", "float16"], "--dtype is float16, but bundle bundle has float32"),
+        ([bundle, "--graph", "cached"], "--graph is cached, but bundle bundle has plain"),
         ([bundle, "--embed-dim", "64"], "sizes are those of a random block"),
         ([bundle, str(SAMPLE), "--layer", "0"], "bundle bundle does not hold the block of sample"),
         ([str(SAMPLE), str(SAMPLE)], "are two checkpoints; give one"),

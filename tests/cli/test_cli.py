@@ -120,7 +120,7 @@ def test_verify_of_a_wrong_artifact_exits_1(bundle_copy: Path, capsys: pytest.Ca
     first = said.err.splitlines()[0]
     assert first.startswith(f"error: {bundle_copy} failed verification: ")
     assert re.search(
-        r"\d+ of \d+ cases failed, first B1-S1-normal: the error of output is [\d.e+]+ times what is", first
+        r"\d+ of \d+ cases failed, first B1-S1-normal: the error of output is [\d.e+]+ times the allowed one", first
     )
     assert first.endswith(
         f"diffdeploy verify {bundle_copy} --seed 0 --save-inputs inputs.safetensors keeps the inputs that it fails on"
@@ -200,7 +200,7 @@ def test_bad_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     cases = [
         (truncated, "may be truncated"),
         (pickled, "never executed"),
-        (unknown, "layout that is not known"),
+        (unknown, "no known layout"),
         (weights_file(tmp_path / "nan.safetensors", lambda_q1=lambda_q1), "lambda_q1 holds NaN"),
         (
             weights_file(tmp_path / "shape.safetensors", **{"out_proj.weight": torch.zeros(24, 47)}),

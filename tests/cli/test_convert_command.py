@@ -65,8 +65,8 @@ def test_what_cannot_be_held_is_refused_in_one_sentence(capsys: pytest.CaptureFi
     motif(Path("motif"))
     message = refused(["convert", "motif"], capsys)
     assert message == (
-        "error: DiffLlama cannot hold this model: layer 0 has lambda_init -0.00991528, and DiffLlama has 0.2 there, "
-        "which is the paper's"
+        "error: DiffLlama cannot represent this model: layer 0 has lambda_init -0.00991528, but DiffLlama has 0.2 "
+        "there, which is the paper's"
     )
     assert "does not exist" in refused(["convert", "nowhere"], capsys)
     assert "'gguf'" in refused(["convert", "--to", "gguf"], capsys)
@@ -75,4 +75,4 @@ def test_what_cannot_be_held_is_refused_in_one_sentence(capsys: pytest.CaptureFi
 def test_a_block_is_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = {key: tensor for key, tensor in load_file(SAMPLE / "model.safetensors").items() if "self_attn" in key}
     save_file(blocks, "blocks.safetensors")
-    assert "holds no token embedding" in refused(["convert", "blocks.safetensors"], capsys)
+    assert "has no token embedding" in refused(["convert", "blocks.safetensors"], capsys)

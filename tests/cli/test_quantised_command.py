@@ -25,13 +25,13 @@ def test_the_loss_is_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     assert (loss["text"], loss["num_bytes"], loss["num_tokens"]) == ("text.py", 9 * 43, 9 * 43 - 1)
     assert loss["worst_layer"] in loss["layers"]
     assert set(loss["layers"]) == {"layer0", "layer1", "layer2", "layer3", "head"}
-    assert f"loss by quantised weights: {loss['bits_per_byte']:.4g} bits a byte" in shown.err
+    assert f"loss by quantised weights: {loss['bits_per_byte']:.4g} bits per byte" in shown.err
     assert json.loads(Path("bundle/verification.json").read_text())["loss"]["kl"] == loss["kl"]
 
     assert main(["inspect", "bundle"]) == 0
     rows = capsys.readouterr().out
     assert "int4 in blocks of 16, accuracy level 0: projections and MLPs, and the head; all else float32" in rows
-    assert f"{loss['bits_per_byte']:.4g} bits a byte" in rows
+    assert f"{loss['bits_per_byte']:.4g} bits per byte" in rows
     assert "quantisation" not in rows
     assert main(["inspect", "bundle", "--json"]) == 0
     recorded = json.loads(capsys.readouterr().out)["options"]["quantisation"]

@@ -120,4 +120,4 @@ def test_a_fault_that_the_format_cannot_hold_is_listed_with_the_reason(
     result = json.loads(capsys.readouterr().out)["self_test"]
     assert [fault["name"] for fault in result["faults"]] == ["byte_changed"]
     assert [skipped["name"] for skipped in result["skipped"]] == ["not_causal"]
-    assert "is causal, and this block is not" in result["skipped"][0]["reason"]
+    assert "is causal, but this block is not" in result["skipped"][0]["reason"]

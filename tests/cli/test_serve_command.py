@@ -62,9 +62,9 @@ def test_an_address_that_cannot_be_had(sample_bundle: Path, capsys: pytest.Captu
         taken.listen()
         port = taken.getsockname()[1]
         message = refused(["serve", str(sample_bundle), "--port", str(port)], capsys)
-    assert message == f"error: port {port} is taken at 127.0.0.1; give another --port"
+    assert message == f"error: port {port} on 127.0.0.1 is in use; give another --port"
     message = refused(["serve", str(sample_bundle), "--host", "203.0.113.7"], capsys)
-    assert message.startswith("error: host 203.0.113.7 and port 8080 cannot be listened at (Cannot assign")
+    assert message.startswith("error: cannot listen on host 203.0.113.7 and port 8080 (Cannot assign")
     assert "Invalid value for '--port'" in refused(["serve", str(sample_bundle), "--port", "0"], capsys)
 
 

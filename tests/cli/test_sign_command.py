@@ -69,7 +69,7 @@ def test_a_signature_is_kept_without_force(capsys: pytest.CaptureFixture[str]) -
     assert main(SIGN) == 0
     capsys.readouterr()
     other = ["sign", "bundle", "--private-key", "other.pem"]
-    assert refused(other, capsys) == ("error: bundle is signed already; give --force to replace its model.sig")
+    assert refused(other, capsys) == ("error: bundle is already signed; give --force to replace its model.sig")
     assert main([*other, "--force"]) == 0
     assert open_bundle("bundle", "other.pub").signature_checked
 
@@ -85,8 +85,8 @@ def test_keys_that_cannot_sign(capsys: pytest.CaptureFixture[str]) -> None:
     key_pair(Path(), "locked", password=b"secret")
     for key, message in (
         ("nowhere.pem", "nowhere.pem cannot be read (No such file or directory)"),
-        ("key.pub", "key.pub is no private key that signatures take"),
-        ("locked.pem", "locked.pem is locked by a password"),
+        ("key.pub", "key.pub is not a usable private key"),
+        ("locked.pem", "locked.pem is protected by a password"),
     ):
         assert message in refused([*SIGN[:-1], key], capsys)
     assert "Missing option '--private-key'" in refused(SIGN[:2], capsys)
@@ -115,7 +115,7 @@ def test_commands_refuse_what_the_key_did_not_sign(capsys: pytest.CaptureFixture
     for command in commands:
         said = refused([*command, "--public-key", "other.pub"], capsys, code=5)
         assert "bundle is not what the key other.pub signed" in said
-        assert "key.pem is no public key" in refused([*command, "--public-key", "key.pem"], capsys)
+        assert "key.pem is not a usable public key" in refused([*command, "--public-key", "key.pem"], capsys)
 
 
 def test_the_artifact_runs_in_a_process_that_checks_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +130,7 @@ def test_the_key_is_for_what_is_run(capsys: pytest.CaptureFixture[str]) -> None:
     report = ["verify", "--from-report", "bundle/verification.json", "--public-key", "key.pub"]
     assert "runs nothing, so it does not go with --public-key" in refused(report, capsys)
     bench = ["bench", "--impl", "naive", "--format", "none", "--seq", "8", "--public-key", "key.pub"]
-    assert "--public-key is for checking bundles, and none is given" in refused(bench, capsys)
+    assert "--public-key is for checking bundles, but none is given" in refused(bench, capsys)
 
 
 def test_inspect_says_whether_there_is_a_signature(capsys: pytest.CaptureFixture[str]) -> None:

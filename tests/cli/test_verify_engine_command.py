@@ -80,7 +80,7 @@ def test_vllm_takes_diffllama_directories_alone(
 ) -> None:
     monkeypatch.setattr(VllmEngine, "why_not", lambda self: None)
     message = refused(["verify", str(SAMPLE), "--engine", "vllm"], capsys)
-    assert "has the layout diffdeploy, and vLLM runs diffllama; diffdeploy convert" in message
+    assert "has the layout diffdeploy, but vLLM runs diffllama; diffdeploy convert" in message
     assert "is not a directory" in refused(["verify", str(SAMPLE / "model.safetensors"), "--engine", "vllm"], capsys)
 
 
@@ -98,4 +98,4 @@ def test_openvino_that_is_not_there(sample_bundle: Path, capsys: pytest.CaptureF
     message = refused(["verify", str(sample_bundle), "--engine", "openvino"], capsys, 3)
     assert message == "error: openvino is not installed; pip install 'diffdeploy[openvino]'"
     message = refused(["verify", str(sample_bundle), "--engine", "openvino", "--device", "cuda"], capsys, 3)
-    assert message == "error: OpenVINO is run on cpu here, not on cuda"
+    assert message == "error: OpenVINO bundles run on cpu, not on cuda"

@@ -90,7 +90,7 @@ def test_a_wrong_answer_fails(spoil: Callable[[EngineRow], EngineRow], reason: s
 def test_versions_that_were_not_tested_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ToyEngine, "tested", {"0.1": "nowhere", "0.2": "nowhere"})
     installed = torch.__version__.partition("+")[0]
-    with pytest.raises(UnavailableError, match=rf"^toy {installed} is installed, and .* tested with 0.1, 0.2; install"):
+    with pytest.raises(UnavailableError, match=rf"^toy {installed} is installed, but .* tested with 0.1, 0.2; install"):
         verify_engine(SAMPLE, ToyEngine(read_model(SAMPLE)))
     monkeypatch.setattr(ToyEngine, "distributions", ("no-such-engine",))
     with pytest.raises(UnavailableError, match=r"^toy is not installed; pip install 'diffdeploy\[test\]'$"):

@@ -84,7 +84,7 @@ def test_a_config_of_another_model_is_seen(bundle: Path, tmp_path: Path) -> None
 def test_what_the_engine_does_not_run(bundle: Path, sample_bundle: Path) -> None:
     with pytest.raises(InputError, match="has no genai_config"):
         verify_engine(sample_bundle, GenaiEngine())
-    with pytest.raises(InputError, match="is not a bundle, and genai runs those"):
+    with pytest.raises(InputError, match="is not a bundle, which genai needs"):
         verify_engine(SAMPLE, GenaiEngine())
     with pytest.raises(InputError, match="genai runs a model in one process"):
         verify_engine(bundle, GenaiEngine(), tensor_parallel_size=2)

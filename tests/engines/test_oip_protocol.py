@@ -128,16 +128,16 @@ NEW = {"max_new_tokens": 3}
     ("tensor", "message"),
     [
         (wire("hidden", [0.0], [1, 1, 1]), r"inputs are \['hidden'\]; accepted are \['hidden_states'\]"),
-        (wire("hidden_states", [0.0], [1, 1, 128]), r"hidden_states has 1 elements, and its shape is \[1, 1, 128\]"),
+        (wire("hidden_states", [0.0], [1, 1, 128]), r"hidden_states has 1 elements, but its shape is \[1, 1, 128\]"),
         (wire("hidden_states", [0.0] * 128, [1, -1, 128]), "accepted are sizes of 0 or more"),
         (wire("hidden_states", [0.0] * 64, [1, 1, 64]), r"has shape \[1, 1, 64\]; accepted is"),
         (wire("hidden_states", [0.0] * 128, [128]), r"has shape \[128\]; accepted is"),
         (wire("hidden_states", [1] * 128, [1, 1, 128], "INT64"), "has datatype INT64; accepted is FP32"),
         (wire("hidden_states", [0.0] * 128, [1, 1, 128], "BF16"), "has datatype BF16; accepted is FP32"),
-        (wire("hidden_states", ["1.5"] * 128, [1, 1, 128]), "holds something that is no FP32"),
-        (wire("hidden_states", [None] * 128, [1, 1, 128]), "holds something that is no FP32"),
-        (wire("hidden_states", [True] * 128, [1, 1, 128]), "holds something that is no FP32"),
-        (wire("hidden_states", [1e300] * 128, [1, 1, 128]), "holds something that is no FP32"),
+        (wire("hidden_states", ["1.5"] * 128, [1, 1, 128]), "has an element that is not FP32"),
+        (wire("hidden_states", [None] * 128, [1, 1, 128]), "has an element that is not FP32"),
+        (wire("hidden_states", [True] * 128, [1, 1, 128]), "has an element that is not FP32"),
+        (wire("hidden_states", [1e300] * 128, [1, 1, 128]), "has an element that is not FP32"),
         (wire("hidden_states", [[1.0], [1.0, 2.0]], [1, 1, 3]), "rows of different lengths"),
         (wire("hidden_states", [0.0] * 257 * 128, [1, 257, 128]), "sequence_length of hidden_states is 257"),
         (wire("hidden_states", [], [0, 1, 128]), "batch_size of hidden_states is 0"),
@@ -160,9 +160,9 @@ def test_a_wrong_tensor_is_refused(block: Runtime, tensor: WireTensor, message: 
         ([wire("text", [7], [1], "BYTES")], NEW, "accepted is BYTES, a list of texts"),
         ([wire("text", ["a", ""], [2], "BYTES")], NEW, "text 1 has no tokens"),
         ([wire("text", [], [0], "BYTES")], NEW, "the prompt is empty"),
-        ([wire("input_ids", [1.5, 2], [1, 2], "INT64")], NEW, "holds something that is no INT64"),
-        ([wire("input_ids", [2**63, 2**63], [1, 2], "INT64")], NEW, "holds something that is no INT64"),
-        ([wire("input_ids", [2**70, 2], [1, 2], "INT64")], NEW, "holds something that is no INT64"),
+        ([wire("input_ids", [1.5, 2], [1, 2], "INT64")], NEW, "has an element that is not INT64"),
+        ([wire("input_ids", [2**63, 2**63], [1, 2], "INT64")], NEW, "has an element that is not INT64"),
+        ([wire("input_ids", [2**70, 2], [1, 2], "INT64")], NEW, "has an element that is not INT64"),
         ([wire("input_ids", [1, 999], [1, 2], "INT64")], NEW, "input_ids holds numbers from 1 to 999"),
         ([wire("input_ids", [1, 2], [2], "INT64")], NEW, r"input_ids is int64 \[2\]"),
         ([wire("input_ids", [1] * 5, [5, 1], "INT64")], NEW, "batch_size is 5; accepted is 1 to 4"),
@@ -183,7 +183,7 @@ def test_a_wrong_prompt_is_refused(
 
 
 def test_an_output_that_is_not_there(model: Runtime) -> None:
-    with pytest.raises(InputError, match="output 'logits' is asked for; there are output_ids, text"):
+    with pytest.raises(InputError, match="output 'logits' is requested; there are output_ids, text"):
         Served(model).answer([IDS], NEW, ["text", "logits"])
 
 
@@ -197,7 +197,7 @@ def test_bfloat16_is_refused(block: Runtime) -> None:
         update={"outputs": {"output": block.spec.outputs["output"].model_copy(update={"dtype": "bfloat16"})}}
     )
     runtime: Any = SimpleNamespace(spec=spec, bundle=block.bundle)
-    with pytest.raises(InputError, match="is in bfloat16, which the Open Inference Protocol cannot carry"):
+    with pytest.raises(InputError, match="is in bfloat16, which the Open Inference Protocol cannot represent"):
         Served(runtime)
 
 
@@ -209,5 +209,5 @@ def test_half_precision(sample: Checkpoint, bundles: BundleCache) -> None:
         tensor = wire("hidden_states", states.tolist(), [1, 3, 128], "FP16")
         expected = runtime(hidden_states=states)["output"]
         assert served.answer([tensor])["output"].tobytes() == expected.tobytes()
-        with pytest.raises(InputError, match="holds something that is no FP16"):
+        with pytest.raises(InputError, match="has an element that is not FP16"):
             served.answer([wire("hidden_states", [7e4] * 128, [1, 1, 128], "FP16")])

@@ -39,11 +39,11 @@ class Ask:
     """
 
     def __init__(self, port: int) -> None:
-        self._port = port
+        self.port = port
 
     def raw(self, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, bytes, int]:
         """Status, what was said, and how much of it is JSON, in the binary form."""
-        with closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)) as connection:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
             connection.request("GET" if body is None else "POST", path, body, headers)
             answer = connection.getresponse()
             return answer.status, answer.read(), int(answer.headers.get("Inference-Header-Content-Length", 0))
@@ -118,10 +118,10 @@ def array_of(answer: Any, name: str) -> np.ndarray[Any, Any]:
 # What is wrong, and what the server says to it.
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"name": "hidden"}, "inputs are ['hidden']; accepted are ['hidden_states']"),
-    ({"shape": [1, 3, 127]}, "hidden_states has 384 elements, and its shape is [1, 3, 127]"),
+    ({"shape": [1, 3, 127]}, "hidden_states has 384 elements, but its shape is [1, 3, 127]"),
     ({"shape": [3, 128]}, "hidden_states has shape [3, 128]; accepted is ['batch_size', 'sequence_length', 128]"),
     ({"datatype": "FP64"}, "hidden_states has datatype FP64; accepted is FP32"),
-    ({"data": ["x"] * 384}, "hidden_states holds something that is no FP32, or rows of different lengths"),
+    ({"data": ["x"] * 384}, "hidden_states has an element that is not FP32, or rows of different lengths"),
 ]
 
 

@@ -38,7 +38,7 @@ def test_a_block(sample_bundle: Path, tmp_path: Path) -> None:
     assert sorted(str(path.relative_to(model)) for path in model.rglob("*")) == ["1", "1/model.onnx", "config.pbtxt"]
     assert file_sha256(model / "1/model.onnx") == file_sha256(sample_bundle / "model.onnx")
     first, _, rest = (model / "config.pbtxt").read_text().partition("\n")
-    assert first.startswith("# Computed rightly by onnxruntime 1.")
+    assert first.startswith("# Computed correctly by onnxruntime 1.")
     assert rest == BLOCK
 
 
@@ -66,7 +66,7 @@ def test_machine_code_has_names_by_position_and_no_batches(format_bundle: Format
 
 
 def test_a_format_without_a_backend(format_bundle: FormatBundle, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has format pt2, which Triton has no backend for; accepted: onnx, aoti"):
+    with pytest.raises(InputError, match="has format pt2, for which Triton has no backend; accepted: onnx, aoti"):
         deploy_to_triton(open_bundle(format_bundle("pt2")), tmp_path / "repository", name="program")
     assert not (tmp_path / "repository").exists()
 

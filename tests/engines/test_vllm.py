@@ -51,7 +51,7 @@ def test_the_cause_is_the_first_error_of_a_log() -> None:
     ]
     assert _cause(log) == "AssertionError: Not enough allowed NUMA nodes."
     assert _cause(["Killed"]) == "Killed"
-    assert _cause([]) == "it said nothing"
+    assert _cause([]) == "it wrote no message"
 
 
 @pytest.fixture(scope="module")
@@ -219,8 +219,8 @@ print(_side_by_side("q_proj.g_idx", zeros(6), None, 4).shape[0])
 def test_what_would_be_wrong_in_silence_is_refused() -> None:
     done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, check=True)
     adapters, scales, unordered = done.stdout.splitlines()[-3:]
-    assert adapters.startswith("LoRA adapters were asked for")
-    assert "its outputs cannot be told apart by 8 streams" in scales
+    assert adapters.startswith("LoRA adapters were requested")
+    assert "its outputs cannot be separated into 8 streams" in scales
     assert unordered == "6"
 
 

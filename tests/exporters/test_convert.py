@@ -232,10 +232,10 @@ def test_the_tokenizer_of_transformers_reads_what_is_copied(tmp_path: Path) -> N
 REFUSED: dict[str, tuple[DecoderConfig, str]] = {
     "polynorm": (
         paper(rope=HALF, mlp=MlpConfig(hidden_dim=40, kind="polynorm")),
-        "layer 0 has an MLP with PolyNorm, and DiffLlama has SwiGLU",
+        "layer 0 has an MLP with PolyNorm, but DiffLlama has SwiGLU",
     ),
     "mlp-bias": (paper(rope=HALF, mlp=MlpConfig(hidden_dim=40, bias=True)), "has biases in its MLP"),
-    "window": (paper(rope=HALF, sliding_window=4), "has a sliding window of 4 keys, and DiffLlama has none"),
+    "window": (paper(rope=HALF, sliding_window=4), "has a sliding window of 4 keys, but DiffLlama has none"),
     "eps": (paper(rope=HALF, norm_eps=1e-6), "has epsilon 1e-05 in the norm of the heads and 1e-06 around it"),
     "no-norm": (paper(rope=HALF, head_norm_eps=None, norm_affine=False), "has no norm of the heads"),
     "no-rope": (paper(rope=None), "has no rotary embedding"),
@@ -245,11 +245,11 @@ REFUSED: dict[str, tuple[DecoderConfig, str]] = {
     ),
     "legacy": (paper(rope=HALF, gqa_layout="legacy"), "has the legacy key map"),
     "qk-norm": (paper(rope=HALF, qk_norm_eps=1e-6), "has norms of queries and keys"),
-    "scale": (paper(rope=HALF, softmax_scale=0.3), "has a softmax scale of 0.3, and DiffLlama has 0.408248"),
-    "values": (paper(rope=HALF, value_head_dim=10), "has values of width 10, and DiffLlama has values of 12"),
+    "scale": (paper(rope=HALF, softmax_scale=0.3), "has a softmax scale of 0.3, but DiffLlama has 0.408248"),
+    "values": (paper(rope=HALF, value_head_dim=10), "has values of width 10, but DiffLlama has values of 12"),
     "by-head": (paper(rope=HALF, lambda_kind="head"), "has a lambda for each head"),
     "fixed": (paper(rope=HALF, lambda_kind="fixed"), "has a fixed lambda"),
-    "lambda-init": (make_decoder(), r"layer 1 has lambda_init 0.3, and DiffLlama has 0.355509 there"),
+    "lambda-init": (make_decoder(), r"layer 1 has lambda_init 0.3, but DiffLlama has 0.355509 there"),
     "second": (
         make_decoder(attention=DiffAttentionV2Config(embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, rope=HALF)),
         "layer 0 has differential attention of the second version",
@@ -260,7 +260,7 @@ REFUSED: dict[str, tuple[DecoderConfig, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_diffllama_cannot_hold_is_refused_by_name(name: str, tmp_path: Path) -> None:
     config, message = REFUSED[name]
-    with pytest.raises(InputError, match=rf"^DiffLlama cannot hold this model: .*{message}"):
+    with pytest.raises(InputError, match=rf"^DiffLlama cannot represent this model: .*{message}"):
         convert_model(in_memory(config), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -297,7 +297,9 @@ FAULTS: dict[str, Callable[[dict[str, Tensor], int], dict[str, Tensor]]] = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_wrong_conversion_is_not_kept(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffdeploy.checkpoints.diffllama.by_halves", FAULTS[name])
-    with pytest.raises(VerificationError, match="what was written computes other logits, and was not kept: B1-S33"):
+    with pytest.raises(
+        VerificationError, match="the written checkpoint computes other logits, and was not kept: B1-S33"
+    ):
         convert_model(in_memory(paper(rope=INTERLEAVED)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -308,7 +310,7 @@ def test_a_wrong_config_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("diffdeploy.checkpoints.diffllama._SCALING", {"linear": ("factor", "low_freq_factor")})
     convert_model(in_memory(config), tmp_path / "out")  # fields that a kind does not have say nothing
     monkeypatch.setattr(convert, "diffllama_config", lambda given: given)
-    with pytest.raises(VerificationError, match="is read back with another config"):
+    with pytest.raises(VerificationError, match="is read with another config"):
         convert_model(in_memory(config), tmp_path / "wrong")
 
 

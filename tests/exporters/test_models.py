@@ -179,6 +179,7 @@ def test_logits_of_the_last_position_alone(tmp_path: Path) -> None:
         assert runtime.generate(np.ones((2, 3), np.int64), max_new_tokens=3).shape == (2, 6)
 
 
+@pytest.mark.slow
 def test_norms_that_are_all_1_may_be_one_constant(tmp_path: Path) -> None:
     from dataclasses import replace
 
@@ -189,6 +190,7 @@ def test_norms_that_are_all_1_may_be_one_constant(tmp_path: Path) -> None:
     assert done.report.passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16"])
 def test_half_precision(dtype: Any, tmp_path: Path) -> None:
     from dataclasses import replace

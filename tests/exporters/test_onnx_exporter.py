@@ -28,6 +28,7 @@ from diffdeploy.verify.yardsticks import Yardsticks
 from tests import oracles
 from tests.support.blocks import checkpoint_of, make_config, random_weights
 from tests.support.bundles import BundleCache
+from tests.support.pairwise import each_value, rest_is_slow
 
 
 @pytest.mark.parametrize("style", ["interleaved", "half"])
@@ -42,8 +43,10 @@ def test_oracle_matches_loops(style: str) -> None:
         np.testing.assert_allclose(row, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize(
+    ("opset", "dtype"),
+    rest_is_slow([(23, "float32"), (18, "float16"), (18, "float32"), (23, "float16")], quick=2),
+)
 def test_sample_layer_through_onnxruntime(tmp_path: Path, opset: int, dtype: DType) -> None:
     checkpoint = read_checkpoint(SAMPLE, CheckpointOptions(layer=1))
     torch_dtype = getattr(torch, dtype)
@@ -89,14 +92,12 @@ def test_weights_too_large_for_a_protobuf_go_to_a_file_beside_it(
     assert runtime(hidden_states=np.ones((1, 3, 128), np.float32))["output"].shape == (1, 3, 128)
 
 
-@pytest.mark.parametrize(
-    ("flavor", "opset"), [("standard", 20), ("standard", 23), ("ort", None)], ids=["20", "23", "ort"]
-)
-@pytest.mark.parametrize("kind", ["outliers", "scales"])
+@each_value(named={"23": ("standard", 23), "20": ("standard", 20), "ort": ("ort", None)}, kind=["outliers", "scales"])
 def test_float16_scores_that_a_mask_hides_may_be_of_any_size(
-    flavor: str, opset: int | None, kind: Kind, bundles: BundleCache
+    named: tuple[str, int | None], kind: Kind, bundles: BundleCache
 ) -> None:
     """A hidden score beyond 65504 is infinity, and must neither be seen nor make NaN of its row."""
+    flavor, opset = named
     config = make_config(embed_dim=16, head_dim=16)
     options = ExportOptions(
         graph="masked", dtype="float16", onnx_flavor=flavor, opset=opset, max_batch_size=4, max_sequence_length=70

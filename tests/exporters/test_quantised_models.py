@@ -27,11 +27,12 @@ from tests.exporters.test_ort_models import KINDS, SMALL, WIDE
 from tests.support.blocks import make_config
 from tests.support.bundles import BundleCache
 from tests.support.models import decoder_weights, make_decoder
+from tests.support.pairwise import rest_is_slow
 
 INT4 = replace(SMALL, weights="int4")
 
 
-@pytest.fixture(scope="module", params=["int4", "int8"])
+@pytest.fixture(scope="module", params=rest_is_slow(["int4", "int8"]))
 def sample(request: pytest.FixtureRequest, bundles: BundleCache) -> Path:
     """The sample, verified with a quick sweep. Shared: copy before changing."""
     return bundles.bundle(read_model(SAMPLE), replace(SMALL, weights=request.param))
@@ -78,13 +79,15 @@ def test_the_sample_passes_and_says_what_it_lost(sample: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [
-        ("v2", {"weights": "int4", "block_size": 16}),
-        ("legacy", {"weights": "int8", "block_size": 256}),
-        ("interleaved", {"weights": "int4", "block_size": 32, "quantise_head": True}),
-        ("partial rotary", {"weights": "int8", "block_size": 16, "quantise_head": True, "logits": "last"}),
-        ("biases", {"weights": "int4", "block_size": 16}),
-    ],
+    rest_is_slow(
+        [
+            ("v2", {"weights": "int4", "block_size": 16}),
+            ("legacy", {"weights": "int8", "block_size": 256}),
+            ("interleaved", {"weights": "int4", "block_size": 32, "quantise_head": True}),
+            ("partial rotary", {"weights": "int8", "block_size": 16, "quantise_head": True, "logits": "last"}),
+            ("biases", {"weights": "int4", "block_size": 16}),
+        ]
+    ),
 )
 def test_models_of_every_kind(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     biased = make_decoder(num_layers=2, attention=make_config(**WIDE, qkv_bias=True, out_bias=True))
@@ -211,7 +214,7 @@ def changed(source: Path, path: Path, change: Callable[[onnx.ModelProto], None])
     return path
 
 
-@pytest.mark.parametrize("name", CONTRACT)
+@pytest.mark.parametrize("name", rest_is_slow(CONTRACT, quick=4))
 def test_what_is_not_the_quantised_matrix_is_found(name: str, int4: Path, tmp_path: Path) -> None:
     change, message = CONTRACT[name]
     report = verify_bundle(changed(int4, tmp_path / "bundle", change), cases=1)
@@ -305,10 +308,12 @@ def test_a_manifest_cannot_say_that_another_flavor_is_quantised(int4: Path, tmp_
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [
-        ({"max_kl": 1e-4}, "lose too much and were not kept: KL is .* nats a token, and at most 0.0001"),
-        ({"min_agreement": 0.999}, "lose too much and were not kept: the top token is the same for 0.9"),
-    ],
+    rest_is_slow(
+        [
+            ({"max_kl": 1e-4}, "lose too much and were not kept: KL is .* nats per token, but the limit is 0.0001"),
+            ({"min_agreement": 0.999}, "lose too much and were not kept: the top token is the same for 0.9"),
+        ]
+    ),
 )
 def test_a_loss_beyond_what_was_asked_for_keeps_nothing(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     text = tmp_path / "text.py"
@@ -321,15 +326,15 @@ def test_a_loss_beyond_what_was_asked_for_keeps_nothing(changes: dict[str, Any],
 REFUSED: dict[str, tuple[ExportOptions, str]] = {
     "another size": (replace(INT4, block_size=24), "block size is 24; accepted: 16, 32, 64, 128, 256"),
     "standard flavor": (replace(INT4, onnx_flavor=None), "give --onnx-flavor ort"),
-    "float16": (replace(INT4, dtype="float16"), "go with float32"),
+    "float16": (replace(INT4, dtype="float16"), "need float32"),
     "another format": (
         replace(INT4, format="pt2", onnx_flavor=None),
         "weights is int4, which format pt2 does not have",
     ),
-    "size alone": (replace(SMALL, block_size=32), "block size is of quantised weights, and there are none"),
-    "head alone": (replace(SMALL, quantise_head=True), "quantise head is of quantised weights"),
-    "limit alone": (replace(SMALL, max_kl=0.1), "max kl is of quantised weights"),
-    "negative limit": (replace(INT4, max_kl=-0.1), "max kl is -0.1; accepted is a number of nats from 0 on"),
+    "size alone": (replace(SMALL, block_size=32), "block size needs quantised weights, but there are none"),
+    "head alone": (replace(SMALL, quantise_head=True), "quantise head needs quantised weights"),
+    "limit alone": (replace(SMALL, max_kl=0.1), "max kl needs quantised weights"),
+    "negative limit": (replace(INT4, max_kl=-0.1), "max kl is -0.1; accepted is a number of nats, 0 or more"),
     "no share": (replace(INT4, min_agreement=99.0), "min agreement is 99.0; accepted is a share, 0 to 1"),
     "no text": (replace(INT4, text=Path("nowhere.txt")), "nowhere.txt cannot be read as text"),
 }
@@ -345,7 +350,7 @@ def test_what_cannot_be_quantised_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_a_limit_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     found = replace(read_model(SAMPLE), companions=())
-    with pytest.raises(InputError, match=r"no tokenizer\.json beside the checkpoint"):
+    with pytest.raises(InputError, match=r"the checkpoint has no tokenizer\.json"):
         export_bundle(found, tmp_path / "bundle", replace(INT4, max_kl=0.1))
 
 

@@ -228,7 +228,7 @@ def raw(archive: Path, name: str, content: bytes, **settings: Any) -> None:
             "its range_constraints has",
         ),
         (lambda path: changed(path, "models/model.json", lambda _: b"[" * 100_000), "not readable JSON"),
-        (lambda path: changed(path, "models/model.json", lambda _: b"[]"), "no JSON object"),
+        (lambda path: changed(path, "models/model.json", lambda _: b"[]"), "not a JSON object"),
         (lambda path: changed(path, "model_weights_config.json", lambda _: b"{}"), "how its tensors are stored"),
         (lambda path: path.write_bytes(b"no archive"), "is not an archive of torch.export"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is not an archive of torch.export"),
@@ -248,7 +248,7 @@ def test_other_archives_are_refused_in_one_sentence(inject: Callable[[Path], Non
 def test_two_entries_of_one_name_are_refused(pt2: Path) -> None:
     """Two readers of such an archive may each take another one."""
     raw(pt2 / "model.pt2", "model/models/model.json", b"{}")
-    with pytest.raises(IntegrityError, match="two entries of one name"):
+    with pytest.raises(IntegrityError, match="two entries with the same name"):
         checked_archive(pt2 / "model.pt2")
 
 
@@ -317,7 +317,7 @@ def test_formats_that_run_code_ask_for_trust(
     np.savez("x.npz", hidden_states=np.zeros((1, 2, 128), np.float32))
     run = ["run", "bundle", "-i", "x.npz", "-o", "y.npz"]
     assert main(run) == 5
-    assert "no export of yours on this machine made it" in capsys.readouterr().err
+    assert "not one of your own exports on this machine" in capsys.readouterr().err
     assert main(["bench", "bundle", "--impl", "naive", "--seq", "8"]) == 5
     assert main(["verify", "bundle", "--golden"]) == 5
     assert main(["verify", "bundle", "--self-test"]) == 5

@@ -16,7 +16,10 @@ from diffdeploy.verify.oracle import oracle
 from tests.support.bundles import FormatBundle
 from tests.support.paths import ROOT
 
-SOURCE = ROOT / "examples" / "run_aoti.cpp"
+# The compiler reads all headers of torch, which takes it most of a minute.
+pytestmark = pytest.mark.slow
+
+SOURCE = ROOT / "examples" / "cpp" / "run_aoti.cpp"
 
 
 @pytest.fixture(scope="module")

@@ -162,11 +162,11 @@ def test_an_entry_whose_name_is_there_twice(with_data: Path) -> None:
     ("content", "message"),
     [
         (b"", "empty"),
-        (b"\x3a\x05\x01", "ends behind"),
-        (b"\x3a\xff\xff\xff\xff\xff\xff", "no end"),
+        (b"\x3a\x05\x01", "ends after"),
+        (b"\x3a\xff\xff\xff\xff\xff\xff", "does not end"),
         (b"\x0b\x0c", "no kind"),
-        (b"\x08", "no end"),
-        (b"\x0d\x00", "ends behind"),
+        (b"\x08", "does not end"),
+        (b"\x0d\x00", "ends after"),
     ],
 )
 def test_what_is_no_model_is_refused_in_one_sentence(content: bytes, message: str, with_data: Path) -> None:

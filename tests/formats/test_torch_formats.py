@@ -111,6 +111,7 @@ def test_a_faulty_program_is_refused(sample: Checkpoint, tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_aoti_package_of_other_weights_is_seen(format_bundle: FormatBundle, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 

@@ -123,7 +123,7 @@ def test_tokens_are_those_of_the_runtime(writer: tuple[Any, Any]) -> None:
     ("options", "message"),
     [
         ({"cache_implementation": "static"}, "the cache is a StaticCache"),
-        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions is not something that"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions is not an input or output"),
         ({"max_new_tokens": 60}, "accepted is 1 to 48"),
         ({"num_beams": 4}, "batch_size of input_ids is 8; accepted is 1 to 6"),
     ],
@@ -140,7 +140,7 @@ def test_other_refusals(pair: tuple[Any, Any], sample_bundle: Path) -> None:
         DiffDeployForCausalLM.from_pretrained(sample_bundle, torch_dtype="auto")
     with pytest.raises(InputError, match="saved by copying its directory"):
         pair[0].save_pretrained("elsewhere")
-    with pytest.raises(InputError, match="inputs_embeds is not something"):
+    with pytest.raises(InputError, match="inputs_embeds is not an input or output"):
         pair[0](inputs_embeds=torch.zeros(1, 2, 64))
     with pytest.raises(InputError, match="input_ids is missing"):
         pair[0]()

@@ -153,6 +153,7 @@ def test_compiles_whole_and_not_again_after_the_third_shape(compiled_as: tuple[s
         torch.testing.assert_close(plain, block(x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v1", "v2"])
 def test_compiles_with_inductor(name: str) -> None:
     block = make_block(name)

@@ -88,7 +88,7 @@ def test_padding_before_the_tokens_is_left_out(queries: int, name: str, road: Ro
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.ones(3, 7, dtype=torch.bool), r"boolean \[B, 1, 1, 7\], and this one is torch.bool \[3, 7\]"),
+        (torch.ones(3, 7, dtype=torch.bool), r"boolean \[B, 1, 1, 7\], but this one is torch.bool \[3, 7\]"),
         (torch.zeros(1, 1, 1, 7), "this one is torch.float32"),
     ],
     ids=["by-query", "additive"],

@@ -79,7 +79,7 @@ def test_the_file_comes_before_the_config(tmp_path: Path) -> None:
         ("{% include '/etc/passwd' %}", "raised: "),
         ("{{ 'x' * 10**9 }}", r"raised: \*\* of this size"),
         ("{{ 'x' * 1000000000 }}", r"raised: \* of this size"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}", "without end"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}", "without limit"),
         ("{{ range(999999999) }}", "raised: Range too big"),
         ("a" * (2**20 + 1), "has 1,048,577 characters"),
     ],
@@ -98,7 +98,7 @@ def test_objects_do_not_reach_a_template(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "has no chat template: beside its checkpoint there was none in chat_template.jinja or tokenizer_config"),
+        ({}, "its checkpoint came without chat_template.jinja and without a template in tokenizer_config"),
         ({"config": "{}"}, "has no chat template"),
         ({"config": json.dumps({"chat_template": 3})}, "has no chat template"),
         ({"config": "{"}, "tokenizer_config.json is not readable JSON"),
@@ -113,7 +113,7 @@ def test_bundles_without_a_template(files: dict[str, str], message: str, tmp_pat
     ("installed", "message"),
     [
         ({}, "which is not installed"),
-        ({"jinja2": "3.1.5"}, "3.1.6 or newer, since the sandbox of 3.1.5 has known holes"),
+        ({"jinja2": "3.1.5"}, "3.1.6 or newer, since the sandbox of 3.1.5 has known vulnerabilities"),
     ],
 )
 def test_a_sandbox_that_is_not_there_or_leaks_is_refused(

@@ -18,7 +18,7 @@ from diffdeploy.runtime import least_versions
 from tests.support.bundles import FormatBundle
 
 REFUSAL = (
-    "onnxruntime 1.23.0 is installed, and this onnx bundle needs 1.23.1 or newer to be computed rightly; "
+    "onnxruntime 1.23.0 is installed, but this onnx bundle needs 1.23.1 or newer for correct results; "
     "pip install 'onnxruntime>=1.23.1'"
 )
 

@@ -154,9 +154,11 @@ def test_what_waits_comes_with_the_last_token(sample: Tokenizer) -> None:
 
 
 def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has 256 tokens, and the embedding of the model 200: it is the tokenizer of"):
+    with pytest.raises(
+        InputError, match="has 256 tokens, but the embedding of the model has 200: it is the tokenizer of"
+    ):
         Tokenizer(bundle_with(tmp_path, bytewise(), 200))
-    with pytest.raises(InputError, match="none was beside its checkpoint; give tokens with --input-ids"):
+    with pytest.raises(InputError, match="its checkpoint came without one; give tokens with --input-ids"):
         Tokenizer(bundle_with(tmp_path, None, 200))
     (tmp_path / "broken").mkdir()
     bundle = bundle_with(tmp_path / "broken", bytewise(), 256)
@@ -170,5 +172,5 @@ def test_added_tokens_behind_the_embedding_are_refused_where_a_text_has_them(tmp
     tokenizer.add_special_tokens(["<pad>"])
     found = Tokenizer(bundle_with(tmp_path, tokenizer, 256))
     assert found.encode("ab") == [97, 98]
-    with pytest.raises(InputError, match=r"the text has the token '<pad>', which .* gives the number 256"):
+    with pytest.raises(InputError, match=r"the text contains the token '<pad>', which has the number 256"):
         found.encode("a<pad>")

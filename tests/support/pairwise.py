@@ -1,12 +1,12 @@
 """Fewer combinations of test parameters: every two values meet in `make test`, and all values in `make slow`."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations, product
 
 import pytest
 
-__all__ = ["covering_rows", "each_value", "pairwise"]
+__all__ = ["covering_rows", "each_value", "pairwise", "rest_is_slow"]
 
 
 def covering_rows(sizes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -55,6 +55,19 @@ def each_value(**values: Sequence[object] | Mapping[str, object]) -> pytest.Mark
     """As `pairwise`, for tests that take seconds: values only have to occur, one row for each of the longest list."""
     sizes = [len(each) for each in values.values()]
     return _combinations(values, [tuple(row % size for size in sizes) for row in range(max(sizes))])
+
+
+def rest_is_slow(values: Iterable[object], quick: int = 1) -> list[object]:
+    """Parameters of which the first few are tried in `make test`, and all in `make slow`.
+
+    Args:
+        values: of one argument of the test, or tuples of several.
+        quick: how many are tried in `make test`.
+    """
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=[] if n < quick else [pytest.mark.slow])
+        for n, value in enumerate(values)
+    ]
 
 
 def _combinations(

@@ -198,7 +198,7 @@ WRONG: dict[str, tuple[Edit, str, str]] = {
         "computes in BFLOAT16",
     ),
     "softmax of exp and sum": (written_out, "attention", "1 Softmax or Exp nodes"),
-    "epsilon": (attribute_of("RMSNormalization", "epsilon", 1.1e-5), "epsilon", "is 1.1e-05, and should be 1e-05"),
+    "epsilon": (attribute_of("RMSNormalization", "epsilon", 1.1e-5), "epsilon", "is 1.1e-05, but should be 1e-05"),
     "note on the model": (lambda model: setattr(model, "doc_string", "x"), "traces", "Model has doc_string"),
     "note on the graph": (lambda model: setattr(model.graph, "doc_string", "x"), "traces", "has doc_string"),
     "note on a node": (lambda model: setattr(of_node(model), "doc_string", "x"), "traces", "Node node_"),
@@ -245,7 +245,7 @@ WRONG: dict[str, tuple[Edit, str, str]] = {
     "another version": (
         lambda model: setattr(model, "producer_version", "1.0"),
         "traces",
-        "torch 1.0 wrote it, and the manifest says",
+        "torch 1.0 wrote it, but the manifest says",
     ),
     "axis of a meaning": (
         lambda model: setattr(model.graph.input[0].type.tensor_type.shape.dim[0], "denotation", "DATA_BATCH"),
@@ -340,7 +340,7 @@ WRONG_PROGRAMS: dict[str, tuple[Callable[[ExportedProgram], Any], str, str]] = {
         "1 softmax or exp calls",
     ),
     "float16": (call_through_float16, "precision", "is float16"),
-    "epsilon": (another_epsilon, "epsilon", "is 1.1e-05, and should be 1e-05"),
+    "epsilon": (another_epsilon, "epsilon", "is 1.1e-05, but should be 1e-05"),
 }
 
 
@@ -359,7 +359,7 @@ def metadata_of(model: dict[str, Any]) -> Any:
     [
         (lambda model: metadata_of(model).update(note="/home/someone"), "traces", "'/home/someone' looks like a path"),
         (lambda model: metadata_of(model).update(stack_trace="File x"), "traces", "a stack trace on"),
-        (lambda model: model.update(torch_version="2.0.0"), "traces", "torch 2.0.0 wrote it, and the manifest says 2."),
+        (lambda model: model.update(torch_version="2.0.0"), "traces", "torch 2.0.0 wrote it, but the manifest says 2."),
         (
             lambda model: [
                 meta.update(dtype=6)
@@ -367,7 +367,7 @@ def metadata_of(model: dict[str, Any]) -> Any:
                 if name == "tensors_0"
             ],
             "interface",
-            "hidden_states is float16 of 3 axes, declared is float32",
+            "hidden_states is float16 with 3 axes, but declared as float32",
         ),
     ],
     ids=["path", "stack trace", "torch", "dtype"],
@@ -403,7 +403,7 @@ def test_a_program_must_have_the_declared_ranges(format_bundle: FormatBundle) ->
     spec = opened.manifest.graph
     axes = {**spec.axes, "sequence_length": spec.axes["sequence_length"].model_copy(update={"max": 99})}
     changed = opened.manifest.model_copy(update={"graph": spec.model_copy(update={"axes": axes})})
-    assert "from 1 to 70, declared is 1 to 99" in failed(Bundle(opened.path, changed))["interface"]
+    assert "from 1 to 70, but declared is 1 to 99" in failed(Bundle(opened.path, changed))["interface"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from diffdeploy.verify import BUDGETS, Budget, OutputReport, verify_bundle
 from diffdeploy.verify.metrics import Yardstick, judge, measure
 from tests.support.blocks import make_config, random_weights
 from tests.support.bundles import BundleCache
+from tests.support.pairwise import rest_is_slow
 
 DTYPES = get_args(DType)
 
@@ -155,8 +156,12 @@ def test_a_later_run_that_overflows_counts_too() -> None:
     assert measure("output", overflowing, held, is_extreme=True).num_unjudged == 1
 
 
-@pytest.mark.parametrize("lam", [1.0, 0.0])
-@pytest.mark.parametrize(("format_name", "dtype"), [("onnx", "float32"), ("pt2", "bfloat16")])
+@pytest.mark.parametrize(
+    ("lam", "format_name", "dtype"),
+    rest_is_slow(
+        [(1.0, "onnx", "float32"), (0.0, "onnx", "float32"), (1.0, "pt2", "bfloat16"), (0.0, "pt2", "bfloat16")]
+    ),
+)
 def test_a_lambda_that_folds_away_is_no_false_alarm(
     lam: float, format_name: str, dtype: DType, bundles: BundleCache
 ) -> None:
@@ -175,7 +180,7 @@ def test_another_shape_or_dtype_fails(actual: Array) -> None:
     assert "expected float32 [2, 5, 8]" in str(measure("output", actual, yardstick(exact())).reason)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", rest_is_slow(["float32", "float16"]))
 def test_streams_that_nearly_cancel_are_no_false_alarm(dtype: DType, bundles: BundleCache) -> None:
     """With lambda near 1 and one token, eager subtracts equal probabilities exactly, which no artifact can."""
     config = make_config(lambda_init=0.995, rope=None)

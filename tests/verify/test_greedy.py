@@ -49,7 +49,7 @@ class ForgetsThePrompt(LocalArtifact):
 
 @pytest.mark.parametrize(
     ("artifact", "detail"),
-    [(OneTokenOff, "are not the most probable ones, first in row 1 token 13"), (ForgetsThePrompt, "not the prompts")],
+    [(OneTokenOff, "are not the most probable ones, first in row 1 token 13"), (ForgetsThePrompt, "not prompts")],
 )
 def test_wrong_tokens_fail_a_bundle(artifact: type[LocalArtifact], detail: str, sample_model: Path) -> None:
     report = verify_bundle(sample_model, cases=1, open_artifact=artifact)

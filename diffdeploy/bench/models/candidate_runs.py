@@ -1,7 +1,7 @@
-"""From a candidate to calls that can be timed: the prompt, and tokens one by one behind it.
+"""Loading of a candidate as calls that can be timed: the prompt, and the tokens after it, one by one.
 
-Decoding of a bundle is what `Runtime.generate` does, cache written in place where the backend can. The eager model and
-transformers hand their caches on, and choose tokens in the same way, without what their libraries add around that.
+Decoding with a bundle does the same as `Runtime.generate`, with a cache that is updated in place if possible. The eager
+model and transformers pass on their caches, and choose tokens in the same way, without the overhead of their libraries.
 
 Shape suffixes: B batch, S prompt, P past, N new tokens, V vocabulary.
 """
@@ -30,12 +30,12 @@ Call = Callable[[], object]
 
 
 class Decoder(NamedTuple):
-    """Decoding behind a past.
+    """Decoding after a past.
 
     Attributes:
-        logits: ``[B, V]`` behind the past and one token more.
-        call: generates `NEW_TOKENS` tokens.
-        bare_call: what the runtime is called with for one of them, halfway; ``None`` where there is no such call.
+        logits: logits ``[B, V]`` after the past and one more token.
+        call: function that generates `NEW_TOKENS` tokens.
+        bare_call: the runtime's call for one of them, halfway; ``None`` if there is no such call.
     """
 
     logits: Array
@@ -48,11 +48,11 @@ class ModelRun(ABC):
 
     @abstractmethod
     def prefill(self, tokens_BS: Array) -> Array:
-        """Logits ``[B, V]`` behind prompts."""
+        """Logits ``[B, V]`` after the prompts."""
 
     @abstractmethod
     def decoder(self, tokens_BS: Array) -> Decoder:
-        """Decoding behind all but the last token of each row, which is the first to be fed."""
+        """Prepare decoding after all but the last token of each row, which is fed first."""
 
 
 class _BundleRun(ModelRun):
@@ -67,12 +67,12 @@ class _BundleRun(ModelRun):
         ones = np.ones((batch, length - 1 + NEW_TOKENS), np.int64)
         past, last = np.ascontiguousarray(tokens_BS[:, :-1]), np.ascontiguousarray(tokens_BS[:, -1:])
         decoding = Decoding(runtime, batch)
-        # Room for all that is generated, as generation makes it.
+        # Space for everything that is generated, as in generation.
         decoding.reserve(ones.shape[1])
         decoding.feed(past, ones[:, : length - 1])
 
         def generate() -> None:
-            # What was fed stays: behind it the same cells are written again, or other caches made.
+            # The past stays, and each sample writes the same cells after it again, or creates new caches.
             context = Context(past, np.ones_like(past), np.zeros(past.shape, bool), copy.copy(decoding))
             found = steps(
                 runtime,
@@ -86,7 +86,7 @@ class _BundleRun(ModelRun):
             deque(found, maxlen=0)
 
         logits = copy.copy(decoding).feed(last, ones[:, :length])
-        # Halfway, where a call costs what they do on average.
+        # Halfway, where the cost of a call is average.
         halfway = copy.copy(decoding)
         for place in range(length, length + NEW_TOKENS // 2):
             halfway.feed(last, ones[:, :place])
@@ -94,7 +94,7 @@ class _BundleRun(ModelRun):
 
 
 class _TorchRun(ModelRun):
-    """A torch model with a cache that is handed on."""
+    """A torch model with a cache that is passed on."""
 
     def prefill(self, tokens_BS: Array) -> Array:
         import torch
@@ -120,10 +120,10 @@ class _TorchRun(ModelRun):
 
     @abstractmethod
     def _step(self, tokens: "Tensor", cache: Any) -> tuple["Tensor", Any]:
-        """Logits ``[B, V]`` of the last position, and the cache with the tokens."""
+        """Logits ``[B, V]`` of the last position, and the extended cache."""
 
-    def _kept(self, cache: Any, length: int) -> Any:  # noqa: ARG002 - of caches that take tokens in themselves
-        """A cache of so many tokens, whatever came behind them."""
+    def _kept(self, cache: Any, length: int) -> Any:  # noqa: ARG002 - for caches that are updated in place
+        """The cache with its first ``length`` tokens, whatever was appended."""
         return cache
 
 
@@ -177,9 +177,9 @@ class _TransformersRun(_TorchRun):
         return found.logits[:, -1], found.past_key_values
 
     def _kept(self, cache: Any, length: int) -> Any:
-        # Its cache takes new tokens in itself.
+        # Its cache is updated in place.
         if (new := cache.get_seq_length() - length) > 0:
-            # Versions differ in what they make of a length, and agree on a number to take away.
+            # Versions interpret a length differently, but agree on a number of tokens to remove.
             cache.crop(-new)
         return cache
 
@@ -191,5 +191,5 @@ def open_model(plan: ModelPlan, candidate: ModelCandidate) -> ModelRun:
     if candidate.kind == "transformers":
         return _TransformersRun(plan, candidate)
     assert candidate.path is not None
-    # Whether a bundle is trusted was asked when it was chosen.
+    # Trust in a bundle was checked when it was chosen.
     return _BundleRun(open_runtime(candidate.path, RunOptions(device="cpu", threads=plan.threads, trust=True)))

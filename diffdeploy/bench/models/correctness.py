@@ -1,8 +1,8 @@
-"""Whether a candidate computes the model, on the very tokens that it is timed with: the logits behind the last one.
+"""Check that a candidate computes the model, on the tokens with which it is timed, by the logits after the last one.
 
-The criterion is that of the verification. The exact result is the formula in numpy fp64 as long as it takes up to
-``2e11`` products, and the yardstick the eager model as the formula is written; beyond that the eager model with
-``impl="padded"``, in fp64 and in the dtype, as for blocks.
+The criterion is that of the verification. If the formula takes at most ``2e11`` products, it gives the exact result in
+numpy fp64, and the yardstick is the eager model with the formula as the paper writes it; above that, both come from the
+eager model with ``impl="padded"``, in fp64 and in the dtype, as for blocks.
 
 Shape suffixes: B batch, S tokens, V vocabulary.
 """
@@ -29,14 +29,14 @@ _MAX_PRODUCTS = 2e11
 
 
 def tokens_of(plan: ModelPlan, batch_size: int, length: int) -> Array:
-    """Tokens ``[B, S]`` that all candidates are given; seeded."""
+    """Tokens ``[B, S]`` for all candidates, with a fixed seed."""
     assert isinstance(plan.config, DecoderConfig)
     generator = np.random.default_rng([plan.seed, batch_size, length])
     return generator.integers(0, plan.config.vocab_size, (batch_size, length))
 
 
 def expected_logits(plan: ModelPlan, tokens_BS: Array) -> Yardstick:
-    """What a right candidate gives behind the last token, ``[B, V]``, and how far from it a right one may be."""
+    """Exact logits after the last token, ``[B, V]``, with the allowed error of a correct candidate."""
     import torch
 
     config = plan.config
@@ -74,6 +74,6 @@ def _eager(plan: ModelPlan, tokens_BS: Array, impl: Impl, dtype: Any) -> Array:
 
 
 def judge_logits(logits_BV: Array, expected: Yardstick) -> Verdict:
-    """Judge what a candidate gave."""
+    """Judge the logits of a candidate."""
     report = measure("logits", logits_BV, expected)
     return Verdict(report.passed, report.budget_used, report.reason)

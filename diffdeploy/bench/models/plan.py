@@ -1,4 +1,4 @@
-"""What a benchmark of models measures: one model, the ways to run it, and prefill and decode at some lengths."""
+"""The plan of a benchmark of models: one model, its candidates, and prefill and decode at some lengths."""
 
 from functools import cache
 from pathlib import Path
@@ -18,21 +18,21 @@ What = Literal["prefill", "decode"]
 
 @cache
 def opened(path: Path) -> Bundle:
-    """A bundle whose digests are checked once in a process."""
+    """Open a bundle, whose digests are checked once per process."""
     return open_bundle(path)
 
 
-# Tokens that a sample of decoding generates, one after the other: few, so that the past stays about what it is called.
+# Number of tokens that a sample of decoding generates: few, so that the length of the past stays about the same.
 NEW_TOKENS = 8
 
 
 class ModelSize(Record):
-    """Prefill of so many tokens, or decoding behind as many.
+    """Prefill of a number of tokens, or decoding after as many.
 
     Attributes:
-        what: which of them.
-        batch_size: rows.
-        length: tokens of each prompt, or of each past.
+        what: ``prefill`` or ``decode``.
+        batch_size: number of rows.
+        length: number of tokens in each prompt, or in each past.
     """
 
     what: What
@@ -41,17 +41,17 @@ class ModelSize(Record):
 
     @property
     def id(self) -> str:
-        """Such as ``prefill-B1-S512`` or ``decode-B1-P4096``."""
+        """Name, such as ``prefill-B1-S512`` or ``decode-B1-P4096``."""
         return f"{self.what}-B{self.batch_size}-{'S' if self.what == 'prefill' else 'P'}{self.length}"
 
     @property
     def new_tokens(self) -> int:
-        """Tokens of a row that a sample computes."""
+        """Number of tokens per row that a sample computes."""
         return self.length if self.what == "prefill" else NEW_TOKENS
 
     @property
     def total_length(self) -> int:
-        """Longest sequence of a sample."""
+        """Length of the longest sequence in a sample."""
         return self.length if self.what == "prefill" else self.length + NEW_TOKENS
 
 
@@ -59,10 +59,10 @@ class ModelCandidate(Record):
     """One way to run the model.
 
     Attributes:
-        name: in tables, and for choosing the baseline.
+        name: name in tables, and for choosing the baseline.
         kind: a bundle, the eager model of this library, or transformers' own.
         choice: format of a bundle, implementation of the eager model's operator, or attention of transformers.
-        path: of a bundle, or of the checkpoint that transformers reads.
+        path: path of a bundle, or of the checkpoint that transformers reads.
     """
 
     name: str
@@ -72,18 +72,18 @@ class ModelCandidate(Record):
 
 
 class ModelPlan(Record):
-    """Everything that the measuring process needs to know.
+    """Everything that the measuring process needs.
 
     Attributes:
-        config: of the model.
-        bundle: that holds it, whose weights count.
-        dtype: of weights and caches.
-        threads: of every candidate.
-        sizes: in the order in which they are measured.
-        candidates: with different names.
+        config: config of the model.
+        bundle: bundle with the weights of the model.
+        dtype: dtype of weights and caches.
+        threads: number of threads of every candidate.
+        sizes: sizes in the order in which they are measured.
+        candidates: candidates with different names.
         baseline: name of the candidate that ratios refer to.
-        rounds: per size; by default as many as `timing.num_rounds` finds room for.
-        seed: of tokens and order.
+        rounds: number of rounds per size; by default as many as `timing.num_rounds` allows.
+        seed: random seed for tokens and order.
     """
 
     config: Annotated[AnyModel, Field(discriminator="version")]
@@ -98,5 +98,5 @@ class ModelPlan(Record):
 
     @property
     def max_length(self) -> int:
-        """Longest sequence."""
+        """Length of the longest sequence."""
         return max(size.total_length for size in self.sizes)

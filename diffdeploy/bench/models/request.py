@@ -1,4 +1,4 @@
-"""From what a user asks to be measured of models to a run."""
+"""Preparation of a benchmark of models from the user's request."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -25,18 +25,18 @@ __all__ = ["ModelBenchRequest", "holds_models", "prepare_models"]
 Say = Callable[[str], None]
 
 _PROMPTS, _PASTS = (128, 512), (128, 1024, 4096)
-# What transformers computes attention with.
+# Implementations of attention in transformers.
 _ATTENTIONS = ("sdpa", "eager")
 
 
 def holds_models(sources: Sequence[Path]) -> bool:
-    """Whether a bundle of a whole model is among what was given."""
+    """True if a bundle of a whole model is among the sources."""
     return any(isinstance(open_bundle(path).manifest.config, DecoderConfig) for path in sources if is_bundle(path))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBenchRequest:
-    """The options that say what is measured, as they were given; see ``diffdeploy bench --help``."""
+    """The options that define a measurement, as they were given; see ``diffdeploy bench --help``."""
 
     sources: tuple[Path, ...]
     impl: Sequence[str]
@@ -50,7 +50,7 @@ class ModelBenchRequest:
 
     @property
     def command(self) -> str:
-        """The command that measures the same again."""
+        """Command that repeats the measurement."""
         words = ["diffdeploy", "bench", *map(str, self.sources)]
         for option, value, usual in (
             ("--impl", ",".join(self.impl), "all"),
@@ -67,14 +67,14 @@ class ModelBenchRequest:
 
 
 def prepare_models(request: ModelBenchRequest, note: Say) -> ModelBench:
-    """A run of the bundles and of what they are compared with.
+    """Prepare a run of the bundles and of the candidates for comparison.
 
     Args:
-        request: what is asked for.
-        note: called with what is left out, and why.
+        request: the user's request.
+        note: callback that receives what is left out, and why.
 
     Raises:
-        InputError: what was given does not hold one model, or a length that a bundle is not made for.
+        InputError: the sources do not hold one model, or a bundle does not support a length.
         IntegrityError: a bundle is damaged, or not trusted.
         UnavailableError: a bundle cannot be run here.
     """
@@ -106,12 +106,12 @@ def prepare_models(request: ModelBenchRequest, note: Say) -> ModelBench:
 
 
 def _agreed(bundles: Sequence[Bundle]) -> DecoderConfig:
-    """The model that all bundles hold, in one dtype."""
+    """Model that all bundles hold, in one dtype."""
     first = bundles[0]
     for bundle in bundles:
         config = bundle.manifest.config
         if not isinstance(config, DecoderConfig):
-            raise InputError(f"{bundle.path} holds a block, and {first.path} a model; measure them in separate runs")
+            raise InputError(f"{bundle.path} holds a block, but {first.path} a model; measure them separately")
         if config != first.manifest.config or bundle.manifest.files[WEIGHTS] != first.manifest.files[WEIGHTS]:
             raise InputError(
                 f"{bundle.path} does not hold the model of {first.path} in its dtype; measure them in separate runs"
@@ -125,7 +125,7 @@ def _of_bundle(bundle: Bundle, bundles: Sequence[Bundle], request: ModelBenchReq
     options = RunOptions(device="cpu", trust=bool(request.trust))
     require_runnable(bundle.manifest, options)
     require_trusted(bundle, options)
-    # Two bundles of one name in different folders are told apart by their paths.
+    # Bundles of the same name in different folders are distinguished by their paths.
     alone = [other.path.name for other in bundles].count(bundle.path.name) == 1
     return ModelCandidate(
         name=bundle.path.name if alone else str(bundle.path),
@@ -136,7 +136,7 @@ def _of_bundle(bundle: Bundle, bundles: Sequence[Bundle], request: ModelBenchReq
 
 
 def _implementations(given: Sequence[str]) -> list[str]:
-    """Of the eager model: by default the one that the library chooses for each size."""
+    """Implementations of the eager model: by default the one that the library chooses for each size."""
     if list(given) in (["all"], ["none"]):
         return [Impl.AUTO.value] if list(given) == ["all"] else []
     for name in given:
@@ -146,7 +146,7 @@ def _implementations(given: Sequence[str]) -> list[str]:
 
 
 def _of_transformers(checkpoints: Sequence[Path], bundle: Bundle, note: Say) -> list[ModelCandidate]:
-    """Its own model of a DiffLlama directory, with both of its attentions that run on a CPU."""
+    """Candidates for transformers' own model of a DiffLlama directory, with both of its attentions for CPUs."""
     if not checkpoints:
         note("transformers is left out: no checkpoint is given; give the DiffLlama directory that was exported")
         return []
@@ -155,7 +155,7 @@ def _of_transformers(checkpoints: Sequence[Path], bundle: Bundle, note: Say) -> 
         note("transformers is left out: it is not installed; pip install 'diffdeploy[hf]'")
         return []
     if _model_type(path) != "diffllama":
-        note(f"transformers is left out: {path} is no directory of a DiffLlama model, which is what it has")
+        note(f"transformers is left out: {path} is not a directory of a DiffLlama model, which it needs")
         return []
     _require_same(path, bundle)
     if bundle.manifest.options.quantisation is not None:
@@ -181,20 +181,20 @@ def _require_same(path: Path, bundle: Bundle) -> None:
 
 
 def _sizes(request: ModelBenchRequest, bundles: Sequence[Bundle]) -> tuple[ModelSize, ...]:
-    """Prompts, then pasts, in ascending order; by default those that all bundles are made for."""
+    """Prompts, then pasts, in ascending order; by default those that all bundles support."""
     axes = [bundle.manifest.graph.axes for bundle in bundles]
     capacity = min(each["total_sequence_length"].max for each in axes)
     most_rows = min(each["batch_size"].max for each in axes)
     if max(request.batch) > most_rows:
-        raise InputError(f"the bundles are made for batches up to {most_rows}, and --batch is {max(request.batch)}")
+        raise InputError(f"the bundles are made for batches up to {most_rows}, but --batch is {max(request.batch)}")
     if request.seq and max(request.seq) + NEW_TOKENS > capacity:
         raise InputError(
-            f"the bundles are made for {capacity} tokens, and --seq {max(request.seq)} with {NEW_TOKENS} new ones is "
+            f"the bundles are made for {capacity} tokens, but --seq {max(request.seq)} with {NEW_TOKENS} new ones is "
             f"more; give up to {capacity - NEW_TOKENS}"
         )
     if capacity <= NEW_TOKENS:
         raise InputError(
-            f"the bundles are made for {capacity} tokens, and {NEW_TOKENS} are decoded; export longer ones"
+            f"the bundles are made for {capacity} tokens, but {NEW_TOKENS} are decoded; export longer ones"
         )
     usual: dict[What, tuple[int, ...]] = {"prefill": _PROMPTS, "decode": _PASTS}
     most = capacity - NEW_TOKENS
@@ -207,7 +207,7 @@ def _sizes(request: ModelBenchRequest, bundles: Sequence[Bundle]) -> tuple[Model
 
 
 def _baseline(given: str | None, candidates: Sequence[ModelCandidate]) -> str:
-    """As asked for, else transformers' usual attention, else the eager model, else the first one."""
+    """The requested baseline, else transformers' usual attention, else the eager model, else the first candidate."""
     ranked = sorted(candidates, key=lambda each: ("transformers", "eager", "bundle").index(each.kind))
     return choose_baseline(given, ranked)
 

@@ -1,4 +1,4 @@
-"""What a benchmark of models says: one row per candidate and size, and their JSON and CSV forms."""
+"""The result of a benchmark of models: one row per candidate and size, and their JSON and CSV forms."""
 
 import json
 from pathlib import Path
@@ -18,28 +18,28 @@ class ModelRow(Record):
     """One candidate at one size.
 
     Attributes:
-        name: of the candidate.
-        kind: see `ModelCandidate`, as ``choice``.
+        name: name of the candidate.
+        kind: see `ModelCandidate`, also for ``choice``.
         choice: format, implementation or attention.
-        what: prefill or decode.
-        batch_size: rows.
-        length: tokens of a prompt, or of a past.
-        new_tokens: tokens of a row that a sample computed.
-        status: ``wrong`` candidates are not timed; ``unmeasured`` ones had their turn cut off.
-        reason: why it is wrong.
+        what: ``prefill`` or ``decode``.
+        batch_size: number of rows.
+        length: number of tokens in a prompt, or in a past.
+        new_tokens: number of tokens per row that a sample computed.
+        status: ``wrong`` candidates are not timed; ``unmeasured`` ones were interrupted.
+        reason: reason why a candidate is wrong.
         budget_used: error of the logits over the allowed error.
-        num_rounds: samples of the latency.
-        latency_ms: median over the rounds: of a prompt, or of one token of each row.
+        num_rounds: number of samples of the latency.
+        latency_ms: median over the rounds, of a prompt or of one token in each row.
         latency_low_ms: lower end of its 95 % confidence interval; ``None`` for fewer than six rounds.
-        latency_high_ms: upper end of it.
+        latency_high_ms: upper end of that interval.
         latency_iqr_ms: distance between the quartiles over the rounds.
         ratio: median over the rounds of the latency over that of the baseline in the same round.
         ratio_low: lower end of its 95 % confidence interval.
-        ratio_high: upper end of it.
-        tokens_per_second: of all rows.
-        generate_overhead: of a bundle that decodes, what generation takes over the calls that it makes, relative to
-            those; median over the rounds.
-        peak_bytes: not measured of models.
+        ratio_high: upper end of that interval.
+        tokens_per_second: rate of all rows together.
+        generate_overhead: extra time of generation in a decoding bundle, relative to the calls that it makes; median
+            over the rounds.
+        peak_bytes: always ``None``, since memory is not measured for models.
     """
 
     name: str
@@ -66,7 +66,7 @@ class ModelRow(Record):
 
     @property
     def size(self) -> ModelSize:
-        """What was run."""
+        """Size that was run."""
         return ModelSize(what=self.what, batch_size=self.batch_size, length=self.length)
 
 
@@ -87,14 +87,14 @@ class ModelReport(Record):
     """Everything that one run measured.
 
     Attributes:
-        schema_version: of this record.
-        status: ``wrong`` when a candidate was; ``interrupted`` when the run did not end.
-        command: that measures the same again.
-        model: what was measured.
-        dtype: of weights and caches.
+        schema_version: version of this record.
+        status: ``wrong`` if a candidate was; ``interrupted`` if the run did not finish.
+        command: command that repeats the measurement.
+        model: the model that was measured.
+        dtype: dtype of weights and caches.
         baseline: name of the candidate that ratios refer to.
-        results: rows, by size and then as the candidates were named.
-        environment: what it was measured on.
+        results: rows, by size and then in the order of the candidates.
+        environment: the machine and its software.
     """
 
     schema_version: Literal[1] = 1
@@ -108,15 +108,15 @@ class ModelReport(Record):
 
     @property
     def sizes(self) -> list[ModelSize]:
-        """That have results, in their order."""
+        """Sizes with results, in order."""
         return list(dict.fromkeys(row.size for row in self.results))
 
     def rows_of(self, size: ModelSize) -> list[ModelRow]:
-        """Fastest first; those without a latency at the end."""
+        """Rows of a size, fastest first; those without a latency at the end."""
         return fastest_first(row for row in self.results if row.size == size)
 
     def fields(self) -> dict[str, Any]:
-        """For JSON; `read_model_report` is the inverse."""
+        """Fields for JSON; `read_model_report` is the inverse."""
         return {**self.model_dump(), "results": [_without_peak(row) for row in self.results]}
 
     def to_csv(self) -> str:
@@ -133,10 +133,10 @@ def _without_peak(row: ModelRow) -> dict[str, Any]:
 
 
 def read_model_report(path: Path) -> ModelReport:
-    """A report that was saved as the JSON of `ModelReport.fields`.
+    """Read a report that was saved as the JSON of `ModelReport.fields`.
 
     Raises:
-        InputError: the file cannot be read, or is something else.
+        InputError: the file cannot be read, or does not contain such a report.
     """
     try:
         return ModelReport.model_validate(json.loads(path.read_bytes()))

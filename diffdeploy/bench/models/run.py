@@ -1,4 +1,4 @@
-"""A benchmark of models from its plan to its report. `ModelBench.report` can be asked also after an interrupt."""
+"""A benchmark of models from its plan to its report. `ModelBench.report` can also be called after an interrupt."""
 
 import tempfile
 from collections import defaultdict
@@ -14,7 +14,7 @@ from diffdeploy.bench.run import STEADY_MALLOC, Progress
 
 __all__ = ["ModelBench"]
 
-# Until one has been seen.
+# Assumed duration of a step until one has been seen.
 _SECONDS_PER_SIZE = 20.0
 
 
@@ -22,15 +22,15 @@ class ModelBench(Collected):
     """One run of a plan.
 
     Args:
-        plan: what to measure.
-        model: what the report says of the model.
-        command: that measures the same again.
+        plan: plan of the run.
+        model: description of the model, for the report.
+        command: command that repeats the measurement.
     """
 
     def __init__(self, plan: ModelPlan, model: Model, command: str) -> None:
         super().__init__()
         self.plan, self.model, self._command = plan, model, command
-        # Milliseconds of bare calls.
+        # Times of bare calls in milliseconds.
         self._bare: dict[Key, list[float]] = defaultdict(list)
 
     def measure(self, progress: Progress) -> None:
@@ -59,14 +59,14 @@ class ModelBench(Collected):
         self._finished = True
 
     def _take(self, event: dict[str, Any]) -> None:
-        """See `Collected`; bare calls are kept apart."""
+        """See `Collected`; bare calls are stored separately."""
         if event["event"] == "sample" and event["bare"]:
             self._bare[event["size"], event["name"]].append(event["latency_ms"])
         else:
             super()._take(event)
 
     def report(self) -> ModelReport | None:
-        """What has been measured so far; ``None`` when there is nothing."""
+        """Report on the measurements so far; ``None`` if there are none."""
         if self._environment is None or not self._verdicts:
             return None
         rows = [
@@ -100,7 +100,7 @@ class ModelBench(Collected):
         )
 
     def _figures(self, size: ModelSize, name: str) -> dict[str, Any]:
-        # Decoding is told by the token, a prompt as a whole.
+        # Latencies of decoding are per token, those of a prompt for the whole.
         calls = size.new_tokens if size.what == "decode" else 1
         samples, baseline = (
             [sample / calls for sample in self._samples[size.id, each]] for each in (name, self.plan.baseline)

@@ -1,4 +1,4 @@
-"""The process that measures models: all candidates in turns. Events go to standard output, one line of JSON each."""
+"""The process that measures models, all candidates in turns. Events go to standard output, one line of JSON each."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from diffdeploy.errors import DiffDeployError
 Send = Callable[..., None]
 Call = Callable[[], object]
 
-# Behind the name of a candidate, for the bare calls of its runtime; names of folders have no such character.
+# Suffix of a candidate's name for the bare calls of its runtime; names of folders cannot contain this character.
 _BARE = "\0"
 
 
@@ -35,7 +35,7 @@ def _time(plan: ModelPlan, send: Send) -> None:
     other_load = OtherLoad()
     for size in plan.sizes:
         _time_size(plan, size, runs, send)
-        # Before the products, which are no part of the times.
+        # Before the matrix products, which are not part of the times.
         busy = other_load()
         send(
             "machine",
@@ -63,7 +63,7 @@ def _time_size(plan: ModelPlan, size: ModelSize, runs: Mapping[str, ModelRun], s
 def _right_ones(
     plan: ModelPlan, size: ModelSize, runs: Mapping[str, ModelRun], send: Send
 ) -> tuple[dict[str, Call], dict[str, float]]:
-    """Check all candidates; calls of those that are right, and about how long each takes."""
+    """Check all candidates; return calls of the correct ones, with their approximate durations."""
     decodes = size.what == "decode"
     tokens = tokens_of(plan, size.batch_size, size.length + decodes)
     send("phase", text=f"{size.id}: exact result")
@@ -83,7 +83,7 @@ def _right_ones(
 
 
 def _calls(name: str, run: ModelRun, tokens: Array, *, decodes: bool) -> tuple[Array, dict[str, Call]]:
-    """Logits to judge, and what is timed, by names."""
+    """Logits to judge, and the calls to time, by name."""
     if not decodes:
         return run.prefill(tokens), {name: partial(run.prefill, tokens)}
     logits, call, bare_call = run.decoder(tokens)
@@ -91,8 +91,8 @@ def _calls(name: str, run: ModelRun, tokens: Array, *, decodes: bool) -> tuple[A
 
 
 def _main(plan_file: str) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    # By lines, so that nothing is lost with a process that dies.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that started this one
+    # Line by line, so that nothing is lost if the process dies.
     stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     import torch

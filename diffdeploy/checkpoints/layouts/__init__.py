@@ -1,4 +1,4 @@
-"""The table of layouts, and what is known of those that cannot be read."""
+"""The table of layouts, and the layouts that are recognised but cannot be read."""
 
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
@@ -16,7 +16,7 @@ from diffdeploy.checkpoints.layouts.timm import TIMM, TIMM_DUAL
 
 __all__ = ["LAYOUTS", "UNSUPPORTED", "Layout", "Source"]
 
-# In the order in which they are tried; the first of those with the same keys gives its name where they mean the same.
+# Layouts in the order in which they are tried; among equivalent layouts with the same keys, the first one is reported.
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -30,7 +30,7 @@ def _has_all(keys: AbstractSet[str], *endings: str) -> bool:
     return all(any(key.endswith(ending) for key in keys) for ending in endings)
 
 
-# Differential attention that is recognised and refused: the key that shows it, and why.
+# Differential attention that is recognised and rejected: the key that shows it, and the reason.
 UNSUPPORTED: tuple[tuple[Callable[[AbstractSet[str], Fields], bool], str], ...] = (
     (
         lambda keys, fields: any(key.endswith("wq_b_gate.weight") for key in keys),
@@ -43,14 +43,14 @@ UNSUPPORTED: tuple[tuple[Callable[[AbstractSet[str], Fields], bool], str], ...] 
     ),
     (
         lambda keys, fields: any("diff_attn_heads." in key for key in keys),
-        "it is kyegomez/DifferentialTransformer (diff_attn_heads): each head has projections of its own, and lambda is "
+        "it is kyegomez/DifferentialTransformer (diff_attn_heads): each head has its own projections, and lambda is "
         "an argument of the call",
     ),
     (
         lambda keys, fields: _has_all(
             keys, ".attn.o_proj.weight", ".attn.subln.weight", ".norm1.weight", "mlp.0.weight"
         ),
-        "it is PaddleFormers' DiffTransformer (attn.o_proj beside norm1 and mlp.0), whose norm runs over all heads "
+        "it is PaddleFormers' DiffTransformer (attn.o_proj with norm1 and mlp.0), whose norm runs over all heads "
         "together",
     ),
     (

@@ -1,4 +1,4 @@
-"""What a layout is: a table from canonical weights to the keys and rows of a code base, and a few facts beside it."""
+"""Definition of a layout: a table from canonical weights to the keys and rows of a code base, and some facts."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -25,15 +25,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Source:
-    """Where a canonical weight stands.
+    """Location of a canonical weight in a checkpoint.
 
     Attributes:
-        key: behind the prefix of the block.
-        parts: of a projection that packs several, whose rows stand one after the other in `order`; the first letter of
-            each is the projection that it is a part of.
-        order: of all parts in the tensor; empty where it is not packed.
-        halves: its heads are those of stream 1 first, then those of stream 2; canonical are pairs.
-        scalar: a number that stands for the inner product of two vectors.
+        key: key without the prefix of the block.
+        parts: parts that belong to this weight if one tensor packs several projections, whose rows follow each other in
+            `order`; the first letter of each part names its projection.
+        order: order of all parts in the tensor; empty if the tensor is not packed.
+        halves: true if the heads of stream 1 precede those of stream 2; in the canonical order they form pairs.
+        scalar: true if the tensor is a number that replaces the inner product of two vectors.
     """
 
     key: str
@@ -47,9 +47,9 @@ def packed(key: str, kind: str, *order: str) -> dict[str, Source]:
     """Sources of the projections that one tensor packs.
 
     Args:
-        key: behind the prefix.
+        key: key without the prefix.
         kind: ``weight`` or ``bias``.
-        order: of its parts.
+        order: order of the parts.
     """
     sources = {}
     for letter in dict.fromkeys(part[0] for part in order):
@@ -59,52 +59,53 @@ def packed(key: str, kind: str, *order: str) -> dict[str, Source]:
 
 
 def lambda_sources(prefix: str = "") -> dict[str, Source]:
-    """The four lambda vectors under their usual names."""
+    """Sources of the four lambda vectors under their usual names."""
     return {name: Source(prefix + name) for name in LAMBDA_VECTORS}
 
 
-# Compared by identity, so that a layout is a key of dictionaries although it holds mappings.
+# Compared by identity, so that a layout can be a dictionary key although it contains mappings.
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
     """A code base whose checkpoints can be read and written.
 
     Attributes:
-        name: for ``--layout``.
-        what: the code base, for people.
+        name: name of the layout, for ``--layout``.
+        what: description of the code base, for people.
         sources: canonical weights that every block has.
         optional: canonical weights that a block may have.
-        absent: keys which no block of this layout has.
-        irrelevant: keys that a block may have and nobody needs, with the reason.
-        model_types: ``model_type`` in config.json begins with one of these; empty where it says nothing.
-        version: of differential attention.
-        depth_offset: added to the layer index to give the depth of ``lambda_init``.
-        gqa_layout: key map; ``None`` where the same keys are used for both.
-        causal: whether the block is; ``None`` where the same keys are used for both.
-        causal_by_prefix: whether blocks whose prefix begins with a name are, before `causal`.
-        lambda_init: of every layer, where it does not follow from the depth.
-        lambda_kind: how lambda is made, see `DiffAttentionConfig`; ``token`` in the second version.
-        numbers: facts that a block stores as a tensor of one number, ``lambda_init`` or ``softmax_scale``, with its key
-            behind the prefix.
-        values: width of the values: ``pair`` for ``2d``, ``stream`` for ``d``, ``rows`` where their rows say it.
-        norm: of the heads: ``rms``, ``none``, or ``weighted`` for one where its weight is there.
-        output_scale: factor behind the norm of the heads; ``None`` for ``1 - lambda_init``.
-        noise_repeat: heads that share one noise query, by the fields; their query rows are ``[groups, repeat + 1, d]``,
-            the noise last. ``None`` where each head has its own.
-        rope: rotary embedding by the fields of config.json and the base that the user gave; ``None`` where the fields
-            do not say.
-        turns_back: whether the rotary embedding turns by minus the angle.
-        of_others: fields of config.json that are named like a fact about attention and mean another part of the model.
-        reads_window: whether `sliding_window` reads the fields of that name.
+        absent: keys that no block of this layout has.
+        irrelevant: keys that a block may have and that can be ignored, with the reason.
+        model_types: prefixes of ``model_type`` in config.json; empty if the field is not decisive.
+        version: version of differential attention.
+        depth_offset: difference between the depth in ``lambda_init`` and the layer index.
+        gqa_layout: key map; ``None`` if both maps occur with the same keys.
+        causal: true for causal blocks; ``None`` if both kinds occur with the same keys.
+        causal_by_prefix: true or false for blocks whose prefix begins with a name, which overrides `causal`.
+        lambda_init: constant of every layer, if it does not follow from the depth.
+        lambda_kind: form of lambda, see `DiffAttentionConfig`; ``token`` in the second version.
+        numbers: facts that a block stores as a tensor of one number, ``lambda_init`` or ``softmax_scale``, with the key
+            without the prefix.
+        values: width of the values: ``pair`` for ``2d``, ``stream`` for ``d``, ``rows`` if their rows determine it.
+        norm: norm of the heads: ``rms``, ``none``, or ``weighted`` if a norm exists only with its weight.
+        output_scale: factor after the norm of the heads; ``None`` for ``1 - lambda_init``.
+        noise_repeat: function from the fields to the number of heads that share one noise query; the query rows are
+            then ``[groups, repeat + 1, d]``, the noise last. ``None`` if each head has its own noise query.
+        rope: function from the fields of config.json and the user's base to the rotary embedding; ``None`` if the
+            fields do not determine it.
+        turns_back: true if the rotary embedding rotates by the negative angle.
+        of_others: fields of config.json that describe another part of the model, despite their names.
+        reads_window: true if `sliding_window` reads the fields of that name.
         class_defaults: fields whose absence means the default of the source's own config class.
-        config_class: that class, for the record of where a value came from.
-        eos_token_id: the token that ends texts by default of that class; ``None`` where it has none.
-        norm_eps_field: field with the norm's epsilon, 1e-5 where there is none.
+        config_class: name of that class, for the record of where a value came from.
+        eos_token_id: token that ends texts by default in that class; ``None`` if there is none.
+        norm_eps_field: field with the norm's epsilon, which is 1e-5 if the field is absent.
         qk_norm_eps: epsilon of the optional norms of queries and keys.
         head_fields: fields that must agree with the shapes, with the multiple of ``num_heads`` or ``num_kv_heads``;
-            ``None`` for as many as the values of a head are wide, in streams.
-        sliding_window: by the fields and the layer; raises `UnknownWindowError` where the fields do not say.
-        refuse: why a block cannot be deployed, by its keys, the fields and the layer.
-        why_no_model: why blocks of this layout make no whole decoder; ``None`` where they do.
+            ``None`` for the width of a head's values in streams.
+        sliding_window: function from the fields and the layer to the window; raises `UnknownWindowError` if the fields
+            do not determine it.
+        refuse: function from the keys, the fields and the layer to the reason why a block cannot be deployed.
+        why_no_model: reason why blocks of this layout do not form a whole decoder; ``None`` if they do.
     """
 
     name: str
@@ -142,76 +143,76 @@ class Layout:
 
     @property
     def streams_share_keys(self) -> bool:
-        """Whether both streams of a head read the same keys, and values of the same width."""
+        """True if both streams of a head read the same keys, and values of the same width."""
         return self.version != 1
 
     @property
     def anchor(self) -> str:
-        """The key that tells where blocks are."""
-        # Every block has queries, packed or not, and cross-attention layers that are to be refused have nothing else.
+        """The key that shows where blocks are."""
+        # Every block has queries, packed or not; cross-attention layers, which must be rejected, have nothing else.
         return self.sources["q_proj.weight"].key
 
     @property
     def norm_weight(self) -> Source:
-        """Where the weight of the heads' norm stands."""
+        """Source of the weight of the heads' norm."""
         return self.sources.get("subln.weight") or self.optional["subln.weight"]
 
     def required_keys(self) -> list[str]:
-        """Keys that every block has."""
+        """List of the keys that every block has."""
         return list(dict.fromkeys([*(source.key for source in self.sources.values()), *self.numbers.values()]))
 
 
-# Older transformers stored what follows from the config.
+# Older versions of transformers stored values that follow from the config.
 ROTARY_BUFFERS = {"rotary_emb.inv_freq": "the frequencies follow from config.json, and are computed in fp64 here"}
 
 
 class UnknownThetaError(InputError):
-    """Nothing says the base of the rotary frequencies."""
+    """The base of the rotary frequencies is unknown."""
 
 
 class UnknownWindowError(InputError):
-    """Nothing says how many keys a position sees."""
+    """The number of keys that a position attends to is unknown."""
 
 
 def no_rope(fields: Fields, theta: float | None) -> RopeConfig | None:
-    """For a code base whose blocks have no rotary embedding, whatever its config says."""
+    """Rule of code bases whose blocks have no rotary embedding, whatever the config says."""
     return None
 
 
 def huggingface_rope(fields: Fields, theta: float | None, default_theta: float | None = None) -> RopeConfig:
-    """Rotate-half embedding from the fields of a transformers config, of version 4 or 5.
+    """Rotate-half embedding from the fields of a transformers config, version 4 or 5.
 
     Args:
-        fields: of config.json.
-        theta: base that the user gave; it goes before the file's.
-        default_theta: base of the config class, where the file does not have the field at all.
+        fields: fields of config.json.
+        theta: the user's base, which overrides the file's.
+        default_theta: base of the config class, used if the field is absent from the file.
 
     Raises:
-        UnknownThetaError: no base.
-        InputError: a field of the wrong type, or a scaling that is not supported.
+        UnknownThetaError: there is no base.
+        InputError: a field has the wrong type, or its scaling is not supported.
     """
-    # `rope_parameters` since transformers 5, with theta in it; before that `rope_scaling`, with theta beside it.
+    # transformers 5 has `rope_parameters`, with theta inside; earlier versions have `rope_scaling`, with theta outside.
     parameters = _object(fields, "rope_parameters") or _object(fields, "rope_scaling") or {}
     if theta is None:
         theta = typed_field(parameters, "rope_theta", float)
     if theta is None:
-        # A field that is null is no field that is absent: somebody took the value away.
+        # A field that is null differs from an absent field: somebody removed the value.
         theta = typed_field(fields, "rope_theta", float) if "rope_theta" in fields else default_theta
     if theta is None:
         raise UnknownThetaError("rope_theta is missing")
-    # `type` is what older files call it.
+    # `type` is the name in older files.
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     partial = parameters.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
-        raise InputError(f"partial_rotary_factor is {shortened(partial)}; accepted is 1: every channel is turned")
+        raise InputError(f"partial_rotary_factor is {shortened(partial)}; accepted is 1: every channel is rotated")
     if kind in (None, "default"):
         return RopeConfig(style="half", theta=float(theta))
-    # The others change with the length at run time, which no table can say.
+    # The other kinds depend on the length at run time, which a table cannot represent.
     if kind not in ("linear", "llama3", "yarn"):
         raise InputError(f"rope_type is {shortened(kind)}; accepted are default, linear, llama3 and yarn")
     if typed_field(parameters, "factor", float) is None:
-        raise InputError(f"rope_type is {kind}, which needs a factor beside it in config.json")
-    # transformers keeps fields of other kinds in the same object; the rest of the defaults are those of `RopeScaling`.
+        raise InputError(f"rope_type is {kind}, which needs a factor in config.json")
+    # transformers keeps fields of other kinds in the same object; the other defaults are those of `RopeScaling`.
     known = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
     numbers: dict[str, Any] = {
         name: value for name in known if (value := typed_field(parameters, name, float)) is not None
@@ -220,7 +221,7 @@ def huggingface_rope(fields: Fields, theta: float | None, default_theta: float |
     numbers |= {} if context is None else {"original_max_position_embeddings": context}
     if kind == "yarn":
         if context is None:
-            raise InputError("rope_type is yarn, which needs original_max_position_embeddings beside it in config.json")
+            raise InputError("rope_type is yarn, which needs original_max_position_embeddings in config.json")
         numbers |= _yarn_attention_factor(parameters, numbers)
         numbers["truncate"] = _truncates(parameters)
     scaling = RopeScaling(kind=kind, **numbers)
@@ -228,7 +229,7 @@ def huggingface_rope(fields: Fields, theta: float | None, default_theta: float |
 
 
 def _yarn_attention_factor(parameters: Fields, numbers: Mapping[str, float]) -> dict[str, float]:
-    """What a file says by ``mscale`` and ``mscale_all_dim``; both or none count, as in transformers."""
+    """Attention factor from ``mscale`` and ``mscale_all_dim``; as in transformers, one without the other is ignored."""
     parts = [typed_field(parameters, name, float) for name in ("mscale", "mscale_all_dim")]
     if "attention_factor" in numbers or not all(parts):
         return {}

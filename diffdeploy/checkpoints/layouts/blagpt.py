@@ -1,6 +1,6 @@
-"""BlaGPT, and others that descend from modded-nanogpt: the rotary embedding turns by minus the angle.
+"""BlaGPT, and other descendants of modded-nanogpt, whose rotary embedding rotates by the negative angle.
 
-Source: erogol/BlaGPT, ``bla_gpt/attentions.py``. Its first version has the keys of Microsoft's, so that only the user
+Source: erogol/BlaGPT, ``bla_gpt/attentions.py``. Its first version has the same keys as Microsoft's, so only the user
 can tell them apart; its second has one projection for keys and values, and may normalise queries and keys.
 """
 
@@ -13,7 +13,7 @@ __all__ = ["BLAGPT", "BLAGPT_V2"]
 
 
 def _rope(fields: Fields, theta: float | None) -> RopeConfig:
-    # The source has no other base.
+    # The source has only this base.
     return RopeConfig(style="half", theta=10_000.0 if theta is None else theta)
 
 
@@ -42,6 +42,6 @@ BLAGPT_V2 = Layout(
     norm="none",
     rope=_rope,
     turns_back=True,
-    # Of its own norm; where apex is installed the source takes that package's default in its place.
+    # Epsilon of the source's own norm; with apex installed, the source uses the default of that package instead.
     qk_norm_eps=1e-8,
 )

@@ -1,6 +1,6 @@
-"""DiffCLIP: Microsoft's rows with biases, another name of the norm, and one lambda_init for all layers.
+"""DiffCLIP: Microsoft's rows with biases, another name for the norm, and one lambda_init for all layers.
 
-Source: hammoudhasan/DiffCLIP; arXiv 2503.06626. The vision tower sees all positions, the text tower those before.
+Source: hammoudhasan/DiffCLIP; arXiv 2503.06626. The vision tower is not causal, the text tower is.
 """
 
 from diffdeploy.checkpoints.layouts.base import Layout, Source, lambda_sources, no_rope

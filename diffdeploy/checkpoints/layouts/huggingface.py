@@ -1,7 +1,7 @@
 """Models of the transformers family: DiffLlama and Motif, with ``o_proj`` and rotate-half embedding.
 
 Source: transformers 5.23 ``DiffLlamaForCausalLM``; Motif-Technologies/Motif-2.6B. DiffLlama stores the heads of
-stream 1 first, then those of stream 2, in q, k and v alike; Motif stores pairs and counts layers from 1 less.
+stream 1 before those of stream 2, in q, k and v alike; Motif stores pairs and uses depths that are 1 less.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ __all__ = ["AXOLOTL", "DIFFLLAMA", "MOTIF"]
 
 _OUTPUT = {"out_proj.weight": Source("o_proj.weight")}
 
-# What the config class takes for a field that a file does not have; save_pretrained leaves none out.
+# Defaults of the config class for absent fields; save_pretrained always writes all fields.
 _DIFFLLAMA_DEFAULTS = {"rope_theta": 10_000.0, "rms_norm_eps": 1e-5}
 _LLAMA_DEFAULTS = {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
 
@@ -30,7 +30,7 @@ DIFFLLAMA = Layout(
         **{f"{name}_proj.bias": Source(f"{name}_proj.bias", halves=True) for name in "qkv"},
         "out_proj.bias": Source("o_proj.bias"),
     },
-    # Its norm has no weight; with one, the same keys are Motif's or axolotl's, whose rows stand in another order.
+    # Its norm has no weight; with one, the same keys are Motif's or axolotl's, whose rows are ordered differently.
     absent=("subln.weight", "lambda_init"),
     irrelevant=ROTARY_BUFFERS,
     model_types=("diffllama",),
@@ -39,16 +39,16 @@ DIFFLLAMA = Layout(
     config_class="DiffLlamaConfig of transformers 5.23",
     eos_token_id=2,
     norm_eps_field="rms_norm_eps",
-    # Both count streams, as the heads of the Llama that it was made from.
+    # Both fields count streams, like the heads of the Llama model that it is derived from.
     head_fields={"num_attention_heads": ("num_heads", 2), "num_key_value_heads": ("num_kv_heads", 2)},
 )
 
 
 def _noise_repeat(fields: Fields) -> int:
-    """Signal heads for each noise head; 1 where nothing speaks of groups.
+    """Number of signal heads per noise head; 1 if no field mentions groups.
 
     Raises:
-        InputError: numbers of heads that do not make whole groups.
+        InputError: the numbers of heads do not form whole groups.
     """
     noise = typed_field(fields, "num_noise_heads", int)
     if noise is None:
@@ -58,7 +58,7 @@ def _noise_repeat(fields: Fields) -> int:
         raise InputError(f"k_ratio in config.json is {ratio}; accepted is 1: one signal key for each noise key")
     heads = typed_field(fields, "num_attention_heads", int)
     if heads is None:
-        raise InputError("num_noise_heads is in config.json without num_attention_heads, which counts them as well")
+        raise InputError("num_noise_heads is in config.json without num_attention_heads, which includes them")
     if noise < 1 or heads <= noise or heads % noise:
         raise InputError(
             f"num_noise_heads in config.json is {noise}; accepted is a divisor of num_attention_heads, {heads}, that "
@@ -77,15 +77,15 @@ MOTIF = Layout(
         "subln.weight": Source("subln.weight"),
     },
     optional={f"{name}_proj.bias": Source(f"{'o' if name == 'out' else name}_proj.bias") for name in (*"qkv", "out")},
-    # A stored lambda_init is axolotl's, which has the same other keys.
+    # With a stored lambda_init, the same keys are axolotl's.
     absent=("lambda_init",),
     irrelevant=ROTARY_BUFFERS,
-    # Lower case is what ports of it to other runtimes write.
+    # Ports of it to other runtimes write it in lower case.
     model_types=("motif", "Motif"),
-    # Its code subtracts 1 from an index that is 0-based already. The weights were trained so: not to be mended here.
+    # Its code subtracts 1 from an index that is already 0-based. The weights were trained so, and must be read so.
     depth_offset=-1,
     rope=huggingface_rope,
-    # Not rms_norm_eps, which is that of the norms between the blocks.
+    # Not rms_norm_eps, which belongs to the norms between the blocks.
     norm_eps_field="attn_rms_norm_eps",
     of_others=("rms_norm_eps",),
     head_fields={"num_attention_heads": ("num_heads", 2), "num_key_value_heads": ("num_kv_heads", 2)},
@@ -97,8 +97,8 @@ AXOLOTL = Layout(
     name="axolotl",
     what="axolotl-ai-cloud/diff-transformer, with split heads or doubled projections",
     sources={
-        # With split heads half of the file's heads are noise, and values are halves as well; with doubled projections
-        # there are as many differential heads as the file counts, and values have the width of one stream.
+        # With split heads, half of the file's heads are noise, and their values are halves as well; with doubled
+        # projections, all of the file's heads are differential heads, with values as wide as one stream.
         **{f"{name}_proj.weight": Source(f"{name}_proj.weight", halves=True) for name in "qkv"},
         **_OUTPUT,
         **lambda_sources(),
@@ -107,7 +107,7 @@ AXOLOTL = Layout(
     irrelevant=ROTARY_BUFFERS,
     values="rows",
     norm="weighted",
-    # A parameter here, and no factor behind the norm.
+    # lambda_init is a parameter here, and no factor follows the norm.
     numbers={"lambda_init": "lambda_init"},
     output_scale=1.0,
     rope=partial(huggingface_rope, default_theta=_LLAMA_DEFAULTS["rope_theta"]),

@@ -1,6 +1,6 @@
 """Microsoft unilm: the three V1 modules, their early revision without ``subln.weight``, and V2.
 
-Source: microsoft/unilm, Diff-Transformer and Diff-Transformer-V2. Rows are in canonical order already. Our own sample
+Source: microsoft/unilm, Diff-Transformer and Diff-Transformer-V2. Rows are already in canonical order. Our own sample
 and multihead-sdpadiff have the keys of V1.
 """
 
@@ -19,13 +19,13 @@ _V1: dict[str, Any] = {
     "optional": {"subln.weight": Source("subln.weight")},
 }
 
-# Its naive module and its flash modules read different key streams from the same keys.
+# Its naive module and its flash modules read different key streams with the same keys.
 MICROSOFT = Layout(name="microsoft", what="Microsoft unilm, Diff-Transformer", gqa_layout=None, **_V1)
 
 SDPADIFF = Layout(
     name="sdpadiff",
     what="vasqu/multihead-sdpadiff, variants 1 to 4",
-    # All four compute what Microsoft's naive module does.
+    # All four variants compute the same function as Microsoft's naive module.
     gqa_layout="legacy",
     **_V1,
 )

@@ -1,7 +1,7 @@
 """Phi-4-mini-flash-reasoning: attention layers with packed ``Wqkv``, biases and no rotary embedding.
 
-Source: microsoft/Phi-4-mini-flash-reasoning (SambaY). Of its 32 layers the even ones are Mamba or gated memory units, 1
-to 15 have a sliding window, 17 sees everything, and 19 to 31 read the keys and values of layer 17.
+Source: microsoft/Phi-4-mini-flash-reasoning (SambaY). It has 32 layers: the even ones are Mamba or gated memory units,
+1 to 15 have a sliding window, 17 has full attention, and 19 to 31 read the keys and values of layer 17.
 """
 
 from collections.abc import Set as AbstractSet
@@ -13,19 +13,19 @@ __all__ = ["PHI4FLASH"]
 
 
 def _full_layer(fields: Fields) -> int:
-    """The layer whose keys and values the later ones read: the first one behind the middle."""
-    # 32 as in the published model and by default in its config class.
+    """Index of the layer whose keys and values the later layers read: the first one after the middle."""
+    # 32 layers in the published model and by default in its config class.
     return (typed_field(fields, "num_hidden_layers", int) or 32) // 2 + 1
 
 
 def _window(fields: Fields, layer: int | None) -> int | None:
     if layer is None or layer >= _full_layer(fields):
         return None
-    # 512 in the published model, and 2047 by default in its config class: without the field neither is known.
+    # 512 in the published model, but 2047 by default in its config class: without the field, the window is unknown.
     if "sliding_window" not in fields:
         raise UnknownWindowError("sliding_window is missing")
     window: object = fields["sliding_window"]
-    # Its config class turns the one number into a list with an entry for each layer, and writes the list back.
+    # Its config class expands the number to a list with an entry for each layer, and saves that list.
     if isinstance(window, list):
         window = window[layer] if layer < len(window) else None
     return typed_field({"sliding_window": window}, "sliding_window", int)
@@ -40,7 +40,7 @@ def _refuse_cross(keys: AbstractSet[str], fields: Fields, layer: int | None) -> 
     return None
 
 
-# It holds the norm and lambda of self-attention layers too, whatever its name says.
+# Despite its name, this module holds the norm and lambda of self-attention layers, too.
 _INNER = "inner_cross_attn."
 
 PHI4FLASH = Layout(
@@ -54,16 +54,16 @@ PHI4FLASH = Layout(
         **lambda_sources(_INNER),
         "subln.weight": Source(_INNER + "subln.weight"),
     },
-    # Positions come from the Mamba layers between; its config has a rope_theta all the same.
+    # Positions come from the Mamba layers in between, although its config has a rope_theta.
     rope=no_rope,
     head_fields={"num_attention_heads": ("num_heads", 2), "num_key_value_heads": ("num_kv_heads", 2)},
     sliding_window=_window,
     reads_window=True,
-    # Of the norms between the blocks, which are LayerNorms.
+    # Field of the norms between the blocks, which are LayerNorms.
     of_others=("layer_norm_eps",),
     refuse=_refuse_cross,
     why_no_model=(
-        "half of its layers are state-space models or gated memory units, and those behind the middle read the keys "
-        "and values of another layer"
+        "half of its layers are state-space models or gated memory units, and the attention layers after the middle "
+        "read the keys and values of another layer"
     ),
 )

@@ -1,7 +1,7 @@
-"""RePlay's differential attention: a lambda for each head, a stored scale, and the mask of the caller.
+"""RePlay's differential attention: a lambda for each head, a stored scale, and a mask from the caller.
 
-Source: sb-ai-lab/RePlay, ``replay/nn/attention.py``. The mask is an argument of every call there, so that nothing in a
-file tells whether a model is causal; masks that differ by head are not supported.
+Source: sb-ai-lab/RePlay, ``replay/nn/attention.py``. The mask is an argument of every call there, so no file shows
+whether a model is causal; masks that differ by head are not supported.
 """
 
 from diffdeploy.checkpoints.layouts.base import Layout, Source, lambda_sources, no_rope

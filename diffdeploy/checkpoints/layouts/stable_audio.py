@@ -1,7 +1,7 @@
-"""Stable Audio 3's diffusion transformer: its self-attention subtracts a second attention as it is.
+"""Stable Audio 3's diffusion transformer, whose self-attention subtracts a second attention with a weight of 1.
 
-Source: stabilityai/stable-audio-3, ``DifferentialSelfAttention``. Lambda is 1, heads have no norm, values have the
-width of one stream, and the first 32 channels of each stream turn.
+Source: stabilityai/stable-audio-3, ``DifferentialSelfAttention``. Lambda is 1, heads have no norm, values are as wide
+as one stream, and the first 32 channels of each stream are rotated.
 """
 
 from diffdeploy.checkpoints.fields import Fields
@@ -23,7 +23,7 @@ STABLE_AUDIO = Layout(
     sources={
         **packed("to_qkv.weight", "weight", *_ORDER),
         "out_proj.weight": Source("to_out.weight"),
-        # One norm for both streams.
+        # Both streams share one norm.
         **{f"{side}_norm.weight": Source(f"{side}_norm.weight") for side in "qk"},
     },
     causal=False,

@@ -1,7 +1,7 @@
 """timm's vision transformers with ``attn_layer='diff'``: packed ``qkv``, not causal, no rotary embedding.
 
-Source: huggingface/pytorch-image-models, ``timm/layers/diff_attention.py``. The form with ``dual_lambda`` learns
-the two exponents of lambda themselves, in place of inner products.
+Source: huggingface/pytorch-image-models, ``timm/layers/diff_attention.py``. With ``dual_lambda``, the model learns the
+two exponents of lambda directly, not as inner products.
 """
 
 from collections.abc import Set as AbstractSet
@@ -16,7 +16,7 @@ __all__ = ["TIMM", "TIMM_DUAL"]
 def _refuse(keys: AbstractSet[str], fields: Fields, layer: int | None) -> str | None:
     if "norm.weight" in keys:
         return "norm.weight (scale_norm) is a second norm before the output projection, which has no canonical form"
-    # timm passes the model's norm_layer on, and a vision transformer's is LayerNorm unless it is told otherwise.
+    # timm passes on the model's norm_layer, which is LayerNorm in a vision transformer unless set otherwise.
     if "q_norm.bias" in keys:
         return "q_norm.bias belongs to a LayerNorm of queries and keys; accepted is an RMS norm"
     return None
@@ -31,7 +31,7 @@ _SHARED: dict[str, Any] = {
     },
     "causal": False,
     "rope": no_rope,
-    # The default of timm's RmsNorm; only sub_norm is built with another, 1e-5.
+    # Default of timm's RmsNorm; only sub_norm is built with another value, 1e-5.
     "qk_norm_eps": 1e-6,
     "refuse": _refuse,
 }
@@ -48,7 +48,7 @@ TIMM_DUAL = Layout(
     what="timm DiffAttention with dual_lambda",
     sources={
         **_PROJECTIONS,
-        # Only the q vectors: `to_canonical` makes unit vectors of the others, so that the products are these numbers.
+        # Only the q vectors: `to_canonical` fills the others with unit vectors, so that the products are these numbers.
         "lambda_q1": Source("lambda_a", scalar=True),
         "lambda_q2": Source("lambda_b", scalar=True),
     },

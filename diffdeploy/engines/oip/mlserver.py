@@ -18,16 +18,16 @@ __all__ = ["BundleModel", "run_server"]
 
 
 class BundleModel(MLModel):
-    """What MLServer calls for a bundle.
+    """Adapter through which MLServer calls a bundle.
 
-    In a ``model-settings.json``, ``parameters.uri`` is the bundle, and ``parameters.extra`` holds `RunOptions`.
+    In a ``model-settings.json``, ``parameters.uri`` is the bundle, and ``parameters.extra`` contains `RunOptions`.
     """
 
     async def load(self) -> bool:
         """Open the bundle.
 
         Raises:
-            DiffDeployError: it cannot be used here.
+            DiffDeployError: the bundle cannot be used here.
         """
         parameters = self.settings.parameters
         extra = dict((parameters and parameters.extra) or {})
@@ -40,7 +40,7 @@ class BundleModel(MLModel):
         """Answer a request.
 
         Raises:
-            InferenceError: it is wrong; the server answers with 400 and the sentence.
+            InferenceError: the request is invalid; the server answers with 400 and the message.
         """
         inputs = [
             WireTensor(name=each.name, datatype=Datatype(each.datatype).value, shape=each.shape, data=each.data.root)
@@ -49,7 +49,7 @@ class BundleModel(MLModel):
         parameters = payload.parameters.model_dump(exclude_unset=True) if payload.parameters else None
         names = [output.name for output in payload.outputs] if payload.outputs else None
         try:
-            # In a thread, so that the server answers others, and says that it lives, while a model writes.
+            # In a thread, so that the server can answer other requests and health checks while a model generates.
             found = await asyncio.to_thread(self._served.answer, inputs, parameters, names)
         except InputError as error:
             raise InferenceError(str(error)) from error
@@ -78,20 +78,20 @@ def _described(tensors: tuple[TensorMetadata, ...]) -> list[MetadataTensor]:
 
 
 def run_server(served: Served, name: str, host: str, port: int) -> None:
-    """Serve a bundle until this process is told to end."""
+    """Serve a bundle until this process is told to stop."""
 
     async def run() -> None:
         settings = Settings(
             debug=False,
             host=host,
             http_port=port,
-            # It cannot be switched off; so it takes a port that is free, and not one that another server may have.
+            # gRPC cannot be switched off, so it gets a free port and not one that another server may use.
             grpc_port=0,
-            # Workers would open the bundle again each.
+            # Each worker process would open the bundle again.
             parallel_workers=0,
             metrics_endpoint=None,
             load_models_at_startup=False,
-            # Where its index of models, which clients may load, looks for more of them: nowhere.
+            # Folder in which its repository, from which clients may load models, looks for more of them: an empty one.
             model_repository_root=str(served.path),
         )
         model = ModelSettings(

@@ -1,6 +1,6 @@
-"""From requests of the Open Inference Protocol to arrays, and back; no server is imported.
+"""Translation of requests of the Open Inference Protocol to arrays and back, without importing a server.
 
-The protocol: https://github.com/kserve/open-inference-protocol, "inference_rest", version 2.
+Specification: https://github.com/kserve/open-inference-protocol, "inference_rest", version 2.
 """
 
 import math
@@ -19,22 +19,22 @@ from diffdeploy.runtime.generation import GenerationOptions
 
 __all__ = ["Served", "TensorMetadata", "WireTensor", "datatype_of"]
 
-# bfloat16 is missing: the protocol has no numbers for it in JSON, and neither server knows its name.
+# bfloat16 is missing: the protocol cannot encode it in JSON, and neither server knows its name.
 _DATATYPES = {"float32": "FP32", "float16": "FP16", "int64": "INT64"}
 _TEXT = "BYTES"
 
-# What servers and clients put among the parameters of a request for their own use.
+# Names of request parameters that servers and clients add for their own use.
 _OF_TRANSPORT = ("binary_data_output", "content_type", "headers")
 _NEW_TOKENS = "max_new_tokens"
 
 
 class TensorMetadata(NamedTuple):
-    """An input or output as the protocol describes it.
+    """Description of an input or output in the protocol.
 
     Attributes:
-        name: of the tensor.
-        datatype: such as ``FP32``.
-        shape: -1 for an axis of any size.
+        name: name of the tensor.
+        datatype: datatype of the protocol, such as ``FP32``.
+        shape: sizes of the axes, -1 for any size.
     """
 
     name: str
@@ -44,13 +44,13 @@ class TensorMetadata(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class WireTensor:
-    """An input as a request brings it.
+    """An input in a request.
 
     Attributes:
-        name: of the tensor.
-        datatype: such as ``FP32``.
-        shape: sizes.
-        data: elements in rows, as nested lists or one after the other.
+        name: name of the tensor.
+        datatype: datatype of the protocol, such as ``FP32``.
+        shape: sizes of the axes.
+        data: elements in row-major order, nested or flat.
     """
 
     name: str
@@ -60,24 +60,24 @@ class WireTensor:
 
 
 def datatype_of(array: Array) -> str:
-    """The protocol's name of an array's dtype; arrays of objects hold text."""
+    """Datatype of the protocol for an array's dtype; arrays of objects hold text."""
     return _TEXT if array.dtype == object else _DATATYPES[array.dtype.name]
 
 
 class Served:
-    """A bundle that answers requests; safe to call from several threads.
+    """A bundle that answers requests; calls from several threads are safe.
 
     Args:
         runtime: an opened bundle.
 
     Attributes:
-        path: of the bundle.
-        platform: of the metadata.
-        inputs: of the graph.
-        outputs: of the graph.
+        path: directory of the bundle.
+        platform: platform in the metadata.
+        inputs: inputs of the graph.
+        outputs: outputs of the graph.
 
     Raises:
-        InputError: the bundle's dtype has no place in the protocol.
+        InputError: the protocol cannot represent the bundle's dtype.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -85,8 +85,8 @@ class Served:
         spec = runtime.spec
         if spec.dtype not in _DATATYPES:
             raise InputError(
-                f"{runtime.bundle.path} is in {spec.dtype}, which the Open Inference Protocol cannot carry; accepted "
-                "are float32 and float16"
+                f"{runtime.bundle.path} is in {spec.dtype}, which the Open Inference Protocol cannot represent; "
+                "accepted are float32 and float16"
             )
         self.path = runtime.bundle.path
         self.platform = f"diffdeploy_{runtime.bundle.manifest.format}"
@@ -101,18 +101,19 @@ class Served:
     ) -> dict[str, Array]:
         """Answer a request.
 
-        A model generates where ``max_new_tokens`` is among the parameters, or ``text`` among the inputs. Prompts are
-        ``input_ids`` ``[B, S]``, padded at the left, with an ``attention_mask`` if they are; or ``text`` ``[B]``. Other
-        parameters are those of `GenerationOptions`. The outputs are ``output_ids`` ``[B, S + new]``, prompts and new
-        tokens, and, where the bundle has a tokenizer, ``text`` ``[B]``, what is new. Everything else runs the graph.
+        A model generates tokens if ``max_new_tokens`` is among the parameters, or ``text`` among the inputs. Prompts
+        are ``input_ids`` ``[B, S]``, padded on the left, with an ``attention_mask`` if there is padding, or ``text``
+        ``[B]``. Other parameters are those of `GenerationOptions`. The outputs are ``output_ids`` ``[B, S + new]``,
+        prompts and new tokens, and, if the bundle has a tokenizer, ``text`` ``[B]``, the new text. Any other request
+        runs the graph.
 
         Args:
-            inputs: by name, each once.
-            parameters: of the request.
-            outputs: names of those that are wanted; all of them by default.
+            inputs: input tensors with unique names.
+            parameters: parameters of the request.
+            outputs: names of the requested outputs; all of them by default.
 
         Raises:
-            InputError: the request is wrong, and the message says what would be right.
+            InputError: the request is invalid, and the message says what is accepted.
             DiffDeployError: the backend failed.
         """
         given = {tensor.name: tensor for tensor in inputs}
@@ -126,7 +127,7 @@ class Served:
         if outputs is None:
             return found
         if unknown := [name for name in outputs if name not in found]:
-            raise InputError(f"output {unknown[0]!r} is asked for; there are {', '.join(found)}")
+            raise InputError(f"output {unknown[0]!r} is requested; there are {', '.join(found)}")
         return {name: found[name] for name in outputs}
 
     def close(self) -> None:
@@ -150,21 +151,21 @@ def _graph_inputs(spec: GraphSpec, given: Mapping[str, WireTensor]) -> dict[str,
 
 
 def _array(tensor: WireTensor, dtype: str) -> Array:
-    """The elements of a tensor in the dtype that is wanted, which none of them may change for."""
+    """Elements of a tensor in a dtype, which must represent all of them without change."""
     if tensor.datatype != _DATATYPES[dtype]:
         raise InputError(f"{tensor.name} has datatype {tensor.datatype}; accepted is {_DATATYPES[dtype]}")
     try:
         elements = np.asarray(tensor.data)
-    # Rows of different lengths.
+    # Raised for rows of different lengths.
     except ValueError:
         _refuse_elements(tensor)
     if elements.size != _size(tensor):
-        raise InputError(f"{tensor.name} has {elements.size} elements, and its shape is {list(tensor.shape)}")
+        raise InputError(f"{tensor.name} has {elements.size} elements, but its shape is {list(tensor.shape)}")
     if elements.size and elements.dtype.kind not in ("iu" if dtype == "int64" else "fiu"):
         _refuse_elements(tensor)
     with np.errstate(over="ignore"):
         array = elements.astype(dtype)
-    # Whole numbers beyond int64 would wrap around, and others become infinity.
+    # Integers beyond int64 would wrap around, and other numbers would become infinite.
     if elements.dtype.kind == "u" and dtype == "int64":
         _refuse_elements(tensor)
     if elements.dtype.kind == "f" and np.isinf(array).sum() > np.isinf(elements).sum():
@@ -173,14 +174,14 @@ def _array(tensor: WireTensor, dtype: str) -> Array:
 
 
 def _size(tensor: WireTensor) -> int:
-    # numpy would work out what -1 is.
+    # numpy would infer the size of -1.
     if any(size < 0 for size in tensor.shape):
         raise InputError(f"{tensor.name} has shape {list(tensor.shape)}; accepted are sizes of 0 or more")
     return math.prod(tensor.shape)
 
 
 def _refuse_elements(tensor: WireTensor) -> NoReturn:
-    raise InputError(f"{tensor.name} holds something that is no {tensor.datatype}, or rows of different lengths")
+    raise InputError(f"{tensor.name} has an element that is not {tensor.datatype}, or rows of different lengths")
 
 
 def _generated(runtime: Runtime, given: Mapping[str, WireTensor], parameters: Mapping[str, Any]) -> dict[str, Array]:
@@ -195,7 +196,7 @@ def _generated(runtime: Runtime, given: Mapping[str, WireTensor], parameters: Ma
     else:
         ids = _array(given["input_ids"], "int64")
         mask = _array(given["attention_mask"], "int64") if "attention_mask" in given else None
-    # Before a cache for all of them is made.
+    # Checked before a cache for all of them is created.
     if len(ids) > (most := runtime.spec.axes["batch_size"].max):
         raise InputError(f"batch_size is {len(ids)}; accepted is 1 to {most}")
     steps = list(runtime.stream(ids, mask, **options))
@@ -206,7 +207,7 @@ def _generated(runtime: Runtime, given: Mapping[str, WireTensor], parameters: Ma
     return found
 
 
-# Checked by their types alone; what numbers are accepted is known where they are used.
+# Only types are checked here; the accepted numbers are checked where they are used.
 _FIELDS: dict[str, Any] = {
     _NEW_TOKENS: (int, ...),
     **{name: (hint, None) for name, hint in get_type_hints(GenerationOptions).items()},
@@ -224,7 +225,7 @@ def _options(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _encoded(runtime: Runtime, tensor: WireTensor) -> tuple[Array, Array]:
-    """Tokens of prompts ``[B, S]``, padded at the left, and their mask."""
+    """Tokens of prompts ``[B, S]``, padded on the left, and their mask."""
     texts = tensor.data
     if tensor.datatype != _TEXT or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"text has datatype {tensor.datatype}; accepted is {_TEXT}, a list of texts")

@@ -1,4 +1,4 @@
-"""`serve`: the server that is installed, on one address, with one bundle."""
+"""`serve`, which starts the installed server on one address with one bundle."""
 
 import errno
 import socket
@@ -18,18 +18,18 @@ __all__ = ["ServeRequest", "serve", "server_names"]
 
 
 class _Server(NamedTuple):
-    """How a server is had and started.
+    """Installation and location of a server.
 
     Attributes:
-        extra: of diffdeploy, that installs it.
-        module: with its ``run_server``.
+        extra: extra of diffdeploy that installs it.
+        module: module with its ``run_server``.
     """
 
     extra: str
     module: str
 
 
-# The first one that is installed is taken. The two ask for other versions of one package, so that both never are.
+# The first installed one is used. They require different versions of one package, so they are never both installed.
 _SERVERS = {
     "kserve": _Server("serve", "diffdeploy.engines.oip.kserve"),
     "mlserver": _Server("mlserver", "diffdeploy.engines.oip.mlserver"),
@@ -38,14 +38,14 @@ _SERVERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ServeRequest:
-    """What is to be served, and where.
+    """A bundle to serve, and the address.
 
     Attributes:
-        bundle: the directory; its name is that of the model in addresses.
-        options: how the bundle is run.
-        host: address to listen at.
-        port: of HTTP.
-        server: its name; by default the one that is installed.
+        bundle: directory of the bundle, whose name is that of the model in addresses.
+        options: options for running the bundle.
+        host: address to listen on.
+        port: HTTP port.
+        server: name of the server; by default the installed one.
     """
 
     bundle: Path
@@ -56,20 +56,20 @@ class ServeRequest:
 
 
 def server_names() -> tuple[str, ...]:
-    """Names of the servers that `serve` knows."""
+    """Names of the servers that `serve` supports."""
     return tuple(_SERVERS)
 
 
 def serve(request: ServeRequest, ready: Callable[[str], None] = lambda _: None) -> None:
-    """Serve a bundle until this process is told to end.
+    """Serve a bundle until this process is told to stop.
 
     Args:
-        request: what, and where.
-        ready: called with a sentence before the server starts.
+        request: the bundle and the address.
+        ready: callback that receives a sentence before the server starts.
 
     Raises:
-        InputError: there is no such server or address, the port is taken, or the bundle is not accepted.
-        UnavailableError: no server is installed, or what the bundle needs is not here.
+        InputError: the server or address does not exist, the port is in use, or the bundle is not accepted.
+        UnavailableError: no server is installed, or a requirement of the bundle is missing.
         DiffDeployError: the bundle cannot be opened, or the server did not start.
     """
     from diffdeploy.engines.oip.protocol import Served
@@ -82,10 +82,10 @@ def serve(request: ServeRequest, ready: Callable[[str], None] = lambda _: None) 
         model = request.bundle.resolve().name
         ready(f"{name} serves {request.bundle} at http://{request.host}:{request.port}/v2/models/{model}")
         try:
-            # Standard output is for results, and one server puts its log there.
+            # Standard output is for results, and one server writes its log there.
             with redirect_stdout(sys.stderr):
                 import_module(_SERVERS[name].module).run_server(served, model, request.host, request.port)
-        # How uvicorn ends a server that cannot listen.
+        # uvicorn exits in this way if it cannot listen.
         except SystemExit as error:
             raise DiffDeployError(f"{name} did not start; its log says why") from error
 
@@ -103,14 +103,14 @@ def _server_of(wanted: str | None) -> str:
 
 
 def _check_address(host: str, port: int) -> None:
-    """See that a server could listen there, before anything is loaded."""
+    """Check that a server could listen on an address, before anything is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            # As servers do, which may follow each other at once.
+            # As in servers, which may be restarted immediately.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise InputError(f"port {port} is taken at {host}; give another --port") from error
-        raise InputError(f"host {host} and port {port} cannot be listened at ({error.strerror})") from error
+            raise InputError(f"port {port} on {host} is in use; give another --port") from error
+        raise InputError(f"cannot listen on host {host} and port {port} ({error.strerror})") from error

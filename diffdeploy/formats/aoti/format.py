@@ -25,6 +25,7 @@ class AotiFormat(Format):
     name = "aoti"
     impls = IMPLS
     compiles = True
+    caches = ("growing", "in-place")
     executes = "machine code"
     # Not Python: a package is loaded by libtorch, from C++ as well.
     machine = ("torch", "platform", "isa", "gpu")

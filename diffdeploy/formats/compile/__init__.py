@@ -1,4 +1,4 @@
-"""Warm starts of torch.compile: the format, how it is opened, its contract, and what of it can be seen and changed."""
+"""Warm starts of torch.compile: the format, its backend, its contract and its kernels."""
 
 from diffdeploy.formats.compile.format import CompileFormat
 

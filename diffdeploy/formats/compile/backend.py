@@ -22,14 +22,14 @@ KERNELS = "kernels"
 
 
 def state_tensors(block: "AnyModule") -> "list[Tensor]":
-    """The arguments of the artifact before the graph's inputs: the block's parameters, then its buffers."""
-    # What modules share has a name, and is an argument, in each of them.
+    """Arguments of the artifact that precede the graph's inputs: the block's parameters, then its buffers."""
+    # A tensor that modules share has a name, and is an argument, in each of them.
     named = (*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False))
     return [tensor for _, tensor in named]
 
 
 class CompiledBackend(TorchBackend):
-    """Runs the artifact of `torch._inductor.standalone_compile`, or compiles the block afresh when asked to."""
+    """Runs the artifact of `torch._inductor.standalone_compile`, or recompiles the block on request."""
 
     @property
     def description(self) -> str:
@@ -54,7 +54,7 @@ class CompiledBackend(TorchBackend):
             results = run_graph(block, dict(zip(inputs, tensors, strict=True)), last_only=last_only)
             return [results[name] for name in outputs]
 
-        # One graph for all sizes, or an error: no compilation for each size, and no part that runs eagerly unseen.
+        # One graph for all sizes, or an error: no compilation per size, and no part that silently runs in eager mode.
         return torch.compile(forward, fullgraph=True, dynamic=True)
 
     def _warm_start(self, block: "AnyModule") -> Callable[..., Sequence["Tensor"]]:
@@ -62,7 +62,7 @@ class CompiledBackend(TorchBackend):
         from torch._inductor.standalone_compile import CompiledArtifact
 
         folder = self.bundle.path
-        # Loading unpacks the artifact into inductor's cache: into one of its own, since the user's would keep it.
+        # Loading unpacks the artifact into inductor's cache; a separate folder keeps it out of the user's cache.
         with (
             tempfile.TemporaryDirectory(prefix="diffdeploy-") as cache,
             temporary_cache_dir(cache),

@@ -1,4 +1,4 @@
-"""``torch.compile``: inductor's artifact and its kernels, for a warm start with the same torch on the same hardware."""
+"""``torch.compile``: inductor's artifact and its kernels, for a warm start with the same torch and hardware."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,13 +20,13 @@ __all__ = ["CompileFormat"]
 
 
 class CompileFormat(Format):
-    """``model.inductor`` and the folder ``kernels``; the weights are arguments of the artifact."""
+    """A bundle with ``model.inductor`` and the folder ``kernels``; the weights are arguments of the artifact."""
 
     name = "compile"
     impls = IMPLS
     compiles = True
     executes = "machine code and pickles"
-    # Python too, since its kernels are extension modules.
+    # Python's version matters too, since the kernels are extension modules.
     machine = ("torch", "python", "platform", "isa", "gpu")
 
     def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
@@ -41,8 +41,8 @@ class CompileFormat(Format):
         return {}
 
     def check_run_options(self, manifest: Manifest, options: RunOptions) -> None:
-        """See `Format.check_run_options`; these bundles can be compiled afresh."""
-        # Without recompile, which the base class refuses.
+        """See `Format.check_run_options`; these bundles can be recompiled."""
+        # `recompile` is cleared, since the base class rejects it.
         super().check_run_options(manifest, RunOptions(runtime=options.runtime))
 
     def open(self, bundle: Bundle, options: RunOptions, device: str) -> Backend:

@@ -1,7 +1,7 @@
 """Inductor's C++ kernels as files of a bundle, found by the digest of their source.
 
-Inductor finds its kernels by a hash of the compiler's command line, which holds the path that torch is installed at,
-and compiles again where that differs. A bundle must start warm wherever the same torch is, and without a compiler.
+Inductor finds its kernels by a hash of the compiler's command line, which contains the installation path of torch, and
+compiles again if that path differs. A bundle must start warm wherever the same torch is installed, without a compiler.
 """
 
 import hashlib
@@ -18,18 +18,18 @@ __all__ = ["recorded", "shipped"]
 
 
 def _name(source: str) -> str:
-    # 128 bits tell all sources apart, and keep names short.
+    # 128 bits distinguish all sources, and keep names short.
     return hashlib.sha256(source.encode()).hexdigest()[:32] + ".so"
 
 
 @contextmanager
 def recorded(folder: Path) -> Iterator[None]:
-    """Copy every kernel that inductor builds or takes from its cache in the block into ``folder``."""
+    """Copy every kernel that inductor builds or takes from its cache in the block to ``folder``."""
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     built: dict[str, list[str]] = {}
-    # Inductor has no hook for this: the method that builds a kernel is the one place that sees its source.
+    # Inductor has no hook for this; only the method that builds a kernel sees its source.
     build = AsyncCompile.cpp_pybinding
 
     def record(self: Any, argtypes: list[str], source: str) -> Any:
@@ -38,23 +38,23 @@ def recorded(folder: Path) -> Iterator[None]:
 
     with replaced(AsyncCompile, "cpp_pybinding", record):
         yield
-    if not built:  # kernels of a GPU stand in the artifact, and a bundle has no empty folders
+    if not built:  # kernels of a GPU are inside the artifact, and a bundle has no empty folders
         return
     folder.mkdir()
     strip = shutil.which("strip")
     for source, argtypes in built.items():
-        # From inductor's cache by now, since the graph was compiled with it.
+        # By now the kernel is in inductor's cache, since the graph was compiled with it.
         kernel = CppPythonBindingsCodeCache.load_pybinding(argtypes, source)
         target = folder / _name(source)
-        # The entry point is a function of its extension module, which knows its own file.
+        # The entry point is a function of its extension module, which knows its file.
         shutil.copyfile(kernel.__self__.__file__, target)
-        if strip is not None:  # debug information holds paths of this machine
+        if strip is not None:  # debug information contains paths of this machine
             subprocess.run([strip, "--strip-debug", str(target)], check=True)
 
 
 @contextmanager
 def shipped(folder: Path) -> Iterator[None]:
-    """Take the kernels that are loaded in the block from ``folder``; what is not there is compiled."""
+    """Load kernels from ``folder`` while the block runs; those that are missing are compiled."""
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 

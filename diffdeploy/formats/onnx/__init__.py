@@ -1,4 +1,4 @@
-"""ONNX: the format, how it is opened, its contract, and what of it can be seen and changed."""
+"""ONNX: the format, its backends, its contract, its constants, intermediate values and faults."""
 
 from diffdeploy.formats.onnx.format import OnnxFormat
 

@@ -1,4 +1,4 @@
-"""ONNX bundles through onnxruntime, with all graph optimisations on: the level that production uses."""
+"""Backends of ONNX bundles; onnxruntime runs with all graph optimisations, the level that production uses."""
 
 import json
 import tempfile
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["OnnxCudaBackend", "OnnxReferenceBackend", "OnnxRuntimeBackend"]
 
 _CPU = "CPUExecutionProvider"
-# By the numbers of onnx.TensorProto.DataType, which onnxruntime takes where numpy has no dtype.
+# Numbers of onnx.TensorProto.DataType, which onnxruntime accepts for dtypes that numpy lacks.
 _ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 
 
 class _OnnxBackend(Backend):
-    """What the backends of ``model.onnx`` share."""
+    """Base class of the backends of ``model.onnx``."""
 
     _session: Any
 
@@ -41,17 +41,18 @@ class _OnnxBackend(Backend):
         return [to_tensor(output) for output in outputs] if as_torch else outputs
 
     def close(self) -> None:
-        """Let the session go."""
+        """Release the session."""
         self._session = None
 
 
 class _SharedBuffers(CacheBuffers):
-    """Past and present of every layer are one buffer, which onnxruntime's operator writes the new tokens into."""
+    """Buffers for both past and present of every layer, to which onnxruntime's operator appends the new tokens."""
 
     def __init__(self, session: Any, spec: GraphSpec, batch_size: int, capacity: int, fill: float) -> None:
         import onnxruntime
 
         self._session, self._main_output = session, spec.main_output
+        self.capacity = capacity
         self._binding = session.io_binding()
         self._values = {}
         for name, present in spec.caches.items():
@@ -66,10 +67,10 @@ class _SharedBuffers(CacheBuffers):
         """See `CacheBuffers.run`."""
         for name, array in inputs.items():
             self._binding.bind_cpu_input(name, array)
-        # Again at each call, since the shape is another one.
+        # Bound again in each call, since the shape changes.
         self._binding.bind_output(self._main_output)
         self._session.run_with_iobinding(self._binding)
-        # In the order in which they were bound first.
+        # In the order in which the outputs were first bound.
         logits: Array = self._binding.get_outputs()[-1].numpy()
         return logits
 
@@ -82,7 +83,7 @@ class OnnxReferenceBackend(_OnnxBackend):
     """Runs ``model.onnx`` with the interpreter of the onnx package: every dtype, one operator at a time, in numpy."""
 
     def open(self, options: RunOptions) -> None:
-        """Load the model; raises ExportError where that fails."""
+        """Load the model; raises ExportError if that fails."""
         import onnx.reference
 
         model = self.bundle.path / MODEL
@@ -103,14 +104,14 @@ class OnnxRuntimeBackend(_OnnxBackend):
     """Runs ``model.onnx`` on the CPU execution provider."""
 
     def open(self, options: RunOptions) -> None:
-        """Load the model; raises ExportError where that fails."""
+        """Load the model; raises ExportError if that fails."""
         settings = self._settings()
         if options.threads is not None:
             settings.intra_op_num_threads = options.threads
         self._session = self._start(settings)
 
     def buffers(self, batch_size: int, capacity: int, fill: float) -> CacheBuffers | None:
-        """See `Backend.buffers`: the operator that counts tokens writes in place."""
+        """See `Backend.buffers`: the operator that counts tokens updates caches in place."""
         if self.spec.padding == "anywhere" or self.device != "cpu":
             return None
         return _SharedBuffers(self._session, self.spec, batch_size, capacity, fill)
@@ -130,7 +131,7 @@ class OnnxRuntimeBackend(_OnnxBackend):
 
         settings = onnxruntime.SessionOptions()
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        settings.log_severity_level = 4  # what it would log it also raises
+        settings.log_severity_level = 4  # everything that it would log is also raised
         return settings
 
     def _start(self, settings: Any) -> Any:
@@ -144,21 +145,21 @@ class OnnxRuntimeBackend(_OnnxBackend):
 
 
 class OnnxCudaBackend(OnnxRuntimeBackend):
-    """Runs ``model.onnx`` on the CUDA execution provider, from and to tensors that are on the device already.
+    """Runs ``model.onnx`` on the CUDA execution provider, with inputs and outputs on the device.
 
-    What onnxruntime computes on the CPU must be sizes: a graph of which it puts any more there is not loaded.
+    Only sizes may be computed on the CPU: a graph is not loaded if onnxruntime assigns any other node to the CPU.
 
     Attributes:
-        placement: how many nodes of the optimised graph each execution provider runs.
+        placement: number of nodes of the optimised graph that each execution provider runs.
     """
 
     placement: dict[str, int]
 
     def open(self, options: RunOptions) -> None:
-        """Load the model; raises ExportError where that fails."""
+        """Load the model; raises ExportError if that fails."""
         with tempfile.TemporaryDirectory() as folder:
             settings = self._settings()
-            # The profile alone says on which provider a node of the optimised graph runs.
+            # Only the profile shows which provider runs a node of the optimised graph.
             settings.enable_profiling = True
             settings.profile_file_prefix = str(Path(folder) / "profile")
             self._session = self._start(settings)
@@ -168,7 +169,7 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
         self.placement = dict(Counter(node["provider"] for node in nodes.values()))
         slow = [name for name, node in nodes.items() if node["provider"] == _CPU and not _gives_sizes(node)]
         if slow:
-            # So the profile names the events of a node.
+            # The suffix that the profile adds to the name of a node.
             names = ", ".join(name.removesuffix("_kernel_time") for name in slow)
             raise ExportError(f"onnxruntime has no CUDA kernels for {names} and would fall back to the CPU")
 
@@ -181,7 +182,7 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
         return f"{super().description}, {placed}"
 
     def _providers(self) -> list[Any]:
-        # TensorFloat-32 is on by default there, and would round float32 graphs to 10 bits.
+        # TensorFloat-32 is on by default, and would round float32 graphs to 10 bits.
         return [("CUDAExecutionProvider", {"device_id": str(self._index), "use_tf32": "0"})]
 
     @property
@@ -193,9 +194,9 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
         import torch
 
         given = [to_tensor(value) if isinstance(value, np.ndarray) else value for value in inputs]
-        # Contiguous, since a binding takes a bare address.
+        # Made contiguous, since a binding takes only an address.
         tensors = dict(zip(self.spec.inputs, (t.detach().to(self.device).contiguous() for t in given), strict=True))
-        # Made by torch, so that they stay on the device: a plain run gives arrays on the CPU.
+        # Allocated by torch, so that outputs stay on the device: a plain run returns arrays on the CPU.
         outputs = {
             name: torch.empty(shape, dtype=getattr(torch, self.spec.dtype), device=self.device)
             for name, shape in self._output_shapes(tensors).items()
@@ -207,9 +208,9 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
         ):
             for name, tensor in bound.items():
                 element_type = _ELEMENT_TYPES[specs[name].dtype]
-                # An empty tensor has no address, and none is read.
+                # An empty tensor has no address, and is never read.
                 bind(name, "cuda", self._index, element_type, list(tensor.shape), tensor.data_ptr())
-        torch.cuda.current_stream(self.device).synchronize()  # the provider has a stream of its own
+        torch.cuda.current_stream(self.device).synchronize()  # the provider has its own stream
         self._session.run_with_iobinding(binding)
         results = [output.to(given[0].device) for output in outputs.values()]
         return results if as_torch else [to_array(result) for result in results]
@@ -227,6 +228,6 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
 
 
 def _gives_sizes(node: dict[str, Any]) -> bool:
-    """Whether a node of onnxruntime's profile computes integers alone, as shapes are."""
+    """True if a node of onnxruntime's profile computes only integers, such as shapes."""
     outputs = node.get("output_type_shape", [])
     return bool(outputs) and all(dtype in ("int64", "int32", "bool") for output in outputs for dtype in output)

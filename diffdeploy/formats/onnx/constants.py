@@ -1,4 +1,4 @@
-"""Constants of an ONNX model: initializers, found by what they hold, and attributes of nodes."""
+"""Constants of an ONNX model: initializers, found by their values, and attributes of nodes."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,12 +20,12 @@ _ATTRIBUTES = {"norm_eps": "epsilon", "softmax_scale": "scale"}
 # Attributes are float32, which rounds by 6e-8 at most.
 _RELATIVE_ERROR = 1e-6
 
-# Of the dtype, in a number that fp32 computed: nine of ten lambdas are within two.
+# In epsilons of the dtype, for a number that was computed in fp32: nine of ten lambdas are within two.
 _ROUNDINGS = 4
 
 
 class _Place(NamedTuple):
-    """Where a constant is: an initializer, as it is or transposed, or the attribute of some nodes."""
+    """Location of a constant: an initializer, possibly transposed, or an attribute of some nodes."""
 
     tensor: "onnx.TensorProto | None"
     transposed: bool
@@ -33,12 +33,12 @@ class _Place(NamedTuple):
 
 
 def read(directory: Path, expected: Mapping[str, Array]) -> set[str]:
-    """Names of the constants that are in the model."""
+    """Names of the expected constants that the model contains."""
     return set(_places(load_model(directory), expected))
 
 
 def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
-    """Replace constants, and save the model."""
+    """Replace constants and save the model."""
     import onnx
 
     model = load_model(directory)
@@ -51,7 +51,7 @@ def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, 
             old = onnx.numpy_helper.to_array(tensor)
             new = np.ascontiguousarray(array.T if transposed else array).astype(old.dtype).reshape(old.shape)
             tensor.CopyFrom(onnx.numpy_helper.from_array(new, tensor.name))
-    # The model is saved in one piece, and nothing refers to this file any more.
+    # The model is saved as a single file, and nothing refers to this file any more.
     (directory / EXTERNAL_DATA).unlink(missing_ok=True)
     onnx.save(model, directory / MODEL)
 
@@ -69,7 +69,7 @@ def _places(model: "onnx.ModelProto", expected: Mapping[str, Array]) -> dict[str
         for key, (tensor, held) in left.items():
             if (transposed := _holds(held, wanted)) is not None:
                 places[name] = _Place(tensor, transposed, [])
-                # Equal constants, such as norms that are all 1, are one for each.
+                # Equal constants, such as norms that are all 1, share one initializer.
                 del left[key]
                 break
     return places
@@ -81,8 +81,8 @@ def _attributes(model: "onnx.ModelProto", name: str, value: float) -> "Iterator[
 
 
 def _holds(held: Array, wanted: Array) -> bool | None:
-    """Whether ``held`` is ``wanted``, rounded to its dtype; ``True`` when transposed, ``None`` when not at all."""
-    # V is the kind of bfloat16 in numpy, which does not know it.
+    """True if ``held`` is transposed ``wanted``, false if it is ``wanted``, up to rounding; ``None`` for neither."""
+    # V is the kind of bfloat16 in numpy without ml_dtypes.
     if held.dtype.kind not in "fV" or (wanted.ndim and held.size != wanted.size):
         return None
     if wanted.ndim == 0:
@@ -100,5 +100,5 @@ def _holds(held: Array, wanted: Array) -> bool | None:
 
 
 def _rounding(held: Array, wanted: Array) -> float:
-    """Weights are there bit for bit; tables, which are given in float64, are rounded once."""
+    """Tolerance of rounding: weights must be bit-identical; tables, which are given in float64, are rounded once."""
     return epsilon(held.dtype) if wanted.dtype == np.float64 else 0.0

@@ -1,4 +1,4 @@
-"""The contract of ``model.onnx``: two attentions, dynamic axes, the bundle's weights bit for bit, nothing to fold."""
+"""The contract of ``model.onnx``: two attentions, dynamic axes, bit-identical weights, nothing left to fold."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -36,19 +36,19 @@ if TYPE_CHECKING:
 __all__ = ["checks", "facts"]
 
 _STANDARD_DOMAIN = {"", "ai.onnx"}
-# What a softmax is, or is written out with; lambda is folded, and a sigmoid is an operator of its own.
+# Operators of a softmax, fused or decomposed; lambda is folded, and a sigmoid is a separate operator.
 _EXPONENTIALS = ("Softmax", "LogSoftmax", "Exp", "ReduceLogSumExp")
-# Dtypes beside that of the graph: of sums, of sizes and positions, and of masks.
+# Additional dtypes: those of sums, of sizes and positions, and of masks.
 _ELSE = ("FLOAT", "INT64", "INT32", "BOOL")
 # Attributes of operators that may round more than their inputs and outputs do.
 _COMPUTES_IN = ("stash_type", "softmax_precision")
-# How torch's exporter signs.
+# Producer name that torch's exporter writes.
 _PRODUCER = "pytorch"
 
 
 def facts(bundle: Bundle) -> ArtifactFacts:
     """See `Format.facts`."""
-    # Facts are read from nodes; weights may be gigabytes.
+    # Facts are read from nodes only; weights may take gigabytes.
     model = load_model(bundle.path, weights=False)
     return ArtifactFacts(
         variant=bundle.manifest.graph.variant,
@@ -75,9 +75,9 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
         _nothing_to_fold(model),
         _no_traces(model, manifest, notes),
     ]
-    # Last, since it reads weights in a file of their own into the model.
+    # Last, since it loads weights from their separate file into the model.
     constants = {t.name: onnx.numpy_helper.to_array(t, str(bundle.path)) for t in model.graph.initializer}
-    # Blocks are written a stream at a time in that flavor.
+    # In that flavor, blocks are written stream by stream.
     by_stream = manifest.options.flavor == ORT and manifest.graph.variant != "model"
     stream_width = manifest.config.attention.head_dim if by_stream else None
     quantisation = manifest.options.quantisation
@@ -96,7 +96,7 @@ def _opset(model: "onnx.ModelProto") -> int | None:
 
 
 def _attention_counts(model: "onnx.ModelProto") -> tuple[int, int, int]:
-    """Attentions of the standard, those of onnxruntime, and softmaxes that stand for decomposed ones."""
+    """Counts of standard attentions, of onnxruntime's attentions, and of softmaxes from decomposed attentions."""
     counts = Counter(node.op_type for node in model.graph.node)
     return counts["Attention"], counts[ORT_ATTENTION], sum(counts[name] for name in _EXPONENTIALS)
 
@@ -105,7 +105,7 @@ def _is_valid(path: Path) -> Check:
     import onnx
 
     try:
-        # By its path, since a model above 2 GB is no single message; in full, or types and shapes are not inferred.
+        # Checked by path, since a model above 2 GB exceeds one message; the full check infers types and shapes.
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return Check(name="valid", passed=False, detail=str(error).strip().splitlines()[0])
@@ -121,7 +121,7 @@ def _standard_operators(model: "onnx.ModelProto", manifest: Manifest, others: li
     allowed = {ORT_ATTENTION} | ({ORT_ROTARY} if manifest.graph.variant == "model" else set())
     allowed |= {MATMUL_NBITS} if manifest.options.quantisation is not None else set()
     problems += [f"operator {name} of onnxruntime" for name in sorted(contributed - allowed) if own]
-    # Subgraphs and functions among them: operators in those would escape the counts.
+    # Includes subgraphs and functions, whose operators would escape the counts.
     problems += [f"{other}, which no export writes" for other in others]
     opsets = [entry.version for entry in model.opset_import if entry.domain in _STANDARD_DOMAIN]
     if opsets != [manifest.options.opset]:
@@ -134,7 +134,7 @@ def _standard_operators(model: "onnx.ModelProto", manifest: Manifest, others: li
 
 def _attention_operators(model: "onnx.ModelProto", manifest: Manifest) -> Check:
     if manifest.options.flavor == ORT:
-        # In a block one for each stream.
+        # A block has one for each stream.
         per_layer = (0, 1 if manifest.graph.variant == "model" else 2, 0)
     else:
         per_layer = (2, 0, 0) if (_opset(model) or 0) >= FIRST_OPSET_WITH_ATTENTION else (0, 0, 2)
@@ -158,7 +158,7 @@ def _interface(model: "onnx.ModelProto", manifest: Manifest) -> Check:
     ):
         names = [value.name for value in values]
         if names != list(specs):
-            problems.append(f"{kind}s are {names}, declared are {list(specs)}")
+            problems.append(f"{kind}s are {names}, but {list(specs)} are declared")
             continue
         for value, spec in zip(values, specs.values(), strict=True):
             tensor = value.type.tensor_type
@@ -166,12 +166,12 @@ def _interface(model: "onnx.ModelProto", manifest: Manifest) -> Check:
             # A dynamic axis has a name and no value.
             shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
             if (dtype, shape) != (spec.dtype, list(spec.shape)):
-                problems.append(f"{value.name} is {dtype} {shape}, declared is {spec.dtype} {list(spec.shape)}")
+                problems.append(f"{value.name} is {dtype} {shape}, but declared as {spec.dtype} {list(spec.shape)}")
     return make_check("interface", problems, "names, dtypes and dynamic axes as declared")
 
 
 def _nothing_to_fold(model: "onnx.ModelProto") -> Check:
-    """Every node must depend on an input; what does not should have been computed at export."""
+    """Check that every node depends on an input; other nodes should have been computed at export."""
     dependent = {value.name for value in model.graph.input}
     foldable = []
     for node in model.graph.node:  # in topological order, as the standard demands
@@ -185,19 +185,19 @@ def _nothing_to_fold(model: "onnx.ModelProto") -> Check:
 
 
 def _precision(model: "onnx.ModelProto", manifest: Manifest) -> Check:
-    """No number may be narrower than the dtype of the graph, on its way neither."""
+    """Check that no number is narrower than the dtype of the graph, including intermediate values."""
     import onnx
 
     types = onnx.TensorProto.DataType
     # Half-precision graphs compute attentions and norms in float32.
     accepted = {types.Value(name) for name in (manifest.graph.dtype.upper().replace("FLOAT32", "FLOAT"), *_ELSE)}
     values = list(model.graph.value_info)
-    # A model with types that do not fit is not valid, which another check says.
+    # A model with inconsistent types is invalid, which another check reports.
     with suppress(onnx.shape_inference.InferenceError):
-        # What a graph says itself of its inner values is no more than a claim.
+        # The graph's own declarations of inner types are only claims, so they are inferred again.
         values += onnx.shape_inference.infer_shapes(model).graph.value_info
     found = {value.name: value.type.tensor_type.elem_type for value in values}
-    # Another check looks at every bit of what is quantised on purpose.
+    # Another check compares every bit of weights that are quantised on purpose.
     quantised = packed_constants(model) if manifest.options.quantisation is not None else set()
     found |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     problems = [
@@ -217,13 +217,13 @@ def _precision(model: "onnx.ModelProto", manifest: Manifest) -> Check:
 
 def _epsilons(model: "onnx.ModelProto", manifest: Manifest) -> Check:
     norms = [node for node in model.graph.node if node.op_type == "RMSNormalization"]
-    # The standard's default, where there is no attribute.
+    # The standard's default applies without the attribute.
     found = [next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5) for node in norms]
     return norm_epsilons(found, manifest)
 
 
 def _no_traces(model: "onnx.ModelProto", manifest: Manifest, notes: list[str]) -> Check:
-    # The names that torch gives to nodes have no slashes, so that one is part of a path.
+    # torch uses no slashes in node names, so a slash indicates a path.
     problems = notes + [f"{text!r} looks like a path" for text in strings(model) if "/" in text or "\\" in text]
     if model.producer_name != _PRODUCER:
         problems.append(f"it was produced by {model.producer_name!r}, not by {_PRODUCER}")

@@ -1,9 +1,9 @@
-"""Which other files a model reads its weights from, seen before onnx or onnxruntime opens one.
+"""The external weight files that a model names, checked before onnx or onnxruntime opens any of them.
 
-A model names them itself, and a name may lead anywhere. Machines that only run bundles have no onnx to read it with, so
-the few fields that lead to a name are followed here through the bytes of the file.
+The model itself contains these names, and a name may lead anywhere. Machines that only run bundles lack onnx to parse
+the model, so this module follows the few fields that lead to a name through the bytes of the file.
 
-Source: the encoding of protocol buffers, and the numbers of fields in ``onnx.proto`` of onnx 1.23.
+Source: the encoding of protocol buffers, and the field numbers in ``onnx.proto`` of onnx 1.23.
 """
 
 import mmap
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_model", "require_own_data"]
 
-# Fields that hold messages in which a tensor may be, by the message that they are fields of.
+# Fields whose messages may contain a tensor, by the message that has the field.
 _INSIDE = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -31,21 +31,21 @@ _INSIDE = {
     "tensor": {13: "entry"},
 }
 _KEY, _VALUE = 1, 2
-# Kinds of fields: a number, eight bytes, bytes of a given length, four bytes.
+# Wire types of fields: a number, eight bytes, a length with bytes, four bytes.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-# Bytes of a number that is a length or a field, and of any other.
+# Maximum bytes of a number that is a length or a field, and of any other number.
 _SHORT, _LONG = 5, 10
 
 
 def load_model(directory: Path, *, weights: bool = True) -> "onnx.ModelProto":
-    """The model of a bundle.
+    """Load the model of a bundle.
 
     Args:
-        directory: of the bundle.
-        weights: whether weights in a file of their own are read, too.
+        directory: directory of the bundle.
+        weights: true to read weights from their separate file, too.
 
     Raises:
-        IntegrityError: it reads weights from a file that no export writes.
+        IntegrityError: the model reads weights from a file that no export writes.
     """
     import onnx
 
@@ -54,33 +54,33 @@ def load_model(directory: Path, *, weights: bool = True) -> "onnx.ModelProto":
 
 
 def require_own_data(directory: Path) -> None:
-    """See that a model reads weights from itself and from the one file that an export writes beside it.
+    """Check that a model reads weights only from itself and from the one file that an export writes next to it.
 
     Args:
-        directory: of the bundle.
+        directory: directory of the bundle.
 
     Raises:
-        IntegrityError: it names another file.
-        ValueError: the file is no model.
+        IntegrityError: the model names another file.
+        ValueError: the file is not a model.
     """
     path = directory / MODEL
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for location in _locations(data):
             if location != EXTERNAL_DATA:
                 raise IntegrityError(
-                    f"{path} is not loaded: it reads weights from {location!r}, and an export writes them into the "
+                    f"{path} is not loaded: it reads weights from {location!r}, but an export writes them into the "
                     f"model or into {EXTERNAL_DATA}"
                 )
 
 
 def _locations(data: mmap.mmap) -> Iterator[str]:
-    """Names of the files that tensors anywhere in the model are in."""
+    """File names in all tensors of the model that have external data."""
     pending = [("model", 0, len(data))]
     while pending:
         message, start, end = pending.pop()
         found = list(_fields(data, start, end))
         if message == "entry":
-            # Of a field that is there twice the last one counts.
+            # If a field occurs twice, the last one counts.
             entry = {number: data[first:last] for number, first, last in found}
             if entry.get(_KEY) == b"location":
                 yield entry.get(_VALUE, b"").decode(errors="replace")
@@ -90,7 +90,7 @@ def _locations(data: mmap.mmap) -> Iterator[str]:
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Numbers of the fields of a message that are bytes, and where those begin and end."""
+    """Number, start and end of each field of a message that is a sequence of bytes."""
     while start < end:
         tag, start = _varint(data, start, end, _SHORT)
         size, kind = 0, tag % 8
@@ -101,20 +101,20 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
         elif kind in (_FIXED64, _FIXED32):
             size = 8 if kind == _FIXED64 else 4
         else:
-            raise ValueError(f"field {tag // 8} is of no kind that ONNX has")
+            raise ValueError(f"field {tag // 8} has a wire type that ONNX does not use")
         if start + size > end:
-            raise ValueError(f"field {tag // 8} ends behind the message that it is in")
+            raise ValueError(f"field {tag // 8} ends after the end of its message")
         if kind == _BYTES:
             yield tag // 8, start, start + size
         start += size
 
 
 def _varint(data: mmap.mmap, start: int, end: int, longest: int) -> tuple[int, int]:
-    """A number of seven bits a byte, the lowest first, and where it ends."""
+    """Decode a number with seven bits per byte, lowest first; returns the number and its end."""
     number = 0
     for count, place in enumerate(range(start, min(end, start + longest))):
         more, bits = divmod(data[place], 0x80)
         number |= bits << (7 * count)
         if not more:
             return number, place + 1
-    raise ValueError("a number has no end")
+    raise ValueError("a number does not end")

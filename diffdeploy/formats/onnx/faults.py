@@ -1,4 +1,4 @@
-"""Faults in the ONNX file: what a careless export or a tool behind it leaves there."""
+"""Faults in the ONNX file that a careless export or a later tool may introduce."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,11 +30,11 @@ def _fault(name: str, breaks: str, edit: "Callable[[onnx.ModelProto], None]") ->
 
 
 def _stale_external_data(directory: Path) -> None:
-    """The model is newer than the file with its weights, where an earlier export's lie."""
+    """Leave the external weights of an earlier export next to a newer model."""
     import onnx
 
     model = load_model(directory)
-    # Every tensor with more than a few dozen numbers goes to the file, so that weights do.
+    # Every tensor with more than a few dozen numbers is moved to the file, which includes the weights.
     onnx.save(model, directory / MODEL, save_as_external_data=True, location=EXTERNAL_DATA, size_threshold=256)
     data = np.fromfile(directory / EXTERNAL_DATA, dtype=np.float32)
     (np.where(np.isfinite(data), data * np.float32(1.01), data)).astype(np.float32).tofile(directory / EXTERNAL_DATA)
@@ -50,13 +50,13 @@ def _fix_the_batch(model: "onnx.ModelProto") -> None:
 
 
 def _freeze_the_batch_inside(model: "onnx.ModelProto") -> None:
-    """Shapes inside take the batch for 2: its size is read by the first ``Shape`` node of each input."""
+    """Replace the size of the batch, which the first ``Shape`` node of each input reads, with 2 inside the graph."""
     import onnx
 
     for node in model.graph.node:
         span = {attribute.name: attribute.i for attribute in node.attribute}
         if node.op_type == "Shape" and (span.get("start", 0), span.get("end")) == (0, 1):
-            # Where the size was read from the input, a constant is passed on.
+            # Where the size was read from the input, a constant is used.
             node.op_type = "Identity"
             del node.attribute[:]
             node.input[0] = "frozen_batch"
@@ -114,12 +114,12 @@ def _rename_the_output(model: "onnx.ModelProto") -> None:
 
 
 def _break_the_types(model: "onnx.ModelProto") -> None:
-    # As many inputs, and booleans alone.
+    # A node with as many inputs that accepts only booleans.
     next(node for node in model.graph.node if node.op_type == "Sub").op_type = "And"
 
 
 def _exchange_operands(model: "onnx.ModelProto") -> None:
-    # The last one is the difference of the streams; those before belong to the rotary embedding.
+    # The last subtraction is the difference of the streams; earlier ones belong to the rotary embedding.
     node = [node for node in model.graph.node if node.op_type == "Sub"][-1]
     node.input[0], node.input[1] = node.input[1], node.input[0]
 
@@ -127,7 +127,7 @@ def _exchange_operands(model: "onnx.ModelProto") -> None:
 ONNX_FAULTS = [
     _fault("onnx_batch_axis_fixed", "the declared batch is 2", _fix_the_batch),
     _fault("onnx_batch_frozen_inside", "shapes inside take the batch for 2", _freeze_the_batch_inside),
-    _fault("onnx_third_softmax", "a softmax behind the output", _add_a_softmax),
+    _fault("onnx_third_softmax", "a softmax after the output", _add_a_softmax),
     _fault("onnx_foldable_node", "a node that does not depend on the input", _add_a_foldable_node),
     _fault("onnx_unused_constant", "a constant that nothing reads", _leave_an_unused_constant),
     _fault("onnx_path_in_a_doc_string", "a path of the exporting machine", _leak_a_path),

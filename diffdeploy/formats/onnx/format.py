@@ -1,4 +1,4 @@
-"""ONNX: standard operators, or flavor ``ort``, for onnxruntime and other runtimes of the standard."""
+"""ONNX: standard operators for all runtimes of the standard, or flavor ``ort`` for onnxruntime."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "OnnxFormat"]
 
-# The exporter of torch translates to 18 and above; 24 is the last that this library is tested with.
+# torch's exporter supports 18 and above; 24 is the last opset that this library is tested with.
 OPSETS = range(18, 25)
-# The first with Attention, below which attentions are written out as products and a softmax.
+# The first opset with Attention; for earlier ones, attentions are decomposed into products and a softmax.
 DEFAULT_OPSET = FIRST_OPSET_WITH_ATTENTION
 
-# Before, its reference for MatMul refused its own results.
+# Before this version, its reference for MatMul rejected its own results.
 _REFERENCE_MULTIPLIES_BFLOAT16 = (1, 23)
 
 
 class OnnxFormat(Format):
-    """``model.onnx``, with its weights inside or beside it."""
+    """A bundle with ``model.onnx``, which contains its weights or reads them from a file next to it."""
 
     name = "onnx"
     flavors = (STANDARD, ORT)
@@ -48,9 +48,9 @@ class OnnxFormat(Format):
     package = "onnxruntime"
     distributions = ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino")
     export_packages = ("onnx", "onnxscript")
-    # onnxruntime 1.32 computes no attention in bfloat16 on the CPU.
+    # onnxruntime 1.32 cannot compute attention in bfloat16 on the CPU.
     runs: ClassVar[Mapping[str, tuple[DType, ...]]] = {"cpu": ("float32", "float16"), "cuda": EVERY_DTYPE}
-    # onnxruntime has an allocator of its own.
+    # onnxruntime has its own allocator.
     torch_allocates = False
     holds_ranges = True
     triton = TritonBackend(platform="onnxruntime_onnx", backend="onnxruntime", files=(MODEL, EXTERNAL_DATA))
@@ -74,32 +74,33 @@ class OnnxFormat(Format):
 
     def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
         """See `Format.fastest_impl`."""
-        # padded reads the paired cache as it is. Elsewhere Attention takes values that are wider than keys without
-        # padding, and is faster so: 310 ms against 423 for a block with D 512 and h 4 at 2 x 2,048 positions.
+        # padded reads the paired cache in place. Without a cache, Attention supports values that are wider than keys
+        # without padding, and is faster so: 310 ms against 423 ms for a block with D 512 and h 4 at 2 x 2,048
+        # positions.
         return "padded" if options.graph in ("cached", "model") else "two_call"
 
     def padding(self, variant: Variant, flavor: str | None, config: AnyModel) -> Padding:
-        """See `Format.padding`: onnxruntime's operator counts tokens, and a window slides over what it counts."""
+        """See `Format.padding`: onnxruntime's operator counts tokens, and a window slides over the counted tokens."""
         if flavor != ORT or variant != "model":
             return "anywhere"
         return "contiguous" if any(block.sliding_window for block in config.blocks.values()) else "counted"
 
     def quantises(self, flavor: str | None, graph: GraphSpec) -> bool:
-        """See `Format.quantises`: by an operator of onnxruntime, whose result is computed in float32."""
+        """See `Format.quantises`: an operator of onnxruntime multiplies, and computes its result in float32."""
         return flavor == ORT and graph.variant == "model" and graph.dtype == "float32"
 
     def check_options(self, options: ExportOptions) -> None:
-        """Refuse an opset outside 18 to 24, and what the operators of a flavor do not have.
+        """Reject an opset outside 18 to 24, and options that the operators of a flavor do not support.
 
         Raises:
-            InputError: one was asked for.
+            InputError: such an option was given.
         """
         if options.onnx_flavor is not None and options.onnx_flavor not in self.flavors:
             raise InputError(f"onnx flavor is {options.onnx_flavor!r}; accepted: {', '.join(self.flavors)}")
         if options.onnx_flavor == ORT and options.graph == "cached":
-            raise InputError("graph is cached, which the flavor ort does not have; leave --onnx-flavor out")
+            raise InputError("graph is cached, which the flavor ort does not have; omit --onnx-flavor")
         if options.onnx_flavor == ORT and options.runtime != "native":
-            raise InputError(f"runtime {options.runtime} knows standard operators alone; leave --onnx-flavor out")
+            raise InputError(f"runtime {options.runtime} supports only standard operators; omit --onnx-flavor")
         if options.weights is not None:
             _check_quantisation(options)
         if options.opset is not None and options.opset not in OPSETS:
@@ -137,7 +138,7 @@ class OnnxFormat(Format):
         try:
             require_own_data(bundle.path)
         except (ValueError, OSError) as error:
-            raise ExportError(f"{MODEL} in {bundle.path} is no ONNX model: {error}") from error
+            raise ExportError(f"{MODEL} in {bundle.path} is not an ONNX model: {error}") from error
         if options.runtime == "reference":
             return OnnxReferenceBackend(bundle, options, device)
         if options.runtime == "openvino":
@@ -188,38 +189,37 @@ class OnnxFormat(Format):
         return ONNX_FAULTS
 
     def traces_block(self, manifest: Manifest) -> bool:
-        """Flavor ``ort`` writes the block's steps down itself."""
+        """See `Format.traces_block`: the flavor ``ort`` writes the block's steps itself."""
         return manifest.options.flavor != ORT
 
 
 def _why_no_openvino(device: str, dtype: DType) -> str | None:
     if device != "cpu":
-        return f"OpenVINO is run on cpu here, not on {device.partition(':')[0]}"
+        return f"OpenVINO bundles run on cpu, not on {device.partition(':')[0]}"
     if find_spec("openvino") is None:
         return "openvino is not installed; pip install 'diffdeploy[openvino]'"
-    return "numpy hands OpenVINO no bfloat16" if dtype == "bfloat16" else None
+    return "numpy cannot pass bfloat16 to OpenVINO" if dtype == "bfloat16" else None
 
 
 def _check_quantisation(options: ExportOptions) -> None:
     if options.graph != "model":
-        raise InputError(f"weights are {options.weights}, which only whole models have; leave --layer or --weights out")
+        raise InputError(f"weights are {options.weights}, which only whole models have; omit --layer or --weights")
     if options.onnx_flavor != ORT:
         raise InputError(
-            f"weights are {options.weights}, which an operator of onnxruntime multiplies with; give --onnx-flavor {ORT}"
+            f"weights are {options.weights}, which need an operator of onnxruntime; give --onnx-flavor {ORT}"
         )
     if options.dtype != "float32":
         raise InputError(
-            f"weights are {options.weights} and dtype is {options.dtype}; quantised weights go with float32, "
-            "leave --dtype out"
+            f"weights are {options.weights} and dtype is {options.dtype}; quantised weights need float32, omit --dtype"
         )
-    _ = options.quantisation  # refuses a size of blocks
+    _ = options.quantisation  # raises for an invalid block size
 
 
 def _why_no_reference(device: str, dtype: DType) -> str | None:
     if device != "cpu":
         return f"the reference runtime runs on cpu, not on {device.partition(':')[0]}"
     if find_spec("onnx") is None:
-        return "onnx is not installed, and the reference runtime is a part of it; pip install 'diffdeploy[export]'"
+        return "the reference runtime needs onnx, which is not installed; pip install 'diffdeploy[export]'"
     found = installed_versions(["onnx"])["onnx"]
     if dtype == "bfloat16" and release(found) < _REFERENCE_MULTIPLIES_BFLOAT16:
         return f"onnx {found} cannot multiply matrices in bfloat16; pip install 'onnx>=1.23'"

@@ -1,7 +1,7 @@
-"""``genai_config.json``, with which a bundle is a model directory of onnxruntime-genai.
+"""``genai_config.json``, which makes a bundle a model directory of onnxruntime-genai.
 
-That engine knows a cache by one head size for keys and values, and attention by its numbers of heads: on a paired cache
-differential attention is grouped-query attention with ``2h`` heads of width ``2d``.
+That engine describes a cache by one head size for keys and values, and attention by its numbers of heads: on a paired
+cache, differential attention is grouped-query attention with ``2h`` heads of width ``2d``.
 """
 
 import json
@@ -17,11 +17,11 @@ GENAI_CONFIG = "genai_config.json"
 
 
 def genai_config(manifest: Manifest, directory: Path) -> bytes | None:
-    """The file for a bundle, or ``None`` where the engine cannot run it: a block, or keys and values of two widths.
+    """Content of the file for a bundle; ``None`` for blocks and for keys and values of different widths.
 
     Args:
-        manifest: of the bundle.
-        directory: of the bundle, with the files of the model that name special tokens.
+        manifest: manifest of the bundle.
+        directory: directory of the bundle, with the files of the model that name special tokens.
     """
     spec, block = manifest.graph, manifest.config.attention
     if spec.variant != "model" or block.key_cache_dim != block.value_dim:
@@ -53,7 +53,7 @@ def genai_config(manifest: Manifest, directory: Path) -> bytes | None:
         "type": "decoder",
         "vocab_size": values.max + 1,
         "context_length": spec.axes["total_sequence_length"].max,
-        # The engine wants one, and puts it nowhere by itself.
+        # The engine requires one, but does not insert it on its own.
         "bos_token_id": tokens.fill if tokens.begin is None else tokens.begin,
         "eos_token_id": list(tokens.end),
         "pad_token_id": tokens.fill,
@@ -64,7 +64,7 @@ def genai_config(manifest: Manifest, directory: Path) -> bytes | None:
         "max_length": spec.axes["total_sequence_length"].max,
         "min_length": 0,
         "num_beams": 1,
-        # The operator that counts tokens writes them in place.
+        # The operator that counts tokens updates the cache in place.
         "past_present_share_buffer": spec.padding != "anywhere",
     }
     return json.dumps({"model": model, "search": search}, indent=2).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""Intermediate values of an ONNX model: every one becomes an output, and one at a time is asked for."""
+"""Intermediate values of an ONNX model: each becomes an output, and they are requested one at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -20,13 +20,13 @@ _FLOATING = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 
 
 def intermediates(directory: Path) -> Intermediates:
-    """What can be seen of the model in a bundle: onnxruntime's own operator takes each stream by itself."""
+    """Intermediate values of the model in a bundle; onnxruntime's own operator computes each stream separately."""
     try:
         graph = load_model(directory, weights=False).graph
     except Exception as error:
         raise ExportError(str(error)) from error
     own = [node for node in graph.node if node.op_type == ORT_ATTENTION]
-    # What the operator turns inside of it is no value of the graph.
+    # The rotary embedding inside the operator is not a value of the graph.
     turns = any(attribute.name == "do_rotary" and attribute.i for node in own for attribute in node.attribute)
     return Intermediates(
         partial(_values, directory), by_stream=bool(own), hidden=frozenset({Stage.ROPE} if turns else ())
@@ -37,8 +37,8 @@ def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str,
     """Name of the node and value of every floating-point result, in the order of the graph.
 
     Args:
-        directory: of the bundle.
-        inputs: by the names of the graph.
+        directory: directory of the bundle.
+        inputs: inputs by the names of the graph.
     """
     import onnx
     import onnxruntime
@@ -54,7 +54,7 @@ def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str,
         shown = [value.name for value in session.get_outputs() if value.type in _FLOATING]
     except Exception as error:
         raise ExportError(str(error)) from error
-    # The graph runs again for each value: all of them at once would have to be held in memory together.
+    # The graph runs again for each value, since all of them would need memory at the same time.
     for name in shown:
         try:
             (array,) = session.run([name], dict(inputs))
@@ -65,7 +65,7 @@ def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str,
 
 
 def layer_values(directory: Path, num_layers: int, outputs: Sequence[str]) -> LayerValues:
-    """What the layers of a model give, beside its outputs."""
+    """Function that computes a model's outputs and those of its layers."""
     names = [*outputs, *map(layer_output, range(num_layers))]
 
     def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -89,7 +89,7 @@ def _settings(directory: Path) -> Any:
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 4  # what it would log it also raises
-    # Weights in a file of their own are looked for beside the model.
+    settings.log_severity_level = 4  # everything that it would log is also raised
+    # External weights are looked for next to the model.
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
     return settings

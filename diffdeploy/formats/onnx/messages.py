@@ -1,4 +1,4 @@
-"""All that stands in an ONNX model, and what of it no export writes: what nobody reads would escape the contract."""
+"""All fields of an ONNX model that are set; those that no export sets would otherwise escape the contract."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -8,10 +8,10 @@ if TYPE_CHECKING:
 
 __all__ = ["strings", "unwritten"]
 
-# What tools leave behind for people, of which an export is cleared.
+# Notes that tools leave for people, and that an export removes.
 _NOTES = ("doc_string", "metadata_props")
 
-# Fields that an export fills, by message. Not among them are subgraphs, functions, sparse weights and training.
+# Fields that an export sets, by message. Subgraphs, functions, sparse weights and training are not among them.
 _WRITTEN = {
     "ModelProto": {"ir_version", "producer_name", "producer_version", "graph", "opset_import"},
     "OperatorSetIdProto": {"domain", "version"},
@@ -29,10 +29,10 @@ _WRITTEN = {
 
 
 def unwritten(model: "onnx.ModelProto") -> tuple[list[str], list[str]]:
-    """Fields that are filled and that no export fills, each with the message that it is in.
+    """Fields that are set although no export sets them, each with the message that contains it.
 
     Returns:
-        Doc strings and metadata, and all others.
+        Doc strings and metadata, and all other fields.
     """
     notes: list[str] = []
     others: list[str] = []
@@ -41,7 +41,7 @@ def unwritten(model: "onnx.ModelProto") -> tuple[list[str], list[str]]:
         if field not in _WRITTEN[kind]:
             owner = f"{kind.removesuffix('Proto')} {getattr(message, 'name', '')}".rstrip()
             (notes if field in _NOTES else others).append(f"{owner} has {field}")
-    # Nothing says what they are; without them the model is shorter.
+    # Unknown fields cannot be listed; without them, the serialised model is shorter.
     size = model.ByteSize()
     model.DiscardUnknownFields()
     if model.ByteSize() != size:
@@ -50,7 +50,7 @@ def unwritten(model: "onnx.ModelProto") -> tuple[list[str], list[str]]:
 
 
 def strings(model: "onnx.ModelProto") -> Iterator[str]:
-    """Every text in the fields that an export fills."""
+    """Every string in the fields that an export sets."""
     for message, field, values in _fields(model):
         if field in _WRITTEN[message.DESCRIPTOR.name] - {"raw_data"}:
             yield from (text for text in values if isinstance(text, str))
@@ -58,7 +58,7 @@ def strings(model: "onnx.ModelProto") -> Iterator[str]:
 
 
 def _fields(message: Any) -> Iterator[tuple[Any, str, list[Any]]]:
-    """Fields of a message and of those in it, with their values; what no export fills is not looked into."""
+    """Fields of a message and of the messages inside it, with their values; unexpected fields are not searched."""
     for field, value in message.ListFields():
         values = list(value) if hasattr(value, "extend") else [value]
         yield message, field.name, values

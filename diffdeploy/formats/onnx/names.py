@@ -14,18 +14,18 @@ __all__ = [
 ]
 
 MODEL = "model.onnx"
-# Where weights go that do not fit into a protobuf message.
+# File for weights that do not fit into a protobuf message.
 EXTERNAL_DATA = "model.onnx.data"
 
-# Operators of the standard alone, or those that onnxruntime runs fastest.
+# Flavors: only standard operators, or the operators that onnxruntime runs fastest.
 STANDARD, ORT = "standard", "ort"
 ORT_DOMAIN, ORT_ATTENTION, ORT_ROTARY = "com.microsoft", "GroupQueryAttention", "RotaryEmbedding"
-# A product with a matrix in blocks of a few bits.
+# Matrix product with a quantised matrix in blocks.
 MATMUL_NBITS = "MatMulNBits"
 
 FIRST_OPSET_WITH_ATTENTION = 23
 
 
 def layer_output(number: int) -> str:
-    """Name of the value that a layer of a model gives, which every export keeps."""
+    """Name of the output of a model's layer, which every export preserves."""
     return f"layers.{number}.output"

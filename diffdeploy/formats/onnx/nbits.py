@@ -1,4 +1,4 @@
-"""Products with quantised matrices in ``model.onnx``: whether they are those that the bundle's weights file says."""
+"""Check that the products with quantised matrices in ``model.onnx`` use the weights in the bundle's file."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -23,23 +23,23 @@ def _products(model: "onnx.ModelProto") -> "list[onnx.NodeProto]":
 
 
 def packed_constants(model: "onnx.ModelProto") -> set[str]:
-    """Names of the constants that hold blocks."""
+    """Names of the constants that contain blocks."""
     return {node.input[1] for node in _products(model)}
 
 
 def quantised_products(model: "onnx.ModelProto", constants: Mapping[str, Array], bundle: Bundle) -> list[Check]:
-    """Each quantised matrix is multiplied with once, bit for bit as the bundle stores it, and at its accuracy level.
+    """Check that each quantised matrix is used in one product, bit-identical to the bundle, at its accuracy level.
 
     Args:
-        model: of the bundle.
-        constants: of the graph, by name.
-        bundle: an opened bundle; without quantised weights there is nothing to check.
+        model: model of the bundle.
+        constants: constants of the graph, by name.
+        bundle: an opened bundle; without quantised weights, there is nothing to check.
     """
     quantisation = bundle.manifest.options.quantisation
     if quantisation is None:
         return []
     shapes = bundle.manifest.config.weight_shapes()
-    # Dtypes and shapes are those of the config, which was seen when the bundle was opened.
+    # Dtypes and shapes follow from the config, as was checked when the bundle was opened.
     packed = packed_weights(read_safetensors(bundle.path / WEIGHTS))
     wanted: dict[str, tuple[bytes, ...]] = {
         name: (matrix.blocks.tobytes(), matrix.scales.tobytes()) for name, matrix in packed.items()
@@ -48,7 +48,7 @@ def quantised_products(model: "onnx.ModelProto", constants: Mapping[str, Array],
     by_matrix = {pair: name for name, pair in wanted.items()}
     for node in _products(model):
         pair = tuple(constants[name].tobytes() for name in node.input[1:] if name in constants)
-        # Neither zero points nor an order of columns nor a bias, which are further inputs.
+        # Zero points, an order of columns and a bias would be further inputs, which are rejected.
         name = by_matrix.get(pair) if len(node.input) == _NUM_INPUTS else None
         if name is None:
             problems.append(f"{node.name} multiplies with blocks and scales that weights.safetensors does not hold")
@@ -59,8 +59,8 @@ def quantised_products(model: "onnx.ModelProto", constants: Mapping[str, Array],
         if quantisation.accuracy_level:
             expected["accuracy_level"] = quantisation.accuracy_level
         if (given := _attributes(node)) != expected:
-            problems.append(f"{node.name} has {given}, and should have {expected}")
-    # Equal matrices share their constants, and have a product each.
+            problems.append(f"{node.name} has {given}, but should have {expected}")
+    # Equal matrices share their constants, but each has its own product.
     due = Counter(wanted.values())
     problems += [f"{name} is not in the graph bit for bit" for name, pair in wanted.items() if found[pair] != due[pair]]
     fine = f"{len(wanted)} matrices in {quantisation.weights}, bit-identical to weights.safetensors"
@@ -71,5 +71,5 @@ def _attributes(node: "onnx.NodeProto") -> dict[str, Any]:
     import onnx
 
     given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    # 0 is what leaving it out means.
+    # Omitting it means 0.
     return {name: value for name, value in given.items() if (name, value) != ("accuracy_level", 0)}

@@ -1,4 +1,4 @@
-"""ONNX bundles through OpenVINO, on the CPU, in the precision of the graph or a higher one."""
+"""The OpenVINO backend of ONNX bundles, on the CPU, in the precision of the graph or a higher one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +18,10 @@ class OpenVinoBackend(Backend):
     """Runs ``model.onnx`` with OpenVINO."""
 
     def open(self, options: RunOptions) -> None:
-        """Load the model; raises ExportError where that fails."""
+        """Load the model; raises ExportError if that fails."""
         import openvino
 
-        # By itself it computes in bfloat16 where the processor multiplies faster so.
+        # By default, it computes in bfloat16 on processors that multiply faster in it.
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if options.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = options.threads
@@ -44,11 +44,11 @@ class OpenVinoBackend(Backend):
             name: value if isinstance(value, np.ndarray) else to_array(value)
             for name, value in zip(self.spec.inputs, inputs, strict=True)
         }
-        # One for each call, since several threads may be here; its results go with it, and are copied.
+        # One request per call, for thread safety; its results are copied, since they share its memory.
         found = self._compiled.create_infer_request().infer(arrays)
         outputs = [np.array(found[name]) for name in self.spec.outputs]
         return [to_tensor(output) for output in outputs] if as_torch else outputs
 
     def close(self) -> None:
-        """Let the model go."""
+        """Release the model."""
         self._compiled = None

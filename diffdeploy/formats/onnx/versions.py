@@ -1,7 +1,7 @@
-"""The least onnxruntime that computes a graph rightly, by what is in the graph: one table, from measurements.
+"""The least version of onnxruntime that computes a graph correctly, in one table from measurements.
 
-``scripts/measure_runtime_versions.py`` measures every released version again and holds this table against the results;
-``docs/runtime-versions.md`` has them.
+``scripts/measure_runtime_versions.py`` measures every released version again and compares this table with the results,
+which are in ``docs/runtime-versions.md``.
 """
 
 from typing import NamedTuple
@@ -17,13 +17,13 @@ class _Row(NamedTuple):
     """The least version for some graphs.
 
     Attributes:
-        least: version.
-        opset: of graphs of this operator set and later ones.
-        flavor: of graphs of this flavor; ``None`` for both.
-        masked: only of graphs with an attention mask.
-        grouped: only of graphs in which a block has fewer key/value heads than heads.
-        window: only of graphs in which a block has a sliding window.
-        weights: only of graphs with matrices that are quantised to such numbers.
+        least: least version.
+        opset: first operator set that the row applies to.
+        flavor: flavor that the row applies to; ``None`` for both.
+        masked: true if the row applies only to graphs with an attention mask.
+        grouped: true if the row applies only to graphs with a block that has fewer key/value heads than heads.
+        window: true if the row applies only to graphs with a block that has a sliding window.
+        weights: bits of quantised matrices; if given, the row applies only to graphs with such matrices.
     """
 
     least: str
@@ -35,11 +35,11 @@ class _Row(NamedTuple):
     weights: str | None = None
 
     def holds(self, manifest: Manifest) -> bool:
-        """Whether it says something of a graph."""
+        """True if the row applies to a graph."""
         blocks, options = manifest.config.blocks.values(), manifest.options
         how = options.quantisation
         return (
-            # None, or whatever a manifest says that no export wrote.
+            # A manifest that no export wrote may have any value, including None.
             max(options.opset or 0, 0) >= self.opset
             and self.flavor in (None, options.flavor or STANDARD)
             and (not self.masked or "attention_mask" in manifest.graph.inputs)
@@ -49,30 +49,30 @@ class _Row(NamedTuple):
         )
 
 
-# Measured on the CPU; nothing is known of CUDA kernels alone. No row is of a dtype: attentions of float16 are computed
-# in float32 (`diffdeploy.exporters.onnx`), and whatever is right in float32 is within the budget of float16, too.
+# Measured on the CPU; nothing is known about CUDA kernels. No row depends on the dtype: float16 attentions are computed
+# in float32 (`diffdeploy.exporters.onnx`), and graphs that are correct in float32 are within the budget of float16.
 _TABLE = (
-    # 1.16 and older refuse the IR version 10 that torch writes; 1.17 and 1.18 cannot be imported beside numpy 2.
+    # 1.16 and older reject the IR version 10 that torch writes; 1.17 and 1.18 cannot be imported with numpy 2.
     _Row("1.19.0"),
-    # Older ones refuse an operator set that is newer than they are.
+    # Versions reject an operator set that is newer than they are.
     _Row("1.21.0", opset=22),
     _Row("1.23.0", opset=23),
     _Row("1.24.1", opset=24),
-    # In Attention of 1.23.0 heads read other key/value heads than theirs: off by 440,000 budgets.
+    # In Attention of 1.23.0, heads read the wrong key/value heads: off by 440,000 budgets.
     _Row("1.23.1", opset=FIRST_OPSET_WITH_ATTENTION, flavor=STANDARD, grouped=True),
-    # GroupQueryAttention of older ones takes no bias, which a mask is, and they refuse the model.
+    # GroupQueryAttention of older versions has no bias input, which masks need, and they reject the model.
     _Row("1.22.0", flavor=ORT, masked=True),
-    # In GroupQueryAttention up to 1.23.2 a query sees one key more than the window has: off by 220,000 budgets.
+    # In GroupQueryAttention up to 1.23.2, a query sees one key too many for the window: off by 220,000 budgets.
     _Row("1.24.1", flavor=ORT, window=True),
-    # MatMulNBits of older ones, 1.19.0 to 1.22.1, refuses 8 bits; with 4 all are right, in blocks of every size.
+    # MatMulNBits of older versions, 1.19.0 to 1.22.1, rejects 8 bits; 4 bits are correct in all, for every block size.
     _Row("1.23.0", weights="int8"),
 )
 
 
 def least_onnxruntime(manifest: Manifest) -> str:
-    """The least version that computes the graph of a bundle rightly.
+    """Least version of onnxruntime that computes the graph of a bundle correctly.
 
     Args:
-        manifest: of the bundle.
+        manifest: manifest of the bundle.
     """
     return max((row.least for row in _TABLE if row.holds(manifest)), key=release)

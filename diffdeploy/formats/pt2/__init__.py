@@ -1,4 +1,4 @@
-"""Exported programs: the format, how it is opened, its contract, and what of it can be seen and changed."""
+"""Exported programs: the format, its backend, its contract, its constants, intermediate values and faults."""
 
 from diffdeploy.formats.pt2.format import Pt2Format
 

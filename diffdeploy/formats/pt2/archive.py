@@ -1,9 +1,9 @@
-"""What of a ``.pt2`` archive torch gets to see: nothing that could run code when it is loaded.
+"""Sanitised ``.pt2`` archives for torch, without anything that could run code when they are loaded.
 
-`torch.export.load` unpickles sample inputs, weights and constants, evaluates expressions, looks operators up by names
-that the file gives, and executes source that it writes from the rest. An exported program needs none of that freedom:
-its weights are bytes, its operators compute, its expressions are arithmetic. So an archive is read here first, and what
-is passed on is written anew from what was checked, without its sample inputs, which nobody needs.
+`torch.export.load` unpickles sample inputs, weights and constants, evaluates expressions, looks up operators by names
+in the file, and executes source that it writes from the rest. An exported program needs none of that freedom: its
+weights are bytes, its operators compute, its expressions are arithmetic. This module therefore reads an archive first
+and passes on a new archive of the checked content, without sample inputs, which are not needed.
 
 Source: torch 2.11 to 2.14, ``torch/export/pt2_archive`` and ``torch/_export/serde``.
 """
@@ -24,17 +24,19 @@ __all__ = ["checked_archive"]
 _SAMPLE_INPUTS = re.compile(r"data/sample_inputs/\w+\.pt")
 _GRAPH = re.compile(r"models/\w+\.json")
 _PAYLOADS = re.compile(r"data/(weights|constants)/model_\1_config\.json|data/(weights|constants)/\w+_config\.json")
-# Numbers as bytes, and words of the archive's own.
+# Tensors stored as bytes, and the archive's own format fields.
 _PLAIN = re.compile(r"data/(weights/weight|constants/tensor)_\d+|archive_format|archive_version|byteorder|version|"
                     r"\.data/(version|serialization_id)|\.format_version|\.storage_alignment")  # fmt: skip
 
-# All that exports of a block call; every one computes a tensor or a size from tensors and sizes, and does nothing else.
+# All operators that exports of a block call. Each only computes a tensor or a size from tensors and sizes, or writes
+# into a tensor within its bounds, as `index_copy_` does for a cache.
 _ATEN = frozenset(
     {
         *("__and__", "__or__", "_assert_scalar", "_assert_tensor_metadata", "_softmax", "_to_copy", "add", "addcmul"),
         *("alias", "all", "and", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "chunk"),
         *("clone", "contiguous", "copy", "cumsum", "detach", "detach_", "div", "embedding", "eq", "exp", "expand"),
-        *("expand_as", "flatten", "floor_divide", "full", "full_like", "ge", "gelu", "gt", "index", "index_select"),
+        *("expand_as", "flatten", "floor_divide", "full", "full_like", "ge", "gelu", "gt", "index", "index_copy_"),
+        *("index_select",),
         *("le", "lift_fresh_copy", "linear", "logical_and", "logical_not", "logical_or", "lt", "masked_fill"),
         *("matmul", "max", "maximum", "mean", "min", "minimum", "mul", "narrow", "ne", "neg", "new_zeros"),
         *("ones", "ones_like", "pad", "constant_pad_nd", "permute", "pow", "reciprocal", "repeat"),
@@ -51,33 +53,33 @@ _OF_SIZES = re.compile(
     r"torch\.(sym_(max|min|not|ite|int|float)|sym_sum)|math\.(ceil|floor|trunc)"
 )
 _VERSION = re.compile(r"[0-9A-Za-z.+_-]*")
-# Submodules and objects of classes of its own, which no export of a block has.
+# Submodules and objects of custom classes, which no export of a block has.
 _NEVER = ("as_graph", "as_custom_obj", "as_operator", "class_fqn", "custom_obj", "custom_obj_name")
-# Numbers that torch writes as texts, since JSON has none of them.
+# Numbers that torch writes as strings, since JSON lacks them.
 _NOT_IN_JSON = ("Infinity", "-Infinity", "NaN")
 _TREES = ("in_spec", "out_spec")
 _CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict")
 
 
 def checked_archive(path: Path) -> io.BytesIO:
-    """The archive as torch may see it.
+    """Sanitise an archive for torch.
 
     Args:
-        path: of the archive.
+        path: path of the archive.
 
     Raises:
-        IntegrityError: it holds something that could run code, or is no such archive.
+        IntegrityError: the archive contains something that could run code, or is not such an archive.
     """
     clean = io.BytesIO()
     try:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(clean, "w") as kept:
             names = archive.namelist()
             if len(set(names)) != len(names):
-                raise _refused(path, "it has two entries of one name")
+                raise _refused(path, "it has two entries with the same name")
             if len({name.partition("/")[0] for name in names}) > 1:
-                raise _refused(path, "it has two folders, and readers may each take another one")
+                raise _refused(path, "it has two folders, of which readers may choose different ones")
             for entry in archive.infolist():
-                # Stored as they are, as torch writes them: what unpacks to more than the file could fill the memory.
+                # torch stores entries uncompressed; an entry that unpacks to more than the file could fill the memory.
                 if entry.compress_type != zipfile.ZIP_STORED:
                     raise _refused(path, f"{entry.filename} is compressed")
                 kept.writestr(entry.filename, _content(path, entry.filename, archive.read(entry)))
@@ -92,8 +94,8 @@ def _refused(path: Path, reason: str) -> IntegrityError:
 
 
 def _content(path: Path, name: str, content: bytes) -> bytes:
-    """What is passed on of one entry."""
-    # Below one folder, whose name is that of the file when it was written.
+    """Sanitised content of one entry."""
+    # All entries are in one folder, named after the file when it was written.
     below = name.partition("/")[2]
     if _SAMPLE_INPUTS.fullmatch(below):
         return b""
@@ -120,15 +122,15 @@ def _require_no_pickles(path: Path, name: str, payloads: Any) -> None:
     for tensor, payload in config.items():
         if not isinstance(payload, dict) or payload.get("use_pickle") is not False:
             raise _refused(path, f"{tensor} in {name} is a pickle")
-        # A plain name: with folders in it, torch would look elsewhere.
+        # The name must be plain: with folders in it, torch would read another place.
         if not re.fullmatch(r"(weight|tensor)_\d+", str(payload.get("path_name"))):
-            raise _refused(path, f"{tensor} in {name} stands in {payload.get('path_name')!r}")
+            raise _refused(path, f"{tensor} in {name} refers to {payload.get('path_name')!r}")
         _Walk(path).value("", {key: each for key, each in payload.items() if key != "path_name"})
 
 
 def _require_graph(path: Path, model: Any) -> None:
     if not isinstance(model, dict):
-        raise _refused(path, "its graph is no JSON object")
+        raise _refused(path, "its graph is not a JSON object")
     walk = _Walk(path)
     for key, value in model.items():
         if key == "guards_code":
@@ -141,13 +143,13 @@ def _require_graph(path: Path, model: Any) -> None:
 
 
 class _Walk:
-    """Every text of a graph: an expression, an operator or a name, by where it stands; nothing else is let through."""
+    """Check of every string in a graph, which must be an expression, an operator or a name, according to its place."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def value(self, key: str, value: Any) -> None:
-        """What stands under a key."""
+        """Check the value of a key."""
         if key in _NEVER or (key == "custom_obj_values" and value):
             raise _refused(self._path, f"its graph has {key}")
         if isinstance(value, dict):
@@ -170,7 +172,7 @@ class _Walk:
             self.value(name, value)
 
     def texts(self, key: str, texts: Any, fits: Callable[[object], bool]) -> None:
-        """A list of texts of one kind."""
+        """Check a list of strings of one kind."""
         if not isinstance(texts, list):
             raise _refused(self._path, f"its {key} is {type(texts).__name__}")
         for text in texts:
@@ -193,7 +195,7 @@ class _Walk:
             raise _refused(self._path, f"its graph has {key} {text[:80]!r}")
 
     def _tree(self, name: str, tree: Any) -> None:
-        """How inputs and outputs are nested: Python's own containers, by names."""
+        """Check the nesting of inputs and outputs, which must use Python's own containers, by name."""
         if isinstance(tree, dict):
             kind = tree.get("type")
             if kind is not None and kind not in _CONTAINERS:
@@ -208,7 +210,7 @@ class _Walk:
 
 
 def _is_overload(name: str, overload: str) -> bool:
-    """Whether it is one of the operators, and not some other attribute of what torch knows by its name."""
+    """True if the name is that of an operator, and not of another attribute that torch would find."""
     import torch
 
     return name in _ATEN and overload in getattr(torch.ops.aten, name).overloads()

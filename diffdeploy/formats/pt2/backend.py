@@ -1,4 +1,4 @@
-"""Running a program of ``torch.export``."""
+"""The backend for programs of ``torch.export``."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,15 +19,15 @@ MODEL = "model.pt2"
 
 
 def load_program(directory: Path) -> "ExportedProgram":
-    """The program of a bundle.
+    """Load the program of a bundle.
 
     Raises:
-        IntegrityError: it holds something that could run code when it is loaded.
+        IntegrityError: the program contains something that could run code when it is loaded.
     """
     import torch
 
     archive = checked_archive(directory / MODEL)
-    with without_warnings():  # torch before 2.13 warns that it must not write to the bytes which it reads weights from
+    with without_warnings():  # torch before 2.13 warns that the bytes of the weights are read-only
         return torch.export.load(archive)
 
 

@@ -12,25 +12,25 @@ from diffdeploy.formats.pt2.backend import MODEL, load_program
 
 __all__ = ["read", "save", "write"]
 
-# What the exporter calls them, after the modules of the block.
+# Names that the exporter gives to them, after the path of the block's module.
 _BUFFERS = {"lambda": "block._frozen_lambda", "rope.cos": "block.rotary.cos", "rope.sin": "block.rotary.sin"}
 _ARGUMENTS = {"norm_eps": "rms_norm", "output_scale": "mul", "softmax_scale": "scaled_dot_product_attention"}
 
 
 def save(program: torch.export.ExportedProgram, directory: Path) -> None:
-    """Put the program in place of the bundle's."""
+    """Replace the program of the bundle."""
     torch.export.save(program, directory / MODEL)
 
 
 def read(directory: Path, expected: Mapping[str, Array]) -> set[str]:
-    """Names of the constants that are in the program."""
+    """Names of the expected constants that the program contains."""
     program = load_program(directory)
     arguments = {name for name in expected if _kind(name) and list(_nodes(program, name, expected[name]))}
     return {name for name in expected if _tensor(program, name) is not None} | arguments
 
 
 def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
-    """Replace constants, and save the program."""
+    """Replace constants and save the program."""
     program = load_program(directory)
     for name, array in changes.items():
         if _kind(name):
@@ -45,12 +45,12 @@ def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, 
 
 
 def _kind(name: str) -> str | None:
-    """In which calls a number is an argument; ``None`` for what is no argument."""
+    """Kind of calls in which a number is an argument; ``None`` for constants that are not arguments."""
     return _ARGUMENTS.get(name.rpartition("self_attn.")[2])
 
 
 def _holder(program: torch.export.ExportedProgram, name: str) -> tuple[str, dict[str, Any]]:
-    # Those of a layer stand below it.
+    # The constants of a layer have its prefix.
     layer, dot, own = name.rpartition("self_attn.")
     key = _BUFFERS.get(own, f"block.{own}").replace("block.", f"block.{layer}{dot}", 1)
     return key, program.state_dict if key in program.state_dict else program.constants
@@ -62,7 +62,7 @@ def _tensor(program: torch.export.ExportedProgram, name: str) -> torch.Tensor | 
 
 
 def _nodes(program: torch.export.ExportedProgram, name: str, value: Array) -> Iterator[torch.fx.Node]:
-    """The nodes that take the number as an argument."""
+    """Nodes with the number as an argument."""
     for node in program.graph.nodes:
         arguments = (*node.args, *node.kwargs.values())
         if str(_kind(name)) in str(node.target) and any(_is(argument, float(value)) for argument in arguments):
@@ -70,7 +70,7 @@ def _nodes(program: torch.export.ExportedProgram, name: str, value: Array) -> It
 
 
 def _is(argument: Any, value: float) -> bool:
-    # Exactly: a program holds its numbers as Python floats, in full.
+    # Compared exactly, since a program stores its numbers as Python floats, without rounding.
     return isinstance(argument, float) and argument == value
 
 

@@ -1,4 +1,4 @@
-"""The contract of an exported program: two attentions, the declared interface, the bundle's weights bit for bit."""
+"""The contract of an exported program: two attentions, the declared interface, bit-identical weights."""
 
 import json
 import math
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 __all__ = ["checks", "facts"]
 
-# What a softmax is, or is written out with; lambda is folded, and a sigmoid is an operator of its own.
+# Operators of a softmax, fused or decomposed; lambda is folded, and a sigmoid is a separate operator.
 _EXPONENTIALS = ("softmax", "_softmax", "exp")
-# Dtypes beside that of the graph: of sums, of sizes and positions, and of masks.
+# Additional dtypes: those of sums, of sizes and positions, and of masks.
 _ELSE = ("float32", "int64", "int32", "bool")
 
 
 def facts(bundle: Bundle) -> ArtifactFacts:
     """See `Format.facts`."""
-    # From the archive, since loading it takes a second.
+    # Read from the archive, since loading the program takes a second.
     nodes = _model(bundle)["graph_module"]["graph"]["nodes"]
     return declared_facts(bundle, _counts(node["target"] for node in nodes)[0])
 
@@ -51,7 +51,9 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     said = f"{found[0]} scaled_dot_product_attention and {found[1]} softmax or exp calls"
     return [
         make_check("attention", [] if found == (expected, 0) else [f"{said}; expected {expected} and 0"], said),
-        make_check("interface", _interface(program, manifest.graph), "dtypes, sizes and ranges as declared"),
+        make_check(
+            "interface", _interface(program, manifest.graph.of_artifact()), "dtypes, sizes and ranges as declared"
+        ),
         _precision(calls, constants, manifest.graph.dtype),
         norm_epsilons([_epsilon(node) for node in calls if "rms_norm" in str(node.target)], manifest),
         weights_bit_for_bit(constants, weights),
@@ -68,15 +70,15 @@ def _model(bundle: Bundle) -> Any:
 
 
 def _counts(targets: Iterable[str]) -> tuple[int, int]:
-    """Fused attentions, and softmaxes that stand for others."""
-    # Without their overloads, and without what the archive writes before them.
+    """Counts of fused attentions, and of softmaxes from decomposed attentions."""
+    # Counted without their overloads, and without the prefix that the archive adds.
     names = [target.split(".")[-2] for target in targets if "." in target]
     fused = sum("scaled_dot_product" in name for name in names)
     return fused, sum(name in _EXPONENTIALS for name in names)
 
 
 def _interface(program: "ExportedProgram", spec: GraphSpec) -> list[str]:
-    """Each axis of each input must be the declared size, or a symbol with the declared range."""
+    """Check that each axis of each input is the declared size, or a symbol with the declared range."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     problems = []
     for tensors, names in (
@@ -84,13 +86,13 @@ def _interface(program: "ExportedProgram", spec: GraphSpec) -> list[str]:
         (spec.outputs, program.graph_signature.user_outputs),
     ):
         if len(names) != len(tensors):
-            problems.append(f"it has {len(names)} tensors where {', '.join(tensors)} are declared")
+            problems.append(f"it has {len(names)} tensors, but {', '.join(tensors)} are declared")
             continue
         for (name, tensor), node in zip(tensors.items(), names, strict=True):
             value = values[str(node)]
             given = str(value.dtype).removeprefix("torch.")
             if given != tensor.dtype or len(value.shape) != len(tensor.shape):
-                problems.append(f"{name} is {given} of {len(value.shape)} axes, declared is {tensor.dtype}")
+                problems.append(f"{name} is {given} with {len(value.shape)} axes, but declared as {tensor.dtype}")
                 continue
             for axis, size in zip(tensor.shape, value.shape, strict=True):
                 problems += _axis(program, spec, name, axis, size)
@@ -98,19 +100,19 @@ def _interface(program: "ExportedProgram", spec: GraphSpec) -> list[str]:
 
 
 def _axis(program: "ExportedProgram", spec: GraphSpec, name: str, axis: int | str, size: Any) -> list[str]:
-    # A declared range that was traced as a number is a size that is frozen.
+    # A number for an axis with a declared range is a size that was frozen during tracing.
     if isinstance(axis, int) or isinstance(size, int):
-        return [] if axis == size else [f"an axis of {name} is {size}, declared is {axis}"]
+        return [] if axis == size else [f"an axis of {name} is {size}, but declared as {axis}"]
     bounds, declared = program.range_constraints[size.node.expr], spec.axes[axis]
     if (int(bounds.lower), int(bounds.upper)) == (declared.min, declared.max):
         return []
     return [
-        f"{axis} of {name} goes from {bounds.lower} to {bounds.upper}, declared is {declared.min} to {declared.max}"
+        f"{axis} of {name} goes from {bounds.lower} to {bounds.upper}, but declared is {declared.min} to {declared.max}"
     ]
 
 
 def _precision(calls: "list[Node]", constants: Mapping[str, Array], dtype: str) -> Check:
-    """No number may be narrower than the dtype of the graph, on its way neither."""
+    """Check that no number is narrower than the dtype of the graph, including intermediate values."""
     accepted = {dtype, *_ELSE}
     problems = [
         f"{name} is {array.dtype.name}" for name, array in constants.items() if array.dtype.name not in accepted
@@ -120,7 +122,7 @@ def _precision(calls: "list[Node]", constants: Mapping[str, Array], dtype: str) 
 
 
 def _dtypes(node: "Node") -> Iterator[str]:
-    """The dtypes among the arguments of a call."""
+    """Dtypes among the arguments of a call."""
     import torch
 
     for argument in (*node.args, *node.kwargs.values()):
@@ -129,14 +131,14 @@ def _dtypes(node: "Node") -> Iterator[str]:
 
 
 def _epsilon(node: "Node") -> float:
-    # input, shape, weight and epsilon; without one, torch takes that of the dtype.
+    # Arguments are input, shape, weight and epsilon; without an epsilon, torch uses that of the dtype.
     given: Any = node.kwargs.get("eps", next(iter(node.args[3:]), None))
     return math.nan if given is None else given
 
 
 def _no_traces(program: "ExportedProgram", model: Any, manifest: Manifest) -> Check:
     problems = [f"a stack trace on {node.name}" for node in program.graph.nodes if node.meta.get("stack_trace")]
-    # Names of operators, modules and tensors have no slashes, so that one is part of a path.
+    # Names of operators, modules and tensors have no slashes, so a slash indicates a path.
     problems += [f"{text!r} looks like a path" for text in _texts(model) if "/" in text or "\\" in text]
     return make_check("traces", problems + other_torch(model["torch_version"], manifest), "no path and no stack trace")
 

@@ -1,6 +1,6 @@
-"""Texts in an exported program that torch evaluates or executes: each must be arithmetic over sizes, and nothing else.
+"""Strings of an exported program that torch evaluates or executes: each must be arithmetic over sizes.
 
-`torch.export.load` gives ``expr_str`` to sympy, which evaluates it as Python, and writes guards, names and operators
+`torch.export.load` passes ``expr_str`` to sympy, which evaluates it as Python, and writes guards, names and operators
 into the source of the module that it builds.
 """
 
@@ -10,7 +10,7 @@ import re
 __all__ = ["is_expression", "is_guard", "is_name"]
 
 _LONGEST = 10_000
-# What torch prints of sizes: symbols, numbers, and sympy's and torch's functions of them.
+# Everything in sizes that torch prints: symbols, numbers, and sympy's and torch's functions of them.
 _FUNCTIONS = frozenset(
     {
         *("Add", "Mul", "Integer", "Rational", "Float", "Mod", "Min", "Max", "Abs"),
@@ -23,28 +23,28 @@ _SYMBOL = re.compile(r"[a-z]{1,4}[0-9]+")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub, ast.UAdd)
 _LOGIC = (ast.And, ast.Or, ast.Not, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
-# A power tower of numbers takes longer than anybody waits.
+# A power tower of numbers would take forever to evaluate.
 _LARGEST_POWER = 64
-# Bits of a number that sympy is told to compute with; torch prints 53.
+# Maximum precision in bits that sympy is told to use; torch prints 53.
 _MOST_BITS = 4096
-# Arguments of all Min and Max of one text: sympy compares each with each, 0.6 s for 32 and 9 s for 120.
+# Maximum number of arguments of all Min and Max calls: sympy compares each with each, 0.6 s for 32 and 9 s for 120.
 _MOST_COMPARED = 32
 _NUMBER = re.compile(r"-?[0-9]{1,40}(\.[0-9]{0,40})?(e[+-]?[0-9]{1,3})?")
 
 
 def is_name(text: object) -> bool:
-    """Whether a text is a name with dots, such as weights and nodes have."""
+    """True for a name with dots, as weights and nodes have."""
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
 
 
 def is_expression(text: object) -> bool:
-    """Whether a text is arithmetic over symbols for sizes, as sympy or torch prints it."""
+    """True for arithmetic over symbols for sizes, as sympy or torch prints it."""
     tree = _parsed(text)
     return tree is not None and _is_soon_compared(tree) and _is_arithmetic(tree)
 
 
 def is_guard(text: object) -> bool:
-    """Whether a text compares sizes of the graph's inputs, ``L['tensors'][0].size()[1]``, with each other."""
+    """True for a comparison between sizes of the graph's inputs, ``L['tensors'][0].size()[1]``."""
     tree = _parsed(text)
     return tree is not None and _is_soon_compared(tree) and _is_arithmetic(tree, sizes=True)
 
@@ -54,7 +54,7 @@ def _parsed(text: object) -> ast.expr | None:
         return None
     try:
         return ast.parse(text, mode="eval").body
-    # What is nested too deeply is no size, either.
+    # An expression that is nested too deeply is not a size, either.
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
@@ -91,7 +91,7 @@ def _number(node: ast.Constant) -> float:
 def _is_call(node: ast.Call, *, sizes: bool) -> bool:
     match node:
         case ast.Call(func=ast.Name(id="Symbol"), args=[ast.Constant(value=str(name))], keywords=assumptions):
-            # Assumptions of sympy: positive=True and the like.
+            # Assumptions of sympy, such as positive=True.
             plain = all(isinstance(each.value, ast.Constant) and each.arg is not None for each in assumptions)
             return plain and _SYMBOL.fullmatch(name) is not None
         case ast.Call(
@@ -110,7 +110,7 @@ def _is_call(node: ast.Call, *, sizes: bool) -> bool:
 
 
 def _is_power(base: ast.expr, power: ast.expr, *, sizes: bool) -> bool:
-    """Whether it is a small power of something that holds no power itself, since powers of powers grow without end."""
+    """True for a small power of an expression without powers, since powers of powers grow without limit."""
     match power:
         case ast.Call(func=ast.Name(id="Integer"), args=[ast.Constant() as number], keywords=[]):
             pass
@@ -132,7 +132,7 @@ def _is_called(node: ast.AST, *names: str) -> bool:
 
 
 def _is_size(node: ast.Subscript) -> bool:
-    """Whether it is ``L['tensors'][0].size()[1]``, with any numbers and any name of the inputs."""
+    """True for ``L['tensors'][0].size()[1]``, with any numbers and any name of the inputs."""
     match node:
         case ast.Subscript(
             value=ast.Call(func=ast.Attribute(value=tensor, attr="size"), args=[], keywords=[]),

@@ -1,4 +1,4 @@
-"""Faults in an exported program: its ranges and its nodes."""
+"""Faults in the ranges and nodes of an exported program."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ def _fault(name: str, breaks: str, edit: "Callable[[ExportedProgram], None]") ->
 
         program = load_program(directory)
         edit(program)
-        # The code of a graph module is not made anew when its graph is edited.
+        # The code of a graph module is not regenerated when its graph is edited.
         program.graph_module.recompile()
         save(program, directory)
 
@@ -41,14 +41,14 @@ def _leave_a_stack_trace(program: "ExportedProgram") -> None:
 
 
 def _after_output(program: "ExportedProgram", target: Any, *arguments: Any) -> None:
-    """One more call between the output and the caller."""
+    """Insert a call between the output and the caller."""
     (end,) = (node for node in program.graph.nodes if node.op == "output")
     old: Node = end.args[0][0]
     with program.graph.inserting_before(end):
         new = program.graph.call_function(target, (old, *arguments))
     new.meta.update(old.meta)
     end.replace_input_with(old, new)
-    # The signature finds outputs by the names of nodes.
+    # The signature refers to outputs by the names of nodes.
     specification = program.graph_signature.output_specs[0]
     specification.arg.name = new.name
 
@@ -60,7 +60,7 @@ def _add_a_softmax(program: "ExportedProgram") -> None:
 
 
 def _scale_the_output(program: "ExportedProgram") -> None:
-    """A factor so near to 1 that the output looks right, and is wrong in its last 13 bits of 24."""
+    """Multiply the output by a factor so close to 1 that it looks correct, but is wrong in the last 13 of 24 bits."""
     import torch
 
     _after_output(program, torch.ops.aten.mul.Tensor, 1.0 + 2**-10)
@@ -69,7 +69,7 @@ def _scale_the_output(program: "ExportedProgram") -> None:
 def _exchange_operands(program: "ExportedProgram") -> None:
     import torch
 
-    # The difference of the streams; those before it belong to the rotary embedding.
+    # The last subtraction is the difference of the streams; earlier ones belong to the rotary embedding.
     last = [node for node in program.graph.nodes if node.target == torch.ops.aten.sub.Tensor][-1]
     last.args = (last.args[1], last.args[0])
 
@@ -77,7 +77,7 @@ def _exchange_operands(program: "ExportedProgram") -> None:
 PT2_FAULTS = [
     _fault("pt2_ranges_narrowed", "the largest sizes are refused", _narrow_the_ranges),
     _fault("pt2_stack_trace_left", "a path of the exporting machine", _leave_a_stack_trace),
-    _fault("pt2_third_softmax", "a softmax behind the output", _add_a_softmax),
+    _fault("pt2_third_softmax", "a softmax after the output", _add_a_softmax),
     _fault("pt2_output_scaled", "the output is a thousandth too large", _scale_the_output),
     _fault("pt2_operands_exchanged", "the last subtraction the other way round", _exchange_operands),
 ]

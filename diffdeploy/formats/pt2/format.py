@@ -1,4 +1,4 @@
-"""``torch.export``: a program that any Python with torch loads, with its ranges checked by itself."""
+"""``torch.export``: a program that any Python with torch loads, and that checks its own ranges."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,14 +19,15 @@ __all__ = ["Pt2Format"]
 
 
 class Pt2Format(Format):
-    """``model.pt2``: an exported program."""
+    """A bundle with ``model.pt2``, an exported program."""
 
     name = "pt2"
     holds_ranges = True
+    caches = ("growing", "in-place")
 
     def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
         """See `Format.fastest_impl`."""
-        # As in the format aoti; two attentions for a cache too, as this format promises them.
+        # As in the format aoti, but with two attentions for a cache, too, as this format promises.
         return "padded"
 
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
@@ -58,13 +59,13 @@ class Pt2Format(Format):
         """See `Format.intermediates`."""
         from diffdeploy.formats.pt2.intermediates import intermediates
 
-        return intermediates(bundle.path)
+        return intermediates(bundle.path, bundle.manifest.graph)
 
     def layer_values(self, bundle: Bundle) -> LayerValues:
         """See `Format.layer_values`."""
         from diffdeploy.formats.pt2.intermediates import layer_values
 
-        return layer_values(bundle.path, len(bundle.manifest.config.blocks), list(bundle.manifest.graph.outputs))
+        return layer_values(bundle.path, len(bundle.manifest.config.blocks), bundle.manifest.graph)
 
     def read_constants(self, directory: Path, expected: Mapping[str, Array]) -> set[str]:
         """See `Format.read_constants`."""

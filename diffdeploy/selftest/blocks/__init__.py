@@ -1,4 +1,4 @@
-"""Faults in the computation: blocks with one wrong step, or of another config."""
+"""Faults in the computation: blocks with one wrong step, or with another config."""
 
 from diffdeploy.selftest.blocks import attention, cache, configs, heads, positions, values
 from diffdeploy.selftest.blocks.entry import BLOCK_FAULTS

@@ -1,4 +1,4 @@
-"""Blocks whose attentions read the wrong heads, or compute in too little precision.
+"""Blocks whose attentions read the wrong heads, or compute with too little precision.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -14,9 +14,9 @@ from diffdeploy.selftest.blocks.steps import Steps, to_half_precision
 from diffdeploy.selftest.conditions import float32, grouped, several_kv_heads, version_1
 
 
-@faulty("streams_exchanged", "the signal is what is subtracted", Stage.SIGNAL, version_1)
+@faulty("streams_exchanged", "the signal is subtracted instead of the noise", Stage.SIGNAL, version_1)
 class StreamsExchanged(Steps):
-    """The signal is what is subtracted."""
+    """The signal is subtracted instead of the noise."""
 
     def heads_of(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return super().heads_of(1 - stream, q_BHSd, k_BHTd, v_BHTe)
@@ -66,9 +66,9 @@ class ModuloHeads(Steps):
         return q_BHSd[:, stream::2], k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1)
 
 
-@faulty("modulo_values", "keys as they should be, values by ``i % h_kv``", Stage.SIGNAL, grouped, several_kv_heads)
+@faulty("modulo_values", "correct keys, but values by ``i % h_kv``", Stage.SIGNAL, grouped, several_kv_heads)
 class ModuloValues(Steps):
-    """Keys as they should be, values by ``i % h_kv``."""
+    """The keys are correct, but the values are chosen by ``i % h_kv``."""
 
     def heads_of(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, _ = super().heads_of(stream, q_BHSd, k_BHTd, v_BHTe)
@@ -85,9 +85,9 @@ class FirstKeyHead(Steps):
         return q, k[:, :1].expand_as(k), v[:, :1].expand_as(v)
 
 
-@faulty("value_halves_exchanged", "the wrong half of the values first, in the attentions only", Stage.SIGNAL)
+@faulty("value_halves_exchanged", "the halves of the values are swapped, in the attentions only", Stage.SIGNAL)
 class ValueHalvesExchanged(Steps):
-    """The wrong half of the values first, in the attentions only."""
+    """The halves of the values are swapped, in the attentions only."""
 
     def heads_of(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().heads_of(stream, q_BHSd, k_BHTd, v_BHTe)
@@ -110,7 +110,7 @@ class NoiseReadsOneHalf(Steps):
     Stage.SIGNAL,
 )
 class ScaledByValueWidth(Steps):
-    """Scores divided by the root of the value width, as a kernel for equal widths would."""
+    """Scores are divided by the root of the value width, as in a kernel for equal widths."""
 
     def softmax_attention(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
         return super().softmax_attention(q_BHSd * 2**-0.5, k_BHTd, v_BHTe, seen)
@@ -118,16 +118,16 @@ class ScaledByValueWidth(Steps):
 
 @faulty("half_precision_attention", "both attentions in float16", Stage.SIGNAL, float32)
 class HalfPrecisionAttention(Steps):
-    """Both attentions in float16."""
+    """Both attentions are computed in float16."""
 
     def softmax_attention(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
         q, k, v = (side.to(torch.float16) for side in (q_BHSd, k_BHTd, v_BHTe))
         return super().softmax_attention(q, k, v, seen).to(q_BHSd.dtype)
 
 
-@faulty("half_precision_noise", "the attention that is subtracted in float16", Stage.NOISE, float32)
+@faulty("half_precision_noise", "the noise attention in float16", Stage.NOISE, float32)
 class HalfPrecisionNoise(Steps):
-    """The attention that is subtracted in float16."""
+    """The noise attention is computed in float16."""
 
     def heads_of(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().heads_of(stream, q_BHSd, k_BHTd, v_BHTe)

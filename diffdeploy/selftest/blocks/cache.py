@@ -1,4 +1,4 @@
-"""Blocks with the wrong cache.
+"""Blocks with a wrong cache.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -21,9 +21,9 @@ class CacheNotAppended(Steps):
         return super().append(past, (new[0] * 0, new[1] * 0))
 
 
-@faulty("past_comes_last", "new tokens stand before the past", Stage.CACHE, cached)
+@faulty("past_comes_last", "new tokens precede the past", Stage.CACHE, cached)
 class PastComesLast(Steps):
-    """New tokens stand before the past."""
+    """New tokens precede the past."""
 
     def append(self, past: KeyValueCache, new: KeyValueCache) -> KeyValueCache:
         return super().append(new, past)
@@ -31,15 +31,15 @@ class PastComesLast(Steps):
 
 @faulty("past_reversed", "the past in reverse order of its tokens", Stage.CACHE, cached)
 class PastReversed(Steps):
-    """The past in reverse order of its tokens."""
+    """The tokens of the past are in reverse order."""
 
     def append(self, past: KeyValueCache, new: KeyValueCache) -> KeyValueCache:
         return super().append((past[0].flip(2), past[1].flip(2)), new)
 
 
-@faulty("cached_before_rope", "the keys that are given back are not turned yet", Stage.CACHE, cached, has_rope)
+@faulty("cached_before_rope", "the returned keys are not rotated yet", Stage.CACHE, cached, has_rope)
 class CachedBeforeRope(Steps):
-    """The keys that are given back are not turned yet."""
+    """The returned keys are not rotated yet."""
 
     def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
         keys = self.k_proj(hidden_states).unflatten(-1, (-1, self.config.key_cache_dim)).transpose(1, 2)
@@ -48,13 +48,13 @@ class CachedBeforeRope(Steps):
 
 @faulty(
     "cached_streams_exchanged",
-    "the cache that is given back has signal and noise keys exchanged",
+    "signal and noise keys are swapped in the returned cache",
     Stage.CACHE,
     cached,
     version_1,
 )
 class CachedStreamsExchanged(Steps):
-    """The cache that is given back has signal and noise keys exchanged."""
+    """Signal and noise keys are swapped in the returned cache."""
 
     def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
         return cache[0].roll(self.config.head_dim, dims=-1), cache[1]
@@ -62,37 +62,37 @@ class CachedStreamsExchanged(Steps):
 
 @faulty(
     "cached_pairs_of_heads",
-    "the cache that is given back holds the same stream of two heads side by side",
+    "the returned cache pairs the same stream of two heads",
     Stage.CACHE,
     cached,
     version_1,
     several_kv_heads,
 )
 class CachedPairsOfHeads(Steps):
-    """The cache that is given back holds the same stream of two heads side by side."""
+    """The returned cache pairs the same stream of two heads."""
 
     def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
-        keys = cache[0].unflatten(-1, (2, -1))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        keys = cache[0].unflatten(-1, (2, -1))  # type: ignore[no-untyped-call]  # torch does not annotate it
         pairs = keys.permute(0, 3, 1, 2, 4).flatten(1, 2).unflatten(1, (-1, 2))
         return pairs.transpose(2, 3).flatten(3), cache[1]
 
 
 @faulty(
     "cached_halves_exchanged",
-    "the cache that is given back has the wrong half of the values first",
+    "the halves of the values are swapped in the returned cache",
     Stage.CACHE,
     cached,
 )
 class CachedHalvesExchanged(Steps):
-    """The cache that is given back has the wrong half of the values first."""
+    """The halves of the values are swapped in the returned cache."""
 
     def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
         return cache[0], cache[1].roll(cache[1].shape[-1] // 2, dims=-1)
 
 
-@faulty("cached_in_half_precision", "the values that are given back went through float16", Stage.CACHE, cached, float32)
+@faulty("cached_in_half_precision", "the returned values were rounded to float16", Stage.CACHE, cached, float32)
 class CachedInHalfPrecision(Steps):
-    """The values that are given back went through float16."""
+    """The returned values were rounded to float16."""
 
     def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
         return cache[0], to_half_precision(cache[1])

@@ -1,4 +1,4 @@
-"""Right blocks of another config than the bundle's."""
+"""Correct blocks of another config than the bundle's."""
 
 from dataclasses import replace
 from typing import Any
@@ -30,12 +30,12 @@ def _of_the_other_key_map(config: DiffAttentionConfig) -> AnyConfig:
 
 
 config_fault(
-    "other_key_map", Stage.SIGNAL, "the other meaning of grouped queries", _of_the_other_key_map, version_1, grouped
+    "other_key_map", Stage.SIGNAL, "the other key map of grouped queries", _of_the_other_key_map, version_1, grouped
 )
 config_fault(
     "rope_of_the_other_style",
     Stage.ROPE,
-    "halves for pairs, or pairs for halves",
+    "halves instead of pairs, or pairs instead of halves",
     _of_the_other_style,
     has_rope,
     several_pairs,
@@ -51,21 +51,21 @@ config_fault(
 config_fault(
     "not_causal",
     Stage.SIGNAL,
-    "every position sees all",
+    "every position sees all others",
     lambda config: replace(config, causal=False),
     causal_without_window,
 )
 config_fault(
     "causal_without_reason",
     Stage.SIGNAL,
-    "positions see no later ones, though they should",
+    "positions do not see later ones, though they should",
     lambda config: replace(config, causal=True),
 )
 config_fault("window_missing", Stage.SIGNAL, "no sliding window", lambda config: replace(config, sliding_window=None))
 config_fault(
     "window_off_by_one",
     Stage.SIGNAL,
-    "a sliding window of one key more",
+    "a sliding window with one key more",
     lambda config: replace(config, sliding_window=config.sliding_window and config.sliding_window + 1),
 )
 config_fault(

@@ -1,4 +1,4 @@
-"""Entering faulty blocks into the table: each is exported beside right weights, as its bundle was."""
+"""Registration of faulty blocks in the table: each is exported with the correct weights, as its bundle was."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ Kind = TypeVar("Kind", bound=type[Steps])
 
 
 def faulty(name: str, breaks: str, stage: Stage | None, *conditions: When, family: str = "") -> Callable[[Kind], Kind]:
-    """Enter a class with one wrong step; see `Fault` for the arguments."""
+    """Register a class with one wrong step; see `Fault` for the arguments."""
 
     def enter(step: Kind) -> Kind:
         def inject(target: FaultTarget) -> None:
@@ -47,7 +47,7 @@ def faulty(name: str, breaks: str, stage: Stage | None, *conditions: When, famil
 def config_fault(
     name: str, stage: Stage | None, breaks: str, change: Callable[[Any], AnyConfig], *conditions: When
 ) -> None:
-    """Enter a right block of another config."""
+    """Register a correct block of another config."""
 
     def inject(target: FaultTarget) -> None:
         _export(target, block_class(target.config), change(target.config))
@@ -68,12 +68,12 @@ def config_fault(
 
 
 def is_traced(target: FaultTarget) -> bool:
-    """Whether a wrong step gives a wrong artifact."""
+    """True if a wrong step results in a wrong artifact."""
     return target.format.traces_block(target.manifest)
 
 
 def _export(target: FaultTarget, kind: type[AttentionBlock], config: AnyConfig) -> None:
-    """Lower another block as the bundle's was, in place of the artifact that is there."""
+    """Replace the artifact with one that is lowered from another block, with the bundle's options."""
     spec, recorded = target.spec, target.manifest.options
     block = kind.from_weights(
         config,
@@ -86,7 +86,7 @@ def _export(target: FaultTarget, kind: type[AttentionBlock], config: AnyConfig) 
 
 
 def options_of(target: FaultTarget) -> ExportOptions:
-    """What a bundle was exported with."""
+    """Options with which a bundle was exported."""
     spec, recorded = target.spec, target.manifest.options
     return ExportOptions(
         format=target.manifest.format,

@@ -1,4 +1,4 @@
-"""Blocks that go wrong behind the attentions: difference, norm, output projection.
+"""Blocks that are wrong after the attentions: difference, norm, output projection.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -16,9 +16,9 @@ from diffdeploy.selftest.blocks.steps import Steps
 from diffdeploy.selftest.conditions import float32, has_norm, lambda_is_not_one, several_heads
 
 
-@faulty("noise_is_added", "a plus where a minus is due", Stage.DIFFERENCE)
+@faulty("noise_is_added", "a plus instead of a minus", Stage.DIFFERENCE)
 class NoiseIsAdded(Steps):
-    """A plus where a minus is due."""
+    """The noise is added instead of subtracted."""
 
     def difference(self, signal: Tensor, noise: Tensor, lam: Tensor) -> Tensor:
         return signal + lam * noise
@@ -26,7 +26,7 @@ class NoiseIsAdded(Steps):
 
 @faulty("lambda_on_signal", "``lambda signal - noise``", Stage.LAMBDA, lambda_is_not_one)
 class LambdaOnSignal(Steps):
-    """``lambda signal - noise``."""
+    """The heads are ``lambda signal - noise``."""
 
     def difference(self, signal: Tensor, noise: Tensor, lam: Tensor) -> Tensor:
         return lam * signal - noise
@@ -34,7 +34,7 @@ class LambdaOnSignal(Steps):
 
 @faulty("mixed_by_lambda", "``(1 - lambda) signal - lambda noise``", Stage.DIFFERENCE)
 class MixedByLambda(Steps):
-    """``(1 - lambda) signal - lambda noise``."""
+    """The heads are ``(1 - lambda) signal - lambda noise``."""
 
     def difference(self, signal: Tensor, noise: Tensor, lam: Tensor) -> Tensor:
         return (1 - lam) * signal - lam * noise
@@ -42,15 +42,15 @@ class MixedByLambda(Steps):
 
 @faulty("difference_reversed", "``lambda noise - signal``", Stage.DIFFERENCE)
 class DifferenceReversed(Steps):
-    """``lambda noise - signal``."""
+    """The heads are ``lambda noise - signal``."""
 
     def difference(self, signal: Tensor, noise: Tensor, lam: Tensor) -> Tensor:
         return lam * noise - signal
 
 
-@faulty("negative_part_lost", "what the subtraction makes negative is cut off", Stage.DIFFERENCE)
+@faulty("negative_part_lost", "negative results of the subtraction become 0", Stage.DIFFERENCE)
 class NegativePartLost(Steps):
-    """What the subtraction makes negative is cut off."""
+    """Negative results of the subtraction become 0."""
 
     def difference(self, signal: Tensor, noise: Tensor, lam: Tensor) -> Tensor:
         return torch.maximum(signal, lam * noise) - lam * noise
@@ -62,7 +62,7 @@ def _config(block: Steps) -> DiffAttentionConfig:
 
 def _eps(block: Steps) -> float:
     eps = _config(block).norm_eps
-    assert eps is not None  # each fault of the norm needs one
+    assert eps is not None  # every fault of the norm requires one
     return eps
 
 
@@ -72,7 +72,7 @@ def _gamma(block: Steps) -> Tensor | None:
 
 @faulty("norm_over_halves", "the norm over half of a head", Stage.NORM, has_norm)
 class NormOverHalves(Steps):
-    """The norm over half of a head."""
+    """The norm covers only half of a head at a time."""
 
     def normalise(self, heads: Tensor) -> Tensor:
         config = _config(self)
@@ -85,7 +85,7 @@ class NormOverHalves(Steps):
 
 @faulty("norm_over_all_heads", "one norm over all heads together", Stage.NORM, has_norm, several_heads)
 class NormOverAllHeads(Steps):
-    """One norm over all heads together."""
+    """One norm covers all heads together."""
 
     def normalise(self, heads: Tensor) -> Tensor:
         config = _config(self)
@@ -97,7 +97,7 @@ class NormOverAllHeads(Steps):
 
 @faulty("layer_norm", "the mean is subtracted", Stage.NORM, has_norm)
 class LayerNorm(Steps):
-    """The mean is subtracted."""
+    """The norm subtracts the mean."""
 
     def normalise(self, heads: Tensor) -> Tensor:
         return super().normalise(heads - heads.mean(-1, keepdim=True))
@@ -105,16 +105,16 @@ class LayerNorm(Steps):
 
 @faulty("norm_missing", "no norm at all", Stage.NORM, has_norm)
 class NormMissing(Steps):
-    """No norm at all."""
+    """There is no norm."""
 
     def normalise(self, heads: Tensor) -> Tensor:
         gamma = _gamma(self)
         return (heads if gamma is None else heads * gamma) * _config(self).output_scale
 
 
-@faulty("factor_before_norm", "the output factor in front of the norm, which takes it out again", Stage.NORM, has_norm)
+@faulty("factor_before_norm", "the output factor precedes the norm, which cancels it", Stage.NORM, has_norm)
 class FactorBeforeNorm(Steps):
-    """The output factor in front of the norm, which takes it out again."""
+    """The output factor precedes the norm, which cancels it."""
 
     def normalise(self, heads: Tensor) -> Tensor:
         factor = _config(self).output_scale
@@ -123,7 +123,7 @@ class FactorBeforeNorm(Steps):
 
 @faulty("epsilon_outside", "epsilon added to the root, not under it", Stage.NORM, has_norm)
 class EpsilonOutside(Steps):
-    """Epsilon added to the root, not under it."""
+    """Epsilon is added to the root, not under it."""
 
     def normalise(self, heads: Tensor) -> Tensor:
         config = _config(self)
@@ -132,9 +132,9 @@ class EpsilonOutside(Steps):
         return (heads / root if gamma is None else heads / root * gamma) * config.output_scale
 
 
-@faulty("norm_before_difference", "each attention is normalised by itself", Stage.NORM, has_norm)
+@faulty("norm_before_difference", "each attention is normalised separately", Stage.NORM, has_norm)
 class NormBeforeDifference(Steps):
-    """Each attention is normalised by itself."""
+    """Each attention is normalised separately."""
 
     def difference(self, signal: Tensor, noise: Tensor, lam: Tensor) -> Tensor:
         config = _config(self)
@@ -152,7 +152,7 @@ class HeadsReversed(Steps):
 
 @faulty("half_precision_projection", "the output projection in float16", Stage.OUTPUT_PROJECTION, float32)
 class HalfPrecisionProjection(Steps):
-    """The output projection in float16."""
+    """The output projection is computed in float16."""
 
     def project(self, joined: Tensor) -> Tensor:
         bias = None if self.out_proj.bias is None else self.out_proj.bias.half()
@@ -161,16 +161,16 @@ class HalfPrecisionProjection(Steps):
 
 @faulty("nan_at_length_one", "a division that is 0 / 0 at length 1", None)
 class NanAtLengthOne(Steps):
-    """A division that is 0 / 0 at length 1."""
+    """The result is divided by 0 / 0 at length 1."""
 
     def project(self, joined: Tensor) -> Tensor:
         others = torch.ones(joined.shape[1]).sum() - 1
         return super().project(joined) * (others / others)
 
 
-@faulty("noisy", "a little noise on the output, another one in every call", None)
+@faulty("noisy", "a little noise on the output, different in every call", None)
 class Noisy(Steps):
-    """A little noise on the output, another one in every call."""
+    """The output has a little noise, which is different in every call."""
 
     def project(self, joined: Tensor) -> Tensor:
         output = super().project(joined)

@@ -1,4 +1,4 @@
-"""Blocks with the wrong rotary embedding or the wrong mask.
+"""Blocks with a wrong rotary embedding or a wrong mask.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -28,7 +28,7 @@ from diffdeploy.selftest.conditions import (
 
 @faulty("keys_not_turned", "no rotary embedding on the keys", Stage.ROPE, has_rope)
 class KeysNotTurned(Steps):
-    """No rotary embedding on the keys."""
+    """The keys have no rotary embedding."""
 
     def rotate_keys(self, k_BHSd: Tensor, rotate: Rotation) -> Tensor:
         return k_BHSd
@@ -36,23 +36,23 @@ class KeysNotTurned(Steps):
 
 @faulty("queries_not_turned", "no rotary embedding on the queries", Stage.ROPE, has_rope)
 class QueriesNotTurned(Steps):
-    """No rotary embedding on the queries."""
+    """The queries have no rotary embedding."""
 
     def rotate_queries(self, q_BHSd: Tensor, rotate: Rotation) -> Tensor:
         return q_BHSd
 
 
-@faulty("keys_turned_twice", "the keys are turned, and turned again", Stage.ROPE, has_rope)
+@faulty("keys_turned_twice", "the keys are rotated twice", Stage.ROPE, has_rope)
 class KeysTurnedTwice(Steps):
-    """The keys are turned, and turned again."""
+    """The keys are rotated twice."""
 
     def rotate_keys(self, k_BHSd: Tensor, rotate: Rotation) -> Tensor:
         return rotate(rotate(k_BHSd))
 
 
-@faulty("noise_not_turned", "rotary embedding of the signal stream alone", Stage.ROPE, has_rope, version_1)
+@faulty("noise_not_turned", "rotary embedding of the signal stream only", Stage.ROPE, has_rope, version_1)
 class NoiseNotTurned(Steps):
-    """Rotary embedding of the signal stream alone."""
+    """Only the signal stream has rotary embedding."""
 
     def rotate_queries(self, q_BHSd: Tensor, rotate: Rotation) -> Tensor:
         return _signal_only(rotate(q_BHSd), q_BHSd)
@@ -80,24 +80,24 @@ class PositionsIgnored(Steps):
         return cast("Tensor", self.rotary(k_BHSd))
 
 
-@faulty("sees_one_future_key", "the causal mask is off by one, to the future", Stage.SIGNAL, causal_without_window)
+@faulty("sees_one_future_key", "the causal mask is off by one, towards the future", Stage.SIGNAL, causal_without_window)
 class SeesOneFutureKey(Steps):
-    """The causal mask is off by one, to the future."""
+    """The causal mask is off by one, towards the future."""
 
     def seen(self, q_BHSd: Tensor, k_BHTd: Tensor, mask: Tensor | None) -> Visibility:
         return _masked(self, q_BHSd, k_BHTd, mask, 1)
 
 
-@faulty("does_not_see_itself", "the causal mask is off by one, to the past", Stage.SIGNAL, causal_without_window)
+@faulty("does_not_see_itself", "the causal mask is off by one, towards the past", Stage.SIGNAL, causal_without_window)
 class DoesNotSeeItself(Steps):
-    """The causal mask is off by one, to the past."""
+    """The causal mask is off by one, towards the past."""
 
     def seen(self, q_BHSd: Tensor, k_BHTd: Tensor, mask: Tensor | None) -> Visibility:
         return _masked(self, q_BHSd, k_BHTd, mask, -1)
 
 
 def _masked(block: Steps, q_BHSd: Tensor, k_BHTd: Tensor, mask: Tensor | None, more: int) -> Visibility:
-    """The causal mask with ``more`` keys seen."""
+    """Causal mask that shows ``more`` additional keys."""
     queries = torch.arange(q_BHSd.shape[2])[:, None] + (k_BHTd.shape[2] - q_BHSd.shape[2])
     band = (torch.arange(k_BHTd.shape[2]) <= queries + more)[None, None]
     return visibility(
@@ -107,13 +107,13 @@ def _masked(block: Steps, q_BHSd: Tensor, k_BHTd: Tensor, mask: Tensor | None, m
 
 @faulty(
     "causal_top_left",
-    "query ``i`` sees keys up to ``i``, whatever lies before it in the cache",
+    "query ``i`` sees keys up to ``i``, whatever the length of the past",
     Stage.SIGNAL,
     causal_without_window,
     cached,
 )
 class CausalTopLeft(Steps):
-    """Query ``i`` sees keys up to ``i``, whatever lies before it in the cache."""
+    """Query ``i`` sees keys up to ``i``, whatever the length of the past."""
 
     def seen(self, q_BHSd: Tensor, k_BHTd: Tensor, mask: Tensor | None) -> Visibility:
         band = torch.ones(q_BHSd.shape[2], k_BHTd.shape[2], dtype=torch.bool).tril()[None, None]
@@ -146,9 +146,9 @@ class MaskShifted(Steps):
         return super().key_mask(attention_mask.roll(1, dims=1))
 
 
-@faulty("mask_ignored_by_noise", "padding is hidden from the signal stream alone", Stage.NOISE, masked, without_window)
+@faulty("mask_ignored_by_noise", "padding is hidden from the signal stream only", Stage.NOISE, masked, without_window)
 class MaskIgnoredByNoise(Steps):
-    """Padding is hidden from the signal stream alone."""
+    """Padding is hidden from the signal stream only."""
 
     stream_without_mask = 1
 
@@ -161,31 +161,29 @@ class MaskIgnoredByNoise(Steps):
         return Visibility((torch.arange(key_length) <= newest)[None, None], False, seen.dead)
 
 
-@faulty("mask_ignored_by_signal", "padding is hidden from the noise stream alone", Stage.SIGNAL, masked, without_window)
+@faulty("mask_ignored_by_signal", "padding is hidden from the noise stream only", Stage.SIGNAL, masked, without_window)
 class MaskIgnoredBySignal(MaskIgnoredByNoise):
-    """Padding is hidden from the noise stream alone."""
+    """Padding is hidden from the noise stream only."""
 
     stream_without_mask = 0
 
 
 @faulty(
     "hidden_rows_are_averages",
-    "a query that sees nothing gives the mean of the values, as kernels left alone do",
+    "a fully masked query returns the mean of the values, as kernels do by default",
     Stage.SIGNAL,
     masked,
 )
 class HiddenRowsAreAverages(Steps):
-    """A query that sees nothing gives the mean of the values, as kernels left alone do."""
+    """A fully masked query returns the mean of the values, as kernels do by default."""
 
     def softmax_attention(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
         return super().softmax_attention(q_BHSd, k_BHTd, v_BHTe, Visibility(seen.mask, seen.is_causal))
 
 
-@faulty(
-    "hidden_rows_are_nan", "a query that sees nothing gives NaN, as a softmax over nothing does", Stage.SIGNAL, masked
-)
+@faulty("hidden_rows_are_nan", "a fully masked query returns NaN, like a softmax of nothing", Stage.SIGNAL, masked)
 class HiddenRowsAreNan(Steps):
-    """A query that sees nothing gives NaN, as a softmax over nothing does."""
+    """A fully masked query returns NaN, like a softmax of nothing."""
 
     def softmax_attention(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
         output = super().softmax_attention(q_BHSd, k_BHTd, v_BHTe, Visibility(seen.mask, seen.is_causal))
@@ -194,14 +192,14 @@ class HiddenRowsAreNan(Steps):
 
 @faulty(
     "window_of64",
-    "sees the last 64 keys only, which shorter sequences do not tell",
+    "sees only the last 64 keys, which shorter sequences do not show",
     Stage.SIGNAL,
     causal,
     window_above_64,
     longer_than_64,
 )
 class WindowOf64(Steps):
-    """Sees the last 64 keys only, which shorter sequences do not tell."""
+    """Queries see only the last 64 keys, which shorter sequences do not show."""
 
     def seen(self, q_BHSd: Tensor, k_BHTd: Tensor, mask: Tensor | None) -> Visibility:
         return visibility(q_BHSd, k_BHTd, causal=True, attn_mask=mask, sliding_window=64)

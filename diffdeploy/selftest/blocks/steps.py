@@ -1,4 +1,4 @@
-"""The block's attention and cache in finer steps that a fault can replace one of; without a fault it is the block.
+"""The block's attention and cache in finer steps, one of which a fault replaces; without a fault, it is the block.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -16,14 +16,14 @@ from diffdeploy.ops.registry import implementation
 
 __all__ = ["Steps", "to_half_precision"]
 
-# 2 ** 13 + 1: of the 24 bits of float32, 11 stay.
+# 2 ** 13 + 1: keeps 11 of the 24 bits of float32.
 _SPLIT = 8193.0
 
 
 class Steps(AttentionBlock):
-    """A base to put in front of a block's class; each fault overrides one step, of these or of the block's own.
+    """Base class to put before a block's class; each fault overrides one step, of these or of the block's own.
 
-    The graph has as many attentions as that of the block, so that a fault is found by its numbers.
+    The graph has as many attentions as that of the block, so that a fault is detected by its numbers.
     """
 
     def compute(
@@ -34,12 +34,15 @@ class Steps(AttentionBlock):
         past_key_values: KeyValueCache | None = None,
         *,
         causal: bool | None = None,
+        total_length: int | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
-        output, cache = super().compute(hidden_states, attention_mask, rotate, past_key_values, causal=causal)
+        output, cache = super().compute(
+            hidden_states, attention_mask, rotate, past_key_values, causal=causal, total_length=total_length
+        )
         return output, cache if past_key_values is None else self.handed_on(past_key_values, hidden_states, cache)
 
     def handed_on(self, past: KeyValueCache, hidden_states: Tensor, cache: KeyValueCache) -> KeyValueCache:
-        """What is given back for the next call."""
+        """Cache that is returned for the next call."""
         return cache
 
     def attend(
@@ -50,16 +53,16 @@ class Steps(AttentionBlock):
         return self.difference(signal, noise, lam.to(signal.dtype))
 
     def seen(self, q_BHSd: Tensor, k_BHTd: Tensor, mask: Tensor | None) -> Visibility:
-        """What both streams may see."""
+        """Combined mask of both streams."""
         config = self.config
         return visibility(q_BHSd, k_BHTd, causal=config.causal, attn_mask=mask, sliding_window=config.sliding_window)
 
     def seen_by(self, stream: int, seen: Visibility) -> Visibility:
-        """What one stream may see."""
+        """Mask of one stream."""
         return seen
 
     def heads_of(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of one stream, with ``h`` heads of queries and a divisor of ``h`` of the others."""
+        """Queries, keys and values of one stream, with ``h`` query heads and a divisor of ``h`` key and value heads."""
         config = self.config
         k_BHTd, v_BHTe = stream_heads(
             k_BHTd,
@@ -72,7 +75,7 @@ class Steps(AttentionBlock):
         return q_BHSd[:, stream::2], k_BHTd, v_BHTe
 
     def streams(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> tuple[Tensor, Tensor]:
-        """Attentions of both streams: two, or one of twice as many heads where the block has one."""
+        """Attentions of both streams: two, or one with twice as many heads if the block has one."""
         parts = [self.heads_of(stream, q_BHSd, k_BHTd, v_BHTe) for stream in (0, 1)]
         masks = [self.seen_by(stream, seen) for stream in (0, 1)]
         impl = Impl(self.impl)
@@ -85,7 +88,7 @@ class Steps(AttentionBlock):
         return signal, noise
 
     def softmax_attention(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
-        """One softmax attention, with equal widths where those of the block's kernels are."""
+        """Compute one softmax attention, with equal widths if the block's kernels require them."""
         sides = (q_BHSd, k_BHTd, v_BHTe)
         output = F.scaled_dot_product_attention(
             *(sides if self.impl == Impl.TWO_CALL else equal_widths(*sides)),
@@ -97,12 +100,12 @@ class Steps(AttentionBlock):
         return seen.clear_dead(output[..., : v_BHTe.shape[-1]])
 
     def difference(self, signal: Tensor, noise: Tensor, lam: Tensor) -> Tensor:
-        """The differential heads."""
+        """Compute the differential heads."""
         return signal - lam * noise
 
 
 def _by_stream(masks: list[Visibility], num_heads: int) -> Visibility:
-    """Of both streams one after the other; masks of graphs tell no heads apart."""
+    """Concatenate the masks of both streams; masks of graphs have no entries per head."""
     first, second = masks
     if first is second or first.mask is None or second.mask is None:
         return first
@@ -119,7 +122,7 @@ def _by_stream(masks: list[Visibility], num_heads: int) -> Visibility:
 def to_half_precision(side: Tensor) -> Tensor:
     """Round float32 to the 11 bits of float16, without its range.
 
-    By arithmetic (Dekker's splitting), since inductor leaves out casts that only come and go.
+    This is done by arithmetic (Dekker's splitting), since inductor removes pairs of casts that cancel.
     """
     spread = side * _SPLIT
     return spread - (spread - side)

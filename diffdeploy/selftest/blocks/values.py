@@ -1,4 +1,4 @@
-"""Blocks that are right for numbers near 1, and wrong for those that activations of language models hold.
+"""Blocks that are correct for numbers near 1, but wrong for those in activations of language models.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -12,9 +12,9 @@ from diffdeploy.selftest.blocks.entry import faulty
 from diffdeploy.selftest.blocks.steps import Steps
 from diffdeploy.selftest.conditions import causal
 
-# Larger than any number that inputs near 1 make.
+# Larger than any number that results from inputs near 1.
 _LARGE = 50.0
-# What masks of older models add to the scores, in place of minus infinity.
+# Number that masks of older models add to the scores instead of minus infinity.
 _HIDDEN = -1e4
 
 
@@ -22,7 +22,7 @@ _HIDDEN = -1e4
     "hidden_by_ten_thousand", "hidden scores are 1e4 lower, not minus infinity", Stage.SIGNAL, causal, family="values"
 )
 class HiddenByTenThousand(Steps):
-    """Hidden scores are 1e4 lower, not minus infinity."""
+    """Hidden scores are lowered by 1e4, not to minus infinity."""
 
     def softmax_attention(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
         mask = seen.mask
@@ -32,18 +32,18 @@ class HiddenByTenThousand(Steps):
         return super().softmax_attention(q_BHSd, k_BHTd, v_BHTe, Visibility(bias, dead=seen.dead))
 
 
-@faulty("values_clamped_at_50", "values end at 50 in the attentions", Stage.SIGNAL, family="values")
+@faulty("values_clamped_at_50", "values are clamped at 50 in the attentions", Stage.SIGNAL, family="values")
 class ValuesClampedAt50(Steps):
-    """Values end at 50 in the attentions."""
+    """Values are clamped at 50 in the attentions."""
 
     def heads_of(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().heads_of(stream, q_BHSd, k_BHTd, v_BHTe)
         return q, k, v.clamp(-_LARGE, _LARGE)
 
 
-@faulty("queries_clamped_at_50", "queries end at 50 in the attentions", Stage.SIGNAL, family="values")
+@faulty("queries_clamped_at_50", "queries are clamped at 50 in the attentions", Stage.SIGNAL, family="values")
 class QueriesClampedAt50(Steps):
-    """Queries end at 50 in the attentions."""
+    """Queries are clamped at 50 in the attentions."""
 
     def heads_of(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().heads_of(stream, q_BHSd, k_BHTd, v_BHTe)

@@ -1,4 +1,4 @@
-"""Faults that only some of the inputs show which a graph declares legal."""
+"""Faults that only some of a graph's legal inputs show."""
 
 from diffdeploy.selftest.legal.masks import MASKS_FAULTS, POSITIONS_FAULTS
 from diffdeploy.selftest.legal.sizes import BATCHES_FAULTS, LENGTHS_FAULTS

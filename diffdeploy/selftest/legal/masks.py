@@ -1,4 +1,4 @@
-"""Faults that only some masks and positions show: of one row, of little or much padding, of positions by themselves."""
+"""Faults that only some masks and positions show: of one row, of little or much padding, of single positions."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ __all__ = ["MASKS_FAULTS", "POSITIONS_FAULTS"]
 
 
 def _mask_where(rows: Callable[[Array], Array], value: Callable[[Array], Array]) -> Callable[[Arrays], Arrays]:
-    """Masks ``[B, T]`` of the rows that ``rows`` names are replaced."""
+    """Function that replaces the masks ``[B, T]`` of the rows that ``rows`` selects."""
 
     def change(inputs: Arrays) -> Arrays:
         mask = inputs["attention_mask"]
@@ -23,7 +23,7 @@ def _mask_where(rows: Callable[[Array], Array], value: Callable[[Array], Array])
 
 
 def _share(mask: Array) -> Array:
-    """Part of each row that is padding."""
+    """Share of each row that is padding."""
     hidden: Array = np.mean(mask == 0, axis=1)
     return hidden
 
@@ -37,7 +37,7 @@ def _all_rows(mask: Array) -> Array:
 
 
 def _filled(mask: Array) -> Array:
-    """Every token between the first and the last one is seen."""
+    """Mask that shows every token between the first and the last one."""
     after = np.maximum.accumulate(mask, axis=1)
     before = np.maximum.accumulate(mask[:, ::-1], axis=1)[:, ::-1]
     between: Array = after * before
@@ -45,12 +45,12 @@ def _filled(mask: Array) -> Array:
 
 
 def _pushed_right(mask: Array) -> Array:
-    """As many tokens, all at the end: what a graph makes that takes the number of tokens for the mask."""
+    """Mask with as many tokens, all at the end, as in a graph that uses only the number of tokens."""
     return np.sort(mask, axis=1)
 
 
 def _cut(mask: Array) -> Array:
-    """One run of tokens, of the length of the whole: what a graph makes that takes an offset and a count."""
+    """Mask with one run of tokens of the same length, as in a graph that uses an offset and a count."""
     start = np.argmax(mask, axis=1)[:, None]
     places = np.arange(mask.shape[1])
     run: Array = (places >= start) & (places < start + mask.sum(axis=1, keepdims=True))
@@ -122,7 +122,7 @@ MASKS_FAULTS = [
     of_inputs(
         "masks",
         "mask_of_other_rows_pushed_right",
-        "all rows but the last are taken for padded at the left",
+        "all rows but the last are treated as padded on the left",
         _mask_where(_others_than_last, _pushed_right),
         masked,
         rows_above(1),
@@ -130,7 +130,7 @@ MASKS_FAULTS = [
     of_inputs(
         "masks",
         "mask_of_other_rows_in_one_piece",
-        "all rows but the last have one run of tokens",
+        "all rows but the last have one contiguous run of tokens",
         _mask_where(_others_than_last, _cut),
         masked,
         rows_above(1),
@@ -138,7 +138,7 @@ MASKS_FAULTS = [
     of_places(
         "masks",
         "rows_of_unequal_padding_off",
-        "off where two rows hide different numbers of tokens, neither of them none",
+        "off where two rows hide different numbers of tokens, both more than none",
         lambda inputs: len({*np.sum(inputs["attention_mask"] == 0, axis=1)} - {0}) > 1,
         masked,
         rows_above(1),
@@ -176,7 +176,7 @@ POSITIONS_FAULTS = [
     of_inputs(
         "positions",
         "positions_ascend",
-        "a position is never below the one before",
+        "a position is never below the previous one",
         lambda inputs: {"position_ids": np.maximum.accumulate(inputs["position_ids"], axis=1)},
         has_positions,
     ),

@@ -65,7 +65,7 @@ BATCHES_FAULTS = [
     of_inputs(
         "batches",
         "past_of_the_row_before",
-        "in batches above two every row reads the past of the one before",
+        "in batches above two, every row reads the past of the previous one",
         _rolled("past_key_values.value", lambda inputs: num_rows_of(inputs) > 2),
         cached,
         rows_above(2),
@@ -73,7 +73,7 @@ BATCHES_FAULTS = [
     of_places(
         "batches",
         "decoding_above_two_rows_off",
-        "off for one token behind a past in the third row and later",
+        "off for one token after a past in the third row and later",
         lambda inputs: (row_numbers(inputs) >= 2) & (length_of(inputs) == 1) & (past_of(inputs) > 0),
         cached,
         rows_above(2),
@@ -87,21 +87,21 @@ BATCHES_FAULTS = [
     of_places(
         "batches",
         "rows_above_eight_off",
-        "off in the ninth row and later, behind more than one position",
+        "off in the ninth row and later, after more than one position",
         lambda inputs: (row_numbers(inputs) >= 8) & (length_of(inputs) > 1),
         rows_above(8),
     ),
     of_inputs(
         "batches",
         "padding_seen_when_decoding_alone",
-        "one row that decodes sees its padding",
+        "a single row sees its padding when decoding",
         _seen_when_decoding(lambda rows: rows == 1),
         cached,
     ),
     of_inputs(
         "batches",
         "padding_seen_when_decoding_many",
-        "three rows and more that decode see their padding",
+        "three rows or more see their padding when decoding",
         _seen_when_decoding(lambda rows: rows > 2),
         cached,
         rows_above(2),
@@ -118,7 +118,7 @@ LENGTHS_FAULTS = [
     of_places(
         "lengths",
         "lengths_above_129_off",
-        "off between 129 positions and the longest",
+        "off at the end of sequences of more than 129 positions",
         lambda inputs: (length_of(inputs) > 129) & (np.arange(length_of(inputs)) == length_of(inputs) - 1),
         longer_than(160),
     ),
@@ -154,7 +154,7 @@ LENGTHS_FAULTS = [
     of_places(
         "lengths",
         "pasts_above_130_off",
-        "off behind more than 130 tokens of the past, and less than all there can be",
+        "off for several tokens after a past of more than 130",
         lambda inputs: (past_of(inputs) > 130) & (length_of(inputs) > 1),
         cached,
         longer_than(300),
@@ -162,7 +162,7 @@ LENGTHS_FAULTS = [
     of_places(
         "lengths",
         "padded_decoding_off",
-        "off for one token behind a padded past of more than 16",
+        "off for one token after a padded past of more than 16",
         _padded_decoding_off,
         cached,
     ),

@@ -1,4 +1,4 @@
-"""Faults that only some numbers in the inputs show, and those that an exact one triggers, which nothing can prove."""
+"""Faults that only some numbers in the inputs show, and faults of a single exact value, which nothing can prove."""
 
 from collections.abc import Callable
 
@@ -36,7 +36,7 @@ def _equal_to_the_one_before(inputs: Arrays) -> Array:
     x = inputs["hidden_states"]
     same = np.zeros(x.shape[:2], dtype=bool)
     same[:, 1:] = (x[:, 1:] == x[:, :-1]).all(axis=2)
-    # A whole sequence of one token has long been tried.
+    # Whole sequences of one token are tried elsewhere.
     same[:, 1:] &= ~same[:, 1:].all(axis=1, keepdims=True)
     return same
 
@@ -47,15 +47,17 @@ def _without_offset(x_BSD: Array) -> Array:
 
 
 VALUES_FAULTS = [
-    of_inputs("values", "inputs_clamped_at_50", "inputs end at 50", _states(lambda x: np.clip(x, -50, 50))),
-    of_inputs("values", "inputs_clamped_at_1000", "inputs end at 1000", _states(lambda x: np.clip(x, -1000, 1000))),
+    of_inputs("values", "inputs_clamped_at_50", "inputs are clamped at 50", _states(lambda x: np.clip(x, -50, 50))),
+    of_inputs(
+        "values", "inputs_clamped_at_1000", "inputs are clamped at 1000", _states(lambda x: np.clip(x, -1000, 1000))
+    ),
     of_inputs(
         "values", "outliers_dropped", "inputs above 100 are 0", _states(lambda x: np.where(np.abs(x) > 100, 0, x))
     ),
     of_inputs(
         "values",
         "peaks_cut",
-        "inputs end at six times the size of their token",
+        "inputs are clamped at six times the size of their token",
         _states(lambda x: np.clip(x, -6 * _sizes(x), 6 * _sizes(x))),
     ),
     of_places(
@@ -73,7 +75,7 @@ VALUES_FAULTS = [
     of_inputs(
         "values",
         "below_a_ten_thousandth_is_zero",
-        "tokens of size below 1e-4 are 0",
+        "tokens smaller than 1e-4 are 0",
         _states(lambda x: np.where(_sizes(x) < 1e-4, 0, x)),
         lambda target: target.config.norm_eps is None or target.config.norm_eps <= 1e-5,
     ),
@@ -87,35 +89,35 @@ VALUES_FAULTS = [
     of_places(
         "values",
         "zero_tokens_are_nan",
-        "NaN for tokens of zeros, as a norm without epsilon gives",
+        "NaN for tokens of zeros, as from a norm without epsilon",
         lambda inputs: (inputs["hidden_states"] == 0).all(axis=2),
         factor=float("nan"),
     ),
     of_places(
         "values",
         "repeated_tokens_off",
-        "off for a token that equals the one before",
+        "off for a token that equals the previous one",
         _equal_to_the_one_before,
     ),
     of_inputs(
-        "values", "offset_removed", "the mean of a sequence is taken off where it is large", _states(_without_offset)
+        "values", "offset_removed", "the mean of a sequence is subtracted if it is large", _states(_without_offset)
     ),
     of_inputs(
         "values",
         "nan_is_zero",
-        "NaN is taken for 0",
+        "NaN is treated as 0",
         _states(lambda x: np.where(np.isnan(x), np.float32(0), x)),
     ),
     of_inputs(
         "values",
         "infinity_is_large",
-        "infinity is taken for a thousand",
+        "infinity is treated as a thousand",
         _states(lambda x: np.where(np.isinf(x), np.float32(1000), x)),
     ),
     of_inputs(
         "values",
         "zero_tokens_hidden",
-        "tokens of zeros are taken for padding",
+        "tokens of zeros are treated as padding",
         lambda inputs: {
             "attention_mask": np.concatenate(
                 (
@@ -130,7 +132,7 @@ VALUES_FAULTS = [
     of_inputs(
         "values",
         "past_clamped_at_10",
-        "keys and values of the past end at 10",
+        "keys and values of the past are clamped at 10",
         lambda inputs: {
             name: np.clip(array, -10, 10) for name, array in inputs.items() if name.startswith("past_key_values")
         },
@@ -142,7 +144,7 @@ EXACT_VALUES_FAULTS = [
     of_places(
         "exact values",
         "length_59_off",
-        "off at 59 positions and no other number",
+        "off at 59 positions, but at no other number",
         lambda inputs: length_of(inputs) == 59,
         longer_than(59),
         provable=False,

@@ -1,6 +1,6 @@
-"""Entering faults that only some legal inputs show: the artifact computes other inputs, or is off at some places.
+"""Registration of faults that only some legal inputs show: the artifact computes other inputs, or is off in places.
 
-Each stands between a runtime and its caller, so that every format can have it without another export.
+Each wraps a runtime, so that every format can have it without another export.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,12 @@ __all__ = ["Arrays", "length_of", "num_rows_of", "of_inputs", "of_places", "past
 Arrays = dict[str, Array]
 Run = Callable[[Arrays], Arrays]
 
-# An error far above every budget, and far below what anybody would see in a plot.
+# An error far above every budget, but far too small to be seen in a plot.
 _OFF = 1.05
 
 
 def of_inputs(family: str, name: str, breaks: str, change: Callable[[Arrays], Arrays], *conditions: When) -> Fault:
-    """The artifact computes the right result of other inputs: ``change`` gives those that differ."""
+    """Create a fault in which the artifact computes the correct result of inputs that ``change`` modifies."""
 
     def wrap(run: Run) -> Run:
         return lambda inputs: run({**inputs, **change(inputs)})
@@ -37,7 +37,7 @@ def of_places(
     factor: float = _OFF,
     provable: bool = True,
 ) -> Fault:
-    """The output is multiplied where ``where`` says so, ``[B, S]`` or what broadcasts to it."""
+    """Create a fault in which the output is multiplied where ``where`` is true, broadcastable to ``[B, S]``."""
 
     def wrap(run: Run) -> Run:
         def wrong(inputs: Arrays) -> Arrays:
@@ -69,20 +69,20 @@ def _fault(
 
 
 def num_rows_of(inputs: Arrays) -> int:
-    """Rows of a batch."""
+    """Number of rows of a batch."""
     return len(inputs["hidden_states"])
 
 
 def length_of(inputs: Arrays) -> int:
-    """New positions."""
+    """Number of new positions."""
     return int(inputs["hidden_states"].shape[1])
 
 
 def past_of(inputs: Arrays) -> int:
-    """Tokens in the cache."""
+    """Number of tokens in the cache."""
     return int(inputs["past_key_values.key"].shape[2]) if "past_key_values.key" in inputs else 0
 
 
 def row_numbers(inputs: Arrays) -> Array:
-    """``[B, 1]``."""
+    """Indices of the rows, ``[B, 1]``."""
     return np.arange(num_rows_of(inputs))[:, None]

@@ -11,5 +11,5 @@ __all__ = ["model_faults"]
 
 
 def model_faults(config: DecoderConfig) -> list[Fault]:
-    """The faults that bundles of a model may have, those in one layer spread over its layers."""
+    """Faults that bundles of a model may have; faults in single layers are spread over its layers."""
     return [*layer_faults(config), *CACHE_FAULTS, *GENERATION_FAULTS, *computation_faults(config)]

@@ -1,4 +1,4 @@
-"""Faults in how a cache is handed on or written in place: runtimes with one wrong step.
+"""Faults in passing on a cache or updating it in place: runtimes with one wrong step.
 
 Shape suffixes: B batch, S new tokens, P past tokens, T = P + S.
 """
@@ -22,12 +22,12 @@ CACHE_FAULTS: list[Fault] = []
 Kind = TypeVar("Kind", bound=type[StandIn])
 Inputs = dict[str, Any]
 
-# What a window that is none sees of the cache: less than most pasts that are tried.
+# Number of tokens that a false window shows of the cache, fewer than most pasts in the sweep have.
 _WINDOW = 8
 
 
 def entered(table: list[Fault], family: str, name: str, breaks: str, *conditions: When) -> Callable[[Kind], Kind]:
-    """Enter a runtime with one wrong step into a table."""
+    """Register a runtime with one wrong step in a table."""
 
     def enter(stand_in: Kind) -> Kind:
         table.append(
@@ -53,13 +53,17 @@ def _counts_tokens(target: FaultTarget) -> bool:
     return target.spec.padding != "anywhere"
 
 
+def _writes_in_place(target: FaultTarget) -> bool:
+    return _counts_tokens(target) or target.spec.cache == "in-place"
+
+
 def _several_layers(target: FaultTarget) -> bool:
     return target.decoder is not None and target.decoder.num_layers > 1
 
 
-@_faulty("cache_position_off_by_one", "positions behind a past are one too high", has_positions)
+@_faulty("cache_position_off_by_one", "positions after a past are one too high", has_positions)
 class PositionOffByOne(StandIn):
-    """Positions behind a past are one too high."""
+    """Positions after a past are one too high."""
 
     def given(self, inputs: Inputs, past_length: int) -> Inputs:
         values = self.spec.inputs["position_ids"].values
@@ -68,9 +72,9 @@ class PositionOffByOne(StandIn):
         return {**inputs, "position_ids": np.minimum(inputs["position_ids"] + 1, values.max)}
 
 
-@_faulty("cache_counts_one_token_more", "a call in place counts one token more than there are", _counts_tokens)
+@_faulty("cache_counts_one_token_more", "a call in place counts one token too many", _counts_tokens)
 class CountsOneTokenMore(StandIn):
-    """A call in place counts one token more than there are, and reads a cell that nobody wrote."""
+    """A call in place counts one token too many, and reads a cell that was never written."""
 
     def given(self, inputs: Inputs, past_length: int) -> Inputs:
         mask_BT = inputs["attention_mask"]
@@ -82,7 +86,7 @@ class CountsOneTokenMore(StandIn):
 
 @_faulty("cache_stale_slot", "the newest token of a later call is not stored in one layer")
 class StaleSlot(StandIn):
-    """The newest token of a later call is not stored in one layer; what is read there is the token before."""
+    """The newest token of a later call is not stored in one layer, so the previous token is read instead."""
 
     def spoil(self, caches: Mapping[str, Array], newest_B: Array, past_length: int) -> None:
         if past_length:
@@ -91,9 +95,9 @@ class StaleSlot(StandIn):
                     array[row, :, newest] = array[row, :, newest - 1]
 
 
-@_faulty("cache_layers_swapped", "the caches of two layers in each other's place", _several_layers)
+@_faulty("cache_layers_swapped", "the caches of two layers are swapped", _several_layers)
 class LayersSwapped(StandIn):
-    """The caches of the first and of the last layer in each other's place, behind the prompt."""
+    """The caches of the first and the last layer are swapped after the prompt."""
 
     def spoil(self, caches: Mapping[str, Array], newest_B: Array, past_length: int) -> None:
         if past_length:
@@ -103,9 +107,9 @@ class LayersSwapped(StandIn):
             one[:], other[:] = other.copy(), one.copy()
 
 
-@_faulty("cache_sides_shifted", "the values in the cache of one layer lie one token late")
+@_faulty("cache_sides_shifted", "the values in the cache of one layer are one token late")
 class SidesShifted(StandIn):
-    """The values in the cache of one layer lie one token late, and its keys are right."""
+    """The values in the cache of one layer are one token late, while its keys are correct."""
 
     def spoil(self, caches: Mapping[str, Array], newest_B: Array, past_length: int) -> None:
         if not past_length:
@@ -113,9 +117,9 @@ class SidesShifted(StandIn):
             values[:, :, 1:] = values[:, :, :-1].copy()
 
 
-@_faulty("cache_window", "a token sees the last 8 of the cache alone")
+@_faulty("cache_window", "a token sees only the last 8 of the cache")
 class Window(StandIn):
-    """A token sees the last 8 of the cache alone, where there is no window: older ones are masked or lost."""
+    """A token sees only the last 8 of the cache, though there is no window: older ones are masked or lost."""
 
     def given(self, inputs: Inputs, past_length: int) -> Inputs:
         if past_length <= _WINDOW or not self.spec.caches.keys() <= inputs.keys():
@@ -144,7 +148,7 @@ class Wraps(StandIn):
     "cache_left_padding_counted", "rows are padded on the left, and their tokens counted from there", _counts_tokens
 )
 class LeftPaddingCounted(StandIn):
-    """Rows come padded on the left, and the operator takes as many tokens from there as the mask has ones."""
+    """Rows are padded on the left, and the operator takes as many tokens from there as the mask counts."""
 
     def given(self, inputs: Inputs, past_length: int) -> Inputs:
         mask_BT = inputs["attention_mask"]
@@ -154,16 +158,16 @@ class LeftPaddingCounted(StandIn):
 
 @_faulty("cache_rows_share_a_buffer", "all rows read and write the cache of the first", rows_above(1))
 class RowsShareABuffer(StandIn):
-    """All rows read and write the cache of the first."""
+    """All rows read and write the cache of the first row."""
 
     def spoil(self, caches: Mapping[str, Array], newest_B: Array, past_length: int) -> None:
         for array in caches.values():
             array[1:] = array[:1]
 
 
-@_faulty("cache_memory_reused", "the cache of a call lies where that of an earlier one of its shape was")
+@_faulty("cache_memory_reused", "the cache of a call uses the memory of an earlier one of its shape")
 class MemoryReused(StandIn):
-    """The cache of a call lies where that of an earlier one of its shape was, which may still be in use."""
+    """The cache of a call uses the memory of an earlier one of its shape, which may still be in use."""
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(runtime)
@@ -178,9 +182,9 @@ class MemoryReused(StandIn):
         return outputs
 
 
-@_faulty("cache_shared_between_sequences", "batches that take turns are written into one buffer", _counts_tokens)
+@_faulty("cache_shared_between_sequences", "alternating batches are written into one buffer", _writes_in_place)
 class SharedBetweenSequences(StandIn):
-    """A buffer is made once for each size, and every batch of sequences of that size gets it."""
+    """One buffer is created for each size, and used for every batch of sequences of that size."""
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(runtime)
@@ -192,9 +196,9 @@ class SharedBetweenSequences(StandIn):
         return self._made[batch_size, capacity]
 
 
-@_faulty("cache_written_beyond", "a cell behind the newest token is written", _counts_tokens)
+@_faulty("cache_written_beyond", "a cell after the newest token is written", _writes_in_place)
 class WrittenBeyond(StandIn):
-    """A cell behind the newest token is written in place, which nothing reads until a later call counts on it."""
+    """A cell after the newest token is written in place, which has no effect until a later call depends on it."""
 
     def spoil(self, caches: Mapping[str, Array], newest_B: Array, past_length: int) -> None:
         for array in caches.values():
@@ -203,9 +207,9 @@ class WrittenBeyond(StandIn):
                 array[:, :, beyond] = array[:, :, beyond - 1]
 
 
-@_faulty("cache_wraps_at_the_capacity", "tokens beyond the capacity push out the oldest, and are not refused")
+@_faulty("cache_wraps_at_the_capacity", "tokens beyond the capacity replace the oldest instead of being refused")
 class WrapsAtTheCapacity(StandIn):
-    """Tokens beyond the capacity push out the oldest, and are not refused."""
+    """Tokens beyond the capacity replace the oldest instead of being refused."""
 
     def __call__(self, *unnamed: object, **inputs: Any) -> dict[str, Any]:
         capacity = self.spec.axes["total_sequence_length"].max

@@ -1,4 +1,4 @@
-"""Faults in the computation of a model: one wrong number, module or step, exported as its bundle was."""
+"""Faults in the computation of a model: one wrong number, module or step, exported with the bundle's options."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +23,7 @@ __all__ = ["computation_faults"]
 
 Edit = Callable[[DiffTransformer], None]
 
-# Shorter than most sequences that are tried.
+# Shorter than most sequences of the sweep.
 _WINDOW = 5
 
 
@@ -39,7 +39,7 @@ def _fault(name: str, breaks: str, where: str | None, edit: Edit, *conditions: W
 
 
 def _with_config(number: int, **changes: Any) -> Edit:
-    """Another config of the block of one layer."""
+    """Replace the config of one layer's block."""
 
     def edit(model: DiffTransformer) -> None:
         block = model.layers[number].self_attn
@@ -49,7 +49,7 @@ def _with_config(number: int, **changes: Any) -> Edit:
 
 
 def _with_step(number: int, step: type[Steps]) -> Edit:
-    """A wrong step in the block of one layer."""
+    """Replace a step in one layer's block with a wrong one."""
 
     def edit(model: DiffTransformer) -> None:
         block = model.layers[number].self_attn
@@ -72,7 +72,7 @@ def _norm_of(number: int, name: str) -> Edit:
 
 
 def _another_head(model: DiffTransformer) -> None:
-    """The head of a model whose head is the embedding: the embedding of the token beside each."""
+    """Replace the tied head of a model: each token gets the embedding of its neighbour."""
     other = model.embedding.weight.roll(1, dims=0).contiguous()
     model.lm_head.weight = nn.Parameter(other, requires_grad=False)
 
@@ -82,7 +82,7 @@ def _embedding_as_head(model: DiffTransformer) -> None:
 
 
 def _scaled_mlp(number: int) -> Edit:
-    """An MLP that gives a hundredth more."""
+    """Make an MLP return 1 % too much."""
 
     def edit(model: DiffTransformer) -> None:
         ffn = model.layers[number].ffn
@@ -97,7 +97,7 @@ def _scaled_mlp(number: int) -> Edit:
 
 
 class _CachesCrossed(DiffTransformer):
-    """Gives the caches of the first and of the last layer in each other's place."""
+    """Returns the caches of the first and the last layer swapped."""
 
     def forward(self, *tensors: Any, **named: Any) -> Any:
         logits, caches = super().forward(*tensors, **named)
@@ -114,31 +114,31 @@ def _is_tied(target: FaultTarget) -> bool:
 
 
 def computation_faults(config: DecoderConfig) -> list[Fault]:
-    """All of them, spread over the layers of a model."""
+    """All faults in the computation, spread over the layers of a model."""
     last, middle = config.num_layers - 1, config.num_layers // 2
     traced = is_traced
     found = [
         _fault("final_norm_eps", "the epsilon of the final norm a hundred times as large", HEAD, _large_final_epsilon),
-        _fault("head_of_another_embedding", "the tied head has the rows of the tokens beside them", HEAD, _another_head,
+        _fault("head_of_another_embedding", "the tied head has the rows of neighbouring tokens", HEAD, _another_head,
                _is_tied),
         _fault("embedding_for_head", "the head is the embedding, though it has weights of its own", HEAD,
                _embedding_as_head, lambda target: not _is_tied(target)),
         _fault("norm_eps_of_one_layer", "the epsilon before one attention a hundred times as large", f"layer {middle}",
                _norm_of(middle, "attention_norm")),
-        _fault("mlp_scaled", "one MLP gives a hundredth more", f"layer {last}", _scaled_mlp(last)),
+        _fault("mlp_scaled", "one MLP returns 1 % too much", f"layer {last}", _scaled_mlp(last)),
         _fault("softmax_scale_of_one_layer", "one layer divides its scores by the root of 2d", f"layer {middle}",
                _with_config(middle, softmax_scale=config.layers[middle].attention.scale * 2**-0.5), version_1),
         _fault("window_of_one_layer", "a sliding window in one layer", f"layer {last}",
                _with_config(last, sliding_window=_WINDOW), causal_without_window),
         _fault("keys_of_one_layer_not_turned", "no rotary embedding on the keys of one layer", f"layer {middle}",
                _with_step(middle, KeysNotTurned), traced, has_rope),
-        _fault("one_layer_counts_from_its_start", "in one layer new token i sees keys up to i, whatever lies before",
+        _fault("one_layer_counts_from_its_start", "in one layer, new token i sees keys up to i, whatever the past",
                f"layer {last}", _with_step(last, CausalTopLeft), traced, causal_without_window),
-        _fault("cache_of_one_layer_before_rope", "one layer caches keys that are not turned yet", "layer 0",
+        _fault("cache_of_one_layer_before_rope", "one layer caches keys that are not rotated yet", "layer 0",
                _with_step(0, CachedBeforeRope), traced, has_rope),
-        _fault("cached_streams_of_one_layer_exchanged", "the cache of one layer has its key streams exchanged",
+        _fault("cached_streams_of_one_layer_exchanged", "the key streams are swapped in the cache of one layer",
                f"layer {middle}", _with_step(middle, CachedStreamsExchanged), traced, version_1),
-        _fault("caches_crossed", "the caches of the first and the last layer come out in each other's place", "layer 0",
+        _fault("caches_crossed", "the caches of the first and the last layer are returned swapped", "layer 0",
                _crossed, traced, lambda _: last > 0),
     ]  # fmt: skip
     return found

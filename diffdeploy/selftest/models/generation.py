@@ -1,4 +1,4 @@
-"""Faults in generation: right calls, and tokens that are put together wrongly."""
+"""Faults in generation: correct calls whose tokens are combined wrongly."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ GENERATION_FAULTS: list[Fault] = []
 _FAMILY = "generation"
 
 
-@entered(GENERATION_FAULTS, _FAMILY, "generates_the_wrong_row", "each row goes on as the one before", rows_above(1))
+@entered(GENERATION_FAULTS, _FAMILY, "generates_the_wrong_row", "each row continues the previous one", rows_above(1))
 class WrongRow(StandIn):
-    """Each prompt is continued as the one before it should be."""
+    """Each prompt is continued in the way of the previous one."""
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
         found = super().generate(input_ids, attention_mask, **options)
@@ -28,7 +28,7 @@ class WrongRow(StandIn):
 
 @entered(GENERATION_FAULTS, _FAMILY, "generation_forgets_the_prompt", "only the last token of a prompt is seen")
 class ForgetsThePrompt(StandIn):
-    """What is continued is the last token of each prompt alone."""
+    """Only the last token of each prompt is continued."""
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
         mask = np.zeros_like(input_ids)
@@ -37,18 +37,18 @@ class ForgetsThePrompt(StandIn):
 
 
 @entered(
-    GENERATION_FAULTS, _FAMILY, "generation_sees_padding", "the padding of a prompt is taken for tokens", rows_above(1)
+    GENERATION_FAULTS, _FAMILY, "generation_sees_padding", "the padding of a prompt is treated as tokens", rows_above(1)
 )
 class SeesPadding(StandIn):
-    """The padding of a prompt is taken for tokens."""
+    """The padding of a prompt is treated as tokens."""
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
         return super().generate(input_ids, None, **options)
 
 
-@entered(GENERATION_FAULTS, _FAMILY, "generation_a_token_late", "every token comes a step late, the first one twice")
+@entered(GENERATION_FAULTS, _FAMILY, "generation_a_token_late", "every token is one step late, the first one twice")
 class ATokenLate(StandIn):
-    """Every token comes a step late, and the first one twice."""
+    """Every token is one step late, and the first one occurs twice."""
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
         found = super().generate(input_ids, attention_mask, **options)
@@ -57,9 +57,9 @@ class ATokenLate(StandIn):
         return found
 
 
-@entered(GENERATION_FAULTS, _FAMILY, "generation_one_token_wrong", "the last token of the last row is another")
+@entered(GENERATION_FAULTS, _FAMILY, "generation_one_token_wrong", "the last token of the last row is wrong")
 class OneTokenWrong(StandIn):
-    """The last token of the last row is another."""
+    """The last token of the last row is wrong."""
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
         found = super().generate(input_ids, attention_mask, **options)
@@ -71,7 +71,7 @@ class OneTokenWrong(StandIn):
     GENERATION_FAULTS, _FAMILY, "generation_beyond_the_capacity", "the start of a prompt that is too long is dropped"
 )
 class BeyondTheCapacity(StandIn):
-    """The start of a prompt that is too long is dropped, and nobody told."""
+    """The start of a prompt that is too long is silently dropped."""
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
         most = self.spec.axes["total_sequence_length"].max + 1 - options["max_new_tokens"]

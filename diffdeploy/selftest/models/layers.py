@@ -1,7 +1,7 @@
-"""Faults in the constants of a model: those of blocks in one layer after the other, and those that need several layers.
+"""Faults in the constants of a model: those of blocks, each in one layer, and those that need several layers.
 
-A fault of a block is put into one layer; which one, the place of the fault in its table says, so that all layers have
-some. What all layers share, as rotary tables, is no fault of one of them.
+The position of a block's fault in its table determines its layer, so that all layers get some. Constants that all
+layers share, such as rotary tables, are not faults of one layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from diffdeploy.verify.decoder import below
 
 __all__ = ["layer_faults"]
 
-# Names of constants, by those in the model.
+# Names of constants by their names in the model.
 Change = Callable[[FaultTarget], Mapping[str, Array]]
 
 HEAD = "head"
@@ -29,19 +29,19 @@ HEAD = "head"
 
 @dataclass(frozen=True)
 class _LayerTarget(FaultTarget):
-    """The block of one layer, as faults of blocks see it."""
+    """The block of one layer, as the target of faults of blocks."""
 
     number: int
 
     @property
     def config(self) -> AnyConfig:
-        """Of that block."""
+        """Config of that block."""
         assert self.decoder is not None
         return self.decoder.layers[self.number].attention
 
     @classmethod
     def of(cls, target: FaultTarget, number: int) -> "_LayerTarget":
-        """The layer with that number."""
+        """Create the target for the layer with that number."""
         prefix = _prefix(number)
         tables = {name: table for name, table in target.constants.items() if name.startswith("rope.")}
         constants = {**below(target.constants, prefix), **tables}
@@ -53,11 +53,11 @@ def _prefix(number: int) -> str:
 
 
 def _fault(name: str, breaks: str, where: str | None, change: Change, *conditions: When) -> Fault:
-    """A fault of a model that other constants say all of."""
+    """Create a fault of a model that consists of changed constants."""
 
     def is_held(target: FaultTarget) -> bool:
         changed = change(target)
-        # Where layers are equal there is nothing to confuse.
+        # If layers are equal, they cannot be confused.
         differs = any(not np.array_equal(array, target.constants.get(key, array)) for key, array in changed.items())
         return differs and changed.keys() <= target.constants.keys()
 
@@ -77,7 +77,7 @@ def _fault(name: str, breaks: str, where: str | None, change: Change, *condition
 
 
 def _of_block(fault: Fault, number: int) -> Fault:
-    """A fault in the constants of a block, put into one layer."""
+    """Create a fault in the constants of a block, in one layer."""
     in_block = fault.change
     assert in_block is not None
 
@@ -88,7 +88,7 @@ def _of_block(fault: Fault, number: int) -> Fault:
     def applies(target: FaultTarget) -> bool:
         return fault.applies(_LayerTarget.of(target, number))
 
-    # Rotary tables are one pair for all layers.
+    # All layers share one pair of rotary tables.
     where = None if fault.stage == "rope" else f"layer {number}"
     return _fault(fault.name, f"{fault.breaks}, in one layer", where, change, applies)
 
@@ -96,7 +96,7 @@ def _of_block(fault: Fault, number: int) -> Fault:
 def _of_layer(
     name: str, breaks: str, number: int, weight: str, edit: Callable[[Array], Array], *, after: int = 0
 ) -> Fault:
-    """A weight of one layer that is another: an edited one of its own, or of a layer that stands so far behind."""
+    """Create a fault in one weight of a layer: its own, edited, or that of the layer ``after`` layers later."""
 
     def change(target: FaultTarget) -> Mapping[str, Array]:
         assert target.decoder is not None
@@ -114,12 +114,12 @@ def _lambda_of_another_layer(number: int, other: int) -> Fault:
     def is_held(target: FaultTarget) -> bool:
         return all(f"{_prefix(layer)}lambda" in target.constants for layer in (number, other))
 
-    breaks = "the lambda of the layer beside it"
+    breaks = "the lambda of a neighbouring layer"
     return _fault("lambda_of_another_layer", breaks, f"layer {number}", change, is_held)
 
 
 def _swapped(name: str, breaks: str, one: int, other: int, ending: str) -> Fault:
-    """Constants of two layers in each other's place: all whose names end so."""
+    """Create a fault that swaps the constants of two layers whose names have an ending."""
 
     def change(target: FaultTarget) -> Mapping[str, Array]:
         held = target.constants
@@ -138,7 +138,7 @@ def _swapped(name: str, breaks: str, one: int, other: int, ending: str) -> Fault
 
 
 def _around(name: str, breaks: str, where: str | None, weight: str, edit: Callable[[Array], Array]) -> Fault:
-    """A weight that no layer has, edited."""
+    """Create a fault that edits a weight outside the layers."""
 
     def change(target: FaultTarget) -> Mapping[str, Array]:
         return {weight: edit(target.weights[weight])}
@@ -147,7 +147,7 @@ def _around(name: str, breaks: str, where: str | None, weight: str, edit: Callab
 
 
 def layer_faults(config: DecoderConfig) -> list[Fault]:
-    """All of them, spread over the layers of a model."""
+    """All faults in constants, spread over the layers of a model."""
     depth = config.num_layers
     of_blocks = [
         _of_block(fault, number % depth)
@@ -157,7 +157,7 @@ def layer_faults(config: DecoderConfig) -> list[Fault]:
     last, middle = depth - 1, depth // 2
     whole_row = flipped((config.vocab_size,), 0)
     found = [
-        _of_layer("ffn_weight_scaled", "down_proj of one MLP is a hundredth larger", last,
+        _of_layer("ffn_weight_scaled", "down_proj of one MLP is 1 % too large", last,
                   "ffn.down_proj.weight", times(1.01)),
         _of_layer("ffn_weight_off_by_one_bit", "one weight of gate_proj is the next number", middle,
                   "ffn.gate_proj.weight", next_bit),
@@ -179,10 +179,10 @@ def layer_faults(config: DecoderConfig) -> list[Fault]:
                       again, after=1),
             _of_layer("ffn_weight_of_another_layer", "up_proj is that of the next layer", middle, "ffn.up_proj.weight",
                       again, after=1),
-            _swapped("layers_swapped", "two layers in each other's place", 0, last, ""),
-            _swapped("attentions_swapped", "the attention weights of two layers in each other's place", middle - 1,
+            _swapped("layers_swapped", "two layers are swapped", 0, last, ""),
+            _swapped("attentions_swapped", "the attention weights of two layers are swapped", middle - 1,
                      middle, "_proj.weight"),
-            _swapped("lambdas_swapped", "the lambdas of two layers in each other's place", last - 1, last, ".lambda"),
+            _swapped("lambdas_swapped", "the lambdas of two layers are swapped", last - 1, last, ".lambda"),
         ]  # fmt: skip
     return [*of_blocks, *found]
 

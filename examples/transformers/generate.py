@@ -1,0 +1,14 @@
+"""Text from a model bundle of any format with transformers' generate(): python generate.py MODEL PROMPT NUM_TOKENS."""
+
+import sys
+
+from transformers import AutoTokenizer
+
+from diffdeploy.integrations.transformers import DiffDeployForCausalLM
+
+folder, prompt, num_tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = DiffDeployForCausalLM.from_pretrained(folder)
+inputs = tokenizer(prompt, return_tensors="pt")
+tokens = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=num_tokens)
+print(tokenizer.decode(tokens[0]))
