@@ -25,6 +25,7 @@ from diffdeploy.bundle import (
 from diffdeploy.config import AnyModel
 from diffdeploy.errors import DiffDeployError, ExportError, InputError, UnavailableError
 from diffdeploy.exclusive import without_warnings
+from diffdeploy.exporters.memory import require_memory
 from diffdeploy.exporters.quantising import ShippedWeights, check_quantisation, loss_of, to_quantise
 from diffdeploy.formats import (
     ArtifactFacts,
@@ -172,6 +173,7 @@ def export_bundle(
     checkpoint = to_quantise(checkpoint, options)
     max_sequence_length, _ = settled_length(options, checkpoint)
     found = _checked_format(options)
+    require_memory(checkpoint.config, options.dtype)
     device = found.device_of(options)
     # Checked before lowering, which takes minutes if it compiles.
     if verify and (reason := found.why_not_run(device, options.dtype, runtime=options.runtime)):

@@ -14,7 +14,7 @@ from diffdeploy.formats import distributions
 from diffdeploy.records import Record
 from diffdeploy.versions import installed_versions
 
-__all__ = ["Machine", "OtherLoad", "free_bytes", "matmul_gflop_per_second"]
+__all__ = ["Machine", "OtherLoad", "matmul_gflop_per_second"]
 
 _MATMUL_SIZES = (512, 1024, 2048, 4096)
 # Keeps the total at about a second, even on slow machines, since it is measured again after each size.
@@ -142,20 +142,3 @@ def matmul_gflop_per_second(dtype: str, *, device: str, threads: int) -> float:
         # One addition and one multiplication per product; 10^6 operations per ms are 10^9 per second.
         best = max(best, 2 * size**3 / longest_ms / 1e6)
     return best
-
-
-def free_bytes(device: str) -> int:
-    """Free memory for a run: of the device, or of this machine and the control group of this process."""
-    if device == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info()[0])
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        # In a container, not all of the machine's free memory is available.
-        limit = int((group / "memory.max").read_text())
-        return min(free, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no control group, or one without a limit
-        return free

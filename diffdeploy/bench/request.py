@@ -14,9 +14,10 @@ from diffdeploy.bench.candidate_choice import (
     eager_candidates,
     given_candidates,
 )
+from diffdeploy.bench.changes import require_comparable
 from diffdeploy.bench.estimate import require_memory
-from diffdeploy.bench.machine import free_bytes
 from diffdeploy.bench.plan import Candidate, Plan, Size
+from diffdeploy.bench.results import BenchReport
 from diffdeploy.bench.run import Bench
 from diffdeploy.bundle import cast_weights
 from diffdeploy.checkpoints import CheckpointOptions
@@ -25,6 +26,7 @@ from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.formats import Device, RunOptions, Target, export_targets
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.ops import Impl
+from diffdeploy.runtime.machine import free_bytes
 
 __all__ = ["BenchRequest", "prepare"]
 
@@ -75,16 +77,19 @@ class BenchRequest:
 
 
 @contextmanager
-def prepare(request: BenchRequest, phase: Say, note: Say) -> Iterator[Bench]:
+def prepare(
+    request: BenchRequest, phase: Say, note: Say, *, compare_with: BenchReport | None = None
+) -> Iterator[Bench]:
     """Prepare a run with everything that it needs; bundles that are exported for it are removed after the block.
 
     Args:
         request: the user's request.
         phase: callback that receives a few words when a longer step begins.
         note: callback that receives what is left out, and why.
+        compare_with: an earlier run to compare the result with.
 
     Raises:
-        InputError: options do not fit each other, or a file cannot be read.
+        InputError: options do not fit each other, a file cannot be read, or the runs cannot be compared.
         UnavailableError: this machine lacks a device, a package or the memory.
         ExportError: a format could not be exported.
     """
@@ -98,6 +103,8 @@ def prepare(request: BenchRequest, phase: Say, note: Say) -> Iterator[Bench]:
         plan = _plan(request, source, eager, targets, Path(folder))
         # Before the exports, which take minutes.
         require_memory(plan, free_bytes(plan.device))
+        if compare_with is not None:
+            require_comparable(compare_with, plan, source.block)
         _write_weights(source, plan)
         plan = _with_exports(plan, request, source, targets, phase, note)
         phase("starting")

@@ -17,6 +17,7 @@ from diffdeploy.formats.artifact import (
     Backend,
     Check,
     FileFault,
+    GraphNode,
     Intermediates,
     LayerValues,
     TritonBackend,
@@ -279,6 +280,10 @@ class Format(ABC):
 
     def layer_values(self, bundle: Bundle) -> LayerValues | None:
         """Function that computes the outputs of a model's layers; ``None`` if only outputs can be observed."""
+        return None
+
+    def nodes(self, bundle: Bundle) -> Sequence[GraphNode] | None:
+        """The nodes of the artifact's graph, in their order; ``None`` where there is no graph to read."""
         return None
 
     # Self-test

@@ -163,7 +163,7 @@ def test_the_result_of_an_export_that_is_not_verified_says_so(capsys: pytest.Cap
     assert bare["graph"] == whole["graph"]
     assert (bare["status"], bare["verification"]["passed"]) == ("unverified", False)
     assert main(["diff", "whole", "bare"]) == 0
-    assert capsys.readouterr().out == "bundle verified  True -> False\n"
+    assert capsys.readouterr().out == "bundle  verified: True -> False\n"
 
 
 def test_what_is_alike_in_every_layer_is_said_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from diffdeploy.formats.artifact import (
     Backend,
     Check,
     FileFault,
+    GraphNode,
     Intermediates,
     LayerValues,
     TritonBackend,
@@ -163,6 +164,12 @@ class OnnxFormat(Format):
         from diffdeploy.formats.onnx.intermediates import intermediates
 
         return intermediates(bundle.path)
+
+    def nodes(self, bundle: Bundle) -> Sequence[GraphNode]:
+        """See `Format.nodes`."""
+        from diffdeploy.formats.onnx.nodes import nodes
+
+        return nodes(bundle.path)
 
     def layer_values(self, bundle: Bundle) -> LayerValues:
         """See `Format.layer_values`."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
 from diffdeploy.config import AnyModel
-from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
+from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, GraphNode, Intermediates, LayerValues
 from diffdeploy.formats.base import Format
 from diffdeploy.formats.options import ExportOptions, RunOptions
 from diffdeploy.graphs import GraphSpec
@@ -60,6 +60,12 @@ class Pt2Format(Format):
         from diffdeploy.formats.pt2.intermediates import intermediates
 
         return intermediates(bundle.path, bundle.manifest.graph)
+
+    def nodes(self, bundle: Bundle) -> Sequence[GraphNode]:
+        """See `Format.nodes`."""
+        from diffdeploy.formats.pt2.nodes import nodes
+
+        return nodes(bundle.path)
 
     def layer_values(self, bundle: Bundle) -> LayerValues:
         """See `Format.layer_values`."""
