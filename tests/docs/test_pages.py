@@ -41,6 +41,7 @@ REASONS = {
     "server": "it serves until it is interrupted; tests/engines starts it",
     "make": "it is a target of the Makefile, which installs and takes long",
     "shown": "it is the text of a file that is run",
+    "long": "tests/cli/test_selftest_command.py runs the same command",
     "elsewhere": "docs/export.md has the same commands, and is run",
     "no template in the sample": "tests/runtime/test_chat.py renders those of other models",
 }
@@ -57,6 +58,12 @@ RUN = [
 def test_pages_have_commands() -> None:
     assert set(SHORT) < set(RUN)
     assert sum(len([*shown_calls(page), *named_calls(page)]) for page in pages()) > 80
+
+
+def test_the_readme_is_a_page_long() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 900
+    assert {"make demo", "make test"} <= {" ".join(words[:2]) for words in indented_commands(ROOT / "README.md")}
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
@@ -102,6 +109,7 @@ def test_a_page(page: str, tmp_path: Path, bundles: BundleCache, sample_bundle: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", [page for page in RUN if page not in SHORT])
 def test_every_page(page: str, tmp_path: Path, bundles: BundleCache, sample_bundle: Path) -> None:
     run_page(ROOT / page, tmp_path, bundles, sample_bundle)
