@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffdeploy.cli import console
 from diffdeploy.cli.export_job import Job
+from diffdeploy.cli.interrupts import kept_sentence
+from diffdeploy.cli.progress import activity
 from diffdeploy.cli.report_output import report_fields
 
 if TYPE_CHECKING:
@@ -21,37 +23,66 @@ def export_formats(job: Job, output: Path | None, *, as_json: bool) -> int:
         The exit code of the worst.
     """
     # Here, as in all commands: torch comes with it, and --help answers without it.
-    from diffdeploy.bench.every_format import export_every_format, measure_formats
+    from diffdeploy.bench.every_format import FormatResult, export_every_format, measure_formats
     from diffdeploy.bundle import default_output
     from diffdeploy.checkpoints import Checkpoint
 
-    with console.activity("reading the checkpoint") as activity:
+    results: list[FormatResult] = []
+    measured, interrupted = None, False
+    with activity("reading the checkpoint") as doing:
         found = job.read()
         assert isinstance(found, Checkpoint)  # `export` refuses a model
         job = job.settled(found)
         parent = output or default_output(job.name, found.layer, "all")
-        results = export_every_format(
-            found,
-            parent,
-            job.options,
-            force=job.force,
-            verify=job.verify,
-            note=console.note,
-            phase=activity.phase,
-            progress=activity.progress,
-        )
-        activity.phase("measuring")
-        measured = measure_formats(found, results, job.options, job.name)
+
+        def finished(result: FormatResult) -> None:
+            results.append(result)
+            doing.end()
+            console.note(_verdict(result))
+
+        try:
+            export_every_format(
+                found,
+                parent,
+                job.options,
+                force=job.force,
+                verify=job.verify,
+                phase=doing.phase,
+                progress=doing.progress,
+                finished=finished,
+            )
+            doing.phase("measuring")
+            measured = measure_formats(found, results, job.options, job.name)
+        except KeyboardInterrupt:
+            interrupted = True
     if as_json:
-        console.print_json(_fields(results, measured, parent))
-    else:
+        console.print_json(_fields(results, measured, parent, interrupted=interrupted))
+    elif results:
         _print(results, measured)
     for result in results:
         # Below the table, where one looks first in a terminal.
         if result.verdict in ("failed", "left out"):
             say = console.fail if result.verdict == "failed" else console.note
             say(f"{result.name}: {result.why}")
+    if interrupted:
+        kept = [result.bundle for result in results if result.bundle is not None]
+        console.fail(f"interrupted; {kept_sentence(kept)}")
+        # What was finished has been said, as JSON too.
+        raise console.Ended(console.INTERRUPTED)
     return max(result.exit_code for result in results)
+
+
+def _verdict(result: "FormatResult") -> str:
+    """One line for a log, as soon as it is known."""
+    used = _budget_used(result)
+    place = "" if result.bundle is None else f": {result.bundle}"
+    cases = "" if result.report is None else f" ({len(result.report.cases)} cases; worst used {used} of its budget)"
+    return f"{result.name} {result.verdict}{place}{cases}"
+
+
+def _budget_used(result: "FormatResult") -> str:
+    worst = None if result.report is None else result.report.worst
+    return console.share(None if worst is None else worst.budget_used)
 
 
 def _size_bytes(bundle: Path) -> int:
@@ -71,7 +102,9 @@ def _latencies(name: str, measured: "BenchReport | None") -> list[dict[str, Any]
     ]
 
 
-def _fields(results: "list[FormatResult]", measured: "BenchReport | None", parent: Path) -> dict[str, Any]:
+def _fields(
+    results: "list[FormatResult]", measured: "BenchReport | None", parent: Path, *, interrupted: bool
+) -> dict[str, Any]:
     """For JSON."""
     from diffdeploy.bench.every_format import EAGER
 
@@ -92,6 +125,7 @@ def _fields(results: "list[FormatResult]", measured: "BenchReport | None", paren
     verdicts = {result.verdict for result in results}
     # What was left out cannot be made here, and is no failure.
     status = "failed" if "failed" in verdicts else "unverified" if "unverified" in verdicts else "passed"
+    status = "interrupted" if interrupted else status
     eager = {"name": f"eager {EAGER}", "latencies": _latencies(EAGER, measured)}
     return {"status": status, "output": str(parent), "formats": formats, "eager": eager}
 
@@ -110,26 +144,23 @@ def _print(results: "list[FormatResult]", measured: "BenchReport | None") -> Non
     headings = ("format", "verdict", "budget used", "MiB", "load s", *(f"{size.id} ms" for size in sizes))
     rows = [_row(result, measured) for result in results if result.verdict != "left out"]
     if measured is not None:
-        rows.append([f"eager {EAGER}", "", "", "", "", *_cells(EAGER, measured)])
-    console.print_table(headings, rows)
+        rows.append(["eager", "", "", "", "", *_cells(EAGER, measured)])
+    console.print_figures("one block in every format", headings, rows)
     if measured is not None:
         console.print_text(
-            f"latency in brackets as a ratio to eager {EAGER}, measured in turns, {measured.environment.threads} "
-            "threads; load and first call in a fresh process, imports apart"
+            f"ms: latency, in brackets its ratio to eager ({EAGER}), measured in turns, {measured.environment.threads} "
+            "threads; load s: loading and the first call in a fresh process, without imports"
         )
 
 
 def _row(result: "FormatResult", measured: "BenchReport | None") -> list[str]:
-    report = result.report
-    worst = None if report is None else report.worst
-    used = "-" if worst is None or worst.budget_used is None else f"{worst.budget_used:.0%}"
     size = "-" if result.bundle is None else f"{_size_bytes(result.bundle) / 2**20:.1f}"
     start = result.startup
     # Without the import, which is the same for all formats of a package.
     load = "-" if start is None else f"{start.load_seconds + start.first_call_seconds:.2f}"
     # Only bundles that passed were measured.
     cells = [] if measured is None else _cells(f"{result.name} bundle", measured) or ["-"] * len(measured.sizes)
-    return [result.name, result.verdict, used, size, load, *cells]
+    return [result.name, result.verdict, _budget_used(result), size, load, *cells]
 
 
 def _cells(name: str, measured: "BenchReport") -> list[str]:

@@ -11,7 +11,9 @@ from diffdeploy.cli import console
 from diffdeploy.cli.bench_models import bench_models, refuse_options_of_blocks
 from diffdeploy.cli.bench_view import json_fields, print_bench, print_changes
 from diffdeploy.cli.checkpoint_options import takes_checkpoint_options
-from diffdeploy.cli.shared_options import AsJson, PublicKey, Trust
+from diffdeploy.cli.completion import complete_formats, complete_impls, complete_layer
+from diffdeploy.cli.progress import Activity, activity
+from diffdeploy.cli.shared_options import AsJson, PublicKey, Trust, takes_quiet
 from diffdeploy.errors import DiffDeployError, InputError, VerificationError
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 
+@takes_quiet
 @takes_checkpoint_options
 def bench(
     sources: Annotated[
@@ -32,66 +35,83 @@ def bench(
         ),
     ] = None,
     impl: Annotated[
-        str, typer.Option(help="Implementations of the eager block, and softmax: names with commas, all or none.")
+        str,
+        typer.Option(
+            help="Implementations of the eager block, and softmax: comma-separated names, all or none.",
+            autocompletion=complete_impls,
+        ),
     ] = "all",
     format_names: Annotated[
         str | None,
         typer.Option(
             "--format",
-            help="Formats to export for this: names with commas, all or none.",
+            help="Formats to export for the run: comma-separated names, all or none.",
             show_default="all; none when a bundle is given",
+            autocompletion=complete_formats,
         ),
     ] = None,
     seq: Annotated[
         str | None,
         typer.Option(
-            help="Sequence lengths, with commas; with --graph cached those of the past, of which one token is decoded.",
+            help="Sequence lengths, comma-separated; with --graph cached, lengths of the past before one token.",
             show_default="128,512,2048; 128,512,2048,8192,32768 with --graph cached",
         ),
     ] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1",
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     embed_dim: Annotated[
         int | None, typer.Option(min=1, help="Model width of a random block.", show_default="1024")
     ] = None,
-    num_heads: Annotated[int | None, typer.Option(min=1, help="Its differential heads.", show_default="8")] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="Differential heads of a random block.", show_default="8")
+    ] = None,
     num_kv_heads: Annotated[
-        int | None, typer.Option(min=1, help="Its key/value heads.", show_default="as --num-heads")
+        int | None, typer.Option(min=1, help="Key/value heads of a random block.", show_default="as --num-heads")
     ] = None,
     head_dim: Annotated[
-        int | None, typer.Option(min=1, help="Its stream width.", show_default="--embed-dim / --num-heads / 2")
+        int | None,
+        typer.Option(min=1, help="Stream width of a random block.", show_default="--embed-dim / --num-heads / 2"),
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="Of weights and inputs.", show_default="float32, or that of the bundle"),
+        typer.Option(
+            help="Dtype of weights and inputs: float32, float16 or bfloat16.",
+            metavar="DTYPE",
+            show_default="float32, or that of the bundle",
+        ),
     ] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where everything runs.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device that everything runs on.")] = "cpu",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of every candidate, on a CPU.", show_default="as torch does")
+        int | None, typer.Option(min=1, help="Number of CPU threads of every candidate.", show_default="torch's choice")
     ] = None,
     graph: Annotated[
         Literal["plain", "masked", "cached"] | None,
         typer.Option(
-            help="Hidden states; with a padding mask; one token with a key/value cache.",
+            help="Graph: hidden states alone, with a padding mask, or one token with a key/value cache.",
             show_default="plain, or that of the bundle",
         ),
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Candidate that ratios refer to.", show_default="naive, or the first one")
+        str | None, typer.Option(help="Candidate that the ratios refer to.", show_default="naive, or the first one")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Per size.", show_default="what fits 12 s, from 9 to 31")
+        int | None, typer.Option(min=1, help="Rounds per size.", show_default="what fits 12 s, from 9 to 31")
     ] = None,
-    layer: Annotated[int | None, typer.Option(help="0-based layer of it.", show_default="the only one")] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="0-based layer of the checkpoint.", show_default="the only one", autocompletion=complete_layer
+        ),
+    ] = None,
     *,
     reading: dict[str, Any],
     trust: Trust = False,
     public_key: PublicKey = None,
     as_json: AsJson = False,
-    csv: Annotated[Path | None, typer.Option(help="Also write a table to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw latency over length: .svg or .png.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write the figures to this CSV file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also plot latency over length: an .svg or .png file.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
     compare: Annotated[
-        Path | None, typer.Option(help="Say what changed since the run that --save wrote to this file.")
+        Path | None, typer.Option(help="Report what changed since the run that --save wrote to this file.")
     ] = None,
 ) -> int:
     """Measure implementations, formats and plain softmax attention in one run, each verified before it is timed.
@@ -105,7 +125,7 @@ def bench(
     """
     outputs = Outputs(as_json=as_json, csv=csv, plot=plot, save=save, compare=compare)
     outputs.check()
-    with console.activity("loading torch"):
+    with activity("loading torch", stages=False):
         from diffdeploy.bench.models import ModelBenchRequest, holds_models
         from diffdeploy.bench.request import BenchRequest, prepare
         from diffdeploy.checkpoints import CheckpointOptions
@@ -151,16 +171,12 @@ def bench(
     )
     # Before the bundles are exported, which takes minutes, as the measuring does.
     old = outputs.earlier()
-    with console.activity("loading torch") as activity, prepare(request, activity.phase, console.note) as run:
-        if old is not None:
-            from diffdeploy.bench.changes import require_comparable
-
-            require_comparable(old, run.plan, run.block)
-        failure = _measure(run, activity)
+    with activity("preparing") as doing, prepare(request, doing.phase, console.note, compare_with=old) as run:
+        failure = _measure(run, doing)
         report = run.report()
     if report is None:
         # Nothing was measured, so there is nothing to show first.
-        raise failure or KeyboardInterrupt
+        raise failure if isinstance(failure, DiffDeployError) else KeyboardInterrupt("nothing was measured")
     outputs.write(report, old)
     return _exit_code(report, failure)
 
@@ -213,23 +229,20 @@ def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
-def _measure(run: "Bench | ModelBench", activity: console.Activity) -> KeyboardInterrupt | DiffDeployError | None:
+def _measure(run: "Bench | ModelBench", doing: Activity) -> KeyboardInterrupt | DiffDeployError | None:
     """Run to the end, or to what ended it, so that what was measured by then is not lost."""
 
     def progress(text: str, seconds_left: float | None) -> None:
-        activity.phase(text if seconds_left is None else f"{text}; about {_duration(seconds_left)} left")
+        # Such as `B1-S128: round 3 of 15`: the size is the stage.
+        stage, _, step = text.partition(": ")
+        doing.phase(stage)
+        doing.step(step, seconds_left)
 
     try:
         run.measure(progress)
     except (KeyboardInterrupt, DiffDeployError) as failure:
         return failure
     return None
-
-
-def _duration(seconds: float) -> str:
-    # While something is left to do it is never 0 s.
-    minutes, rest = divmod(max(1, round(seconds)), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,12 +259,14 @@ class Outputs:
         """Find out before anything is measured whether all of it can be written.
 
         Raises:
-            InputError: a file that cannot be written.
+            InputError: a file that cannot be written, or none to compare with.
             UnavailableError: no matplotlib.
         """
+        from diffdeploy.files import check_writable
+
         for path in (self.csv, self.plot, self.save):
-            if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-                raise InputError(f"{path} cannot be written; give a file in a directory that exists")
+            if path is not None:
+                check_writable(path)
         if self.plot is not None:
             from diffdeploy.bench.plot import require_plot
 

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from diffdeploy.cli import console
 from diffdeploy.cli.bench_view import change_fields, print_changes
-from diffdeploy.errors import InputError
+from diffdeploy.cli.progress import Activity, activity
+from diffdeploy.errors import DiffDeployError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diffdeploy.bench.models import ModelBench, ModelBenchRequest, ModelReport, ModelRow
     from diffdeploy.cli.bench import Outputs
-    from diffdeploy.errors import DiffDeployError
 
 __all__ = ["bench_models", "refuse_options_of_blocks"]
 
@@ -35,7 +35,7 @@ def refuse_options_of_blocks(given: dict[str, Any]) -> None:
 def bench_models(
     request: "ModelBenchRequest",
     outputs: "Outputs",
-    measure: "Callable[[ModelBench, console.Activity], KeyboardInterrupt | DiffDeployError | None]",
+    measure: "Callable[[ModelBench, Activity], KeyboardInterrupt | DiffDeployError | None]",
 ) -> "tuple[ModelReport, KeyboardInterrupt | DiffDeployError | None]":
     """Measure, write and print.
 
@@ -50,7 +50,7 @@ def bench_models(
     from diffdeploy.bench.models import prepare_models, read_model_report
 
     old = None if outputs.compare is None else read_model_report(outputs.compare)
-    with console.activity("opening the bundles") as activity:
+    with activity("opening the bundles") as doing:
         left_out: list[str] = []
         run = prepare_models(request, left_out.append)
         if old is not None:
@@ -58,11 +58,11 @@ def bench_models(
         # Once it is settled that there is a run.
         for reason in left_out:
             console.note(reason)
-        failure = measure(run, activity)
+        failure = measure(run, doing)
     report = run.report()
     if report is None:
         # Nothing was measured, so there is nothing to show first.
-        raise failure or KeyboardInterrupt
+        raise failure if isinstance(failure, DiffDeployError) else KeyboardInterrupt("nothing was measured")
     _write(report, old, outputs)
     return report, failure
 

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable
 from functools import wraps
-from inspect import Parameter, Signature, signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from diffdeploy.cli.completion import complete_layout
+from diffdeploy.cli.shared_options import with_parameters
 from diffdeploy.errors import InputError
 
 __all__ = ["takes_checkpoint_options"]
@@ -17,13 +19,14 @@ __all__ = ["takes_checkpoint_options"]
 # Named as the fields of `diffdeploy.checkpoints.CheckpointOptions`, of which `layer` is each command's own.
 def _options(
     layout: Annotated[
-        str | None, typer.Option(help="Layout of the checkpoint.", show_default="recognised by its keys")
+        str | None,
+        typer.Option(
+            help="Layout of the checkpoint.", show_default="recognised by its keys", autocompletion=complete_layout
+        ),
     ] = None,
     prefix: Annotated[
         str | None,
-        typer.Option(
-            help="What the keys of the block begin with.", show_default="that of the only block, or of --layer"
-        ),
+        typer.Option(help="Prefix of the keys of the block.", show_default="that of the only block, or of --layer"),
     ] = None,
     depth: Annotated[
         int | None, typer.Option(help="0-based layer index that sets lambda_init.", show_default="as the keys say")
@@ -40,7 +43,7 @@ def _options(
     ] = None,
     sliding_window: Annotated[
         int | None,
-        typer.Option(min=0, help="Keys that a position sees; 0 for all.", show_default="as config.json says"),
+        typer.Option(min=0, help="Number of keys that a position sees; 0 for all.", show_default="as config.json says"),
     ] = None,
     norm: Annotated[
         Literal["rms", "layer", "none"] | None,
@@ -57,7 +60,9 @@ def _options(
     rope: Annotated[
         Literal["interleaved", "half", "half-reversed", "none"] | None,
         typer.Option(
-            help="Rotary embedding; half-reversed turns by minus the angle.", show_default="as config.json says"
+            help="Rotary embedding: interleaved, half, half-reversed (by minus the angle) or none.",
+            metavar="KIND",
+            show_default="as config.json says",
         ),
     ] = None,
     rope_theta: Annotated[
@@ -100,7 +105,4 @@ def takes_checkpoint_options(command: Callable[..., int]) -> Callable[..., int]:
         reading["names"] = _table(reading["names"])
         return command(**given, reading=reading)
 
-    # Both are what typer looks at.
-    run_command.__signature__ = Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
-    run_command.__annotations__ = {each.name: each.annotation for each in parameters}
-    return run_command
+    return with_parameters(run_command, parameters)

@@ -7,7 +7,9 @@ import typer
 
 from diffdeploy.cli import console
 from diffdeploy.cli.checkpoint_options import takes_checkpoint_options
-from diffdeploy.cli.shared_options import AsJson
+from diffdeploy.cli.interrupts import keeping
+from diffdeploy.cli.progress import activity
+from diffdeploy.cli.shared_options import AsJson, takes_quiet
 
 if TYPE_CHECKING:
     from diffdeploy.exporters import Conversion
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["convert"]
 
 
+@takes_quiet
 @takes_checkpoint_options
 def convert(
     checkpoint: Annotated[
@@ -38,17 +41,22 @@ def convert(
     Nothing is left at --output unless the logits in fp64 of what was written, read back, are those of the checkpoint
     within the rounding of its dtype. A model that the target cannot hold is refused, and the reason is named.
     """
-    with console.activity("reading the checkpoint") as activity:
+    with activity("reading the checkpoint") as doing:
         from diffdeploy.bundle import default_output
         from diffdeploy.checkpoints import CheckpointOptions, read_model
         from diffdeploy.checkpoints.files import SAMPLE
         from diffdeploy.exporters import convert_model
+        from diffdeploy.exporters.convert import RECORD
+        from diffdeploy.staging import check_directory
 
         source = SAMPLE if checkpoint is None else checkpoint
         name = source.resolve().name.removesuffix(source.suffix)
-        found = read_model(source, CheckpointOptions(**reading))
         place = output or default_output(name, None, target)
-        done = convert_model(found, place, target=target, force=force, phase=activity.phase)
+        # Before the checkpoint is read, which may take minutes.
+        check_directory(place, marker=RECORD, what="conversion", force=force)
+        found = read_model(source, CheckpointOptions(**reading))
+        with keeping(place):
+            done = convert_model(found, place, target=target, force=force, phase=doing.phase)
     if found.max_positions is None:
         console.note(
             f"nothing says how long sequences get; max_position_embeddings in {place / 'config.json'} is the default "
@@ -58,7 +66,7 @@ def convert(
         console.print_json(_fields(done))
     else:
         worst = done.record.worst
-        used = "" if worst.budget_used is None else f"; worst {worst.id} used {worst.budget_used:.0%} of its budget"
+        used = f"; worst {worst.id} used {console.share(worst.budget_used)} of its budget"
         console.print_text(f"passed: {place} ({len(done.record.cases)} cases{used})")
     return 0
 

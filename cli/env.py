@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from diffdeploy import __version__
 from diffdeploy.cli import console
+from diffdeploy.cli.progress import activity
 from diffdeploy.cli.shared_options import AsJson
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _torch() -> tuple[int | None, str | None]:
 
 def env(as_json: AsJson = False) -> int:
     """Say what this machine can export, run and verify, and why not the rest."""
-    with console.activity("looking around"):
+    with activity("looking around", stages=False):
         threads, device = _torch()
         matrix = _matrix()
     versions = _versions()

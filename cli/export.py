@@ -5,11 +5,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from diffdeploy.cli import console
 from diffdeploy.cli.all_formats import export_formats
 from diffdeploy.cli.checkpoint_options import takes_checkpoint_options
+from diffdeploy.cli.completion import complete_format, complete_layer
 from diffdeploy.cli.export_job import Job, export_all
-from diffdeploy.cli.shared_options import AsJson, Cases, selection_of
+from diffdeploy.cli.progress import activity
+from diffdeploy.cli.shared_options import AsJson, Cases, refuse_together, selection_of, takes_quiet
 from diffdeploy.errors import InputError
 from diffdeploy.formats import format_names
 
@@ -27,6 +28,7 @@ def _known_format(name: str) -> str:
     return name
 
 
+@takes_quiet
 @takes_checkpoint_options
 def export(
     checkpoint: Annotated[
@@ -38,9 +40,10 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="Deployment format.",
-            metavar=f"[{'|'.join((*format_names(), _ALL))}]",
+            help=f"Deployment format: {', '.join(format_names())}; or {_ALL}, every one that this machine supports.",
+            metavar="FORMAT",
             callback=_known_format,
+            autocompletion=complete_format,
         ),
     ] = "onnx",
     output: Annotated[
@@ -50,7 +53,9 @@ def export(
     layer: Annotated[
         str | None,
         typer.Option(
-            help="0-based layer whose block to export, or all.", show_default="the whole model, or the only block"
+            help="0-based layer whose block to export, or all.",
+            show_default="the whole model, or the only block",
+            autocompletion=complete_layer,
         ),
     ] = None,
     *,
@@ -58,13 +63,13 @@ def export(
     graph: Annotated[
         Literal["plain", "masked", "cached"] | None,
         typer.Option(
-            help="Inputs of a block: hidden states; with a padding mask; with a key/value cache.",
+            help="Inputs of a block: hidden states alone, with a padding mask, or with a key/value cache.",
             show_default="plain",
         ),
     ] = None,
     logits: Annotated[
         Literal["all", "last"] | None,
-        typer.Option(help="Of a model: at all new positions, or at the last.", show_default="all"),
+        typer.Option(help="Positions that a model gives logits for: all new ones, or the last.", show_default="all"),
     ] = None,
     cache: Annotated[
         Literal["growing", "in-place"] | None,
@@ -73,15 +78,18 @@ def export(
             show_default="growing",
         ),
     ] = None,
-    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of weights and graph.")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"],
+        typer.Option(help="Dtype of weights and graph: float32, float16 or bfloat16.", metavar="DTYPE"),
+    ] = "float32",
     device: Annotated[
         Literal["cpu", "cuda"] | None,
-        typer.Option(help="What it is compiled for, and verified on.", show_default="cpu; cuda for flash2"),
+        typer.Option(help="Device that the bundle is made for and verified on.", show_default="cpu; cuda for flash2"),
     ] = None,
     max_batch_size: Annotated[int, typer.Option(help="Largest batch.")] = 32,
     max_sequence_length: Annotated[
         int | None,
-        typer.Option(help="Longest sequence, past included.", show_default="max_position_embeddings, or 2048"),
+        typer.Option(help="Longest sequence, past included.", show_default="that of config.json, or 2048"),
     ] = None,
     opset: Annotated[
         int | None,
@@ -90,35 +98,43 @@ def export(
     onnx_flavor: Annotated[
         str | None,
         typer.Option(
-            help="ONNX operators: standard, or ort, those that onnxruntime runs fastest.", show_default="standard"
+            help="ONNX operators: standard, or ort for those that onnxruntime runs fastest.", show_default="standard"
         ),
     ] = None,
     attention_impl: Annotated[
-        str, typer.Option(help="How the two attentions are written: an implementation that the format ships, or auto.")
+        str, typer.Option(help="Implementation of the two attentions, among those that the format ships; or auto.")
     ] = "auto",
     runtime: Annotated[
-        Literal["native", "reference"], typer.Option(help="Verify ONNX with onnx.reference: slow, every dtype.")
+        Literal["native", "reference"],
+        typer.Option(help="Runtime of the verification: the format's own, or onnx.reference, slow but in every dtype."),
     ] = "native",
-    seed: Annotated[int, typer.Option(help="Of the inputs used to verify.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the verification inputs.")] = 0,
     cases: Cases = None,
     weights: Annotated[
         Literal["int8", "int4"] | None,
-        typer.Option(help="Quantise the matrices of a model, for --onnx-flavor ort.", show_default="as --dtype says"),
+        typer.Option(help="Quantise the matrices of a model; needs --onnx-flavor ort.", show_default="as --dtype says"),
     ] = None,
-    block_size: Annotated[int | None, typer.Option(help="Numbers that share a scale.", show_default="32")] = None,
-    quantise_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the head, too.")] = False,
+    block_size: Annotated[int | None, typer.Option(help="How many numbers share a scale.", show_default="32")] = None,
+    quantise_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the output head, too.")] = False,
     text: Annotated[
         Path | None,
-        typer.Option(help="Text to measure the loss by --weights on.", show_default="filecmp.py of Python"),
+        typer.Option(
+            help="Text on which the loss by --weights is measured.",
+            exists=True,
+            dir_okay=False,
+            show_default="filecmp.py of Python",
+        ),
     ] = None,
     max_kl: Annotated[
-        float | None, typer.Option(help="Fail above this divergence from the original, in nats a token.")
+        float | None, typer.Option(help="Fail above this KL divergence from the original, in nats per token.")
     ] = None,
     min_agreement: Annotated[
-        float | None, typer.Option(help="Fail if a smaller share of top tokens is that of the original.")
+        float | None, typer.Option(help="Fail if fewer top tokens agree with the original, as a share from 0 to 1.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle at --output.")] = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the verification, and say so.")] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Skip the verification; the bundle records that.")
+    ] = False,
     as_json: AsJson = False,
 ) -> int:
     """Package a whole model, or a differential-attention block, as a bundle that has proved itself.
@@ -128,23 +144,32 @@ def export(
 
     Nothing is left at --output unless the artifact passes.
     """
-    with console.activity("loading torch"):
+    with activity("loading torch", stages=False):
         from diffdeploy.checkpoints import CheckpointOptions, holds_model
         from diffdeploy.checkpoints.files import SAMPLE
         from diffdeploy.formats import ExportOptions
 
+    of_weights = {
+        "--block-size": block_size,
+        "--quantize-head": quantise_head or None,
+        "--text": text,
+        "--max-kl": max_kl,
+        "--min-agreement": min_agreement,
+    }
+    if weights is None:
+        refuse_together("an export without --weights", "quantises nothing", of_weights)
+    if no_verify:
+        of_checks = {"--cases": cases, "--runtime": None if runtime == "native" else runtime, "--seed": seed or None}
+        refuse_together("--no-verify", "runs nothing", of_checks)
     checkpoint = SAMPLE if checkpoint is None else checkpoint
     is_model = layer is None and holds_model(checkpoint, reading["names"])
     if is_model and format_name == "all":
         raise InputError("--format all compares the formats of one block; give --layer, or the name of a format")
     if is_model and graph is not None:
         raise InputError(f"--graph is {graph}, which is for a block, and {checkpoint} is a whole model; give --layer")
-    if not is_model and logits is not None:
-        raise InputError("--logits is of whole models, and this is a block; leave it out")
-    if not is_model and cache is not None:
-        raise InputError("--cache is of whole models, and this is a block; leave it out")
-    if not is_model and weights is not None:
-        raise InputError("--weights is of whole models, and this is a block; leave it out")
+    for option, given in {"--logits": logits, "--cache": cache, "--weights": weights}.items():
+        if not is_model and given is not None:
+            raise InputError(f"{option} is of whole models, and this is a block; leave it out")
     options = ExportOptions(
         format=format_name,
         graph="model" if is_model else graph or "plain",
@@ -176,6 +201,7 @@ def export(
         return export_all(job, output, as_json=as_json)
     if format_name == "all":
         return export_formats(job, output, as_json=as_json)
+    job.check_output(output)
     done = job.run(output)
     return done.finish(as_json=as_json)
 

@@ -1,10 +1,13 @@
 """Running exports: one bundle, or one for each layer of a checkpoint."""
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffdeploy.cli import console
+from diffdeploy.cli.interrupts import keeping, kept_sentence
+from diffdeploy.cli.progress import Activity, activity
 from diffdeploy.cli.report_output import finish, graph_fields, loss_fields, report_fields
 from diffdeploy.errors import DiffDeployError, VerificationError
 
@@ -61,12 +64,26 @@ class Outcome:
         """Print everything; give the exit code."""
         if self.report is not None:
             error = None if self.rejected is None else str(self.rejected)
-            return finish(self.report, self.target, as_json=as_json, error=error)
+            code = finish(self.report, self.target, as_json=as_json, error=error)
+            if self.export is not None and not as_json:
+                self._note_next_steps()
+            return code
         if as_json:
             console.print_json(self.fields)
         else:
             self.print_verdict()
         return 0
+
+    def _note_next_steps(self) -> None:
+        """What to do with the bundle, to be copied."""
+        assert self.export is not None
+        place = shlex.quote(str(self.target))
+        call = f"run {place} --input inputs.npz --output outputs.npz"
+        if self.export.facts.num_layers:
+            given = '--prompt "def main("' if (self.target / "tokenizer.json").is_file() else "--input-ids 1,2,3"
+            call = f"generate {place} {given}"
+        console.note(f"run it:   diffdeploy {call}")
+        console.note(f"check it: diffdeploy verify {place}, on the machine that will run it")
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,20 @@ class Job:
         """Of the checkpoint, for the default output."""
         # Resolved, so that `.` has a name.
         return self.checkpoint.resolve().name.removesuffix(self.checkpoint.suffix)
+
+    def check_output(self, output: Path | None) -> None:
+        """See, before the checkpoint is read, whether its bundle can be written.
+
+        Raises:
+            InputError: it cannot.
+        """
+        from diffdeploy.bundle import check_output, default_output
+
+        layer = self.reading.layer
+        # The only block of a checkpoint may have a layer that the keys alone say.
+        if output is None and layer is None and self.options.graph != "model":
+            return
+        check_output(output or default_output(self.name, layer, self.options.format), force=self.force)
 
     def read(self) -> "Checkpoint | ModelCheckpoint":
         """The block, or the whole model."""
@@ -106,12 +137,13 @@ class Job:
         """Read, export and verify, showing what goes on."""
         from diffdeploy.bundle import default_output
 
-        with console.activity("reading the checkpoint") as activity:
+        with activity("reading the checkpoint") as doing:
             found = self.read()
             target = output or default_output(self.name, found.layer, self.options.format)
-            return self.settled(found).export(found, target, activity)
+            with keeping(target):
+                return self.settled(found).export(found, target, doing)
 
-    def export(self, found: "Checkpoint | ModelCheckpoint", target: Path, activity: console.Activity) -> Outcome:
+    def export(self, found: "Checkpoint | ModelCheckpoint", target: Path, doing: Activity) -> Outcome:
         """Export and verify a block that has been read."""
         from diffdeploy.exporters import export_bundle
         from diffdeploy.verify import RejectedError
@@ -123,8 +155,8 @@ class Job:
                 self.options,
                 force=self.force,
                 verify=self.verify,
-                phase=activity.phase,
-                progress=activity.progress,
+                phase=doing.phase,
+                progress=doing.progress,
             )
         # Its report has to be printed, unlike that of other errors, which have none.
         except RejectedError as error:
@@ -147,10 +179,16 @@ def export_all(job: Job, output: Path | None, *, as_json: bool) -> int:
     parent = output or default_output(job.name, None, job.options.format)
     results: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
+    kept: list[Path] = []
+    interrupted = False
     for number, layer in enumerate(layers, start=1):
         console.note(f"layer {layer} ({number} of {len(layers)})")
+        target = parent / f"layer{layer}"
         try:
-            done = replace(job, reading=replace(job.reading, layer=layer)).run(parent / f"layer{layer}")
+            done = replace(job, reading=replace(job.reading, layer=layer)).run(target)
+        except KeyboardInterrupt:
+            interrupted = True
+            break
         except DiffDeployError as error:
             # The next layers may be fine: a Phi-4 checkpoint has some that cannot be exported alone.
             failures.append({"layer": layer, "error": str(error), "exit_code": error.exit_code})
@@ -158,13 +196,19 @@ def export_all(job: Job, output: Path | None, *, as_json: bool) -> int:
         results.append({"layer": layer, **done.fields})
         if done.rejected is not None:
             failures.append({"layer": layer, "error": str(done.rejected), "exit_code": VerificationError.exit_code})
+            continue
+        kept.append(target)
         # Standard output is one JSON object then.
-        elif not as_json:
+        if not as_json:
             done.print_verdict()
     if as_json:
         status = "failed" if failures else "passed" if job.verify else "unverified"
+        status = "interrupted" if interrupted else status
         console.print_json({"status": status, "bundles": results, "failures": failures})
     for failure in failures:
         # At the end, where the verdicts of the others do not push them out of sight.
         console.fail(f"layer {failure['layer']}: {failure['error']}")
+    if interrupted:
+        console.fail(f"interrupted; {kept_sentence(kept)}")
+        raise console.Ended(console.INTERRUPTED)
     return max((int(failure["exit_code"]) for failure in failures), default=0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffdeploy.cli import console
-from diffdeploy.cli.shared_options import AsJson, Device, PublicKey, Recompile, Threads, Trust
+from diffdeploy.cli.shared_options import AsJson, Device, PublicKey, Recompile, Threads, Trust, takes_quiet
 from diffdeploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,28 +23,38 @@ _MAX_NEW_TOKENS = 128
 _WHOLE = 100
 
 
+@takes_quiet
 def generate(
     bundle: Annotated[Path, typer.Argument(help="A bundle that holds a whole model.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
-    input_ids: Annotated[str | None, typer.Option(help="Tokens to continue, such as 1,2,3.")] = None,
+    input_ids: Annotated[str | None, typer.Option(help="Token ids to continue, such as 1,2,3.")] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Make the text a message, by the model's chat template, and let it answer.")
+        bool, typer.Option("--chat", help="Send the text as a chat message, using the model's template.")
     ] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens to come.", show_default="128, or as many as fit")
+        int | None, typer.Option(help="Largest number of new tokens.", show_default="128, or as many as fit")
     ] = None,
-    min_new_tokens: Annotated[int, typer.Option(help="Least tokens to come.")] = 0,
+    min_new_tokens: Annotated[int, typer.Option(help="Smallest number of new tokens.")] = 0,
     temperature: Annotated[
-        float | None, typer.Option(help="Draw tokens; logits are divided by this.", show_default="the most probable")
+        float | None, typer.Option(help="Sample tokens, with logits divided by this.", show_default="the most probable")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many tokens.", show_default="all")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from this many of the most probable tokens.", show_default="all")
+    ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw from the most probable with so much probability.", show_default="all")
+        float | None,
+        typer.Option(
+            help="Sample from the most probable tokens that together have this probability.", show_default="all"
+        ),
     ] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Against tokens that are there; 1 for none.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed for the draws.", show_default="another one each time")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Penalty for tokens that occurred already; 1 for none.")
+    ] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed for the sampling.", show_default="another one each time")
+    ] = None,
     device: Device = None,
     threads: Threads = None,
     recompile: Recompile = False,
@@ -64,8 +74,11 @@ def generate(
     if chat and input_ids is not None:
         raise InputError("--chat makes a message of text, and --input-ids gives tokens; leave one of them out")
     options = RunOptions(device=device, threads=threads, recompile=recompile, trust=trust, public_key=public_key)
+    # Before the bundle is loaded, which may take minutes.
+    text = prompt if prompt_file is None else _read(prompt_file)
+    given_ids = None if input_ids is None else _numbers(input_ids)
     with open_runtime(bundle, options) as runtime:
-        ids = _numbers(input_ids) if input_ids is not None else _encoded(runtime, prompt, prompt_file, chat=chat)
+        ids = _encoded(runtime, text or "", chat=chat) if given_ids is None else given_ids
         drawn = [option for option in (temperature, top_k, top_p, seed) if option is not None]
         room = runtime.spec.axes["total_sequence_length"].max - len(ids) + 1
         steps = runtime.stream(
@@ -99,17 +112,17 @@ def _numbers(text: str) -> list[int]:
         raise InputError(f"--input-ids is {text!r}; accepted are numbers with commas between them") from error
 
 
-def _encoded(runtime: "Runtime", prompt: str | None, prompt_file: Path | None, *, chat: bool) -> list[int]:
+def _read(prompt_file: Path) -> str:
+    try:
+        return prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{prompt_file} cannot be read as text ({error})") from error
+
+
+def _encoded(runtime: "Runtime", prompt: str, *, chat: bool) -> list[int]:
     from diffdeploy.runtime.chat import ChatTemplate
 
-    # First, since without it no prompt is of use.
     tokenizer = runtime.tokenizer
-    if prompt is None:
-        assert prompt_file is not None
-        try:
-            prompt = prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{prompt_file} cannot be read as text ({error})") from error
     if not chat:
         return tokenizer.encode(prompt)
     # A template writes the special tokens itself.

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffdeploy.cli import console
+from diffdeploy.cli.completion import complete_layout
 from diffdeploy.cli.layer_rows import by_layer, of_layers
+from diffdeploy.cli.progress import activity
+from diffdeploy.errors import InputError
 
 if TYPE_CHECKING:
     from diffdeploy.bundle import Bundle
@@ -20,7 +23,16 @@ __all__ = ["inspect"]
 def inspect(
     path: Annotated[Path, typer.Argument(help="A bundle or a checkpoint.", metavar="BUNDLE|CHECKPOINT")],
     layout: Annotated[
-        str | None, typer.Option(help="Layout of a checkpoint.", show_default="recognised by its keys")
+        str | None,
+        typer.Option(
+            help="Layout of a checkpoint.", show_default="recognised by its keys", autocompletion=complete_layout
+        ),
+    ] = None,
+    draw: Annotated[
+        Path | None, typer.Option(help="Also draw the graph around the attentions of one layer: an .svg file.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="0-based layer of a model that --draw shows.", show_default="the first")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON object.")] = False,
 ) -> int:
@@ -28,9 +40,17 @@ def inspect(
     from diffdeploy.bundle import SIGNATURE, is_bundle, open_bundle
     from diffdeploy.runtime import least_versions
 
+    if layer is not None and draw is None:
+        raise InputError(f"--layer {layer} is the layer that --draw shows, and nothing is drawn; give --draw, too")
     # Both may be folders; only a bundle has a manifest.
+    if draw is not None and not is_bundle(path):
+        raise InputError(f"--draw is of the graph in a bundle, and {path} is none; export it first")
     if is_bundle(path):
+        if draw is not None:
+            _check_drawing(draw)
         bundle = open_bundle(path)
+        if draw is not None:
+            _draw(bundle, layer or 0, draw)
         signed = (path / SIGNATURE).exists()
         if as_json:
             fields = {
@@ -43,7 +63,7 @@ def inspect(
             checked = "signed; checked only with verify --public-key" if signed else "none"
             console.print_rows([*_bundle_rows(bundle), ("signature", checked)])
         return 0
-    with console.activity("reading the checkpoint"):
+    with activity("reading the checkpoint", stages=False):
         # Checkpoints need torch; bundles are described without it.
         from diffdeploy.checkpoints import holds_model, summarise
 
@@ -66,6 +86,40 @@ def inspect(
     return 0
 
 
+def _check_drawing(target: Path) -> None:
+    from diffdeploy.files import check_writable
+
+    if target.suffix != ".svg":
+        raise InputError(f"{target} is not a figure that can be drawn; accepted are names that end in .svg")
+    check_writable(target)
+
+
+def _draw(bundle: "Bundle", layer: int, target: Path) -> None:
+    """Draw the attention part of a layer.
+
+    Raises:
+        InputError: the format has no graph that can be read, or the graph no such layer.
+    """
+    from diffdeploy.cli.drawing import draw
+    from diffdeploy.files import write_whole
+    from diffdeploy.formats import require_format
+
+    manifest = bundle.manifest
+    nodes = require_format(manifest.format).nodes(bundle)
+    if nodes is None:
+        raise InputError(
+            f"format {manifest.format} has no graph that can be read, so there is nothing to draw; draw the bundle of "
+            "the same block in another format"
+        )
+    num_layers = len(manifest.config.blocks)
+    if layer >= num_layers:
+        raise InputError(f"--layer is {layer}; the graph has {num_layers}, counted from 0")
+    each = sum(node.kind == "attention" for node in nodes) // num_layers
+    title = f"{bundle.path.name}: {manifest.format}, {manifest.graph.variant}, attention of layer {layer}"
+    write_whole(target, draw(nodes, range(layer * each, (layer + 1) * each), title))
+    console.note(f"drew {target}")
+
+
 def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
     from diffdeploy.runtime import least_versions
 
@@ -75,9 +129,10 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
     rope = "none" if config.rope is None else f"{config.rope.style}, theta {config.rope.theta:g}"
     axes = ", ".join(f"{name} {bounds.min} to {bounds.max}" for name, bounds in manifest.graph.axes.items())
 
-    def tensors(specs: Any) -> str:
-        rows = by_layer((name, f"{spec.dtype} {list(spec.shape)}") for name, spec in specs.items())
-        return ", ".join(f"{name} {what}" for name, what in rows)
+    def tensors(heading: str, specs: Any) -> list[tuple[str, str]]:
+        rows = by_layer((name, f"{spec.dtype} [{', '.join(map(str, spec.shape))}]") for name, spec in specs.items())
+        # One on each line, and the heading before the first.
+        return [("" if number else heading, f"{name} {what}") for number, (name, what) in enumerate(rows)]
 
     layer = "" if source.layer is None else f", layer {source.layer}"
     return [
@@ -85,8 +140,8 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
         ("format", manifest.format + (", verified when it was made" if bundle.verified else ", NOT verified")),
         ("options", ", ".join(f"{name} {value}" for name, value in manifest.options.plain().items())),
         ("graph", manifest.graph.variant),
-        ("inputs", tensors(manifest.graph.inputs)),
-        ("outputs", tensors(manifest.graph.outputs)),
+        *tensors("inputs", manifest.graph.inputs),
+        *tensors("outputs", manifest.graph.outputs),
         ("ranges", axes),
         *_model_rows(bundle),
         ("width", f"{config.embed_dim}"),

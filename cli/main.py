@@ -3,10 +3,9 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
@@ -21,6 +20,8 @@ from diffdeploy.cli.env import env
 from diffdeploy.cli.export import export
 from diffdeploy.cli.generate import generate
 from diffdeploy.cli.inspect import inspect
+from diffdeploy.cli.interrupts import ended_by_interrupts
+from diffdeploy.cli.panels import in_panels
 from diffdeploy.cli.run import run as run_bundle
 from diffdeploy.cli.serve import serve
 from diffdeploy.cli.sign import sign
@@ -60,22 +61,9 @@ def _root(
     pass
 
 
-def _ended_by_interrupts(command: Callable[..., int]) -> Callable[..., int]:
-    """The command, whose interrupt ends it with one sentence; typer would turn it into an exit code without a word."""
-
-    @wraps(command)
-    def run_command(*arguments: Any, **options: Any) -> int:
-        try:
-            return command(*arguments, **options)
-        except KeyboardInterrupt as interrupt:
-            raise console.Ended(console.INTERRUPTED, "interrupted; nothing was kept") from interrupt
-
-    return run_command
-
-
 for command in (export, convert, generate, verify, diff, run_bundle, inspect, sign, serve, deploy, bench, env):
     # A command without arguments runs: export takes the sample, bench a random block.
-    app.command(command.__name__, no_args_is_help=False)(_ended_by_interrupts(command))
+    app.command(command.__name__, no_args_is_help=False)(ended_by_interrupts(in_panels(command)))
 
 
 # What cleans up after Ctrl-C, such as temporary folders and processes, then does so too when the system ends us.
@@ -126,7 +114,7 @@ def _wanted_end(error: BaseException) -> console.Ended | None:
     if isinstance(error, console.Ended):
         return error
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return console.Ended(console.INTERRUPTED, "interrupted; nothing was kept")
+        return console.Ended(console.INTERRUPTED, "interrupted")
     if isinstance(error, TyperException):
         if not error.format_message():  # the help was asked for by giving nothing
             return console.Ended(error.exit_code)

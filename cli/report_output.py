@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffdeploy.cli import console
+from diffdeploy.cli.report_tables import print_report
 from diffdeploy.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def finish(report: "Report", subject: Path, *, as_json: bool, error: str | None 
         error = error or f"{subject} failed verification: {report.first_failure()}; {_next_step(report, subject)}"
         (console.warn if warn_only else console.fail)(error)
     # On standard error, with --json too: only the verdict is the result.
-    console.print_report(report)
+    print_report(report)
     if as_json:
         console.print_json({**report_fields(report, subject), **({"error": error} if failed else {})})
     elif warn_only or not failed:

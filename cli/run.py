@@ -7,6 +7,7 @@ import typer
 
 from diffdeploy.cli import console
 from diffdeploy.cli.layer_rows import by_layer
+from diffdeploy.cli.progress import activity
 from diffdeploy.cli.shared_options import AsJson, Device, PublicKey, Recompile, RuntimeName, Threads, Trust
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def run(
 
     # Before anything is loaded, which may take longer than the run.
     check_target(outputs, force=force)
-    with console.activity("opening the bundle") as activity:
+    with activity("opening the bundle", stages=False) as doing:
         import numpy as np
 
         from diffdeploy.formats import RunOptions
@@ -53,7 +54,7 @@ def run(
         with open_runtime(bundle, options) as loaded:
             if not loaded.verified:
                 console.note(f"{bundle} was exported without verification; run diffdeploy verify {bundle}")
-            activity.phase("running")
+            doing.phase("running")
             for name, array in arrays.items():
                 if _is_floating(array) and not np.isfinite(array.astype(np.float32)).all():
                     console.warn(f"{name} in {inputs} holds NaN or infinity")

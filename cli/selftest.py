@@ -4,6 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffdeploy.cli import console
+from diffdeploy.cli.junit import of_self_test
+from diffdeploy.cli.progress import activity
+from diffdeploy.cli.report_files import ReportFiles
+from diffdeploy.cli.report_tables import print_families, print_faults
 from diffdeploy.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -12,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["run_self_test"]
 
 
-def run_self_test(bundle: Path, run_options: "RunOptions", *, as_json: bool) -> int:
+def run_self_test(bundle: Path, run_options: "RunOptions", files: ReportFiles, *, as_json: bool) -> int:
     """Put every fault that the bundle could have into copies of it, and print which were caught.
 
     Returns:
@@ -21,12 +25,18 @@ def run_self_test(bundle: Path, run_options: "RunOptions", *, as_json: bool) -> 
     Raises:
         DiffDeployError: no bundle there, or one that fails without any fault.
     """
-    from diffdeploy.selftest import self_test
+    files.check()
+    with activity("verifying the bundle as it is") as doing:
+        from diffdeploy.selftest import self_test
 
-    with console.activity("verifying the bundle as it is") as activity:
-        result = self_test(bundle, run_options=run_options, progress=activity.trial)
-    console.print_faults(result.faults)
-    console.print_families(result.families)
+        def trial(done: int, total: int, name: str) -> None:
+            doing.phase("verifying copies with faults")
+            doing.progress(done, total, name)
+
+        result = self_test(bundle, run_options=run_options, progress=trial)
+    files.write_junit(bundle, {}, of_self_test(result))
+    print_faults(result.faults)
+    print_families(result.families)
     # Dozens of faults share one reason: together, in the order in which they came.
     for reason in dict.fromkeys(skipped.reason for skipped in result.skipped):
         names = [skipped.name for skipped in result.skipped if skipped.reason == reason]

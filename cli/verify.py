@@ -1,24 +1,36 @@
 """``diffdeploy verify``: everything that accepted a bundle, again, from the bundle alone; or a part of it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from diffdeploy.cli import console
+from diffdeploy.cli.completion import complete_engine
+from diffdeploy.cli.progress import activity
+from diffdeploy.cli.report_files import ReportFiles
 from diffdeploy.cli.report_output import finish
-from diffdeploy.cli.shared_options import AsJson, Device, PublicKey, Recompile, RuntimeName, Trust, selection_of
+from diffdeploy.cli.shared_options import (
+    AsJson,
+    Device,
+    PublicKey,
+    Recompile,
+    RuntimeName,
+    Trust,
+    refuse_together,
+    selection_of,
+    takes_quiet,
+)
 from diffdeploy.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from diffdeploy.formats import RunOptions, Selection
     from diffdeploy.formats import RuntimeName as Name
     from diffdeploy.verify import Check, Report
 
 __all__ = ["verify"]
 
 
+@takes_quiet
 def verify(
     bundle: Annotated[
         Path | None,
@@ -26,10 +38,13 @@ def verify(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="What runs it: genai or vllm for models; openvino or reference for ONNX, see --runtime."),
+        typer.Option(
+            help="Engine: genai or vllm for models; openvino or reference for ONNX, as with --runtime.",
+            autocompletion=complete_engine,
+        ),
     ] = None,
     tensor_parallel_size: Annotated[
-        int | None, typer.Option(min=1, help="Ranks that share each layer, with --engine.", show_default="1")
+        int | None, typer.Option(min=1, help="Number of ranks that share each layer, with --engine.", show_default="1")
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Prove that the weights are still those of this checkpoint.")
@@ -37,12 +52,12 @@ def verify(
     cases: Annotated[
         str | None,
         typer.Option(
-            help="quick, full, or how many: quick ones first, random ones last.",
+            help="Verification inputs: quick, full or a number of cases, quick ones first.",
             show_default="full; none beside --load-inputs",
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the inputs.", show_default="as the bundle was made")
+        int | None, typer.Option(min=0, help="Seed for the verification inputs.", show_default="as the bundle was made")
     ] = None,
     load_inputs: Annotated[
         Path | None, typer.Option(help="Verify on these inputs: .safetensors or .npz with the graph's input names.")
@@ -51,11 +66,11 @@ def verify(
         Path | None, typer.Option(help="Write the inputs of all cases: .safetensors or .npz.")
     ] = None,
     golden: Annotated[
-        bool, typer.Option("--golden", help="Run the stored inputs alone, with numpy and the format's runtime.")
+        bool, typer.Option("--golden", help="Run only the stored inputs, with numpy and the format's runtime.")
     ] = False,
     self_test: Annotated[
         bool,
-        typer.Option("--self-test", help="Put faults into copies of the bundle, and see that each is caught."),
+        typer.Option("--self-test", help="Put faults into copies of the bundle, and check that each is caught."),
     ] = False,
     from_report: Annotated[
         Path | None, typer.Option(help="Judge the figures of this report again, without running anything.")
@@ -65,6 +80,12 @@ def verify(
         typer.Option("--k", min=0.0, help="Factor on the error of a right computation, with --from-report."),
     ] = None,
     save_report: Annotated[Path | None, typer.Option(help="Write the report, for --from-report and diff.")] = None,
+    junit: Annotated[
+        Path | None, typer.Option(help="Write a JUnit XML file, with a test case for each check and case.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the report as one HTML page, with figures and without scripts.")
+    ] = None,
     device: Device = None,
     runtime: RuntimeName = "native",
     recompile: Recompile = False,
@@ -87,12 +108,11 @@ def verify(
     With --self-test, the verification itself is tried: wrong copies of the bundle, each of which must be refused.
     """
     runtime = _runtime_of(engine, runtime)
-    # Before the verification, which takes minutes.
-    if save_report is not None and not save_report.parent.is_dir():
-        raise InputError(f"{save_report} cannot be written: there is no folder {save_report.parent}")
+    files = ReportFiles(save_report=save_report, junit=junit, html=html)
     sweep = {"--cases": cases, "--seed": seed, "--load-inputs": load_inputs, "--save-inputs": save_inputs}
     sweep |= {"--checkpoint": checkpoint}
-    saved, alone = {"--save-report": save_report}, {"--golden": golden or None, "--self-test": self_test or None}
+    saved = {"--save-report": save_report, "--html": html}
+    alone = {"--golden": golden or None, "--self-test": self_test or None}
     # `or None`, since what is at its default was not given.
     run = {
         "--device": device,
@@ -103,16 +123,17 @@ def verify(
     }
     if engine is not None and engine != runtime:
         others = {**sweep, **run, **alone, **saved, "--seed": None, "--from-report": from_report, "--k": k}
-        _refuse("--engine", "has inputs of its own", others)
+        refuse_together("--engine", "has inputs of its own", others)
         from diffdeploy.cli.verify_engine import run_engine
 
-        return run_engine(bundle, engine, tensor_parallel_size, seed, as_json=as_json, warn_only=warn_only)
-    _refuse("verify without --engine", "has no ranks", {"--tensor-parallel-size": tensor_parallel_size})
+        return run_engine(bundle, engine, tensor_parallel_size, seed, files, as_json=as_json, warn_only=warn_only)
+    refuse_together("verify without --engine", "has no ranks", {"--tensor-parallel-size": tensor_parallel_size})
     if from_report is not None:
-        _refuse("--from-report", "runs nothing", {**sweep, **run, **alone})
+        refuse_together("--from-report", "runs nothing", {**sweep, **run, **alone})
+        files.check()
         report = _judged_again(from_report, bundle, k)
-        return _end(report, bundle or from_report, save_report, as_json=as_json, warn_only=warn_only)
-    _refuse("verify without --from-report", "judges by its own table", {"--k": k})
+        return _end(report, bundle or from_report, files, as_json=as_json, warn_only=warn_only)
+    refuse_together("verify without --from-report", "judges by its own table", {"--k": k})
     if bundle is None:
         raise InputError("no bundle was given; give a directory that diffdeploy exported, or --from-report")
     from diffdeploy.formats import RunOptions
@@ -120,57 +141,76 @@ def verify(
     run_options = RunOptions(device=device, runtime=runtime, recompile=recompile, trust=trust, public_key=public_key)
     if self_test:
         others = {"--golden": golden or None, "--warn-only": warn_only or None}
-        _refuse("--self-test", "verifies copies with faults in them", {**sweep, **others, **saved})
+        refuse_together("--self-test", "verifies copies with faults in them", {**sweep, **others, **saved})
         from diffdeploy.cli.selftest import run_self_test
 
-        return run_self_test(bundle, run_options, as_json=as_json)
-    with console.activity("opening the bundle") as activity:
+        return run_self_test(bundle, run_options, files, as_json=as_json)
+    if golden:
+        refuse_together("--golden", "runs the stored inputs alone", sweep)
+    inputs = _Inputs(selection_of(cases), seed, load_inputs, save_inputs)
+    files.check()
+    report = _verified(bundle, None if golden else inputs, run_options, checkpoint)
+    return _end(report, bundle, files, as_json=as_json, warn_only=warn_only)
+
+
+class _Inputs(NamedTuple):
+    """What a bundle is verified on; see `verify_bundle`."""
+
+    cases: "Selection | None"
+    seed: int | None
+    load: Path | None
+    save: Path | None
+
+
+def _verified(bundle: Path, inputs: _Inputs | None, options: "RunOptions", checkpoint: Path | None) -> "Report":
+    """The report on a bundle; without inputs, on those that are stored in it."""
+    checks = []
+    with activity("verifying" if checkpoint is None else "comparing with the checkpoint") as doing:
+        from diffdeploy.bundle import open_bundle
         from diffdeploy.verify import verify_bundle, verify_golden
 
-        if golden:
-            _refuse("--golden", "runs the stored inputs alone", sweep)
-            report = verify_golden(bundle, run_options)
+        if options.public_key is not None:
+            # Before a checkpoint is read as the bundle says.
+            open_bundle(bundle, options.public_key)
+            checks.append(_signature(options.public_key))
+        if checkpoint is not None:
+            # Before the sweep, which takes minutes, and would be lost if there were no such checkpoint.
+            checks.append(_origin(bundle, checkpoint))
+        doing.phase("verifying")
+        if inputs is None:
+            report = verify_golden(bundle, options)
         else:
             report = verify_bundle(
                 bundle,
-                seed=seed,
-                cases=selection_of(cases),
-                load_inputs=load_inputs,
-                save_inputs=save_inputs,
-                progress=activity.progress,
-                run_options=run_options,
+                seed=inputs.seed,
+                cases=inputs.cases,
+                load_inputs=inputs.load,
+                save_inputs=inputs.save,
+                progress=doing.progress,
+                run_options=options,
             )
-        if public_key is not None:
-            report = report.with_check(_signature(public_key))
-        if checkpoint is not None:
-            activity.phase("reading the checkpoint")
-            report = report.with_check(_origin(bundle, checkpoint))
-    return _end(report, bundle, save_report, as_json=as_json, warn_only=warn_only)
+    for check in checks:
+        report = report.with_check(check)
+    return report
 
 
 def _runtime_of(engine: str | None, runtime: "Name") -> "Name":
     """What runs the artifact: engines that are runtimes of artifacts run the same sweep as any other."""
     if engine not in ("openvino", "reference"):
         return runtime
-    _refuse(f"--engine {engine}", "is a runtime itself", {"--runtime": None if runtime == "native" else runtime})
+    refuse_together(
+        f"--engine {engine}", "is a runtime itself", {"--runtime": None if runtime == "native" else runtime}
+    )
     return "openvino" if engine == "openvino" else "reference"
 
 
-def _end(report: "Report", subject: Path, save_report: Path | None, *, as_json: bool, warn_only: bool) -> int:
-    if save_report is not None:
-        try:
-            save_report.write_bytes(report.to_bytes())
-        except OSError as error:
-            raise InputError(f"{save_report} cannot be written ({error.strerror}); give another file") from error
+def _end(report: "Report", subject: Path, files: ReportFiles, *, as_json: bool, warn_only: bool) -> int:
+    # Files first: a pipe that was closed ends the command at the first line that is printed.
+    files.write(report, subject)
     return finish(report, subject, as_json=as_json, warn_only=warn_only)
 
 
-def _refuse(option: str, why: str, others: "Mapping[str, object]") -> None:
-    if given := [name for name, value in others.items() if value is not None]:
-        raise InputError(f"{option} {why}, so it does not go with {', '.join(given)}; leave one out")
-
-
-def _signature(public_key: Path) -> "Check":
+def _signature(public_key: str | Path) -> "Check":
     """What is so of every bundle that was opened with a key."""
     from diffdeploy.verify import Check
 

@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffdeploy.cli import console
+from diffdeploy.cli.junit import of_cases
+from diffdeploy.cli.progress import activity
+from diffdeploy.cli.report_files import ReportFiles
 from diffdeploy.errors import InputError, VerificationError
 
 if TYPE_CHECKING:
@@ -13,7 +16,14 @@ __all__ = ["run_engine"]
 
 
 def run_engine(
-    path: Path | None, name: str, tensor_parallel_size: int | None, seed: int | None, *, as_json: bool, warn_only: bool
+    path: Path | None,
+    name: str,
+    tensor_parallel_size: int | None,
+    seed: int | None,
+    files: ReportFiles,
+    *,
+    as_json: bool,
+    warn_only: bool,
 ) -> int:
     """Verify a model on an engine; print the verdict; give the exit code."""
     if path is None:
@@ -21,14 +31,17 @@ def run_engine(
     from diffdeploy.engines import require_engine
 
     engine = require_engine(name)
+    files.check()
     # Before torch is loaded.
     engine.require_usable()
-    with console.activity(f"opening {path}") as activity:
+    with activity(f"opening {path}") as doing:
         from diffdeploy.engines.verification import verify_engine
 
         report = verify_engine(
-            path, engine, tensor_parallel_size=tensor_parallel_size or 1, seed=seed or 0, phase=activity.phase
+            path, engine, tensor_parallel_size=tensor_parallel_size or 1, seed=seed or 0, phase=doing.phase
         )
+    properties = {"engine": f"{report.engine} {report.version}", "dtype": report.dtype, "seed": str(report.seed)}
+    files.write_junit(path, properties, of_cases(report.cases))
     return _finish(report, path, as_json=as_json, warn_only=warn_only)
 
 
@@ -57,7 +70,7 @@ def _failure(report: "EngineReport", path: Path) -> str | None:
 
 def _verdict(report: "EngineReport", path: Path) -> str:
     worst = report.worst
-    share = "" if worst is None or worst.budget_used is None else f"; worst {worst.id} used {worst.budget_used:.0%}"
+    share = "" if worst is None else f"; worst {worst.id} used {console.share(worst.budget_used)}"
     ranks = f", tensor parallel {report.tensor_parallel_size}" if report.tensor_parallel_size > 1 else ""
     return (
         f"{'passed' if report.passed else 'failed'}: {path} on {report.engine} {report.version}, {report.dtype}{ranks} "

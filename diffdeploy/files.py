@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from diffdeploy.arrays import Array, read_safetensors
 from diffdeploy.errors import InputError, UnavailableError
 
-__all__ = ["check_target", "file_sha256", "read_arrays", "write_arrays"]
+__all__ = ["check_target", "check_writable", "file_sha256", "read_arrays", "write_arrays", "write_whole"]
 
 _SUFFIXES = (".safetensors", ".npz")
 
@@ -33,10 +34,24 @@ def check_target(path: Path, *, force: bool = False) -> None:
         InputError: the suffix is not accepted, the file exists, or its folder does not.
     """
     _check_suffix(path)
-    if not path.parent.is_dir():
-        raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
-    if path.is_dir() or (path.exists() and not force):
+    check_writable(path)
+    if path.exists() and not force:
         raise InputError(f"{path} exists; give another file, or --force to replace it")
+
+
+def check_writable(path: Path) -> None:
+    """Check that a file can be written or replaced, before the work whose result it takes.
+
+    Raises:
+        InputError: a folder that is not there, or that this user may not write to, or a folder in the place.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{path} cannot be written: {path.parent} may not be written to")
 
 
 def read_arrays(path: Path) -> dict[str, Array]:
@@ -77,6 +92,15 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
         # numpy 2.0 and 2.1 would store allow_pickle=False as another array; the arrays hold numbers, not objects.
         np.savez(stream, **arrays)  # type: ignore[arg-type]
         data = stream.getvalue()
+    write_whole(path, data)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears complete or not at all.
+
+    Raises:
+        UnavailableError: the file cannot be written.
+    """
     # A sibling of the target, since a rename is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.part")
     try:

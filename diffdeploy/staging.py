@@ -14,7 +14,7 @@ from pathlib import Path
 
 from diffdeploy.errors import InputError, UnavailableError
 
-__all__ = ["staged_directory"]
+__all__ = ["check_directory", "staged_directory"]
 
 # The suffix that `tempfile.mkdtemp` adds to a prefix; a user's folder `.out.old-notes` does not match.
 _RANDOM = re.compile(r"[a-z0-9_]{8}")
@@ -22,8 +22,23 @@ _RANDOM = re.compile(r"[a-z0-9_]{8}")
 _YOUNG_S = 60
 
 
-def _check_output(output: Path, marker: str, what: str, *, force: bool) -> None:
+def check_directory(output: Path, *, marker: str, what: str, force: bool) -> None:
+    """Check that a directory can be written or replaced, before the work whose result it takes.
+
+    Args:
+        output: the directory.
+        marker: see `staged_directory`.
+        what: see `staged_directory`.
+        force: replace one that is there.
+
+    Raises:
+        InputError: something else is in the place, or a file in that of a parent.
+    """
     if not output.exists():
+        parent = next(path for path in output.absolute().parents if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            reason = "may not be written to" if parent.is_dir() else "is a file"
+            raise InputError(f"{output} cannot be written, since {parent} {reason}; give another --output")
         return
     if not output.is_dir():
         raise InputError(f"{output} is a file; give a directory that does not exist yet")
@@ -129,7 +144,7 @@ def staged_directory(output: Path, *, marker: str, what: str, force: bool = Fals
     """
     # First, since it may restore a directory that would then be in the way.
     _clear_remains(output, marker)
-    _check_output(output, marker, what, force=force)
+    check_directory(output, marker=marker, what=what, force=force)
     staging: Path | None = None
     # If the writer fails, parents that it created are removed again.
     made = [p for p in (output.parent, *output.parent.parents) if not p.exists()]

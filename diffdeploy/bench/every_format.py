@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from diffdeploy.bench.block_source import BlockSource
@@ -91,9 +92,9 @@ def export_every_format(
     *,
     force: bool,
     verify: bool,
-    note: Say,
     phase: Say,
     progress: Progress,
+    finished: Callable[[FormatResult], None],
 ) -> list[FormatResult]:
     """Export one block in every format, each to its own folder, and start those that passed.
 
@@ -103,9 +104,9 @@ def export_every_format(
         options: options for the artifacts; options that only one format has apply only to that format.
         force: true to replace existing bundles.
         verify: true to verify each bundle.
-        note: callback that receives one line when a format begins.
         phase: callback that receives a few words when a phase begins.
         progress: see `export_bundle`.
+        finished: called with each format as soon as its verdict is known.
     """
     results = []
     for name, target in export_targets().items():
@@ -113,24 +114,29 @@ def export_every_format(
         results.append(result)
         own = _options_of(target, options)
         result.left_out = _why_left_out(target, own, verify=verify)
-        if result.left_out is not None:
-            continue
-        note(f"exporting {name}")
-        try:
-            result.export = export_bundle(
-                checkpoint, result.path, own, force=force, verify=verify, phase=phase, progress=progress
-            )
-        except DiffDeployError as error:
-            # Not every block and graph is possible in every flavor, and nobody requested this one by name.
-            if isinstance(error, InputError) and target.name != target.format.name:
-                result.left_out = str(error)
-            else:
-                result.failure = error
+        if result.left_out is None:
+            # Several formats have stages of the same name.
+            own_phase = partial(_phase_of, name, phase)
+            try:
+                result.export = export_bundle(
+                    checkpoint, result.path, own, force=force, verify=verify, phase=own_phase, progress=progress
+                )
+            except DiffDeployError as error:
+                # Not every block and graph is possible in every flavor, and nobody requested this one by name.
+                if isinstance(error, InputError) and target.name != target.format.name:
+                    result.left_out = str(error)
+                else:
+                    result.failure = error
+        finished(result)
     for result in results:
         if result.verdict == "passed":
             phase(f"starting {result.name} in a fresh process")
             result.startup = measure_startup(result.path, options.device)
     return results
+
+
+def _phase_of(name: str, phase: Say, text: str) -> None:
+    phase(f"{name}: {text}")
 
 
 def _options_of(target: Target, options: ExportOptions) -> ExportOptions:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 import time
 from datetime import UTC, datetime
 from functools import partial
@@ -13,7 +14,7 @@ from diffdeploy.formats import distributions
 from diffdeploy.records import Record
 from diffdeploy.versions import installed_versions
 
-__all__ = ["Machine", "OtherLoad", "free_bytes", "matmul_gflop_per_second"]
+__all__ = ["Machine", "OtherLoad", "matmul_gflop_per_second"]
 
 _MATMUL_SIZES = (512, 1024, 2048, 4096)
 # Keeps the total at about a second, even on slow machines, since it is measured again after each size.
@@ -32,6 +33,7 @@ class Machine(Record):
         num_cpus: number of CPUs that this process may use.
         threads: number of threads of every candidate.
         device: ``cpu``, or the name of the CUDA device.
+        gpu: clocks and power of the CUDA device before and right after the first products; ``None`` if unknown.
         packages: versions of the packages that run the candidates.
         load_average: load average of the minute before the run.
         other_load: average number of cores that other processes kept busy during the measurement, which adds noise;
@@ -48,6 +50,7 @@ class Machine(Record):
     num_cpus: int
     threads: int
     device: str
+    gpu: str | None = None
     packages: dict[str, str]
     load_average: float
     other_load: float | None = None
@@ -60,6 +63,8 @@ class Machine(Record):
 
         # Read before the matrix products below, which raise it.
         load_average = os.getloadavg()[0]
+        before = _clocks_and_power() if device == "cuda" else None
+        rate = matmul_gflop_per_second(dtype, device=device, threads=threads)
         return cls(
             diffdeploy=__version__,
             measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -70,9 +75,10 @@ class Machine(Record):
             num_cpus=len(os.sched_getaffinity(0)),
             threads=threads,
             device=torch.cuda.get_device_name() if device == "cuda" else device,
+            gpu=None if before is None else f"{before} before, {_clocks_and_power()} after products",
             packages=installed_versions(distributions()),
             load_average=round(load_average, 2),
-            matmul_gflop_per_second=round(matmul_gflop_per_second(dtype, device=device, threads=threads), 1),
+            matmul_gflop_per_second=round(rate, 1),
         )
 
     def updated(self, other_load: float, matmul_gflop_per_second: float) -> "Machine":
@@ -102,6 +108,21 @@ class OtherLoad:
         return time.monotonic(), busy, time.process_time()
 
 
+def _clocks_and_power() -> str | None:
+    """Of torch's current CUDA device, as its driver tells them; nothing is set."""
+    import torch
+
+    fields = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit"
+    device = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+    query = ["nvidia-smi", device, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
+        sm, most, memory, power, limit = said.strip().split(", ")
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return f"{sm} of {most} MHz, memory {memory} MHz, {power} of {limit} W"
+
+
 def _cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -121,20 +142,3 @@ def matmul_gflop_per_second(dtype: str, *, device: str, threads: int) -> float:
         # One addition and one multiplication per product; 10^6 operations per ms are 10^9 per second.
         best = max(best, 2 * size**3 / longest_ms / 1e6)
     return best
-
-
-def free_bytes(device: str) -> int:
-    """Free memory for a run: of the device, or of this machine and the control group of this process."""
-    if device == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info()[0])
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        # In a container, not all of the machine's free memory is available.
-        limit = int((group / "memory.max").read_text())
-        return min(free, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no control group, or one without a limit
-        return free

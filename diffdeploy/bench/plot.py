@@ -2,7 +2,7 @@
 
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffdeploy.bench.results import BenchReport, Row
 from diffdeploy.errors import InputError, UnavailableError
@@ -110,14 +110,17 @@ def _draw_limit(axes: "Axes", report: BenchReport, rows: list[Row], cached: bool
     differential = sorted({(_length(row, cached), row.block_gflop) for row in rows if row.impl != "softmax"})
     if differential:
         rate = report.environment.matmul_gflop_per_second
-        axes.plot(
-            [length for length, _ in differential],
-            [1e3 * gflop / rate for _, gflop in differential],
-            label=f"matrix-product limit of\nthe differential block\n({rate:.0f} GFLOP/s)",
-            color="#808080",
-            linewidth=3,
-            linestyle=":",
-        )
+        limits = [1e3 * gflop / rate for _, gflop in differential]
+        style: dict[str, Any] = {
+            "label": f"matrix-product limit of\nthe differential block\n({rate:.0f} GFLOP/s)",
+            "color": "#808080",
+            "linewidth": 3,
+            "linestyle": ":",
+        }
+        if len(limits) == 1:  # a line from one point to itself would not be seen
+            axes.axhline(limits[0], **style)
+        else:
+            axes.plot([length for length, _ in differential], limits, **style)
 
 
 def _length(row: Row, cached: bool) -> int:

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +14,10 @@ from diffdeploy.bench.candidate_choice import (
     eager_candidates,
     given_candidates,
 )
+from diffdeploy.bench.changes import require_comparable
 from diffdeploy.bench.estimate import require_memory
-from diffdeploy.bench.machine import free_bytes
 from diffdeploy.bench.plan import Candidate, Plan, Size
+from diffdeploy.bench.results import BenchReport
 from diffdeploy.bench.run import Bench
 from diffdeploy.bundle import cast_weights
 from diffdeploy.checkpoints import CheckpointOptions
@@ -25,6 +26,7 @@ from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.formats import Device, RunOptions, Target, export_targets
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.ops import Impl
+from diffdeploy.runtime.machine import free_bytes
 
 __all__ = ["BenchRequest", "prepare"]
 
@@ -75,31 +77,34 @@ class BenchRequest:
 
 
 @contextmanager
-def prepare(request: BenchRequest, phase: Say, note: Say) -> Iterator[Bench]:
+def prepare(
+    request: BenchRequest, phase: Say, note: Say, *, compare_with: BenchReport | None = None
+) -> Iterator[Bench]:
     """Prepare a run with everything that it needs; bundles that are exported for it are removed after the block.
 
     Args:
         request: the user's request.
         phase: callback that receives a few words when a longer step begins.
         note: callback that receives what is left out, and why.
+        compare_with: an earlier run to compare the result with.
 
     Raises:
-        InputError: options do not fit each other, or a file cannot be read.
+        InputError: options do not fit each other, a file cannot be read, or the runs cannot be compared.
         UnavailableError: this machine lacks a device, a package or the memory.
         ExportError: a format could not be exported.
     """
     _set_up_torch(request)
     source = _source(request)
     with tempfile.TemporaryDirectory(prefix="diffdeploy-bench-") as folder:
-        graph, dtype = source.graph(request.graph), source.dtype(request.dtype)
+        dtype = source.dtype(request.dtype)
         # First, since an unknown name must be refused before anything is printed.
-        eager = eager_candidates(
-            request.impl, source.checkpoint.config, device=request.device, dtype=dtype, graph=graph
-        )
+        eager = eager_candidates(request.impl, source.checkpoint.config, device=request.device, dtype=dtype)
         targets = _targets(request, source, dtype, note)
         plan = _plan(request, source, eager, targets, Path(folder))
         # Before the exports, which take minutes.
         require_memory(plan, free_bytes(plan.device))
+        if compare_with is not None:
+            require_comparable(compare_with, plan, source.block)
         _write_weights(source, plan)
         plan = _with_exports(plan, request, source, targets, phase, note)
         phase("starting")
@@ -158,7 +163,9 @@ def _plan(
                 name=name,
                 format=target.name,
                 bundle=folder / target.name,
-                bundle_impl=target.format.fastest_impl(graph),
+                bundle_impl=target.format.fastest_impl(
+                    _export_options(target, graph, dtype, device), source.checkpoint.config
+                ),
             )
             for name, target in targets.items()
         ),
@@ -225,13 +232,14 @@ def _write_weights(source: BlockSource, plan: Plan) -> None:
 
 def _export(source: BlockSource, output: Path, target: Target, plan: Plan) -> None:
     """Export without verification, since every candidate is checked at the sizes at which it is timed."""
-    options = ExportOptions(
-        format=target.format.name,
-        onnx_flavor=target.flavor,
-        device="cuda" if plan.device == "cuda" else "cpu",
-        graph=plan.graph,
-        dtype=plan.dtype,
+    device: Device = "cuda" if plan.device == "cuda" else "cpu"
+    options = replace(
+        _export_options(target, plan.graph, plan.dtype, device),
         max_batch_size=plan.max_batch_size,
         max_sequence_length=plan.max_sequence_length,
     )
     export_bundle(source.checkpoint, output, options, verify=False)
+
+
+def _export_options(target: Target, graph: Variant, dtype: DType, device: Device) -> ExportOptions:
+    return ExportOptions(format=target.format.name, onnx_flavor=target.flavor, device=device, graph=graph, dtype=dtype)

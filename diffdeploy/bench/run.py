@@ -12,12 +12,13 @@ from typing import Any
 
 from diffdeploy.bench.collected import Collected, Key
 from diffdeploy.bench.estimate import fits_twice
-from diffdeploy.bench.machine import Machine, free_bytes
+from diffdeploy.bench.machine import Machine
 from diffdeploy.bench.measuring_process import MeasuringProcess
 from diffdeploy.bench.medians import estimate, rounded, times
 from diffdeploy.bench.operations import attention_flop, block_flop
 from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
 from diffdeploy.bench.results import BenchReport, Block, Row
+from diffdeploy.runtime.machine import free_bytes
 
 __all__ = ["STEADY_MALLOC", "Bench", "Progress"]
 
@@ -145,6 +146,7 @@ class Bench(Collected):
             status=status,
             reason=verdict["reason"],
             budget_used=verdict["budget_used"],
+            captured=verdict["captured"],
             block_gflop=flop / 1e9,
             attention_gflop=attention_flop(config, size, softmax=softmax) / 1e9,
             **self._times(samples, self._samples[size.id, self.plan.baseline], flop, environment),

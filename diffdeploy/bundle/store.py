@@ -10,7 +10,7 @@ from diffdeploy.bundle.manifest import FileDigest, Manifest
 from diffdeploy.bundle.signature import SIGNATURE, require_signature
 from diffdeploy.errors import InputError, IntegrityError
 from diffdeploy.files import file_sha256
-from diffdeploy.staging import staged_directory
+from diffdeploy.staging import check_directory, staged_directory
 
 __all__ = [
     "GOLDEN",
@@ -18,6 +18,7 @@ __all__ = [
     "REPORT",
     "WEIGHTS",
     "Bundle",
+    "check_output",
     "default_output",
     "is_bundle",
     "open_bundle",
@@ -162,6 +163,11 @@ def _read_manifest(directory: Path) -> Manifest:
     if (size := (directory / MANIFEST).stat().st_size) > _LARGEST_MANIFEST:
         raise IntegrityError(f"{MANIFEST} in {directory} has {size:,} bytes, more than any export writes")
     return Manifest.from_bytes((directory / MANIFEST).read_bytes())
+
+
+def check_output(output: Path, *, force: bool = False) -> None:
+    """Check that a bundle can be written to ``output``; see `check_directory`."""
+    check_directory(output, marker=MANIFEST, what="bundle", force=force)
 
 
 def staged_bundle(output: Path, *, force: bool = False) -> AbstractContextManager[Path]:

@@ -8,11 +8,9 @@ from pydantic import TypeAdapter
 
 from diffdeploy.engines.base import Engine, EngineRequest, EngineRound, Subject, answer_of
 from diffdeploy.errors import DiffDeployError, InputError
+from diffdeploy.formats.onnx.genai import GENAI_CONFIG
 
-__all__ = ["GENAI_CONFIG", "GenaiEngine"]
-
-# File that makes a directory a model of the engine.
-GENAI_CONFIG = "genai_config.json"
+__all__ = ["GenaiEngine"]
 
 
 class GenaiEngine(Engine):

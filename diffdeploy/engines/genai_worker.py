@@ -10,7 +10,7 @@ import numpy as np
 
 from diffdeploy.arrays import Array
 from diffdeploy.engines.base import EngineRequest, EngineRound, EngineRow, log_softmax
-from diffdeploy.engines.genai import GENAI_CONFIG
+from diffdeploy.formats.onnx.genai import GENAI_CONFIG
 
 __all__ = ["main"]
 

@@ -22,8 +22,10 @@ __all__ = [
     "CacheBuffers",
     "Check",
     "FileFault",
+    "GraphNode",
     "Intermediates",
     "LayerValues",
+    "NodeKind",
     "TritonBackend",
 ]
 
@@ -145,6 +147,28 @@ class Intermediates:
     values: "Callable[[Mapping[str, Array]], Iterator[tuple[str, Tensor]]]"
     by_stream: bool = False
     hidden: Collection[Stage] = ()
+
+
+NodeKind = Literal["attention", "layout", "sizes", "other"]
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """A node of an artifact's graph, as far as a drawing shows it.
+
+    Attributes:
+        operator: its name without a domain.
+        kind: ``layout`` for what only moves numbers, ``sizes`` for what computes sizes and no tensors.
+        takes: names of the values that it takes, but for constants.
+        gives: names of the values that it gives.
+        constants: names of the weights and tables that it takes, where they have one of their own.
+    """
+
+    operator: str
+    kind: NodeKind
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+    constants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from diffdeploy.formats.artifact import (
     Backend,
     Check,
     FileFault,
+    GraphNode,
     Intermediates,
     LayerValues,
     TritonBackend,
@@ -151,8 +152,13 @@ class Format(ABC):
         return options.device or self.devices[0]
 
     @abstractmethod
-    def fastest_impl(self, variant: Variant) -> str:
-        """Implementation that ``auto`` selects for graphs, which serve all sizes. See docs/operator-speed.md."""
+    def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
+        """Implementation that ``auto`` selects for graphs, which serve all sizes. See docs/operator-speed.md.
+
+        Args:
+            options: options of the export.
+            config: config of the block or the model.
+        """
 
     def padding(self, variant: Variant, flavor: str | None, config: AnyModel) -> Padding:
         """Use of the mask in a graph; see `GraphSpec`."""
@@ -274,6 +280,10 @@ class Format(ABC):
 
     def layer_values(self, bundle: Bundle) -> LayerValues | None:
         """Function that computes the outputs of a model's layers; ``None`` if only outputs can be observed."""
+        return None
+
+    def nodes(self, bundle: Bundle) -> Sequence[GraphNode] | None:
+        """The nodes of the artifact's graph, in their order; ``None`` where there is no graph to read."""
         return None
 
     # Self-test

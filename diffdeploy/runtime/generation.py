@@ -13,7 +13,7 @@ from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, special_tokens
 from diffdeploy.errors import InputError
 from diffdeploy.runtime.decoding import Decoding
-from diffdeploy.runtime.inputs import check_values
+from diffdeploy.runtime.inputs import check_size, check_values
 from diffdeploy.runtime.sampling import Sampling
 from diffdeploy.runtime.text import RowText
 
@@ -245,6 +245,8 @@ def _checked(
         raise InputError(f"the session has {len(context.tokens)} rows, but input_ids has {len(input_ids)}")
     if input_ids.size == 0:
         raise InputError("the prompt is empty; give at least one token")
+    # Before a cache is reserved, which for a batch that is too large may be more than there is memory.
+    check_size(spec, "input_ids", "batch_size", len(input_ids))
     check_values("input_ids", spec.inputs["input_ids"], input_ids)
     capacity, length = spec.axes["total_sequence_length"].max, before + input_ids.shape[1]
     # The last token is returned, but not added to the cache.

@@ -9,7 +9,7 @@ import numpy as np
 from diffdeploy.errors import InputError
 from diffdeploy.graphs import GraphSpec, TensorSpec
 
-__all__ = ["as_integers", "check_inputs", "check_values"]
+__all__ = ["as_integers", "check_inputs", "check_size", "check_values"]
 
 
 def as_integers(spec: GraphSpec, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,11 +88,20 @@ def check_values(name: str, spec: TensorSpec, value: Any) -> None:
 
 def _check_size(graph: GraphSpec, name: str, axis: str, given: int, sizes: dict[str, int]) -> None:
     """Check the size of a named axis; ``sizes`` holds the sizes from other inputs, and this one is added."""
+    check_size(graph, name, axis, given)
+    if sizes.setdefault(axis, given) != given:
+        raise InputError(f"{axis} is {given} in {name}, but {sizes[axis]} in another input")
+
+
+def check_size(graph: GraphSpec, name: str, axis: str, given: int) -> None:
+    """Check the size of an axis of an input.
+
+    Raises:
+        InputError: the graph does not accept it.
+    """
     bounds = graph.axes[axis]
     if not bounds.min <= given <= bounds.max:
         raise InputError(f"{axis} of {name} is {given}; accepted is {bounds.min} to {bounds.max}")
-    if sizes.setdefault(axis, given) != given:
-        raise InputError(f"{axis} is {given} in {name}, but {sizes[axis]} in another input")
 
 
 @cache

@@ -1,8 +1,9 @@
-"""Facts about a machine that compiled artifacts depend on, recorded at export and compared before loading."""
+"""Facts about a machine: what compiled artifacts depend on, recorded at export, and its free memory."""
 
 import platform
+from pathlib import Path
 
-__all__ = ["differences", "this_machine"]
+__all__ = ["differences", "free_bytes", "this_machine"]
 
 
 def this_machine(device: str) -> dict[str, str]:
@@ -42,3 +43,30 @@ def differences(made_for: dict[str, str], here: dict[str, str]) -> list[str]:
         elif here.get(name) != there:
             found.append(f"{name} {there}, but this machine has {here.get(name, 'none')}")
     return found
+
+
+def free_bytes(device: str, *, swap: bool = False) -> int:
+    """Memory that a run can have: of the device, or of this machine and the control group that the process is in.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        swap: count what the machine can swap out, too.
+    """
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    free += int(fields["SwapFree"].split()[0]) * 1024 if swap else 0
+    group = Path("/sys/fs/cgroup")
+    try:
+        # In a container the machine's free memory is not this process's to use.
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        # Files that were read are counted as used, and given up when memory is wanted.
+        counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= int(counted["active_file"]) + int(counted["inactive_file"])
+        return min(free, limit - used)
+    except (OSError, ValueError, KeyError):  # no control group, or one without a limit
+        return free

@@ -61,7 +61,7 @@ def verify_bundle(
         cases: see `select_cases`; ``full`` by default, or none if ``load_inputs`` is given.
         load_inputs: file with inputs to verify on, see `read_inputs`.
         save_inputs: file to which the inputs of all cases are written before they run.
-        progress: callback that receives the cases done, the cases in total, and the name of the next one.
+        progress: callback that receives the cases done, the cases in total, and the name of the next step.
         run_options: device and backend that the artifact is run with, and the key that must have signed it.
         open_artifact: function that opens the artifact to run it; by default in a separate process.
         yardsticks: yardsticks for the artifact, if they are already known.
@@ -84,7 +84,8 @@ def verify_bundle(
         write_inputs(save_inputs, chosen, spec)
     # Opened first: its process loads the artifact while this process reads the contract.
     with open_artifact(bundle.path, run_options) as artifact, half_the_threads():
-        found = _examine(bundle, artifact, chosen, yardsticks, seed, progress, first_failure_only=first_failure_only)
+        say = progress or (lambda *_: None)
+        found = _examine(bundle, artifact, chosen, yardsticks, seed, say, first_failure_only=first_failure_only)
     return Report(
         format=manifest.format,
         dtype=spec.dtype,
@@ -115,7 +116,7 @@ def _examine(
     chosen: Sequence[AnyCase],
     yardsticks: Yardsticks | None,
     seed: int,
-    progress: Progress | None,
+    progress: Progress,
     *,
     first_failure_only: bool,
 ) -> _Findings:
@@ -133,19 +134,22 @@ def _examine(
     except ExportError as error:
         checks.append(Check(name="loads", passed=False, detail=str(error)))
         return _Findings("none", checks, reports, covered(bundle.manifest.graph, []), None, None)
+    total = len(chosen)
     for done, case in enumerate(chosen):
-        if progress is not None:
-            progress(done, len(chosen), case.id)
+        progress(done, total, case.id)
         reports.append(run_case(case, bundle, artifact, yardsticks))
         if first_failure_only and not reports[-1].passed:
             break
     else:  # a run that stopped has already failed, and needs no properties
+        progress(total, total, "properties")
         checks += property_checks(artifact, bundle.manifest.config, bundle.manifest.graph, seed)
     tried = covered(bundle.manifest.graph, chosen[: len(reports)])
     greedy = None
     if yardsticks.model is not None:
+        progress(total, total, "each layer")
         reports += layer_reports(bundle, yardsticks.model, weights, seed)
         if not first_failure_only or all(report.passed for report in reports):
+            progress(total, total, "greedy tokens")
             greedy = greedy_tokens(artifact, yardsticks, bundle.manifest.graph, seed)
             checks += [greedy.check, capacity_check(artifact, bundle.manifest.graph, seed)]
     guilty = _guilty_stage(bundle, artifact, checks, chosen, reports, yardsticks)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from diffdeploy.bench.machine import OtherLoad, free_bytes
+from diffdeploy.bench.machine import OtherLoad
 from diffdeploy.bench.medians import estimate, paired_ratios
 from diffdeploy.bench.memory import peak_bytes
 from diffdeploy.bench.timing import latency_ms, num_rounds, rounds
@@ -75,4 +75,3 @@ def test_other_work_is_seen() -> None:
     environment = make_report({"naive": 1.0}).environment
     assert environment.updated(0.3, 150.0) == environment.model_copy(update={"other_load": 0.3})
     assert environment.updated(0.3, 250.0).matmul_gflop_per_second == 250.0
-    assert 2**20 < free_bytes("cpu") < 2**50

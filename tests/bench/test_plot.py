@@ -23,19 +23,24 @@ def test_a_figure_is_drawn(suffix: str, tmp_path: Path) -> None:
     assert file.read_bytes() == first
 
 
-def test_lines_are_told_apart_without_colour(tmp_path: Path) -> None:
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Axes, as they are made."""
     import matplotlib.figure
 
-    drawn: list[Any] = []
+    made: list[Any] = []
     axes_of = matplotlib.figure.Figure.subplots
 
     def subplots(*arguments: Any, **settings: Any) -> Any:
-        drawn.append(axes_of(*arguments, **settings))
-        return drawn[-1]
+        made.append(axes_of(*arguments, **settings))
+        return made[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matplotlib.figure.Figure, "subplots", subplots)
-        plot(make_report({"naive": 10.0, **{f"c{number}": 2.0 + number for number in range(13)}}), tmp_path / "x.svg")
+    monkeypatch.setattr(matplotlib.figure.Figure, "subplots", subplots)
+    return made
+
+
+def test_lines_are_told_apart_without_colour(tmp_path: Path, drawn: list[Any]) -> None:
+    plot(make_report({"naive": 10.0, **{f"c{number}": 2.0 + number for number in range(13)}}), tmp_path / "x.svg")
     (axes,) = drawn[0][0]
     styles = [
         (line.get_marker(), str(line._dash_pattern), line.get_markersize())
@@ -49,6 +54,16 @@ def test_lines_are_told_apart_without_colour(tmp_path: Path) -> None:
     limit = next(line for line in axes.get_lines() if "limit" in str(line.get_label()))
     assert list(limit.get_ydata()) == pytest.approx([10.0, 100.0])  # 2 and 20 GFLOP at 200 GFLOP/s, in ms
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+
+
+def test_one_length_has_its_limit_across_the_figure(tmp_path: Path, drawn: list[Any]) -> None:
+    """A line from one point to itself would not be seen."""
+    report = make_report({"naive": 10.0})
+    plot(report.model_copy(update={"results": report.results[:1]}), tmp_path / "x.svg")
+    (axes,) = drawn[0][0]
+    limit = next(line for line in axes.get_lines() if "limit" in str(line.get_label()))
+    assert list(limit.get_ydata()) == pytest.approx([10.0, 10.0])
+    assert list(limit.get_xdata()) == [0, 1]  # in shares of the width
 
 
 def test_figures_that_cannot_be_drawn_are_refused(tmp_path: Path) -> None:

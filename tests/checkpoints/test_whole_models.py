@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffdeploy.checkpoints import holds_model, read_model
 from diffdeploy.checkpoints.files import SAMPLE
+from diffdeploy.config import LayerConfig, MlpConfig
 from diffdeploy.errors import InputError
 from diffdeploy.modules import DiffTransformer
 from tests.modules.test_decoder import formula
@@ -110,7 +111,7 @@ def test_the_sample_is_a_whole_model() -> None:
 
 def motif(directory: Path, **changes: Any) -> tuple[dict[str, Tensor], Any]:
     """Motif's names over random weights of a decoder whose layers count from -1."""
-    from diffdeploy.config import LayerConfig, MlpConfig, RopeConfig, lambda_init_at
+    from diffdeploy.config import RopeConfig, lambda_init_at
     from tests.support.blocks import make_config
 
     blocks = [
@@ -169,6 +170,57 @@ def test_motif_with_its_polynorm(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         logits_of(tmp_path, ids)[0], formula(config, weights, ids[0].numpy()), rtol=0, atol=1e-10
     )
+
+
+def test_axolotl_with_halves_of_split_heads(tmp_path: Path) -> None:
+    """Llama with other attention: no output factor, and lambda_init a tensor of each layer."""
+    from diffdeploy.checkpoints import write_checkpoint
+    from diffdeploy.config import RopeConfig
+    from tests.support.blocks import make_config
+
+    # As float32, which is what the file holds.
+    lambdas = [float(torch.tensor(value)) for value in (0.3, 0.41, 0.52)]
+    rope = RopeConfig(style="half", theta=100.0)
+    sizes = {"embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "norm_eps": 1e-5}
+    blocks = [make_config(**sizes, lambda_init=value, output_scale=1.0, rope=rope) for value in lambdas]
+    layers = tuple(LayerConfig(attention=block, mlp=MlpConfig(hidden_dim=40)) for block in blocks)
+    config = make_decoder(layers=layers, norm_eps=1e-5, attention=blocks[0])
+    weights = {name: tensor.float() for name, tensor in decoder_weights(config).items()}
+    stored = {
+        "model.embed_tokens.weight": weights["embedding.weight"],
+        "model.norm.weight": weights["norm.weight"],
+        "lm_head.weight": weights["lm_head.weight"],
+    }
+    for number, block in enumerate(blocks):
+        layer = f"layers.{number}."
+        stored[f"model.{layer}input_layernorm.weight"] = weights[f"{layer}attention_norm.weight"]
+        stored[f"model.{layer}post_attention_layernorm.weight"] = weights[f"{layer}ffn_norm.weight"]
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            stored[f"model.{layer}mlp.{name}.weight"] = weights[f"{layer}ffn.{name}.weight"]
+        attention = {name: weights[f"{layer}self_attn.{name}"] for name in block.weight_shapes()}
+        stored |= write_checkpoint(block, attention, "axolotl", prefix=f"model.{layer}self_attn.")
+    save_file({key: tensor.contiguous() for key, tensor in stored.items()}, tmp_path / "model.safetensors")
+    fields = {
+        "model_type": "llama-differential",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100.0,
+        "split_heads": True,
+        "sublayer_norm": True,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert read_model(tmp_path).config == config
+    ids = torch.randint(0, 53, (1, 9), generator=torch.Generator().manual_seed(0))
+    exact = {name: tensor.double().numpy() for name, tensor in weights.items()}
+    for number, value in enumerate(lambdas):
+        # The formula is that of the paper, with a factor behind the norm that this code base lacks.
+        exact[f"layers.{number}.self_attn.subln.weight"] /= 1 - value
+    expected = formula(config, exact, ids[0].numpy())
+    np.testing.assert_allclose(logits_of(tmp_path, ids)[0], expected, rtol=0, atol=1e-10)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

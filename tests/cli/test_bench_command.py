@@ -16,8 +16,8 @@ from diffdeploy.bench.estimate import candidate_bytes
 from diffdeploy.bench.plan import Plan
 from diffdeploy.bench.results import read_report
 from diffdeploy.checkpoints.files import SAMPLE
-from diffdeploy.cli import console
 from diffdeploy.cli.main import main
+from diffdeploy.cli.progress import Activity
 from tests.support.commands import open_bundle_without_digests, refused
 
 pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
@@ -36,7 +36,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stages: list[str] = []
     with (folder / "stdout").open("w") as stream, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
-        patch.setattr(console.Activity, "phase", lambda _, text: stages.append(text))
+        patch.setattr(Activity, "phase", lambda _, text: stages.append(text))
+        patch.setattr(
+            Activity, "step", lambda _, text, left=None: stages.append(f"{stages[-1].partition('|')[0]}|{text}|{left}")
+        )
         assert main(["bench", *TINY, *FEW, *outputs]) == 0
     (folder / "stages").write_text("\n".join(stages))
     return folder / "run.json"
@@ -135,14 +138,18 @@ def test_a_wrong_bundle_is_shown_as_wrong_and_not_timed(bundle_copy: Path, capsy
 def test_an_interrupt_prints_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    show = console.Activity.phase
+    show, stages = Activity.phase, []
 
-    def interrupted(activity: console.Activity, text: str) -> None:
-        show(activity, text)
-        if "B1-S16: round 3" in text:
+    def phase(doing: Activity, text: str) -> None:
+        stages.append(text)
+        show(doing, text)
+
+    def interrupted(_: Activity, text: str, seconds_left: float | None = None) -> None:
+        if stages[-1] == "B1-S16" and text.startswith("round 3"):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(console.Activity, "phase", interrupted)
+    monkeypatch.setattr(Activity, "phase", phase)
+    monkeypatch.setattr(Activity, "step", interrupted)
     few = ["--impl", "naive,padded", "--format", "none"]
     assert main(["bench", *TINY, *few, "--save", "part.json", "--json"]) == 130
     said = capsys.readouterr()
@@ -156,16 +163,16 @@ def test_an_interrupt_prints_what_was_measured(
 
 
 @pytest.mark.usefixtures("_ctrl_c")
-def test_an_interrupt_before_anything_was_measured_says_so(
+def test_an_interrupt_before_anything_was_measured_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(activity: console.Activity, text: str) -> None:
+    def interrupted(doing: Activity, text: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(console.Activity, "phase", interrupted)
+    monkeypatch.setattr(Activity, "phase", interrupted)
     assert main(["bench", *TINY, *FEW]) == 130
     said = capsys.readouterr()
-    assert (said.out, said.err) == ("", "error: interrupted; nothing was kept\n")
+    assert (said.out, said.err) == ("", "error: interrupted\n")
 
 
 def test_progress_says_what_runs_and_how_long_it_takes(saved: Path) -> None:
@@ -173,12 +180,12 @@ def test_progress_says_what_runs_and_how_long_it_takes(saved: Path) -> None:
     for wanted in (
         "exporting onnx",
         "loading naive",
-        "B1-S8: checking onnx",
-        "B1-S16: round 7 of 7",
+        "B1-S8|checking onnx",
+        "B1-S16|round 7 of 7",
         "memory of padded",
     ):
         assert any(stage.startswith(wanted) for stage in stages), wanted
-    assert all(stage.endswith(" s left") for stage in stages if "round" in stage or "memory" in stage)
+    assert all(float(stage.rpartition("|")[2]) >= 0 for stage in stages if "|round" in stage)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,8 @@ def test_a_bundle_without_a_tokenizer_takes_tokens(bundles: BundleCache, capsys:
 def test_options_of_blocks_and_models_do_not_mix(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--graph is cached, which is for a block" in refused(["export", "--graph", "cached"], capsys)
     assert "--logits is of whole models" in refused(["export", "--layer", "0", "--logits", "last"], capsys)
+    flash2 = ["export", "--format", "flash2", "--dtype", "float16", "--no-verify"]
+    assert "format flash2 is for blocks" in refused(flash2, capsys)
     assert "--format all compares the formats of one block" in refused(["export", "--format", "all"], capsys)
 
 
@@ -161,7 +163,7 @@ def test_the_result_of_an_export_that_is_not_verified_says_so(capsys: pytest.Cap
     assert bare["graph"] == whole["graph"]
     assert (bare["status"], bare["verification"]["passed"]) == ("unverified", False)
     assert main(["diff", "whole", "bare"]) == 0
-    assert capsys.readouterr().out == "bundle verified  True -> False\n"
+    assert capsys.readouterr().out == "bundle  verified: True -> False\n"
 
 
 def test_what_is_alike_in_every_layer_is_said_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:

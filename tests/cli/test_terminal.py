@@ -1,17 +1,22 @@
 """What files say is shown, and never obeyed by the terminal: control characters in any name or value are escaped."""
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.cli import console
 from diffdeploy.cli.main import main
+from diffdeploy.cli.report_tables import print_report
+from diffdeploy.verify import read_report
 from tests.support.manifests import fields_of, reached, set_to, signed
 
 pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
@@ -90,3 +95,49 @@ def test_a_line_stays_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_text_of_a_model_keeps_its_lines_and_letters(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_part("def f():\r\n\treturn '\x1b[2J\x9b'\u3000👩\u200d🚀\n")
     assert capsys.readouterr().out == "def f():\\r\n\treturn '\\x1b[2J\\x9b'\u3000👩\u200d🚀\n"
+
+
+def test_tables_at_80_columns_break_no_word(sample_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = read_report(sample_bundle / "verification.json")
+    shown = []
+    for width in (80, 200):
+        file = io.StringIO()
+        terminal = Console(width=width, force_terminal=True, color_system=None, file=file, highlight=False)
+        monkeypatch.setattr(console, "standard_error", lambda terminal=terminal: terminal)
+        print_report(report)
+        text = file.getvalue()
+        assert max(map(len, text.splitlines())) <= width
+        shown.append(text)
+    # Names of cases may be broken between their parts.
+    words = [re.split(r"\s+|(?<=[-_])", text.replace("─", "")) for text in shown]
+    narrow, wide = map(set, words)
+    assert narrow <= wide
+    assert "eager" in shown[1]
+
+
+@pytest.mark.parametrize(("width", "shown"), [(80, 6), (200, 12)])
+def test_figures_that_do_not_fit_are_left_out_whole(
+    width: int, shown: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = io.StringIO()
+    terminal = Console(width=width, force_terminal=True, color_system=None, file=file, highlight=False)
+    monkeypatch.setattr(console, "_standard_output", lambda: terminal)
+    headings = ["candidate", *(f"of column{number}" for number in range(11))]
+    console.print_figures("sizes", headings, [["stacked_split", *(["12345.678"] * 11)]])
+    assert file.getvalue().count("12345.678") == shown - 1
+    left_out = "" if shown == 12 else f"in a wider terminal also: {', '.join(headings[shown:])}\n"
+    assert capsys.readouterr().out == f"sizes\n{left_out}"
+
+
+def test_a_terminal_breaks_values_between_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("name", "word " * 20), ("x", "a/path/that/is/longer-than/the/width")]
+    console.print_rows(rows)
+    assert capsys.readouterr().out.splitlines()[0] == "name  " + "word " * 19 + "word"
+    terminal = Console(width=30, force_terminal=True, file=io.StringIO())
+    monkeypatch.setattr(console, "_standard_output", lambda: terminal)
+    console.print_rows(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == ["name  word word word word word", *["      word word word word word"] * 3]
+    assert lines[-1] == "x     a/path/that/is/longer-than/the/width"

@@ -181,3 +181,17 @@ def test_the_end_of_texts_is_what_the_source_says(
     if expected != (5, 6):
         with pytest.raises(InputError, match=r"config.json has no number or list of numbers for eos_token_id"):
             eos_of(bundle)
+
+
+def test_a_batch_is_checked_before_its_cache_is_reserved(
+    llama_pair: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache of as many rows may be larger than the memory of the machine."""
+    reserved: list[int] = []
+    monkeypatch.setattr("diffdeploy.runtime.decoding.Decoding.reserve", lambda _, capacity: reserved.append(capacity))
+    with diffdeploy.load(llama_pair[0]) as runtime:
+        most = runtime.spec.axes["batch_size"].max
+        rows = np.ones((most + 1, 2), np.int64)
+        with pytest.raises(InputError, match=rf"batch_size of input_ids is {most + 1}; accepted is 1 to {most}"):
+            runtime.generate(rows, max_new_tokens=1)
+    assert reserved == []

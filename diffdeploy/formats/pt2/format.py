@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
-from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, Intermediates, LayerValues
+from diffdeploy.config import AnyModel
+from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, GraphNode, Intermediates, LayerValues
 from diffdeploy.formats.base import Format
 from diffdeploy.formats.options import ExportOptions, RunOptions
-from diffdeploy.graphs import GraphSpec, Variant
+from diffdeploy.graphs import GraphSpec
 
 if TYPE_CHECKING:
     from diffdeploy.modules import AnyModule
@@ -24,7 +25,7 @@ class Pt2Format(Format):
     holds_ranges = True
     caches = ("growing", "in-place")
 
-    def fastest_impl(self, variant: Variant) -> str:
+    def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
         """See `Format.fastest_impl`."""
         # As in the format aoti, but with two attentions for a cache, too, as this format promises.
         return "padded"
@@ -59,6 +60,12 @@ class Pt2Format(Format):
         from diffdeploy.formats.pt2.intermediates import intermediates
 
         return intermediates(bundle.path, bundle.manifest.graph)
+
+    def nodes(self, bundle: Bundle) -> Sequence[GraphNode]:
+        """See `Format.nodes`."""
+        from diffdeploy.formats.pt2.nodes import nodes
+
+        return nodes(bundle.path)
 
     def layer_values(self, bundle: Bundle) -> LayerValues:
         """See `Format.layer_values`."""
