@@ -26,9 +26,10 @@ MODELS = [make_decoder(num_layers=1), make_decoder(num_layers=3, attention=make_
 def specs(draw: st.DrawFn) -> GraphSpec:
     variant: Any = draw(st.sampled_from(["plain", "masked", "cached", "model"]))
     is_model = variant == "model"
+    configs: list[Any] = [*(MODELS if is_model else BLOCKS)]
     return graph_spec(
         variant,
-        draw(st.sampled_from(MODELS if is_model else BLOCKS)),
+        draw(st.sampled_from(configs)),
         dtype=draw(st.sampled_from(["float32", "float16", "bfloat16"])),
         max_batch_size=draw(st.integers(2, 6)),
         max_sequence_length=draw(st.integers(4, 12)),
