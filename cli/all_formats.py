@@ -55,6 +55,7 @@ def export_formats(job: Job, output: Path | None, *, as_json: bool) -> int:
             measured = measure_formats(found, results, job.options, job.name)
         except KeyboardInterrupt:
             interrupted = True
+            doing.abandon()
     if as_json:
         console.print_json(_fields(results, measured, parent, interrupted=interrupted))
     elif results:

@@ -168,11 +168,14 @@ def print_figures(title: str, headings: Sequence[str], rows: Sequence[Sequence[s
     The last columns are left out of a terminal that is too narrow for them, since a figure that is cut is none.
     """
     print_text(title)
-    stdout, shown = _standard_output(), len(headings)
-    table = _figures(headings, rows, shown)
+    stdout, shown, said = _standard_output(), len(headings), headings
+    if stdout.is_terminal:
+        # A word a line, as figures are narrow.
+        said = [re.sub(r" (?!%)", "\n", heading) for heading in headings]
+    table = _figures(said, rows, shown)
     while stdout.is_terminal and shown > _LEAST_FIGURES and _width(table) > stdout.width:
         shown -= 1
-        table = _figures(headings, rows, shown)
+        table = _figures(said, rows, shown)
     print_whole(table, stdout)
     if shown < len(headings):
         print_text(f"in a wider terminal also: {', '.join(headings[shown:])}")
@@ -187,8 +190,7 @@ def _figures(headings: Sequence[str], rows: Sequence[Sequence[str]], shown: int)
     # Folded, not cut: a name must be whole to be used.
     table.add_column(headings[0], overflow="fold")
     for heading in headings[1:shown]:
-        # A word a line, as figures are narrow.
-        table.add_column(re.sub(r" (?!%)", "\n", heading), justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(cell, row[:shown]))
     return table

@@ -156,8 +156,8 @@ def export(
         "--max-kl": max_kl,
         "--min-agreement": min_agreement,
     }
-    if weights is None:
-        refuse_together("an export without --weights", "quantises nothing", of_weights)
+    if weights is None and (lonely := [option for option, given in of_weights.items() if given is not None]):
+        raise InputError(f"{', '.join(lonely)} is for quantised weights; give --weights int8 or int4, too")
     if no_verify:
         of_checks = {"--cases": cases, "--runtime": None if runtime == "native" else runtime, "--seed": seed or None}
         refuse_together("--no-verify", "runs nothing", of_checks)

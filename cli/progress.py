@@ -71,8 +71,14 @@ class Activity:
 
     def end(self) -> None:
         """End the stage, if there is one, and say how long it took."""
-        if self._stage:
-            self._say(f"{self._stage}: {time.monotonic() - self.began:.1f} s")
+        said = f"{self._stage}: {time.monotonic() - self.began:.1f} s" if self._stage else ""
+        # First, since an interrupt may come while it is said.
+        self.abandon()
+        if said:
+            self._say(said)
+
+    def abandon(self) -> None:
+        """Leave the stage, which was interrupted, without a word."""
         self._stage, self._step, self._left = "", "", ""
 
     def heartbeat(self) -> str:

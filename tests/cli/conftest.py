@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from diffdeploy.cli import progress
+
 
 @pytest.fixture
 def _ctrl_c() -> Iterator[None]:
@@ -13,6 +15,12 @@ def _ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def _no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is busy any stage may last long enough for one."""
+    monkeypatch.setattr(progress, "HEARTBEAT_S", 1e6)
 
 
 @pytest.fixture
