@@ -1,6 +1,7 @@
 """Fresh Python processes that run one module of diffdeploy, and their last words if they died."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,14 @@ class WorkerProcess:
         return self._log.read().decode(errors="replace").strip().splitlines()
 
     def obituary(self) -> str:
-        """Wait for the process to end; return its exit status and the last line that it wrote to standard error."""
+        """Wait for the process to end; return how it ended and the last line that it wrote to standard error."""
         status, said = self.wait(), self.said()
-        return f"ended with status {status}" + (f": {said[-1]}" if said else "")
+        how = f"ended with status {status}" if status >= 0 else f"was ended by signal {-status}{_named(-status)}"
+        return how + (f": {said[-1]}" if said else "")
+
+
+def _named(number: int) -> str:
+    try:
+        return f" ({signal.Signals(number).name})"
+    except ValueError:  # a real-time signal, which has no name
+        return ""

@@ -1,13 +1,21 @@
 """AOTInductor: a compiled package for Python or C++ with libtorch; nothing is traced or compiled when it is loaded."""
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffdeploy.bundle import WEIGHTS
+from diffdeploy.errors import ExportError
+from diffdeploy.exclusive import replaced
 from diffdeploy.exporters.tracing import trace
 from diffdeploy.files import file_sha256
 from diffdeploy.formats.aoti.backend import MODEL
+from diffdeploy.formats.aoti.constants import read_library
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.modules import AnyModule
 
@@ -18,12 +26,71 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, device: str) -> No
     """Write ``model.pt2``; `torch._inductor.aoti_load_package` reads it.
 
     Its metadata carry the digest of the weights and the torch that compiled it.
+
+    Raises:
+        ExportError: the compiler made a package that crashes when it is loaded.
     """
     # The package holds the weights inside, out of reach; the verification compares this with weights.safetensors.
     metadata = {"weights_sha256": file_sha256(directory / WEIGHTS), "torch": torch.__version__}
-    # torch has no public name for it.
-    torch._inductor.aoti_compile_and_package(  # noqa: SLF001
-        trace(block, spec, device),
-        package_path=str(directory / MODEL),
-        inductor_configs={"aot_inductor.metadata": metadata},
+    program = trace(block, spec, device)
+    with _scratch_for_all_programs(), nullcontext() if device == "cpu" else _without_vector_instructions():
+        # torch has no public name for it.
+        torch._inductor.aoti_compile_and_package(  # noqa: SLF001
+            program, package_path=str(directory / MODEL), inductor_configs={"aot_inductor.metadata": metadata}
+        )
+
+    _require_shared_cpp_library(directory / MODEL)
+
+
+@contextmanager
+def _without_vector_instructions() -> Iterator[None]:
+    """Have the code that only launches kernels compiled for any processor of its kind.
+
+    To find out which vector instructions there are, inductor starts Python with torch for each kind of them: ten times
+    on a processor with AVX-512 and AMX, which took 40 of the 68 seconds that an export took.
+    """
+    from torch._inductor import codecache, cpu_vec_isa
+
+    def pick_none() -> cpu_vec_isa.VecISA:
+        return cpu_vec_isa.invalid_vec_isa
+
+    with replaced(codecache, "pick_vec_isa", pick_none), replaced(cpu_vec_isa, "pick_vec_isa", pick_none):
+        yield
+
+
+def _require_shared_cpp_library(package: Path) -> None:
+    """Refuse a package with a C++ library of its own: `std::regex` mixes it with torch's, and crashes on loading.
+
+    Raises:
+        ExportError: it has one.
+    """
+    _, library = read_library(package)
+    # As the linker writes what is loaded with it; of clang, libc++ stands by itself.
+    if b"libstdc++.so.6" in library or b"libc++.so.1" in library:
+        return
+    raise ExportError(
+        f"{os.environ.get('CXX', 'g++')} links libstdc++ statically, and such a package crashes when it is loaded; "
+        "set CXX to a compiler that does not, such as the g++ of your distribution"
     )
+
+
+@contextmanager
+def _scratch_for_all_programs() -> Iterator[None]:
+    """Have packages allocate what a kernel of Triton writes tensor maps to for each of its programs.
+
+    Torch 2.11 allocates it once, and programs overwrite each other's; 2.14 multiplies its size by the grid, as here.
+    """
+    from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
+
+    define = CUDADeviceOpOverrides.cpp_scratch
+
+    def define_for_all(*arguments: Any, **named: Any) -> tuple[list[str], str] | None:
+        defined = define(*arguments, **named)
+        if defined is None:
+            return None
+        lines, name = defined
+        size = re.compile(r"(_size\[\] = \{)(\d+)(\};)")
+        return [size.sub(r"\g<1>int64_t{\2} * grid_0 * grid_1 * grid_2\3", line) for line in lines], name
+
+    with replaced(CUDADeviceOpOverrides, "cpp_scratch", define_for_all):
+        yield

@@ -123,8 +123,8 @@ def settled_length(options: ExportOptions, checkpoint: "Checkpoint | ModelCheckp
     return taken, reason
 
 
-def _impl(found: Format, options: ExportOptions) -> str:
-    return found.fastest_impl(options.graph) if options.impl == "auto" else str(options.impl)
+def _impl(found: Format, options: ExportOptions, config: AnyModel) -> str:
+    return found.fastest_impl(options, config) if options.impl == "auto" else str(options.impl)
 
 
 def _write_weights(config: AnyModel, weights: ShippedWeights, spec: GraphSpec, seed: int, staging: Path) -> None:
@@ -197,7 +197,7 @@ def export_bundle(
         for companion in checkpoint.companions:
             shutil.copyfile(companion, staging / companion.name)
         length, dtype = spec.axes["sequence_length"].max, getattr(torch, spec.dtype)
-        impl = _impl(found, options)
+        impl = _impl(found, options, checkpoint.config)
         block = frozen_module(checkpoint.config, weights.computed, impl=impl, max_positions=length, dtype=dtype)
         recorded = _lower(found, block, spec, staging, options)
         manifest = _manifest(checkpoint, spec, options, found, recorded)
@@ -299,7 +299,7 @@ def _manifest(
         config=checkpoint.config,
         graph=spec,
         options=ExportRecord(
-            attention_impl=_impl(found, options),
+            attention_impl=_impl(found, options, checkpoint.config),
             seed=options.seed,
             # If the file runs on every device, a device in the manifest would restrict its users to that one.
             device=device if found.is_bound_to_device else None,

@@ -75,7 +75,7 @@ def trace(block: AnyModule, spec: GraphSpec, device: str = "cpu") -> torch.expor
     nodes = {node.name: node for node in program.graph.nodes}
     for tensor, name in zip(spec.inputs.values(), program.graph_signature.user_inputs, strict=True):
         for axis, size in zip(tensor.shape, nodes[str(name)].meta["val"].shape, strict=True):
-            # Where no range was declared, torch assumes 2 as the minimum.
+            # Without a declared range, torch assumes 2 as the minimum.
             if axis == "total_sequence_length" and not isinstance(size, int):
                 total = spec.axes[axis]
                 program.range_constraints[size.node.expr] = ValueRanges(total.min, total.max)

@@ -1,8 +1,8 @@
-"""Check a built site: every link in it leads somewhere, and nothing is loaded from other hosts.
+"""Check a built site: every link has a target, and nothing is loaded from other hosts.
 
 python scripts/check_site.py build/site
 
-It needs nothing but Python. Links to other hosts may be followed by readers, and are not looked at.
+It needs only Python. Links to other hosts are not checked, since only readers follow them.
 """
 
 import re
@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-# What a browser fetches by itself, by element and attribute.
+# Resources that a browser loads automatically, by element and attribute.
 LOADED = {("script", "src"), ("img", "src"), ("link", "href"), ("iframe", "src"), ("source", "src"), ("video", "src")}
 
 
@@ -19,7 +19,7 @@ class Page(HTMLParser):
     """The links, loaded files and anchors of a page.
 
     Args:
-        path: of the page.
+        path: path of the page.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,7 +30,7 @@ class Page(HTMLParser):
         self.feed(path.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note what an element refers to."""
+        """Record what an element refers to."""
         for name, value in attrs:
             if name in ("id", "name") and value:
                 self.anchors.add(value)
@@ -41,7 +41,7 @@ class Page(HTMLParser):
 
 
 def problems(site: Path) -> list[str]:
-    """One sentence for each link that leads nowhere, and for each file that comes from another host."""
+    """One sentence for each link without a target, and for each file from another host."""
     pages = {path: Page(path) for path in sorted(site.rglob("*.html"))}
     found = []
     for path, page in pages.items():

@@ -1,4 +1,4 @@
-"""Pages that are made when the documentation is built: from the commands, the packages, and files at the root.
+"""Pages that are created when the documentation is built: from the commands, the packages, and files at the root.
 
 mkdocs calls the functions whose names begin with `on_`.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 
-# Files at the root that are pages, too, by their place among the pages.
+# Files at the root that are pages, too, by their path among the pages.
 AT_THE_ROOT = {
     "contributing.md": "CONTRIBUTING.md",
     "architecture.md": "ARCHITECTURE.md",
@@ -26,7 +26,7 @@ AT_THE_ROOT = {
     "changelog.md": "CHANGELOG.md",
 }
 
-# Pages about Python, and the packages and modules whose public names each of them has.
+# Pages about Python, with the packages and modules whose public names each of them describes.
 PYTHON = {
     "api.md": ["diffdeploy", "diffdeploy.errors"],
     "api-blocks.md": ["diffdeploy.config", "diffdeploy.modules", "diffdeploy.ops", "diffdeploy.compat"],
@@ -52,7 +52,7 @@ INSIDE = {
 
 
 def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
-    """Add the pages that are no files under docs/."""
+    """Add the pages that are not files in docs/."""
     from mkdocs.structure.files import File
 
     pages = {"cli.md": cli_page()}
@@ -64,7 +64,7 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """Keep options and file names in code between backticks from being broken at their hyphens and slashes."""
+    """Keep options and file names in code from being broken at their hyphens and slashes."""
     return re.sub(r"<code>([^<]+)</code>", lambda code: f"<code>{_unbroken(code[1])}</code>", html)
 
 
@@ -75,16 +75,16 @@ def _unbroken(code: str) -> str:
 
 
 def cli_page() -> str:
-    """Every command with its arguments and options, as typer itself writes them."""
+    """Every command with its arguments and options, in the format that typer writes."""
     command = [sys.executable, "-m", "typer", "diffdeploy.cli.main", "utils", "docs", "--name", "diffdeploy"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    # The list of commands, which typer cuts off after a few words; the table of contents has them.
+    # The list of commands is removed, since typer truncates it; the table of contents has them.
     text = re.sub(r"\*\*Commands\*\*:.*?(?=^## )", "", text, count=1, flags=re.DOTALL | re.MULTILINE)
     return text.replace("# `diffdeploy`\n", "# Command line\n", 1)
 
 
 def python_page(page: str) -> str:
-    """The public names of its packages; one that several have is described where it is imported from first."""
+    """The public names of the page's packages; a name in several is described where it is imported from first."""
     topic = page.removesuffix(".md").partition("-")[2]
     sections = [f"# Python API: {topic}" if topic else "# Python API"]
     for module in PYTHON[page]:
@@ -99,7 +99,7 @@ def python_page(page: str) -> str:
 
 
 def public_names(module: str) -> list[str]:
-    """What ``__all__`` of a module lists."""
+    """Names in ``__all__`` of a module."""
     for node in _tree(module).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return [name for name in ast.literal_eval(node.value) if not name.startswith("_")]
@@ -132,7 +132,7 @@ def _tree(module: str) -> ast.Module:
 
 
 def root_page(page: str) -> str:
-    """A file at the root, with links as they are among the pages."""
+    """A file at the root, with its links adapted to the pages."""
     text = (ROOT / AT_THE_ROOT[page]).read_text()
     for path, source in AT_THE_ROOT.items():
         text = text.replace(f"]({source}", f"]({path}")

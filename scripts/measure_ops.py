@@ -28,7 +28,7 @@ from diffdeploy.bench.plan import Size
 from diffdeploy.bench.synthetic import random_checkpoint
 from diffdeploy.errors import DiffDeployError
 from diffdeploy.ops import Impl, diff_attention
-from diffdeploy.ops.flash2 import flash2
+from diffdeploy.ops.flash2 import Road, flash2
 from diffdeploy.ops.request import Request
 
 # Stream widths of published models, at a model width of 1024.
@@ -66,8 +66,8 @@ def candidates(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> dict[str, Callab
     runs: dict[str, Callable[[], Tensor]] = {
         impl: partial(diff_attention, q, k, v, lam, causal=True, impl=impl) for impl in [*IMPLEMENTATIONS, "auto"]
     }
-    for name, pad in (("flash2 padded", True), ("flash2 split", False)):
-        runs[name] = partial(flash2, Request.of(q, k, v, lam, causal=True), pad=pad)
+    for road in Road:
+        runs[f"flash2 {road}"] = partial(flash2, Request.of(q, k, v, lam, causal=True), road=road)
     able = {}
     for name, run in runs.items():
         try:

@@ -9,7 +9,7 @@ from diffdeploy.bundle import Bundle
 from diffdeploy.config import AnyConfig
 from diffdeploy.errors import DiffDeployError, InputError
 from diffdeploy.formats import RunOptions
-from diffdeploy.graphs import DType, Variant
+from diffdeploy.graphs import DType
 from diffdeploy.ops import Impl
 from diffdeploy.ops.registry import implementation
 from diffdeploy.ops.request import Request
@@ -44,9 +44,7 @@ def choose_names(what: str, given: Sequence[str], accepted: Iterable[str]) -> li
     return list(dict.fromkeys(given))
 
 
-def eager_candidates(
-    given: Sequence[str], config: AnyConfig, *, device: str, dtype: DType, graph: Variant = "plain"
-) -> list[Candidate]:
+def eager_candidates(given: Sequence[str], config: AnyConfig, *, device: str, dtype: DType) -> list[Candidate]:
     """Candidates for the implementations of the eager block and the plain softmax block.
 
     Args:
@@ -54,17 +52,16 @@ def eager_candidates(
         config: config of the block.
         device: ``cpu`` or ``cuda``.
         dtype: dtype of the run.
-        graph: variant of the run.
 
     Raises:
-        InputError: a name is unknown, or the block, the dtype or the graph does not support it.
+        InputError: a name is unknown, or the block or the dtype does not support it.
         UnavailableError: an implementation cannot run here.
     """
     names = choose_names("implementation", given, _EAGER)
     candidates = []
     for name in names:
         try:
-            _require_runnable_impl(name, config, device, dtype, graph)
+            _require_runnable_impl(name, config, device, dtype)
         except DiffDeployError:
             if list(given) != ["all"]:
                 raise
@@ -73,7 +70,7 @@ def eager_candidates(
     return candidates
 
 
-def _require_runnable_impl(name: str, config: AnyConfig, device: str, dtype: DType, graph: Variant) -> None:
+def _require_runnable_impl(name: str, config: AnyConfig, device: str, dtype: DType) -> None:
     if name == SOFTMAX and config.streams_share_keys:
         raise InputError("softmax is compared with blocks of the first version, but this one is of the second")
     if name == SOFTMAX and config.value_dim != 2 * config.head_dim:
@@ -81,8 +78,6 @@ def _require_runnable_impl(name: str, config: AnyConfig, device: str, dtype: DTy
             f"softmax is compared with blocks whose values are {2 * config.head_dim} wide, twice the width of a "
             f"stream, but those of this one are {config.value_dim}"
         )
-    if name == Impl.FLASH2 and graph == "cached":
-        raise InputError("flash2 does not take the padding mask of --graph cached; give plain or masked")
     if name not in (SOFTMAX, Impl.AUTO):
         reason = implementation(Impl(name)).why_not(_one_token(config, device, dtype))
         if reason is not None:

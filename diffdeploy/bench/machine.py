@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 import time
 from datetime import UTC, datetime
 from functools import partial
@@ -32,6 +33,7 @@ class Machine(Record):
         num_cpus: number of CPUs that this process may use.
         threads: number of threads of every candidate.
         device: ``cpu``, or the name of the CUDA device.
+        gpu: clocks and power of the CUDA device before and right after the first products; ``None`` if unknown.
         packages: versions of the packages that run the candidates.
         load_average: load average of the minute before the run.
         other_load: average number of cores that other processes kept busy during the measurement, which adds noise;
@@ -48,6 +50,7 @@ class Machine(Record):
     num_cpus: int
     threads: int
     device: str
+    gpu: str | None = None
     packages: dict[str, str]
     load_average: float
     other_load: float | None = None
@@ -60,6 +63,8 @@ class Machine(Record):
 
         # Read before the matrix products below, which raise it.
         load_average = os.getloadavg()[0]
+        before = _clocks_and_power() if device == "cuda" else None
+        rate = matmul_gflop_per_second(dtype, device=device, threads=threads)
         return cls(
             diffdeploy=__version__,
             measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -70,9 +75,10 @@ class Machine(Record):
             num_cpus=len(os.sched_getaffinity(0)),
             threads=threads,
             device=torch.cuda.get_device_name() if device == "cuda" else device,
+            gpu=None if before is None else f"{before} before, {_clocks_and_power()} after products",
             packages=installed_versions(distributions()),
             load_average=round(load_average, 2),
-            matmul_gflop_per_second=round(matmul_gflop_per_second(dtype, device=device, threads=threads), 1),
+            matmul_gflop_per_second=round(rate, 1),
         )
 
     def updated(self, other_load: float, matmul_gflop_per_second: float) -> "Machine":
@@ -100,6 +106,21 @@ class OtherLoad:
         user, nice, system, _idle, _wait, *other = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
         busy = (user + nice + system + sum(other)) / os.sysconf("SC_CLK_TCK")
         return time.monotonic(), busy, time.process_time()
+
+
+def _clocks_and_power() -> str | None:
+    """Of torch's current CUDA device, as its driver tells them; nothing is set."""
+    import torch
+
+    fields = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit"
+    device = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+    query = ["nvidia-smi", device, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
+        sm, most, memory, power, limit = said.strip().split(", ")
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return f"{sm} of {most} MHz, memory {memory} MHz, {power} of {limit} W"
 
 
 def _cpu_model() -> str:

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -96,11 +96,9 @@ def prepare(
     _set_up_torch(request)
     source = _source(request)
     with tempfile.TemporaryDirectory(prefix="diffdeploy-bench-") as folder:
-        graph, dtype = source.graph(request.graph), source.dtype(request.dtype)
+        dtype = source.dtype(request.dtype)
         # First, since an unknown name must be refused before anything is printed.
-        eager = eager_candidates(
-            request.impl, source.checkpoint.config, device=request.device, dtype=dtype, graph=graph
-        )
+        eager = eager_candidates(request.impl, source.checkpoint.config, device=request.device, dtype=dtype)
         targets = _targets(request, source, dtype, note)
         plan = _plan(request, source, eager, targets, Path(folder))
         # Before the exports, which take minutes.
@@ -165,7 +163,9 @@ def _plan(
                 name=name,
                 format=target.name,
                 bundle=folder / target.name,
-                bundle_impl=target.format.fastest_impl(graph),
+                bundle_impl=target.format.fastest_impl(
+                    _export_options(target, graph, dtype, device), source.checkpoint.config
+                ),
             )
             for name, target in targets.items()
         ),
@@ -232,13 +232,14 @@ def _write_weights(source: BlockSource, plan: Plan) -> None:
 
 def _export(source: BlockSource, output: Path, target: Target, plan: Plan) -> None:
     """Export without verification, since every candidate is checked at the sizes at which it is timed."""
-    options = ExportOptions(
-        format=target.format.name,
-        onnx_flavor=target.flavor,
-        device="cuda" if plan.device == "cuda" else "cpu",
-        graph=plan.graph,
-        dtype=plan.dtype,
+    device: Device = "cuda" if plan.device == "cuda" else "cpu"
+    options = replace(
+        _export_options(target, plan.graph, plan.dtype, device),
         max_batch_size=plan.max_batch_size,
         max_sequence_length=plan.max_sequence_length,
     )
     export_bundle(source.checkpoint, output, options, verify=False)
+
+
+def _export_options(target: Target, graph: Variant, dtype: DType, device: Device) -> ExportOptions:
+    return ExportOptions(format=target.format.name, onnx_flavor=target.flavor, device=device, graph=graph, dtype=dtype)

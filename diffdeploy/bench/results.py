@@ -27,6 +27,7 @@ class Row(Record):
         status: ``wrong`` candidates are not timed; ``unmeasured`` ones were interrupted.
         reason: reason why a candidate is wrong.
         budget_used: error over allowed error, if it was checked.
+        captured: true if it was timed as a CUDA graph.
         num_rounds: number of samples of the latency.
         latency_ms: median over the rounds.
         latency_low_ms: lower end of its 95 % confidence interval; ``None`` for fewer than six rounds.
@@ -53,6 +54,7 @@ class Row(Record):
     status: Literal["measured", "wrong", "unmeasured"]
     reason: str | None = None
     budget_used: float | None = None
+    captured: bool = False
     num_rounds: int = 0
     latency_ms: float | None = None
     latency_low_ms: float | None = None

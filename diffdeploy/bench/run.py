@@ -146,6 +146,7 @@ class Bench(Collected):
             status=status,
             reason=verdict["reason"],
             budget_used=verdict["budget_used"],
+            captured=verdict["captured"],
             block_gflop=flop / 1e9,
             attention_gflop=attention_flop(config, size, softmax=softmax) / 1e9,
             **self._times(samples, self._samples[size.id, self.plan.baseline], flop, environment),

@@ -56,8 +56,15 @@ def describe_size(report: BenchReport, size: Size) -> str:
         what = f"one token after a past of {size.past_sequence_length}"
     return (
         f"{what}, batch {size.batch_size}: {counted.block_gflop:.3g} GFLOP, {counted.attention_gflop:.3g} of them in "
-        "the attentions"
+        f"the attentions{_captured(rows)}"
     )
+
+
+def _captured(rows: list[Row]) -> str:
+    if not any(row.captured for row in rows):
+        return ""
+    others = [row.name for row in rows if row.latency_ms is not None and not row.captured]
+    return "; timed as CUDA graphs" + (f", but for {', '.join(others)}" if others else "")
 
 
 def describe_block(report: BenchReport) -> str:
@@ -92,6 +99,7 @@ def machine_rows(environment: Machine, dtype: str) -> list[tuple[str, str]]:
             "products",
             f"{environment.matmul_gflop_per_second:.0f} GFLOP/s in {dtype}, largest of square matrices",
         ),
+        *([] if environment.gpu is None else [("clocks and power", environment.gpu)]),
         ("versions", f"diffdeploy {environment.diffdeploy}, Python {environment.python}, {versions}"),
     ]
 

@@ -152,8 +152,13 @@ class Format(ABC):
         return options.device or self.devices[0]
 
     @abstractmethod
-    def fastest_impl(self, variant: Variant) -> str:
-        """Implementation that ``auto`` selects for graphs, which serve all sizes. See docs/operator-speed.md."""
+    def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
+        """Implementation that ``auto`` selects for graphs, which serve all sizes. See docs/operator-speed.md.
+
+        Args:
+            options: options of the export.
+            config: config of the block or the model.
+        """
 
     def padding(self, variant: Variant, flavor: str | None, config: AnyModel) -> Padding:
         """Use of the mask in a graph; see `GraphSpec`."""

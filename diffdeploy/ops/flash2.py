@@ -1,44 +1,60 @@
 """FlashAttention-2 through the ``flash-attn`` package, eagerly on CUDA.
 
-It requires queries, keys and values of equal width. Values of width ``2d`` are handled in one of two ways: queries and
-keys are zero-padded to ``2d`` (two calls), or the values are split into halves (four calls). Other widths are padded.
+It requires queries, keys and values of equal width. Up to 128 channels, for which its kernels are fast, both streams
+are one call of ``2h`` zero-padded heads over keys ``[k1 | k2]``, see `diffdeploy.ops.rows`. Wider values (``2d``) take
+one call per stream with zero-padding to ``2d``, or two with the values split into halves.
 
-Shape suffixes: B batch, H heads, S query length, T key length, N tokens without padding, d stream width, e value width.
+Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 The package's own layout has heads after positions: ``[B, S, H, d]``.
 """
 
+from enum import StrEnum
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffdeploy.errors import DiffDeployError, InputError, UnavailableError
+from diffdeploy.ops.heads import equal_widths, pair_streams
 from diffdeploy.ops.impl import Impl
 from diffdeploy.ops.masks import is_key_padding
+from diffdeploy.ops.paired import paired
 from diffdeploy.ops.registry import register
-from diffdeploy.ops.request import Request
+from diffdeploy.ops.request import Keys, Request
+from diffdeploy.ops.rows import padded_queries
 
-__all__ = ["flash2", "num_calls", "pads", "unsupported", "unsupported_mask"]
+__all__ = ["Road", "flash2", "num_calls", "road_for", "unsupported", "unsupported_mask"]
 
 _MAX_WIDTH = 256
 _WIDEST_FAST = 128
-_STREAMS = 2
 
 
-def pads(width: int, value_width: int) -> bool:
-    """True if zero-padding (two calls of width ``e``) is preferred to splitting the values (four calls of width ``d``).
+class Road(StrEnum):
+    """Ways to equal widths."""
 
-    Both take 16 d multiplications and additions per query and key, but padding computes each exponential once, not
-    twice. Above width 128 the kernels of the package have smaller tiles, which costs more than that saves.
+    TOGETHER = "together"
+    PADDED = "padded"
+    SPLIT = "split"
+
+
+_NUM_CALLS = {Road.TOGETHER: 1, Road.PADDED: 2, Road.SPLIT: 4}
+
+
+def road_for(width: int, value_width: int, *, shares_keys: bool) -> Road:
+    """The way that is preferred for these widths.
+
+    Padding and splitting take the same number of multiplications, but splitting computes each exponential twice. Above
+    width 128 the kernels of the package have smaller tiles, which costs more than that.
     """
-    return value_width not in (width, 2 * width) or width < value_width <= _WIDEST_FAST
+    if max(width if shares_keys else 2 * width, value_width) <= _WIDEST_FAST:
+        return Road.TOGETHER
+    return Road.SPLIT if value_width == 2 * width else Road.PADDED
 
 
-def num_calls(width: int, value_width: int) -> int:
-    """Number of attentions that `flash2` runs: one per stream, or two if the values are split."""
-    return _STREAMS if width == value_width or pads(width, value_width) else 2 * _STREAMS
+def num_calls(width: int, value_width: int, *, shares_keys: bool) -> int:
+    """Number of attentions that `flash2` runs."""
+    return _NUM_CALLS[road_for(width, value_width, shares_keys=shares_keys)]
 
 
 def unsupported(request: Request) -> DiffDeployError | None:
@@ -49,7 +65,7 @@ def unsupported(request: Request) -> DiffDeployError | None:
         return UnavailableError("flash2 needs the package flash-attn, which is not installed")
     if request.dtype not in (torch.float16, torch.bfloat16):
         return InputError(f"flash2 runs in float16 and bfloat16, but the tensors are {request.dtype}")
-    splits = num_calls(request.width, request.value_width) != _STREAMS
+    splits = _road(request) == Road.SPLIT
     width = max(request.width, request.value_width // 2 if splits else request.value_width)
     if width > _MAX_WIDTH or request.width % 8 or request.value_width % 8:
         return InputError(
@@ -59,87 +75,81 @@ def unsupported(request: Request) -> DiffDeployError | None:
 
 
 def unsupported_mask(request: Request) -> InputError | None:
-    """Error for a mask, unless it hides the same keys from all queries, as padding does, and `S` equals `T`."""
-    mask, length, key_length = request.attn_mask, request.length, request.key_length
-    if mask is None:
+    """Error for a mask, unless it hides the same keys from all queries, as padding does."""
+    mask, key_length = request.attn_mask, request.key_length
+    if mask is None or is_key_padding(mask, request.q.shape[0], key_length):
         return None
-    if not is_key_padding(mask, request.q.shape[0], key_length):
-        return InputError(
-            f"flash2 takes masks that hide the same keys from all queries, boolean [B, 1, 1, {key_length}], but this "
-            f"one is {mask.dtype} {list(mask.shape)}"
-        )
-    if length != key_length:
-        return InputError(
-            f"flash2 takes padding only when queries and keys are the same tokens, but there are {length} queries and "
-            f"{key_length} keys"
-        )
-    return None
+    return InputError(
+        f"flash2 takes masks that hide the same keys from all queries, boolean [B, 1, 1, {key_length}], but this one "
+        f"is {mask.dtype} {list(mask.shape)}"
+    )
+
+
+def _road(request: Request) -> Road:
+    return road_for(request.width, request.value_width, shares_keys=request.keys == Keys.SHARED)
 
 
 # Twice the time of `stacked_wide` (docs/operator-speed.md, H200, bfloat16, 2048 positions).
 @register(Impl.FLASH2, num_attentions=2, supports=unsupported, cost=0.25)
-def flash2(request: Request, *, pad: bool | None = None) -> Tensor:
-    """Compute with ``flash_attn_func``, or ``flash_attn_varlen_func`` if there is padding, whose rows return 0.
+def flash2(request: Request, *, road: Road | None = None) -> Tensor:
+    """Compute with ``flash_attn_func`` or, if there is padding, with ``flash_attn_with_kvcache``, which skips it.
+
+    The package supports padding before the tokens only; `paired` computes batches with padding elsewhere.
 
     Args:
         request: a request that `unsupported` does not reject.
-        pad: true to pad, false to split the values; `pads` decides by default.
+        road: way to equal widths; `road_for` decides by default.
     """
-    width, value_width = request.width, request.value_width
-    if pad is None:
-        pad = pads(width, value_width)
-    settings = {
-        "softmax_scale": request.scale,
-        "causal": request.causal,
-        "window_size": (-1, -1) if request.sliding_window is None else (request.sliding_window - 1, 0),
-    }
-    attend = _Attention(_key_padding(request), settings)
-    padding, value_padding = ((0, max(0, extra) if pad else 0) for extra in (value_width - width, width - value_width))
+    padding = None if request.attn_mask is None else _padding_before(request)
+    if padding is None and request.attn_mask is not None:
+        return paired(request)
+    attend = _Attention(request, padding)
+    road = _road(request) if road is None else road
+    if road == Road.TOGETHER:
+        keys = pair_streams(request.k) if request.keys == Keys.STREAMS else request.k
+        output = attend(*equal_widths(padded_queries(request), keys, request.v))[..., : request.value_width]
+        return output[:, 0::2] - request.lam * output[:, 1::2]
     outputs = []
     for stream in (0, 1):
-        k_stream, v_stream = request.stream_heads(stream)
-        q_stream, k_stream = F.pad(request.q[:, stream::2], padding), F.pad(k_stream, padding)
-        values = [F.pad(v_stream, value_padding)] if pad or width == value_width else v_stream.chunk(2, dim=-1)
-        output = torch.cat([attend(q_stream, k_stream, part) for part in values], dim=-1)
-        outputs.append(output[..., :value_width])
+        q_stream, (k_stream, v_stream) = request.q[:, stream::2], request.stream_heads(stream)
+        values = [v_stream] if road == Road.PADDED else v_stream.chunk(2, dim=-1)
+        parts = [attend(*equal_widths(q_stream, k_stream, part))[..., : part.shape[-1]] for part in values]
+        outputs.append(torch.cat(parts, dim=-1))
     return outputs[0] - request.lam * outputs[1]
 
 
-def _key_padding(request: Request) -> Tensor | None:
-    """The mask as ``[B, T]``, ``True`` for tokens; ``None`` without a mask."""
-    if request.attn_mask is None:
+def _padding_before(request: Request) -> Tensor | None:
+    """Number of keys before the tokens of each row, int32 ``[B]``; ``None`` if there is padding after a token."""
+    assert request.attn_mask is not None
+    mask_BT = request.attn_mask.reshape(-1, request.key_length).expand(request.q.shape[0], request.key_length)
+    if bool((mask_BT[:, :-1] & ~mask_BT[:, 1:]).any()):
         return None
-    return request.attn_mask.reshape(-1, request.key_length).expand(request.q.shape[0], request.key_length)
+    return (~mask_BT).sum(dim=1, dtype=torch.int32)
 
 
 class _Attention:
-    """One call of the package in this project's tensor layout, which leaves out padding tokens if there are any."""
+    """One call of the package in this project's tensor layout."""
 
-    def __init__(self, key_padding: Tensor | None, settings: dict[str, Any]) -> None:
+    def __init__(self, request: Request, padding: Tensor | None) -> None:
         import flash_attn
 
         self._package: Any = flash_attn
-        self._settings = settings
-        self._tokens: Tensor | None = None
-        if key_padding is not None:
-            self._tokens = key_padding.flatten().nonzero().flatten()
-            counts = key_padding.sum(dim=1, dtype=torch.int32)
-            self._ends = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-            self._longest = int(counts.max())
+        window = request.sliding_window
+        self._settings = {
+            "softmax_scale": request.scale,
+            "causal": request.causal,
+            "window_size": (-1, -1) if window is None else (window - 1, 0),
+        }
+        self._padding = padding
+        self._lengths = None if padding is None else torch.full_like(padding, request.key_length)
 
-    def __call__(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor) -> Tensor:
-        q, k, v = (side.transpose(1, 2) for side in (q_BHSd, k_BHTd, v_BHTd))
-        if self._tokens is None:
-            output: Tensor = self._package.flash_attn_func(q, k, v, **self._settings)
-            return output.transpose(1, 2)
-        batch, length = q.shape[:2]
-        packed_NHd = [side.flatten(0, 1).index_select(0, self._tokens) for side in (q, k, v)]
-        if self._longest:
-            ends, longest = self._ends, self._longest
-            packed: Tensor = self._package.flash_attn_varlen_func(
-                *packed_NHd, ends, ends, longest, longest, **self._settings
-            )
+    def __call__(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> Tensor:
+        q, k, v = (side.transpose(1, 2) for side in (q_BHSd, k_BHTd, v_BHTe))
+        output: Tensor
+        if self._padding is None:
+            output = self._package.flash_attn_func(q, k, v, **self._settings)
         else:
-            packed = packed_NHd[2].new_zeros(0, q.shape[2], v.shape[3])
-        output = packed.new_zeros(batch * length, q.shape[2], v.shape[3]).index_copy(0, self._tokens, packed)
-        return output.reshape(batch, length, q.shape[2], v.shape[3]).transpose(1, 2)
+            output = self._package.flash_attn_with_kvcache(
+                q, k, v, cache_seqlens=self._lengths, cache_leftpad=self._padding, **self._settings
+            )
+        return output.transpose(1, 2)

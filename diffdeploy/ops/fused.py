@@ -20,7 +20,7 @@ from diffdeploy.ops.registry import register
 from diffdeploy.ops.request import Request
 from diffdeploy.ops.target import runs_on_cuda
 
-__all__ = ["HeadNorm", "fused", "key_padding", "unsupported"]
+__all__ = ["HeadNorm", "fused", "is_fastest_here", "key_padding", "unsupported"]
 
 _WIDEST = 128
 _WIDEST_VALUES = 256
@@ -101,12 +101,20 @@ def _unsupported_mask(request: Request) -> InputError | None:
     )
 
 
+def is_fastest_here(dtype: torch.dtype, width: int, value_width: int) -> bool:
+    """Whether it is the fastest on this machine's GPU for streams and values of these widths; see docs/fused.md."""
+    takes = dtype in (torch.float16, torch.bfloat16) and width <= _WIDEST and value_width <= _WIDEST_VALUES
+    return takes and _HAS_TRITON and torch.cuda.is_available() and _is_hopper(None)
+
+
+def _is_hopper(device: torch.device | None) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == _HOPPER
+
+
 def _cost(request: Request) -> float:
-    # docs/fused.md: the fastest at all sizes that were measured, on an H100. A graph would need this package where it
-    # is loaded, so there it is left to whoever asks for it.
-    if request.traced or not request.q.is_cuda or torch.cuda.get_device_capability(request.q.device)[0] != _HOPPER:
-        return 2.0
-    return 0.05
+    # docs/fused.md: the fastest at all sizes that were measured, on an H100. Some graphs would need this package where
+    # they are loaded, so there it is left to whoever asks for it.
+    return 0.05 if not request.traced and request.q.is_cuda and _is_hopper(request.q.device) else 2.0
 
 
 @register(Impl.FUSED, num_attentions=1, supports=unsupported, cost=_cost)

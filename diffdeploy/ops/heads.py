@@ -9,7 +9,20 @@ from torch import Tensor
 
 from diffdeploy.config import GqaLayout
 
-__all__ = ["as_rows", "equal_widths", "from_rows", "pair_streams", "separate_streams", "stream_heads"]
+__all__ = [
+    "JOINED_AXES_BECOME_GUARDS",
+    "as_rows",
+    "equal_widths",
+    "from_rows",
+    "pair_streams",
+    "repeat_heads",
+    "separate_streams",
+    "stream_heads",
+]
+
+# Before torch 2.13, torch.export does not know that min(6 s, 12 s) is 6 s, and adds a guard for it. Such minima appear
+# in the strides of joined axes.
+JOINED_AXES_BECOME_GUARDS = torch.__version__ < "2.13"  # TorchVersion compares versions
 
 
 def pair_streams(k_BHTd: Tensor) -> Tensor:
@@ -31,6 +44,14 @@ def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     width = max(q.shape[-1], v.shape[-1])
     q, k, v = (side if side.shape[-1] == width else F.pad(side, (0, width - side.shape[-1])) for side in (q, k, v))
     return q, k, v
+
+
+def repeat_heads(side_BHTe: Tensor, times: int) -> Tensor:
+    """Each head ``times`` times in a row, ``[B, times H, T, e]``."""
+    if not JOINED_AXES_BECOME_GUARDS:
+        return side_BHTe.repeat_interleave(times, dim=1)
+    read = torch.arange(times * side_BHTe.shape[1], device=side_BHTe.device) // times
+    return side_BHTe.index_select(1, read)
 
 
 def stream_heads(
@@ -61,9 +82,9 @@ def stream_heads(
     if paired:
         k_BHTd = separate_streams(k_BHTd)
     if group_size % 2 == 0:
-        return k_BHTd, v_BHTe.repeat_interleave(2, dim=1)
+        return k_BHTd, repeat_heads(v_BHTe, 2)
     read = torch.arange(stream, 2 * num_heads, 2, device=k_BHTd.device) // group_size
-    return k_BHTd.index_select(1, read), v_BHTe.repeat_interleave(group_size, dim=1)
+    return k_BHTd.index_select(1, read), repeat_heads(v_BHTe, group_size)
 
 
 # Rows of one position are neighbours, so that only axes of known size are merged, after an unconditional copy. In a

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffdeploy.errors import InputError
-from diffdeploy.ops.heads import equal_widths, separate_streams
+from diffdeploy.ops.heads import JOINED_AXES_BECOME_GUARDS, equal_widths, repeat_heads, separate_streams
 from diffdeploy.ops.impl import Impl
 from diffdeploy.ops.masks import Visibility, kernel_mask
 from diffdeploy.ops.registry import register
@@ -21,10 +21,6 @@ __all__ = ["attend", "four_call", "padded", "stacked_split", "stacked_wide", "tw
 
 # Number of scores of one stream, in elements, that fit into the processor's caches.
 _CACHED_SCORES_FP16 = 2**21
-
-# Before torch 2.13, torch.export does not know that min(6 s, 12 s) is 6 s, and adds a guard for it. Such minima appear
-# in the strides of joined axes.
-_JOINED_AXES_BECOME_GUARDS = torch.__version__ < "2.13"  # TorchVersion compares versions
 
 
 def attend(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility, scale: float) -> Tensor:
@@ -54,7 +50,7 @@ def _must_gather_groups(q_BHSd: Tensor, v_BHTe: Tensor) -> bool:
     exported_by_joining_axes = (
         q_BHSd.shape[-1] != v_BHTe.shape[-1] and torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export()
     )
-    return in_float32_on_cuda or (_JOINED_AXES_BECOME_GUARDS and exported_by_joining_axes)
+    return in_float32_on_cuda or (JOINED_AXES_BECOME_GUARDS and exported_by_joining_axes)
 
 
 def _two_streams(request: Request, v_BHTe: Tensor, *, equal: bool = False) -> Tensor:
@@ -184,12 +180,12 @@ def stacked_wide(request: Request) -> Tensor:
     if request.keys == Keys.PAIRED:
         k_BHTd = separate_streams(k_BHTd)
     if request.keys != Keys.SHARED:
-        v_BHTe = v_BHTe.repeat_interleave(2, dim=1)
+        v_BHTe = repeat_heads(v_BHTe, 2)
         if request.gqa_layout == "canonical" and num_heads != num_kv_heads:
             natural = torch.arange(2 * num_heads, device=q_BHSd.device)
             order = natural.reshape(num_kv_heads, -1, 2).transpose(1, 2).flatten()
             output = attend(q_BHSd.index_select(1, order), k_BHTd, v_BHTe, seen.reorder(order), request.scale)
-            # Gathering avoids a reshape that would join axes: see _JOINED_AXES_BECOME_GUARDS.
+            # Gathering avoids a reshape that would join axes: see JOINED_AXES_BECOME_GUARDS.
             by_stream = natural.reshape(num_kv_heads, 2, -1).transpose(0, 1).flatten()
             signal, noise = output.index_select(1, by_stream).chunk(2, dim=1)
             return signal - lam * noise

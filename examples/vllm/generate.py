@@ -11,7 +11,8 @@ from vllm import LLM, SamplingParams
 def main() -> None:
     """Generate; in a function, since vLLM starts processes that import this file."""
     folder, prompt, num_tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    model = LLM(folder, dtype="float32", max_model_len=256)
+    # Without the last argument, vLLM takes 92% of the memory for its cache.
+    model = LLM(folder, dtype="float32", max_model_len=256, kv_cache_memory_bytes=2**28)
     greedy = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     print(prompt + model.generate([prompt], greedy)[0].outputs[0].text)
 

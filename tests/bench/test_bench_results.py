@@ -9,7 +9,7 @@ import pytest
 
 from diffdeploy.bench import Row
 from diffdeploy.bench.results import read_report
-from diffdeploy.bench.table import HEADINGS, figures
+from diffdeploy.bench.table import HEADINGS, describe_size, figures
 from diffdeploy.errors import InputError
 from tests.support.benchmarks import make_report
 
@@ -54,6 +54,14 @@ def test_figures_of_a_row() -> None:
     )
     assert figures(bare)[:3] == ["x", "wrong", ""]
     assert len(figures(bare)) == len(HEADINGS)
+
+
+def test_a_heading_says_what_was_timed_as_a_graph() -> None:
+    report = make_report({"naive": 10.0, "onnx": 4.0})
+    assert "graphs" not in describe_size(report, report.sizes[0])
+    rows = [row.model_copy(update={"captured": row.name == "naive"}) for row in report.results]
+    captured = report.model_copy(update={"results": rows})
+    assert describe_size(captured, report.sizes[0]).endswith("; timed as CUDA graphs, but for onnx")
 
 
 def test_the_fastest_comes_first_and_what_was_not_timed_last() -> None:

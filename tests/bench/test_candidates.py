@@ -23,8 +23,6 @@ def test_what_is_measured_is_chosen_by_name(block: Checkpoint) -> None:
     assert [candidate.name for candidate in found] == [*IMPLEMENTATIONS, "auto", "softmax"]
     with pytest.raises(UnavailableError, match="flash2 runs on CUDA only"):
         eager_candidates(["flash2"], block.config, device="cpu", dtype="float16")
-    with pytest.raises(InputError, match="flash2 does not take the padding mask of --graph cached"):
-        eager_candidates(["flash2"], block.config, device="cuda", dtype="float16", graph="cached")
     second = DiffAttentionV2Config(embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4)
     with pytest.raises(InputError, match="of the second"):
         eager_candidates([SOFTMAX], second, device="cpu", dtype="float32")

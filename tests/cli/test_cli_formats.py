@@ -67,10 +67,6 @@ def test_what_cannot_be_made_is_said(capsys: pytest.CaptureFixture[str]) -> None
     ("arguments", "message"),
     [
         (["--format", "flash2"], "no float32 kernels; accepted is float16 or bfloat16"),
-        (
-            ["--format", "flash2", "--dtype", "float16", "--graph", "cached"],
-            "takes no mask; accepted for flash2 is plain",
-        ),
         (["--format", "flash2", "--dtype", "float16", "--device", "cpu"], "made for cuda, not for cpu"),
         (["--format", "pt2", "--onnx-flavor", "ort"], "onnx flavor is ort, which format pt2 does not have"),
         (["--format", "aoti", "--runtime", "reference"], "runs only ONNX, but the format is aoti"),

@@ -121,6 +121,8 @@ def test_a_bundle_without_a_tokenizer_takes_tokens(bundles: BundleCache, capsys:
 def test_options_of_blocks_and_models_do_not_mix(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--graph is cached, which is for a block" in refused(["export", "--graph", "cached"], capsys)
     assert "--logits is of whole models" in refused(["export", "--layer", "0", "--logits", "last"], capsys)
+    flash2 = ["export", "--format", "flash2", "--dtype", "float16", "--no-verify"]
+    assert "format flash2 is for blocks" in refused(flash2, capsys)
     assert "--format all compares the formats of one block" in refused(["export", "--format", "all"], capsys)
 
 

@@ -22,7 +22,16 @@ from diffdeploy.compat import MultiheadFlashDiff1
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.files import write_arrays
 from tests.support.bundles import BundleCache
-from tests.support.pages import Block, blocks, commands, named_calls, pages, shown_calls, written_pages
+from tests.support.pages import (
+    Block,
+    blocks,
+    commands,
+    indented_commands,
+    named_calls,
+    pages,
+    shown_calls,
+    written_pages,
+)
 from tests.support.paths import ROOT
 
 # Why a block is not run, in the words of the pages.
@@ -30,7 +39,10 @@ REASONS = {
     "network": "it asks a package index",
     "engine": "it needs an engine that has an environment of its own, where `make engines` runs the same command",
     "server": "it serves until it is interrupted; tests/engines starts it",
+    "make": "it is a target of the Makefile, which installs and takes long",
     "shown": "it is the text of a file that is run",
+    "long": "tests/cli/test_selftest_command.py runs the same command",
+    "elsewhere": "docs/export.md has the same commands, and is run",
     "no template in the sample": "tests/runtime/test_chat.py renders those of other models",
 }
 
@@ -48,17 +60,29 @@ def test_pages_have_commands() -> None:
     assert sum(len([*shown_calls(page), *named_calls(page)]) for page in pages()) > 80
 
 
+def test_the_readme_is_a_page_long() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 900
+    assert {"make demo", "make test"} <= {" ".join(words[:2]) for words in indented_commands(ROOT / "README.md")}
+
+
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
 def test_commands_and_options_exist(page: Path) -> None:
     """Parsed by the application itself, which does not run them: no option is unknown, no value of another type."""
     for words in shown_calls(page):
-        parse(words)
+        # Some files are the reader's own.
+        parse_up_to(words, "does not exist")
     for words in named_calls(page):
-        try:
-            parse(words)
-        except TyperException as error:
-            if not re.search("^Missing|requires an argument", error.format_message()):
-                raise
+        parse_up_to(words, "^Missing|requires an argument")
+
+
+def parse_up_to(words: list[str], accepted: str) -> None:
+    """Parse a command, which may be refused for one reason."""
+    try:
+        parse(words)
+    except TyperException as error:
+        if not re.search(accepted, error.format_message()):
+            raise
 
 
 def parse(words: list[str]) -> None:
@@ -80,6 +104,9 @@ def test_what_is_not_run_says_why(page: Path) -> None:
     for block in blocks(page):
         assert block.not_run is None or block.not_run in REASONS, f"{page}:{block.line}"
         assert block.language, f"{page}:{block.line} has no language"
+    # Commands in indented blocks would be run by nobody; the README's stand there for CI.
+    indented = [words for words in indented_commands(page) if words[0] != "make"]
+    assert not indented, f"{page}: put {indented} into a fenced block"
 
 
 @pytest.mark.parametrize("page", SHORT)
@@ -88,6 +115,7 @@ def test_a_page(page: str, tmp_path: Path, bundles: BundleCache, sample_bundle: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", [page for page in RUN if page not in SHORT])
 def test_every_page(page: str, tmp_path: Path, bundles: BundleCache, sample_bundle: Path) -> None:
     run_page(ROOT / page, tmp_path, bundles, sample_bundle)

@@ -1,5 +1,6 @@
 """What the site is made from: every public name, and the check of what was built."""
 
+import re
 import runpy
 import tomllib
 from pathlib import Path
@@ -11,6 +12,14 @@ from tests.support.paths import ROOT
 
 HOOKS: dict[str, Any] = runpy.run_path(str(ROOT / "scripts" / "docs_hooks.py"))
 CHECK: dict[str, Any] = runpy.run_path(str(ROOT / "scripts" / "check_site.py"))
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """mkdocs refuses a page that is not; this needs no mkdocs."""
+    written = {path.name for path in (ROOT / "docs").glob("*.md")}
+    made = {"cli.md", *HOOKS["PYTHON"], *HOOKS["AT_THE_ROOT"]}
+    listed = re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(written | made)
 
 
 def test_every_public_name_has_a_place() -> None:

@@ -75,7 +75,7 @@ def test_vllm(model: Path, tmp_path: Path) -> None:
     convert_model(read_model(SAMPLE), tmp_path / "converted")
     python = ROOT / ".venv-engines-vllm/bin/python"
     said = said_by(python, "vllm/generate.py", tmp_path / "converted", PROMPT, str(NUM_TOKENS))
-    assert said.endswith(text_of(model, PROMPT) + "\n")
+    assert text_of(model, PROMPT) in said.splitlines()  # among what vLLM logs
 
 
 @pytest.mark.engines

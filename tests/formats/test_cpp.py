@@ -11,6 +11,7 @@ import torch
 
 from diffdeploy.bundle import open_bundle
 from diffdeploy.checkpoints import Checkpoint
+from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.verify.oracle import oracle
 from tests.support.bundles import FormatBundle
 from tests.support.paths import ROOT
@@ -49,6 +50,20 @@ def test_a_package_runs_from_cpp(
     np.testing.assert_allclose(output, expected, rtol=0, atol=1e-5)
     digest = open_bundle(bundle).manifest.files["weights.safetensors"].sha256
     assert f"weights {digest}" in done.stderr.decode()
+
+
+@pytest.mark.gpu
+def test_a_package_for_cuda_runs_from_cpp(program: Path, sample: Checkpoint, tmp_path: Path) -> None:
+    """In half precision on a device of compute capability 9 its attention is `fused`, without this project's code."""
+    options = ExportOptions(format="aoti", dtype="float16", device="cuda", max_sequence_length=256, cases="quick")
+    bundle = export_bundle(sample, tmp_path / "out", options).path
+    x = np.random.default_rng(0).standard_normal((3, 65, 128)).astype(np.float16)
+    arguments: list[str | Path] = [program, bundle / "model.pt2", "3", "65", "128", "float16", "cuda"]
+    done = subprocess.run(arguments, input=x.tobytes(), capture_output=True, check=True)
+    output = np.frombuffer(done.stdout, np.float16).reshape(x.shape)
+    weights = {name: tensor.double().numpy() for name, tensor in sample.weights.items()}
+    expected = oracle(sample.config, weights, {"hidden_states": x})["output"]
+    assert np.abs(output - expected).max() < 64 * np.finfo(np.float16).eps * np.abs(expected).max()
 
 
 def test_too_few_numbers_are_refused(program: Path, format_bundle: FormatBundle) -> None:

@@ -1,12 +1,15 @@
 """On CUDA: every format exported, verified in its own process, and run on tensors that stay on the device."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from diffdeploy import load
+from diffdeploy.bundle import open_bundle
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.config import DiffAttentionConfig, RopeConfig
 from diffdeploy.errors import InputError
@@ -30,12 +33,16 @@ CASES: list[tuple[str, Variant, DType]] = [
     ("pt2", "plain", "float32"),
     ("pt2", "cached", "bfloat16"),
     ("aoti", "plain", "float32"),
+    ("aoti", "plain", "bfloat16"),
+    ("aoti", "masked", "float16"),
     ("aoti", "cached", "bfloat16"),
     ("compile", "plain", "float32"),
     ("compile", "masked", "float16"),
     ("compile", "cached", "bfloat16"),
     ("flash2", "plain", "float16"),
     ("flash2", "plain", "bfloat16"),
+    ("flash2", "masked", "bfloat16"),
+    ("flash2", "cached", "float16"),
     ("onnx", "plain", "float32"),
     ("onnx", "masked", "float16"),
     ("onnx", "cached", "float32"),
@@ -66,6 +73,9 @@ def test_a_bundle_is_verified_and_stays_on_the_device(
     assert done.report is not None
     assert done.report.passed
     assert "CUDA" in done.report.backend
+    if options.format in ("aoti", "compile") and torch.cuda.get_device_capability()[0] == 9:
+        takes_fused = dtype != "float32"
+        assert (open_bundle(done.path).manifest.options.attention_impl == "fused") == takes_fused
     if graph != "plain":
         return
     x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
@@ -78,6 +88,32 @@ def test_a_bundle_is_verified_and_stays_on_the_device(
     assert not at_home.is_cuda
     error = np.abs(output.double().cpu().numpy() - expected).max()
     assert error < 64 * torch.finfo(x.dtype).eps * np.abs(expected).max()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("name", ["aoti", "compile"])
+def test_values_too_wide_for_both_streams_at_once(name: str, tmp_path: Path) -> None:
+    """The kernel loads them by tensor maps, for which a package allocates memory."""
+    options = ExportOptions(
+        format=name, graph="cached", dtype="bfloat16", device="cuda", impl="fused", max_sequence_length=600
+    )
+    config = replace(CONFIG, head_dim=128, gqa_layout="legacy")
+    done = export_bundle(checkpoint_of(config), tmp_path / "out", options)
+    assert done.report is not None
+    assert done.report.passed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float32"}, "fused runs in float16 and bfloat16"),
+        ({"format": "pt2"}, "'fused' is not what format pt2 ships"),
+    ],
+)
+def test_fused_where_it_cannot_be(changes: dict[str, Any], message: str, block: Checkpoint, tmp_path: Path) -> None:
+    options = ExportOptions(format="aoti", dtype="float16", device="cuda", impl="fused", max_sequence_length=64)
+    with pytest.raises(InputError, match=message):
+        export_bundle(block, tmp_path / "out", replace(options, **changes))
 
 
 def test_onnx_says_where_its_nodes_run(block: Checkpoint, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_an_entry_whose_name_is_there_twice(with_data: Path) -> None:
         (b"", "empty"),
         (b"\x3a\x05\x01", "ends after"),
         (b"\x3a\xff\xff\xff\xff\xff\xff", "does not end"),
-        (b"\x0b\x0c", "no kind"),
+        (b"\x0b\x0c", "wire type"),
         (b"\x08", "does not end"),
         (b"\x0d\x00", "ends after"),
     ],

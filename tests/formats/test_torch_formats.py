@@ -20,7 +20,7 @@ from diffdeploy.graphs import DType, Variant
 from diffdeploy.modules import DiffAttention, block_class
 from diffdeploy.selftest.constant_fault import next_bit
 from diffdeploy.verify import RejectedError, artifact_checks, verify_bundle
-from tests.support.blocks import make_config, random_weights
+from tests.support.blocks import checkpoint_of, make_config, random_weights
 from tests.support.bundles import FormatBundle, options_of
 from tests.support.pairwise import each_value
 
@@ -48,6 +48,18 @@ def test_pt2_of_every_variant(graph: Variant, dtype: DType, sample: Checkpoint, 
     assert done.report is not None
     assert done.report.passed
     assert done.facts.attention_ops == 2
+
+
+@pytest.mark.parametrize("group_size", [2, 3])
+@pytest.mark.parametrize("impl", ["two_call", "padded"])
+def test_pt2_of_grouped_heads_of_the_legacy_key_map(impl: str, group_size: int, tmp_path: Path) -> None:
+    """Values are repeated there; before torch 2.13 joined axes became a guard that no range satisfies."""
+    heads = {"num_heads": 2 * group_size, "num_kv_heads": 2, "head_dim": 4, "gqa_layout": "legacy"}
+    options = ExportOptions(format="pt2", impl=impl, max_batch_size=4, max_sequence_length=70)
+    export_bundle(checkpoint_of(make_config(embed_dim=16, **heads)), tmp_path / "out", options, verify=False)
+    with load(tmp_path / "out") as runtime:
+        for length in (1, 2, 70):
+            assert runtime(hidden_states=np.ones((3, length, 16), np.float32))["output"].shape == (3, length, 16)
 
 
 @pytest.mark.slow

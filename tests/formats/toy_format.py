@@ -8,10 +8,11 @@ import torch
 
 from diffdeploy.arrays import Array, read_safetensors, to_array
 from diffdeploy.bundle import Bundle, Manifest, eager_module
+from diffdeploy.config import AnyModel
 from diffdeploy.formats import ArtifactFacts, Check, ExportOptions, Format, RunOptions
 from diffdeploy.formats.checks import declared_facts, lambda_constant, make_check, rope_constants, weights_bit_for_bit
 from diffdeploy.formats.torch_backend import TorchBackend
-from diffdeploy.graphs import GraphSpec, Variant, run_graph
+from diffdeploy.graphs import GraphSpec, run_graph
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,7 @@ class _ToyBackend(TorchBackend):
 class ToyFormat(Format):
     name = "toy"
 
-    def fastest_impl(self, variant: Variant) -> str:
+    def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
         return "padded"
 
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:

@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from diffdeploy.exclusive import without_warnings
 from diffdeploy.ops import diff_attention
@@ -59,6 +63,30 @@ def test_an_exported_program_keeps_the_operator_whole() -> None:
     assert not any("scaled_dot_product" in target for target in called)
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("group_size", [1, 2, 4, 16])
+def test_of_the_kernels_in_a_graph_one_runs_for_each_number_of_queries(group_size: int) -> None:
+    """What a graph holds for a number that is a symbol, asked with numbers."""
+    from diffdeploy.ops.kernels.call import Call
+
+    axes = [DimDynamic.STATIC] * 2 + [DimDynamic.DYNAMIC, DimDynamic.STATIC]
+    dynamic: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(axes)
+    tensors = (torch.empty(2, 2 * group_size, 20, 64), torch.empty(2, 1, 40, 128), torch.empty(2, 1, 40, 128))
+    with FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False) as mode:
+        q, k, v = (mode.from_tensor(side, symbolic_context=dynamic) for side in tensors)
+        of_any = Call(q, k, v, q.new_ones(()), None, None, True, None, False, 0.1, None, 1.0, True)
+        calls = of_any.by_length()
+    assert [call.decodes for call in calls] == [*[True] * (len(calls) - 1), False]
+    # The tile for one query is as small as it would be if there were no others.
+    assert calls[0].tile.rows == replace(of_any, q=torch.empty(2, 2 * group_size, 1, 64)).tile.rows or group_size > 8
+    for length in range(1, 40):
+        queries = torch.empty(2, 2 * group_size, length, 64)
+        running = [call for call in calls if replace(call, q=queries).programs(7)]
+        assert len(running) == 1
+        assert replace(running[0], q=queries).programs(7) == 7
+        assert running[0].decodes == (length <= 16)
+
+
 @pytest.mark.gpu
 @pytest.mark.triton
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -68,7 +96,8 @@ def test_torch_compile(width: int, dynamic: bool) -> None:
     operator = Operator().cuda()
     compiled = torch.compile(operator, fullgraph=True, dynamic=dynamic)
     with torch.no_grad():
-        for queries, keys in ((100, 333), (130, 350), (1, 300), (1, 301)) if dynamic else ((100, 333), (1, 300)):
+        sizes = ((100, 333), (1, 300), (130, 350), (1, 301), (3, 301), (9, 301))
+        for queries, keys in sizes if dynamic else sizes[:2]:
             inputs = (*sides(queries, keys, width), padding(keys))
             torch.testing.assert_close(compiled(*inputs), operator(*inputs), rtol=0, atol=2e-3)
 
@@ -98,7 +127,7 @@ def test_an_aot_inductor_package_needs_nothing_of_this_project(width: int, tmp_p
     with without_warnings():  # torch warns of its own workings
         package = aoti_compile_and_package(program, package_path=str(tmp_path / "operator.pt2"))
     operator, files = Operator().cuda(), []
-    for queries, keys in ((100, 200), (37, 300), (130, 130), (2, 500)):
+    for queries, keys in ((100, 200), (37, 300), (130, 130), (1, 700), (2, 500), (9, 500), (17, 500)):
         inputs = (*sides(queries, keys, width), padding(keys))
         files.append(tmp_path / f"{queries}.pt")
         torch.save([*inputs, operator(*inputs)], files[-1])

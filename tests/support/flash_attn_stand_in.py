@@ -1,8 +1,8 @@
 """A stand-in for the package flash-attn, for machines without a GPU: its semantics, in loops over rows.
 
-It has the call layout of flash-attn 2.8 (``[B, S, H, d]``, or packed tokens with cumulative lengths), equal head widths
-only, causal masks aligned bottom-right, windows as ``(left, right)``, and 0 for rows that see nothing. It proves which
-calls are made and how; the tests marked ``gpu`` run the real package.
+It has the call layout of flash-attn 2.8 (``[B, S, H, d]``, with the keys of a row between two of its positions), equal
+head widths only, causal masks aligned bottom-right, windows as ``(left, right)``, and 0 for rows that see nothing. It
+proves which calls are made and how; the tests marked ``gpu`` run the real package.
 """
 
 import torch
@@ -42,33 +42,30 @@ def flash_attn_func(
     return out
 
 
-def flash_attn_varlen_func(
+def flash_attn_with_kvcache(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
     *,
+    cache_seqlens: Tensor,
+    cache_leftpad: Tensor,
     softmax_scale: float,
     causal: bool,
     window_size: tuple[int, int],
 ) -> Tensor:
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert max_seqlen_q == int(cu_seqlens_q.diff().max())
-    parts = []
-    for row in range(len(cu_seqlens_q) - 1):
-        mine = slice(int(cu_seqlens_q[row]), int(cu_seqlens_q[row + 1]))
-        parts.append(
+    assert cache_seqlens.dtype == cache_leftpad.dtype == torch.int32
+    rows = []
+    for row, (end, start) in enumerate(zip(cache_seqlens.tolist(), cache_leftpad.tolist(), strict=True)):
+        rows.append(
             flash_attn_func(
-                q[None, mine],
-                k[None, mine],
-                v[None, mine],
+                q[row, None],
+                k_cache[row, None, start:end],
+                v_cache[row, None, start:end],
                 softmax_scale=softmax_scale,
                 causal=causal,
                 window_size=window_size,
-            )[0]
+            )
         )
-    calls.append("flash_attn_varlen_func")
-    return torch.cat(parts)
+        calls.pop()
+    calls.append("flash_attn_with_kvcache")
+    return torch.cat(rows)

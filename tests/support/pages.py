@@ -71,15 +71,20 @@ def commands(block: Block) -> list[str]:
 
 
 def shown_calls(page: Path) -> Iterator[list[str]]:
-    """The arguments of each call of ``diffdeploy`` that a page shows to be run, in fenced and in indented blocks."""
+    """The arguments of each call of ``diffdeploy`` in a fenced block."""
     fenced = [line for block in blocks(page) if block.language in ("sh", "console") for line in commands(block)]
-    indented = re.findall(r"^    (diffdeploy .*)$", _without_fences(page), flags=re.MULTILINE)
-    return _arguments([*fenced, *indented])
+    return _arguments(fenced)
 
 
 def named_calls(page: Path) -> Iterator[list[str]]:
     """The arguments of each call between backticks, which may leave out what is required."""
     return _arguments(re.findall(r"`(diffdeploy [^`]*)`", _without_fences(page).replace("\n", " ")))
+
+
+def indented_commands(page: Path) -> list[list[str]]:
+    """The words of each line that is indented to be code and begins with a command."""
+    lines = re.findall(r"^    ((?:diffdeploy|python3?|pip|make|npm) .*)$", _without_fences(page), flags=re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 def _without_fences(page: Path) -> str:

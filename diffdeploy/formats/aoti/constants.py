@@ -13,7 +13,7 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.formats.aoti.backend import MODEL
 
-__all__ = ["read", "rewrite_member", "write"]
+__all__ = ["read", "read_library", "rewrite_member", "write"]
 
 # Vectorised code holds a number many times over (16 times with AVX-512, measured); more than this are not all the same
 # number: zero is there 38,000 times.
@@ -24,14 +24,14 @@ _ROUNDINGS = 8
 
 def read(directory: Path, expected: Mapping[str, Array]) -> set[str]:
     """Names of the constants that are in the package's library."""
-    _, library = _library(directory / MODEL)
+    _, library = read_library(directory / MODEL)
     return {name for name, array in expected.items() if _written(library, array)}
 
 
 def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, Array]) -> None:
     """Replace constants in the library, and write the package again."""
     path = directory / MODEL
-    name_of_library, library = _library(path)
+    name_of_library, library = read_library(path)
     places = []
     # All places are found before one is changed, since a new number may be the old one of the next.
     for name, array in changes.items():
@@ -44,7 +44,8 @@ def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, 
     rewrite_member(path, name_of_library, bytes(changed))
 
 
-def _library(path: Path) -> tuple[str, bytes]:
+def read_library(path: Path) -> tuple[str, bytes]:
+    """Name and content of the library in a package."""
     with zipfile.ZipFile(path) as package:
         # More than one library would be another kind of package.
         (name,) = (name for name in package.namelist() if name.endswith(".so"))

@@ -24,8 +24,9 @@ __all__ = ["checks", "facts"]
 # A tensor of so few elements is written into the code as numbers (GraphLowering.can_inline_constant of inductor).
 _MOST_INLINE = 8
 _NUMBER = re.compile(rb"static_cast<\w+>\(([-+.\de]+)\)")
-# The name of the kernel depends on the device and on the mask.
-_ATTENTION = re.compile(rb"\baoti_torch_\w*scaled_dot_product_\w+\(")
+# The name of torch's kernel depends on the device and on the mask. Of `fused`, the kernel for any number of queries is
+# in every graph; its definition begins with what it returns.
+_ATTENTION = re.compile(rb"\baoti_torch_\w*scaled_dot_product_\w+\(|(?<!void )\bcall_prefill_\d+\(")
 # What a softmax is written out with; a sigmoid has the exponential of a negative number.
 _EXPONENTIAL = re.compile(rb"\bstd::exp\w*\((?!-)|(?<!\.neg\(\))\.exp\w*\(|\baoti_torch_\w*softmax\w*\(")
 
@@ -44,8 +45,8 @@ def _attentions(bundle: Bundle) -> int:
 
 def _exponentials(bundle: Bundle) -> int:
     """Calls that stand for a softmax beside the fused ones, where the kernels are C++: on the CPU."""
-    # For one token, `rows` is written out itself.
-    if bundle.manifest.options.attention_impl == "rows":
+    # For one token, `rows` is written out itself; the source of the kernel of `fused` is among the comments.
+    if bundle.manifest.options.attention_impl in ("rows", "fused"):
         return 0
     with zipfile.ZipFile(bundle.path / MODEL) as package:
         sources = [package.read(name) for name in package.namelist() if name.endswith(".cpp")]

@@ -46,7 +46,7 @@ AOTI_FAULTS = [
         breaks="compiled from one attention, by the source in it",
         edit=partial(
             _edit_source,
-            pattern=rb"(aoti_torch_\w*?)scaled_dot_product",
+            pattern=rb"(aoti_torch_\w*?)scaled_dot_product|(?<!void )\bcall_prefill(?=_\d+\()",
             replacement=rb"\1another_product",
         ),
     ),

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
+from diffdeploy.config import AnyModel
 from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, TritonBackend
 from diffdeploy.formats.base import Format
+from diffdeploy.formats.inductor import IMPLS, fastest_impl
 from diffdeploy.formats.options import ExportOptions, RunOptions
-from diffdeploy.graphs import GraphSpec, Variant
+from diffdeploy.graphs import GraphSpec
 
 if TYPE_CHECKING:
     from diffdeploy.modules import AnyModule
@@ -21,7 +23,7 @@ class AotiFormat(Format):
     """``model.pt2``: a package of machine code with its weights in it."""
 
     name = "aoti"
-    impls = ("two_call", "padded", "paired", "rows")
+    impls = IMPLS
     compiles = True
     caches = ("growing", "in-place")
     executes = "machine code"
@@ -32,12 +34,9 @@ class AotiFormat(Format):
         platform="torch_aoti", backend="pytorch", files=("model.pt2",), batches=False, by_position=True
     )
 
-    def fastest_impl(self, variant: Variant) -> str:
+    def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
         """See `Format.fastest_impl`."""
-        # rows reads the cache once: in one attention or, for one token, in two products. Elsewhere padded, since the
-        # fused attention of torch on the CPU wants equal widths: with wide values two_call takes 1.7 to 2 times as long
-        # at 2,048 positions.
-        return "rows" if variant in ("cached", "model") else "padded"
+        return fastest_impl(options, config, self.device_of(options))
 
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """See `Format.lower`."""

@@ -12,8 +12,12 @@ from diffdeploy.formats.compile.backend import ARTIFACT
 __all__ = ["checks", "facts"]
 
 # Inductor's wrapper is Python source inside the artifact; the operator that it calls depends on the device. Its lines
-# name buffers, unlike those of the graphs stored next to it; equal lines are copies of one call.
-_ATTENTION = re.compile(rb"\b\w*buf\d+ = torch\.ops\.aten\._scaled_dot_product_\w+\.default\([^\n\\]*")
+# name buffers, unlike those of the graphs stored next to it; equal lines are copies of one call. With `fused`, every
+# graph holds the kernel for any number of queries; its calls are deeper inside functions than a trial of it.
+_ATTENTION = re.compile(
+    rb"\b\w*buf\d+ = torch\.ops\.aten\._scaled_dot_product_\w+\.default\([^\n\\]*"
+    rb"| {8}prefill_\d+\.run\([^\n\\]*"
+)
 
 
 def _attentions(bundle: Bundle) -> int:

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Manifest
+from diffdeploy.config import AnyModel
 from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check
 from diffdeploy.formats.base import Format
+from diffdeploy.formats.inductor import IMPLS, fastest_impl
 from diffdeploy.formats.options import ExportOptions, RunOptions
-from diffdeploy.graphs import GraphSpec, Variant
+from diffdeploy.graphs import GraphSpec
 
 if TYPE_CHECKING:
     from diffdeploy.modules import AnyModule
@@ -21,16 +23,15 @@ class CompileFormat(Format):
     """A bundle with ``model.inductor`` and the folder ``kernels``; the weights are arguments of the artifact."""
 
     name = "compile"
-    impls = ("two_call", "padded", "paired", "rows")
+    impls = IMPLS
     compiles = True
     executes = "machine code and pickles"
     # Python's version matters too, since the kernels are extension modules.
     machine = ("torch", "python", "platform", "isa", "gpu")
 
-    def fastest_impl(self, variant: Variant) -> str:
+    def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
         """See `Format.fastest_impl`."""
-        # As in the format aoti, which uses the same compiler.
-        return "rows" if variant in ("cached", "model") else "padded"
+        return fastest_impl(options, config, self.device_of(options))
 
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """See `Format.lower`."""

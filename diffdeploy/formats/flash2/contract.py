@@ -13,7 +13,7 @@ __all__ = ["checks", "facts"]
 
 def _calls(bundle: Bundle) -> int:
     config = bundle.manifest.block
-    return num_calls(config.head_dim, config.value_dim)
+    return num_calls(config.head_dim, config.value_dim, shares_keys=config.streams_share_keys)
 
 
 def facts(bundle: Bundle) -> ArtifactFacts:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
+from diffdeploy.config import AnyModel
 from diffdeploy.errors import InputError
 from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check
 from diffdeploy.formats.base import Format
 from diffdeploy.formats.options import ExportOptions, RunOptions
-from diffdeploy.graphs import DType, GraphSpec, Variant
+from diffdeploy.graphs import DType, GraphSpec
 
 if TYPE_CHECKING:
     from diffdeploy.modules import AnyModule
@@ -30,21 +31,19 @@ class Flash2Format(Format):
     dtypes = ("float16", "bfloat16")
     runs: ClassVar[Mapping[str, tuple[DType, ...]]] = {"cuda": ("float16", "bfloat16")}
 
-    def fastest_impl(self, variant: Variant) -> str:
+    def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
         """See `Format.fastest_impl`."""
         return "flash2"
 
     def check_options(self, options: ExportOptions) -> None:
-        """Refuse what FlashAttention-2 does not have.
+        """Refuse what the format does not have.
 
         Raises:
-            InputError: a graph with a mask, or an option of another format.
+            InputError: a whole model, or an option of another format.
         """
         super().check_options(options)
-        if options.graph != "plain":
-            raise InputError(
-                f"graph is {options.graph}, and FlashAttention-2 takes no mask; accepted for flash2 is plain"
-            )
+        if options.graph == "model":
+            raise InputError("format flash2 is for blocks, and this is a whole model; give --layer, or another format")
 
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """See `Format.lower`."""

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle
+from diffdeploy.config import AnyModel
 from diffdeploy.formats.artifact import ArtifactFacts, Backend, Check, FileFault, GraphNode, Intermediates, LayerValues
 from diffdeploy.formats.base import Format
 from diffdeploy.formats.options import ExportOptions, RunOptions
-from diffdeploy.graphs import GraphSpec, Variant
+from diffdeploy.graphs import GraphSpec
 
 if TYPE_CHECKING:
     from diffdeploy.modules import AnyModule
@@ -24,7 +25,7 @@ class Pt2Format(Format):
     holds_ranges = True
     caches = ("growing", "in-place")
 
-    def fastest_impl(self, variant: Variant) -> str:
+    def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
         """See `Format.fastest_impl`."""
         # As in the format aoti, but with two attentions for a cache, too, as this format promises.
         return "padded"

@@ -1,10 +1,12 @@
 """One call of the kernels: its tensors as they are given, and what follows from their sizes."""
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = ["Call", "Tile"]
 
@@ -70,6 +72,8 @@ class Call:
         eps: of the norm, or ``None`` for no norm.
         factor: behind the norm.
         traced: whether tensors stand for others, and have no memory.
+        least_queries: for which the kernel of a graph runs, where their number is a symbol.
+        most_queries: as many; or ``None`` for any number.
     """
 
     q: Tensor
@@ -85,6 +89,8 @@ class Call:
     eps: float | None
     factor: float
     traced: bool
+    least_queries: int = 0
+    most_queries: int | None = None
 
     @property
     def num_heads(self) -> int:
@@ -94,17 +100,27 @@ class Call:
     @property
     def group_size(self) -> int:
         """Heads that read one key/value head, ``g``."""
-        return self.num_heads // self.v.shape[1]
+        return int(self.num_heads // self.v.shape[1])  # a number, also where heads are a symbol
 
     @property
     def num_rows(self) -> int:
         """Queries of half heads that read one key/value head."""
         return 2 * self.group_size * self.q.shape[2]
 
+    @property
+    def most_rows(self) -> int:
+        """`num_rows`, or the most that a kernel of a graph runs for."""
+        return 2 * self.group_size * self.known_length
+
+    @property
+    def known_length(self) -> int:
+        """Queries, or the most that a kernel of a graph runs for; a symbol where neither is known."""
+        return self.q.shape[2] if self.most_queries is None else self.most_queries
+
     @cached_property
     def decodes(self) -> bool:
         """Whether keys are split among programs; where the length is a symbol, the kernel for any length is taken."""
-        length, key_length, batch = self.q.shape[2], self.k.shape[2], self.q.shape[0]
+        length, key_length, batch = self.known_length, self.k.shape[2], self.q.shape[0]
         if not isinstance(length, int) or length <= _FEW:
             return isinstance(length, int)
         idle = isinstance(batch * key_length, int) and key_length >= _LONG
@@ -130,11 +146,36 @@ class Call:
     def tile(self) -> Tile:
         """One of a short list, so that few kernels are compiled."""
         if self.decodes:
-            rows = min(_MOST_ROWS, max(_LEAST_OF_MATRIX_UNITS, _power_of_two(self.num_rows)))
+            rows = min(_MOST_ROWS, max(_LEAST_OF_MATRIX_UNITS, _power_of_two(self.most_rows)))
             return Tile(rows, _SPLIT_KEYS_OF_WIDE_VALUES if self.wide else _SPLIT_KEYS, 4, 3)
         # Of values that fill their block; the others are loaded with zeros behind them, which is slow for small tiles.
         fast = self.wide and self.widths["BLOCK_E"] == self.widths["VALUE_WIDTH"]
         return _SMALL if fast or self._has_few_tiles() else _LARGE
+
+    def by_length(self) -> "list[Call]":
+        """Calls of which one runs, by the number of queries: a few for each tile of the decoding kernel, and more.
+
+        Where that number is known there is one, as where keys are as many: no cache is read then, nor worth splitting.
+        """
+        length = self.q.shape[2]
+        if isinstance(length, int) or statically_known_true(length == self.k.shape[2]):
+            return [self]
+        # A symbol is taken for 2 or more, so that a limit of 1 would be one that it never keeps.
+        first = max(2, _LEAST_OF_MATRIX_UNITS // (2 * self.group_size))
+        limits = [0, *sorted({first, _FEW}), None]
+        return [
+            replace(self, least_queries=least + 1 if least else 0, most_queries=most)
+            for least, most in itertools.pairwise(limits)
+        ]
+
+    def programs(self, count: int) -> int:
+        """So many, or none where the number of queries is not one that the kernel runs for."""
+        reaches, exceeds = 1, 0
+        if self.least_queries:
+            reaches = _smaller(1, self.q.shape[2] // self.least_queries)
+        if self.most_queries is not None:
+            exceeds = _smaller(1, self.q.shape[2] // (self.most_queries + 1))
+        return count * (reaches - exceeds)
 
     def _has_few_tiles(self, times: int = 1) -> bool:
         """Whether so many times the large tiles are fewer than the multiprocessors; not where sizes are symbols."""
@@ -241,6 +282,12 @@ def _larger(size: int, other: int) -> int:
     """Of two sizes, which may be symbols."""
     larger: int = torch.sym_max(size, other)  # type: ignore[no-untyped-call]
     return larger
+
+
+def _smaller(size: int, other: int) -> int:
+    """Of two sizes, which may be symbols."""
+    smaller: int = torch.sym_min(size, other)  # type: ignore[no-untyped-call]
+    return smaller
 
 
 def _power_of_two(size: int) -> int:

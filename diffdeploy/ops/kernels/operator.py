@@ -30,9 +30,10 @@ def scratch(call: Call) -> tuple[Tensor, ...]:
     if not call.decodes:
         return ()
     batch, kv_heads, _, value_width = call.v.shape
-    shape = (batch, kv_heads, call.num_splits(), call.num_rows)
+    rows = batch * kv_heads * call.num_splits() * call.most_rows
+    # With one axis: inductor copies buffers that have strides which it cannot tell from those of a dense one.
     sums, tops, totals = (
-        torch.empty(each, dtype=torch.float32, device=call.q.device) for each in ((*shape, value_width), shape, shape)
+        torch.empty(size, dtype=torch.float32, device=call.q.device) for size in (rows * value_width, rows, rows)
     )
     return sums, tops, totals
 
@@ -62,7 +63,7 @@ def _attend_tiles(target: Tensor, call: Call) -> None:
     batch, length, num_heads, _ = target.shape[-4:]
     (padding, padding_stride), (norm, eps), lam, tile = call.padding(), call.norm_settings(), call.lambdas(), call.tile
     programs = batch * num_heads * triton.cdiv(length, tile.rows)
-    wrap_triton(prefill)[(2 * programs if call.apart else programs,)](
+    wrap_triton(prefill)[(call.programs(2 * programs if call.apart else programs),)](
         *(call.q, call.k, call.v, lam, norm, padding, target, num_heads, call.group_size, length, call.k.shape[2]),
         *(call.heads_at_once(), call.scale * _LOG2_E, call.window or 0, eps, call.factor),
         *call.input_strides(),
@@ -98,7 +99,7 @@ def _subtract(out_BSHe: Tensor, streams: Tensor, call: Call) -> None:
 
 def _attend_split(out_BSHe: Tensor, parts: tuple[Tensor, ...], call: Call) -> None:
     batch, length, num_heads, _ = out_BSHe.shape
-    kv_heads, key_length, splits, tile = call.v.shape[1], call.k.shape[2], parts[0].shape[2], call.tile
+    kv_heads, key_length, splits, tile = call.v.shape[1], call.k.shape[2], call.num_splits(), call.tile
     (padding, padding_stride), (norm, eps), lam, widths = (
         call.padding(),
         call.norm_settings(),
@@ -106,7 +107,7 @@ def _attend_split(out_BSHe: Tensor, parts: tuple[Tensor, ...], call: Call) -> No
         call.widths,
     )
     keys_of_split = triton.cdiv(triton.cdiv(key_length, tile.keys), splits) * tile.keys
-    wrap_triton(split)[(batch * kv_heads * triton.cdiv(call.num_rows, tile.rows) * splits,)](
+    wrap_triton(split)[(call.programs(batch * kv_heads * triton.cdiv(call.num_rows, tile.rows) * splits),)](
         *(call.q, call.k, call.v, padding, *parts, kv_heads, call.group_size, length, key_length),
         *(call.scale * _LOG2_E, call.window or 0, keys_of_split, splits),
         *call.input_strides(),
@@ -115,7 +116,7 @@ def _attend_split(out_BSHe: Tensor, parts: tuple[Tensor, ...], call: Call) -> No
         **call.flags(),
         **tile.options(),
     )
-    wrap_triton(combine)[(batch * num_heads * length,)](
+    wrap_triton(combine)[(call.programs(batch * num_heads * length),)](
         *(*parts, lam, norm, out_BSHe, num_heads, call.group_size, length, splits, eps, call.factor),
         *_output_strides(out_BSHe),
         *lam.stride()[:3],
@@ -157,7 +158,8 @@ def _fused_attention(
     traced = wrap_triton(prefill) is not prefill  # else it is handed over as it is
     call = Call(q, k, v, lam, key_padding, norm, causal, window, legacy, scale, eps, factor, traced)
     out_BSHe = output_buffer(call)
-    attend_into(out_BSHe, scratch(call), call)
+    for each in call.by_length():
+        attend_into(out_BSHe, scratch(each), each)
     return out_BSHe.transpose(1, 2)
 
 

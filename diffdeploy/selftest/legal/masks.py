@@ -36,6 +36,19 @@ def _all_rows(mask: Array) -> Array:
     return np.ones(len(mask), dtype=bool)
 
 
+def _shows_some(mask: Array) -> Array:
+    """Rows with a token; a row without one would gain some from anything."""
+    some: Array = mask.max(axis=1) > 0
+    return some
+
+
+def _without_oldest(mask: Array) -> Array:
+    """Mask that hides the first token of each row."""
+    others: Array = mask.copy()
+    others[np.arange(len(mask)), np.argmax(mask, axis=1)] = 0
+    return others
+
+
 def _filled(mask: Array) -> Array:
     """Mask that shows every token between the first and the last one."""
     after = np.maximum.accumulate(mask, axis=1)
@@ -103,6 +116,37 @@ MASKS_FAULTS = [
         "padding of more than three quarters of a row, but not all of it, is seen",
         _mask_where(lambda mask: (_share(mask) > 0.75) & (_share(mask) < 1), np.ones_like),
         masked,
+    ),
+    of_inputs(
+        "masks",
+        "padding_in_front_seen",
+        "padding before the first token of a row is seen",
+        _mask_where(_shows_some, lambda mask: np.where(np.maximum.accumulate(mask, axis=1) == 0, 1, mask)),
+        masked,
+    ),
+    of_inputs(
+        "masks",
+        "padding_behind_seen",
+        "padding after the last token of a row is seen",
+        _mask_where(
+            _shows_some, lambda mask: np.where(np.maximum.accumulate(mask[:, ::-1], axis=1)[:, ::-1] == 0, 1, mask)
+        ),
+        masked,
+    ),
+    of_inputs(
+        "masks",
+        "oldest_token_hidden",
+        "the first token of a row is hidden if there are others",
+        _mask_where(lambda mask: mask.sum(axis=1) > 1, _without_oldest),
+        masked,
+    ),
+    of_inputs(
+        "masks",
+        "padding_of_the_first_row_alone",
+        "padding of all rows but the first is seen",
+        _mask_where(lambda mask: np.arange(len(mask)) > 0, np.ones_like),
+        masked,
+        rows_above(1),
     ),
     of_inputs(
         "masks",
