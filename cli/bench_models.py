@@ -75,7 +75,7 @@ def _require_comparable(old: "ModelReport", run: "ModelBench") -> None:
         ("number of threads", old.environment.threads, run.plan.threads),
     ):
         if then != now:
-            raise InputError(f"the runs cannot be compared: the {what} was {then}, and is {now}")
+            raise InputError(f"the runs cannot be compared: the {what} was {then}, but is {now} now")
 
 
 def _write(report: "ModelReport", old: "ModelReport | None", outputs: "Outputs") -> None:
