@@ -37,8 +37,8 @@ campaign: $(INSTALLED) ## 1,000 right exports and runs must pass; goes on where 
 # Draws for each of the tests.
 FILES ?= 2000
 
-fuzz: $(INSTALLED) ## New checkpoints, configs and bundles that nobody wrote on purpose; each is read or refused.
-	DIFFDEPLOY_FUZZ=$(FILES) $(PYTEST) tests/checkpoints/test_fuzz.py tests/bundle/test_hostile_bundles.py
+fuzz: $(INSTALLED) ## New checkpoints, configs, bundles and inputs that nobody wrote on purpose; each is read or refused.
+	DIFFDEPLOY_FUZZ=$(FILES) $(PYTEST) tests/checkpoints/test_fuzz.py tests/bundle/test_hostile_bundles.py tests/graphs/test_fuzz.py
 
 RESULTS := docs/benchmarks
 BENCH = $(BIN)/diffdeploy bench

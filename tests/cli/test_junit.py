@@ -5,8 +5,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from diffdeploy.cli.junit import Verdict, junit
+from diffdeploy.cli.junit import Verdict, junit, of_self_test
 from diffdeploy.cli.main import main
+from diffdeploy.selftest.results import FaultResult, SelfTest
 from diffdeploy.verify import read_report
 from tests.support.commands import refused
 
@@ -76,3 +77,28 @@ def test_names_that_xml_cannot_hold() -> None:
     assert first.get("name") == said
     assert second.get("classname") == "g_h"
     assert second.findtext("system-out") == said
+
+
+def test_a_fault_that_was_missed_is_a_failure() -> None:
+    def fault(name: str, *, caught: bool, provable: bool = True) -> FaultResult:
+        return FaultResult(
+            name=name,
+            place="graph",
+            family="graph",
+            provable=provable,
+            breaks="lambda is another",
+            caught=caught,
+            by=["check lambda"] if caught else [],
+            reason=None,
+            stage=None,
+            expected_stage=None,
+            located=None,
+            found_by=None,
+        )
+
+    faults = [fault("a", caught=True), fault("b", caught=False), fault("c", caught=False, provable=False)]
+    assert of_self_test(SelfTest.of(faults, [])) == [
+        Verdict("faults: graph", "a", None, "caught by check lambda"),
+        Verdict("faults: graph", "b", "was not caught: lambda is another"),
+        Verdict("faults: graph", "c", None, "cannot be proved"),
+    ]

@@ -57,7 +57,7 @@ def with_toy(monkeypatch: pytest.MonkeyPatch, engine: ToyEngine) -> None:
     monkeypatch.setattr("diffdeploy.engines.require_engine", lambda name: engine)
 
 
-def test_the_verdict(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with_toy(monkeypatch, ToyEngine(read_model(SAMPLE)))
     assert main(["verify", str(SAMPLE), "--engine", "toy"]) == 0
     said = capsys.readouterr()
@@ -65,7 +65,8 @@ def test_the_verdict(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     stages = [line.rpartition(": ")[0] for line in said.err.splitlines()]
     assert stages == [f"opening {SAMPLE}", "running toy", "comparing with the formula"]
     with_toy(monkeypatch, ToyEngine(read_model(SAMPLE), lambda_of_another_layer))
-    assert main(["verify", str(SAMPLE), "--engine", "toy", "--json"]) == 1
+    assert main(["verify", str(SAMPLE), "--engine", "toy", "--json", "--junit", str(tmp_path / "x.xml")]) == 1
+    assert b'<failure message="' in (tmp_path / "x.xml").read_bytes()
     said = capsys.readouterr()
     result: dict[str, Any] = json.loads(said.out)
     assert result["status"] == "failed"
