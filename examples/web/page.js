@@ -19,7 +19,6 @@ async function run(model) {
   const seconds = (performance.now() - start) / 1000;
   status.textContent = `${written} tokens, ${Math.round(written / seconds)} a second`;
   document.body.dataset.tokens = JSON.stringify(tokens); // for those who check them
-  write.disabled = false;
 }
 
 const fail = (error) => {
@@ -30,7 +29,9 @@ try {
   const model = await Model.load("model/model.onnx");
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    run(model).catch(fail);
+    run(model)
+      .catch(fail)
+      .finally(() => (write.disabled = false));
   });
   status.textContent = "The model is ready.";
   write.disabled = false;
