@@ -119,7 +119,7 @@ def test_a_run_is_compared_with_an_earlier_one(saved: Path, llama: Path, capsys:
         for what in ("prefill", "decode")
         for name in ("bundle", "eager-auto", "transformers-sdpa", "transformers-eager")
     ]
-    assert "the baseline was transformers-sdpa, and is eager-auto" in refused(
+    assert "the baseline was transformers-sdpa, but is eager-auto now" in refused(
         ["bench", str(llama / "bundle"), *TINY, "--compare", str(saved)], capsys
     )
 
