@@ -106,6 +106,7 @@ def test_a_block_needs_no_names(model: tuple[Path, Any, Any]) -> None:
         read_checkpoint(model[0], CheckpointOptions(layer=1, names=json.dumps(NAMES)))
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_a_file(
     model: tuple[Path, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -243,6 +243,7 @@ def test_a_checkpoint_with_its_bundle(sample_bundle: Path, capsys: pytest.Captur
     ]
 
 
+@pytest.mark.slow
 def test_one_token_is_decoded_with_a_cache(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--graph", "cached", "--impl", "two_call", "--format", "pt2", "--baseline", "pt2"]
     assert main(["bench", *TINY, *arguments, "--json"]) == 0
@@ -253,6 +254,7 @@ def test_one_token_is_decoded_with_a_cache(capsys: pytest.CaptureFixture[str]) -
     assert result["baseline"] == "pt2"
 
 
+@pytest.mark.slow
 def test_estimates_of_memory_are_not_too_low(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

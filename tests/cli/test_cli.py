@@ -306,6 +306,7 @@ def test_force_replaces_a_bundle(bundle_copy: Path) -> None:
     assert [path.name for path in Path.cwd().iterdir()] == ["old"]
 
 
+@pytest.mark.slow
 def test_every_layer_of_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     from diffdeploy.checkpoints.files import SAMPLE
 

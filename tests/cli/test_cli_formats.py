@@ -23,6 +23,7 @@ def states(**changes: Any) -> dict[str, np.ndarray[Any, Any]]:
     return {"hidden_states": x, **changes}
 
 
+@pytest.mark.slow
 @without_gpu
 @pytest.mark.xdist_group("program")
 def test_all_formats_of_a_layer(capsys: pytest.CaptureFixture[str]) -> None:

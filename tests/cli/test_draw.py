@@ -70,6 +70,7 @@ def test_a_block_from_its_input_to_its_output(name: str, product: str, format_bu
     assert Path("again.svg").read_bytes() == data
 
 
+@pytest.mark.slow
 def test_one_layer_of_a_model(model_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for layer in (0, 2):
         assert main(["inspect", str(model_bundle), "--draw", "out.svg", "--layer", str(layer)]) == 0

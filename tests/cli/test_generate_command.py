@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import diffdeploy
+from diffdeploy.bundle import open_bundle, write_manifest
 from diffdeploy.checkpoints import read_model
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.cli.layer_rows import by_layer, of_layers
 from diffdeploy.cli.main import main
-from diffdeploy.exporters import export_bundle
 from tests.exporters.test_models import SMALL
 from tests.support.bundles import BundleCache
 from tests.support.commands import refused
@@ -64,17 +64,16 @@ def test_more_options_reach_the_model(model: str, capsys: pytest.CaptureFixture[
 
 
 @pytest.fixture(scope="module")
-def chatty(tmp_path_factory: pytest.TempPathFactory) -> str:
+def chatty(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The sample with a chat template beside it."""
-    folder = tmp_path_factory.mktemp("chatty")
-    shutil.copytree(SAMPLE, folder / "checkpoint")
-    template = folder / "checkpoint" / "chat_template.jinja"
-    template.write_text(
+    bundle = tmp_path_factory.mktemp("chatty") / "bundle"
+    shutil.copytree(model, bundle)
+    (bundle / "chat_template.jinja").write_text(
         "{% for m in messages %}{% if 'refuse' in m.content %}{{ raise_exception('no\\nsuch') }}{% endif %}"
         "def {{ m.role }}({% endfor %}{{ add_generation_prompt }}{{ messages[0].content }}"
     )
-    export_bundle(read_model(folder / "checkpoint"), folder / "bundle", SMALL, verify=False)
-    return str(folder / "bundle")
+    write_manifest(bundle, open_bundle(model).manifest)
+    return str(bundle)
 
 
 def test_a_chat_template_makes_the_prompt(chatty: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +146,7 @@ def exported(output: str, capsys: pytest.CaptureFixture[str], *options: str) -> 
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_result_of_an_export_says_how_many_layers(capsys: pytest.CaptureFixture[str]) -> None:
     result = exported("whole", capsys, "--cases", "1")
     assert (result["status"], result["format"], result["bundle"]) == ("passed", "onnx", "whole")

@@ -144,6 +144,7 @@ def test_a_bare_call_is_the_one_that_generation_makes(flavor: str | None, bundle
         assert decoding.num_tokens == 12
 
 
+@pytest.mark.slow
 def test_a_wrong_bundle_is_said_and_not_timed(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the digests of its own, as a tool that was careless would leave it."""
     wrong = tmp_path / "wrong"

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 EXPORT = ["export", "--onnx-flavor", "ort", "--max-sequence-length", "48", "--max-batch-size", "4"]
 
 
+@pytest.mark.slow
 def test_the_loss_is_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     Path("text.py").write_text("def main() -> None:\n    print('some text')\n" * 9)
     options = ["--weights", "int4", "--block-size", "16", "--quantize-head", "--text", "text.py", "--cases", "2"]

@@ -37,6 +37,7 @@ def test_the_sample_in_both_flavors(bundle: Path) -> None:
     assert report.num_tokens_checked > 100
 
 
+@pytest.mark.slow
 def test_a_tied_diffllama_with_an_end_of_texts(bundles: BundleCache, tmp_path: Path) -> None:
     diffllama(tmp_path / "checkpoint", tie_word_embeddings=True, eos_token_id=7, pad_token_id=3, bos_token_id=1)
     path = bundles.bundle(read_model(tmp_path / "checkpoint"), replace(SMALL, onnx_flavor="ort"))
@@ -48,6 +49,7 @@ def test_a_tied_diffllama_with_an_end_of_texts(bundles: BundleCache, tmp_path: P
     assert report.passed, report.worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int4", "int8"])
 def test_quantised_matrices(weights: Any, bundles: BundleCache) -> None:
     # Against the numbers that the blocks are.

@@ -324,6 +324,7 @@ def test_the_record_says_what_it_was_made_from(tmp_path: Path) -> None:
     assert 0 < (done.record.worst.budget_used or 0) < 0.5
 
 
+@pytest.mark.slow
 def test_a_model_without_a_last_token_stays_one(tmp_path: Path) -> None:
     # Absent, it would be 2 to the class of transformers and to the runtime; the sample means a byte by it.
     convert_model(read_model(SAMPLE), tmp_path / "out")

@@ -168,6 +168,7 @@ def test_the_layer_that_is_wrong_is_named(layer: int, weight: str, sample_model:
     assert wrong == [f"layer{layer}"]
 
 
+@pytest.mark.slow
 def test_logits_of_the_last_position_alone(tmp_path: Path) -> None:
     from dataclasses import replace
 

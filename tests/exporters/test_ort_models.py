@@ -55,7 +55,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return directory / "bundle", model
 
 
-@pytest.mark.parametrize("kind", rest_is_slow(KINDS, quick=2))
+@pytest.mark.parametrize("kind", rest_is_slow(KINDS))
 def test_models_of_every_kind(kind: str, tmp_path: Path) -> None:
     found, config = read_model(SAMPLE), KINDS[kind]
     found = replace(found, config=config, weights=decoder_weights(config), companions=())
@@ -107,6 +107,7 @@ def test_the_cache_is_written_in_place_and_nowhere_else(llama: tuple[Path, Any])
             np.testing.assert_array_equal(buffers.arrays()[name][:, :, :5], whole[present])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", rest_is_slow([3, 1]))
 def test_a_conversation_is_that_of_the_standard_flavor(
     rows: int, bundles: BundleCache, llama: tuple[Path, Any]

@@ -108,6 +108,7 @@ def test_models_of_every_kind(kind: str, options: dict[str, Any], tmp_path: Path
     np.testing.assert_array_equal(embedding, found.weights["embedding.weight"].float().numpy())
 
 
+@pytest.mark.slow
 def test_a_tied_head_is_untied_and_still_that_of_its_checkpoint(tmp_path: Path) -> None:
     source = tmp_path / "checkpoint"
     diffllama(source, tie_word_embeddings=True, eos_token_id=7)
@@ -354,6 +355,7 @@ def test_a_limit_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         export_bundle(found, tmp_path / "bundle", replace(INT4, max_kl=0.1))
 
 
+@pytest.mark.slow
 def test_a_text_of_one_token_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("x")

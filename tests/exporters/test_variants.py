@@ -39,7 +39,7 @@ def options(graph: Variant, opset: int = 23, dtype: DType = "float32") -> Export
             ("v2", "plain", 23, "float32"),
             ("v2", "cached", 24, "float32"),
         ],
-        quick=4,
+        quick=2,
     ),
     ids=str,
 )
@@ -50,7 +50,7 @@ def test_exports_that_pass(name: str, graph: Variant, opset: int, dtype: DType, 
     assert done.facts.attention_ops == 2
 
 
-@pytest.mark.parametrize("name", ["norm_eps", "qk_norm_eps"])
+@pytest.mark.parametrize("name", rest_is_slow(["norm_eps", "qk_norm_eps"]))
 def test_a_small_epsilon_is_not_left_out(name: str, tmp_path: Path) -> None:
     """The exporter's optimiser takes an addition of 1e-8 for one of 0, and rows of padding gave NaN."""
     config = make_config(**{name: 1e-10})

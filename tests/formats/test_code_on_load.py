@@ -31,6 +31,7 @@ from diffdeploy.verify import verify_bundle
 from tests.support.bundles import FormatBundle
 from tests.support.keys import key_pair
 from tests.support.manifests import signed
+from tests.support.pairwise import rest_is_slow
 
 MARKER = "MARKER"
 
@@ -328,7 +329,7 @@ def test_formats_that_run_code_ask_for_trust(
     load("bundle", trust=True).close()
 
 
-@pytest.mark.parametrize("name", ["aoti", "compile"])
+@pytest.mark.parametrize("name", rest_is_slow(["compile", "aoti"]))
 def test_the_key_of_its_signer_is_trust(
     name: str, format_bundle: FormatBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -
         block(random_states(2, 6), **arguments)
 
 
-@each_value(impl=IMPLEMENTATIONS, name=list(BLOCK_CONFIGS))
+@each_value(most=3, impl=IMPLEMENTATIONS, name=list(BLOCK_CONFIGS))
 def test_export_with_dynamic_batch_sequence_and_past(name: str, impl: str) -> None:
     block = make_block(name, impl)
     batch, length, past = (torch.export.Dim(n, min=low, max=32) for n, low in (("b", 1), ("s", 1), ("p", 0)))
@@ -137,7 +137,9 @@ def _fresh_compiler() -> Any:
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @each_value(
-    impl=IMPLEMENTATIONS, compiled_as=[("v1", "eager"), ("v2", "aot_eager"), ("v1", "aot_eager"), ("v2", "eager")]
+    most=2,
+    impl=IMPLEMENTATIONS,
+    compiled_as=[("v1", "eager"), ("v2", "aot_eager"), ("v1", "aot_eager"), ("v2", "eager")],
 )
 def test_compiles_whole_and_not_again_after_the_third_shape(compiled_as: tuple[str, str], impl: str) -> None:
     name, backend = compiled_as

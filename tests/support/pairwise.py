@@ -51,10 +51,15 @@ def pairwise(**values: Sequence[object] | Mapping[str, object]) -> pytest.MarkDe
     return _combinations(values, covering_rows([len(each) for each in values.values()]))
 
 
-def each_value(**values: Sequence[object] | Mapping[str, object]) -> pytest.MarkDecorator:
-    """As `pairwise`, for tests that take seconds: values only have to occur, one row for each of the longest list."""
+def each_value(*, most: int | None = None, **values: Sequence[object] | Mapping[str, object]) -> pytest.MarkDecorator:
+    """As `pairwise`, for tests that take seconds: values only have to occur, one row for each of the longest list.
+
+    Args:
+        most: of those rows, for tests that take many seconds; by default all.
+        **values: see `pairwise`.
+    """
     sizes = [len(each) for each in values.values()]
-    return _combinations(values, [tuple(row % size for size in sizes) for row in range(max(sizes))])
+    return _combinations(values, [tuple(row % size for size in sizes) for row in range(max(sizes))][:most])
 
 
 def rest_is_slow(values: Iterable[object], quick: int = 1) -> list[object]:
