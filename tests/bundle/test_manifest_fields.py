@@ -139,7 +139,7 @@ def model_bundle(bundles: BundleCache, block: AnyConfig | None = None, **changes
     return bundles.bundle(found, options_of("onnx", graph="model", max_sequence_length=20, **changes), verify=False)
 
 
-@pytest.fixture(params=rest_is_slow(["onnx model", "pt2", "onnx", "onnx cached"], quick=2))
+@pytest.fixture(params=rest_is_slow(["onnx model", "pt2", "onnx", "onnx cached"]))
 def subject(
     request: pytest.FixtureRequest,
     format_bundle: FormatBundle,

@@ -232,6 +232,7 @@ def test_a_bundle_that_does_not_fit_the_rest_is_refused(
         assert message in refused(["bench", *arguments], capsys)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_its_bundle(sample_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--seq", "8", "--batch", "2,1", "--rounds", "1"]
     arguments = ["bench", str(SAMPLE), str(sample_bundle), "--layer", "1", "--impl", "padded", *sizes, "--json"]

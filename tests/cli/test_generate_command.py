@@ -108,10 +108,12 @@ def test_bad_prompts_get_one_sentence(
     assert message in refused(["generate", model, *arguments], capsys)
 
 
-def test_a_bundle_without_a_tokenizer_takes_tokens(bundles: BundleCache, capsys: pytest.CaptureFixture[str]) -> None:
-    from dataclasses import replace
-
-    bare = str(bundles.bundle(replace(read_model(SAMPLE), companions=()), SMALL, verify=False))
+def test_a_bundle_without_a_tokenizer_takes_tokens(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = "bare"
+    shutil.copytree(model, bare)
+    for name in ("tokenizer.json", "verification.json"):
+        Path(bare, name).unlink()
+    write_manifest(Path(bare), open_bundle(model).manifest.model_copy(update={"verified": False}))
     assert "has no tokenizer.json" in refused(["generate", bare, "--prompt", "a"], capsys)
     assert main(["generate", bare, "--input-ids", "97", "--max-new-tokens", "2"]) == 0
     assert "exported without verification; run diffdeploy verify" in capsys.readouterr().err

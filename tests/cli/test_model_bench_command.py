@@ -100,6 +100,7 @@ def test_the_table_has_a_line_for_each_row(saved: Path) -> None:
     assert "peak_bytes" not in rows[0]
 
 
+@pytest.mark.slow
 def test_a_run_is_compared_with_an_earlier_one(saved: Path, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         "bench",
@@ -124,6 +125,7 @@ def test_a_run_is_compared_with_an_earlier_one(saved: Path, llama: Path, capsys:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flavor", rest_is_slow(["ort", None]))
 def test_a_bare_call_is_the_one_that_generation_makes(flavor: str | None, bundles: BundleCache) -> None:
     path = bundles.bundle(read_model(SAMPLE), replace(SMALL, onnx_flavor=flavor))

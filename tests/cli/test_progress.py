@@ -146,6 +146,7 @@ def test_formats_have_their_verdict_as_it_is_known(
     assert lines.index(verdict) < len(lines) - 1
 
 
+@pytest.mark.slow
 def test_layers_that_were_finished_are_kept(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,11 +20,12 @@ from diffdeploy.exporters import ExportOptions
 from diffdeploy.verify import verify_bundle
 from tests.checkpoints.test_whole_models import diffllama
 from tests.support.bundles import BundleCache
+from tests.support.pairwise import rest_is_slow
 
 SMALL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=72, cases=1)
 
 
-@pytest.fixture(scope="module", params=["standard", "ort"])
+@pytest.fixture(scope="module", params=rest_is_slow(["ort", "standard"]))
 def bundle(request: pytest.FixtureRequest, bundles: BundleCache) -> Path:
     return bundles.bundle(read_model(SAMPLE), replace(SMALL, onnx_flavor=request.param))
 
@@ -59,6 +60,7 @@ def test_quantised_matrices(weights: Any, bundles: BundleCache) -> None:
     assert report.num_tokens_checked > 100
 
 
+@pytest.mark.slow
 def test_an_artifact_that_is_wrong_fails(bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "bundle"
     shutil.copytree(bundle, path)

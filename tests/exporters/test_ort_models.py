@@ -148,6 +148,7 @@ def test_holes_are_taken_without_a_window_and_refused_with_one(llama: tuple[Path
         call(done.path)
 
 
+@pytest.mark.slow
 def test_logits_of_the_last_token_of_each_row(tmp_path: Path) -> None:
     done = export_bundle(read_model(SAMPLE), tmp_path / "last", replace(SMALL, logits="last"))
     assert done.report is not None

@@ -307,6 +307,7 @@ def test_a_manifest_cannot_say_that_another_flavor_is_quantised(int4: Path, tmp_
         diffdeploy.load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     rest_is_slow(

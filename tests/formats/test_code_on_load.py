@@ -149,6 +149,7 @@ def pt2(format_bundle: FormatBundle, tmp_path: Path) -> Path:
     return tmp_path / "bundle"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUN_BY_TORCH)
 def test_torch_itself_runs_the_code(name: str, pt2: Path, tmp_path: Path) -> None:
     RUN_BY_TORCH[name](pt2 / "model.pt2")

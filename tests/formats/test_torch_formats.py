@@ -39,6 +39,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.slow
 @each_value(graph=["masked", "cached"], dtype=["float16", "float32"])
 def test_pt2_of_every_variant(graph: Variant, dtype: DType, sample: Checkpoint, tmp_path: Path) -> None:
     options = ExportOptions(

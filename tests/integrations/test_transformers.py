@@ -146,6 +146,7 @@ def test_other_refusals(pair: tuple[Any, Any], sample_bundle: Path) -> None:
         pair[0]()
 
 
+@pytest.mark.slow
 def test_logits_of_the_last_position_are_enough_but_for_assistants(
     llama_pair: tuple[Path, Any], tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_blocks(impl: str, layout: GqaLayout, heads: tuple[int, int], style: str
         np.testing.assert_allclose(outputs[name].numpy(), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["canonical", "legacy"])
 def test_a_graph_goes_by_the_number_of_tokens(layout: GqaLayout) -> None:
     """One exported graph computes one token as products of matrices, and more as an attention."""

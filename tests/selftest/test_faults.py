@@ -309,7 +309,10 @@ def test_a_bundle_that_fails_by_itself_proves_nothing(bundle_of: Callable[[str],
         self_test(copy)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=in_group(name)) for name in FORMATS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[in_group(name), *[pytest.mark.slow] * (name == "aoti")]) for name in FORMATS],
+)
 def test_constants_are_found_in_every_format(name: str, trials: Callable[[str], Trials]) -> None:
     places = Counter(fault.place for fault in trials(name).faults)
     assert places["constants"] >= 50
