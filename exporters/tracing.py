@@ -1,5 +1,7 @@
 """Tracing of a block into the graph that a `GraphSpec` declares, shared by the exporters that use torch.export."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +55,19 @@ def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tu
     return tuple(tensors), tuple(dynamic)
 
 
+@contextmanager
+def _with_conditions_forgotten() -> Iterator[None]:
+    """Forget what dynamo compiled of `torch.cond` within it.
+
+    Its guards look at the buffers of which caches are views; the trace of a later model, whose caches are no views,
+    would fail as they are compared.
+    """
+    try:
+        yield
+    finally:
+        torch._dynamo.reset()  # noqa: SLF001  # torch has no public name for it
+
+
 def trace(block: AnyModule, spec: GraphSpec, device: str = "cpu") -> torch.export.ExportedProgram:
     """Trace a block to an exported program with the declared ranges, and without traces of this machine.
 
@@ -70,7 +85,7 @@ def trace(block: AnyModule, spec: GraphSpec, device: str = "cpu") -> torch.expor
     spec = spec.of_artifact()
     tensors, dynamic = example(spec, getattr(torch, spec.dtype))
     # Implementations depend on the target device, and would otherwise see the CPU that they are traced on.
-    with traced_for(device):
+    with traced_for(device), _with_conditions_forgotten() if spec.cache == "in-place" else nullcontext():
         program = torch.export.export(GraphModule(block, spec), tensors, dynamic_shapes=(dynamic,))
     nodes = {node.name: node for node in program.graph.nodes}
     for tensor, name in zip(spec.inputs.values(), program.graph_signature.user_inputs, strict=True):

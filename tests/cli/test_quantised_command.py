@@ -54,7 +54,7 @@ def test_a_bundle_that_is_not_verified_says_its_loss(capsys: pytest.CaptureFixtu
 
 @pytest.mark.slow  # the loss on 10,000 tokens; tests/exporters/test_quantised_models.py has the gate on a few
 def test_a_limit_is_a_gate(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [*EXPORT, "--weights", "int4", "-o", "bundle"]
+    arguments = [*EXPORT, "--weights", "int4", "-o", "bundle", "--quiet"]
     assert "KL is" in refused([*arguments, "--max-kl", "1e-6"], capsys, code=1)
     assert "the top token is the same" in refused([*arguments, "--min-agreement", "1"], capsys, code=1)
 

@@ -9,14 +9,18 @@ import pytest
 import torch
 
 import diffdeploy
-from diffdeploy.bundle import open_bundle
+from diffdeploy.bundle import frozen_module, open_bundle
 from diffdeploy.checkpoints import read_checkpoint, read_model
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.engines.triton import deploy_to_triton
 from diffdeploy.errors import InputError, IntegrityError
 from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.exporters.tracing import trace
+from diffdeploy.graphs import Cache, graph_spec
 from tests.checkpoints.test_whole_models import diffllama
+from tests.support.blocks import ROPE, make_config
 from tests.support.bundles import BundleCache
+from tests.support.models import decoder_weights, make_decoder
 
 SMALL = ExportOptions(
     format="pt2", graph="model", cache="in-place", max_batch_size=6, max_sequence_length=48, cases="quick"
@@ -152,6 +156,16 @@ def test_a_format_that_writes_nothing_in_place_cannot_say_that_it_does(bundles: 
     write_manifest(tmp_path / "bundle", manifest.model_copy(update={"graph": graph}))
     with pytest.raises(IntegrityError, match="cache"):
         diffdeploy.load(tmp_path / "bundle")
+
+
+def test_the_trace_of_one_cache_leaves_nothing_to_that_of_the_other() -> None:
+    """In one process: what dynamo compared of views made the next trace fail."""
+    config = make_decoder(num_layers=1, attention=make_config(rope=ROPE))
+    block = frozen_module(config, decoder_weights(config), impl="rows", max_positions=16, dtype=torch.float32)
+    caches: list[Cache] = ["in-place", "growing"]
+    for cache in caches:
+        spec = graph_spec("model", config, dtype="float32", max_batch_size=4, max_sequence_length=16, cache=cache)
+        trace(block, spec)
 
 
 @pytest.mark.slow
