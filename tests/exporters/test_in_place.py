@@ -1,5 +1,6 @@
 """Models whose cache is written in place by programs of torch: right tokens, and no cell touched that is not theirs."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import diffdeploy
-from diffdeploy.bundle import frozen_module, open_bundle
+from diffdeploy.bundle import frozen_module, open_bundle, read_weights
 from diffdeploy.checkpoints import read_checkpoint, read_model
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.engines.triton import deploy_to_triton
@@ -17,10 +18,12 @@ from diffdeploy.errors import InputError, IntegrityError
 from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.exporters.tracing import trace
 from diffdeploy.graphs import Cache, graph_spec
+from diffdeploy.verify import artifact_checks
 from tests.checkpoints.test_whole_models import diffllama
 from tests.support.blocks import ROPE, make_config
 from tests.support.bundles import BundleCache
-from tests.support.models import decoder_weights, make_decoder
+from tests.support.manifests import set_to
+from tests.support.models import decoder_weights, make_decoder, require_greedy_tokens_of_transformers
 
 SMALL = ExportOptions(
     format="pt2", graph="model", cache="in-place", max_batch_size=6, max_sequence_length=48, cases="quick"
@@ -49,15 +52,7 @@ def test_the_artifact_takes_buffers_and_the_runtime_what_it_always_takes(llama: 
 
 
 def test_greedy_tokens_of_a_padded_batch_are_those_of_transformers(llama: tuple[Path, Any]) -> None:
-    bundle, model = llama
-    ids = torch.randint(8, 96, (3, 9), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[1, :4] = 0
-    mask[2, :1] = 0
-    expected = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None)
-    with diffdeploy.load(bundle) as runtime:
-        found = runtime.generate(ids, mask, max_new_tokens=20, eos_token_id=None)
-    assert torch.equal(found, expected)
+    require_greedy_tokens_of_transformers(*llama)
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1,), (3, 1, 4), (2, 2)])
@@ -130,30 +125,17 @@ def test_triton_keeps_no_buffers(llama: tuple[Path, Any], tmp_path: Path) -> Non
 
 def test_a_manifest_that_says_another_cache_is_refused(llama: tuple[Path, Any], tmp_path: Path) -> None:
     """The artifact was traced with buffers, and a manifest without them would have them handed on."""
-    import shutil
-
-    from diffdeploy.bundle import read_weights, write_manifest
-    from diffdeploy.verify import artifact_checks
-
     shutil.copytree(llama[0], tmp_path / "bundle")
-    manifest = open_bundle(llama[0]).manifest
-    graph = manifest.graph.model_copy(update={"cache": "growing"})
-    write_manifest(tmp_path / "bundle", manifest.model_copy(update={"graph": graph}))
+    set_to(tmp_path / "bundle", ("graph", "cache"), "growing")
     bundle = open_bundle(tmp_path / "bundle")
     failed = {check.name for check in artifact_checks(bundle, read_weights(bundle)) if not check.passed}
     assert "interface" in failed
 
 
 def test_a_format_that_writes_nothing_in_place_cannot_say_that_it_does(bundles: BundleCache, tmp_path: Path) -> None:
-    import shutil
-
-    from diffdeploy.bundle import write_manifest
-
     source = bundles.bundle(read_model(SAMPLE), replace(SMALL, format="onnx", cache="growing", max_batch_size=4))
     shutil.copytree(source, tmp_path / "bundle")
-    manifest = open_bundle(source).manifest
-    graph = manifest.graph.model_copy(update={"cache": "in-place"})
-    write_manifest(tmp_path / "bundle", manifest.model_copy(update={"graph": graph}))
+    set_to(tmp_path / "bundle", ("graph", "cache"), "in-place")
     with pytest.raises(IntegrityError, match="cache"):
         diffdeploy.load(tmp_path / "bundle")
 

@@ -1,10 +1,12 @@
 """Small decoders: their configs and weights."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import diffdeploy
 from diffdeploy.config import AnyConfig, DecoderConfig, LayerConfig, MlpConfig
 from tests.support.blocks import ROPE, make_config
 
@@ -20,6 +22,23 @@ def make_decoder(
     layers = tuple(LayerConfig(attention=block, mlp=mlp or MlpConfig(hidden_dim=40)) for block in blocks)
     fields = {"vocab_size": 53, "embed_dim": blocks[0].embed_dim, "layers": layers, "norm_eps": 1e-5}
     return DecoderConfig(**{**fields, **changes})
+
+
+def require_greedy_tokens_of_transformers(bundle: Path, model: Any) -> None:
+    """A batch padded on the left is continued as transformers continues it.
+
+    Args:
+        bundle: bundle of a model with at least 96 tokens and 29 positions.
+        model: the model of transformers that it was made from.
+    """
+    ids = torch.randint(8, 96, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    mask[2, :1] = 0
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    with diffdeploy.load(bundle) as runtime:
+        found = runtime.generate(ids, mask, max_new_tokens=20, eos_token_id=None)
+    assert torch.equal(found, expected)
 
 
 def decoder_weights(config: DecoderConfig, seed: int = 0) -> dict[str, Tensor]:
