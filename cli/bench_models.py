@@ -68,14 +68,14 @@ def bench_models(
 
 
 def _require_comparable(old: "ModelReport", run: "ModelBench") -> None:
-    for what, then, now in (
+    from diffdeploy.bench.changes import require_equal
+
+    require_equal(
         ("model", old.model.model_copy(update={"source": run.model.source}), run.model),
         ("dtype", old.dtype, run.plan.dtype),
         ("baseline", old.baseline, run.plan.baseline),
         ("number of threads", old.environment.threads, run.plan.threads),
-    ):
-        if then != now:
-            raise InputError(f"the runs cannot be compared: the {what} was {then}, but is {now} now")
+    )
 
 
 def _write(report: "ModelReport", old: "ModelReport | None", outputs: "Outputs") -> None:

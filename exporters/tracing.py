@@ -65,7 +65,7 @@ def _with_conditions_forgotten() -> Iterator[None]:
     try:
         yield
     finally:
-        torch._dynamo.reset()  # noqa: SLF001  # torch has no public name for it
+        torch.compiler.reset()
 
 
 def trace(block: AnyModule, spec: GraphSpec, device: str = "cpu") -> torch.export.ExportedProgram:

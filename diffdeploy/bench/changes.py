@@ -51,19 +51,31 @@ def require_comparable(old: BenchReport, plan: Plan, block: Block) -> None:
     Raises:
         InputError: the runs measure different things, or have nothing in common.
     """
-    for what, then, now in (
+    require_equal(
         ("block", old.block.model_copy(update={"source": block.source}), block),
         ("graph", old.graph, plan.graph),
         ("dtype", old.dtype, plan.dtype),
         ("baseline", old.baseline, plan.baseline),
         # The machines may differ, since ratios are taken within a run, but not the numbers of threads.
         ("number of threads", old.environment.threads, plan.threads),
-    ):
-        if then != now:
-            raise InputError(f"the runs cannot be compared: the {what} was {then}, but is {now} now")
+    )
     planned = {(candidate.name, size) for candidate in plan.candidates for size in plan.sizes}
     if not planned & {(row.name, row.size) for row in old.results}:
         raise InputError("the runs cannot be compared: they have no candidate and size in common")
+
+
+def require_equal(*compared: tuple[str, object, object]) -> None:
+    """Check that two runs measure the same thing.
+
+    Args:
+        *compared: name of a property, its value in the earlier run, and its value now.
+
+    Raises:
+        InputError: two values differ.
+    """
+    for what, then, now in compared:
+        if then != now:
+            raise InputError(f"the runs cannot be compared: the {what} was {then}, but is {now} now")
 
 
 def changes_since(old: BenchReport, new: BenchReport) -> list[Change[Row]]:

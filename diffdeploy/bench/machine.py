@@ -7,6 +7,7 @@ import time
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from diffdeploy import __version__
 from diffdeploy.bench.timing import latency_ms
@@ -55,6 +56,12 @@ class Machine(Record):
     load_average: float
     other_load: float | None = None
     matmul_gflop_per_second: float
+
+    def columns(self) -> dict[str, Any]:
+        """Fields for a table, with the version of each package in a column of its own, after the others."""
+        fields = self.model_dump()
+        packages = fields.pop("packages")
+        return {**fields, **packages}
 
     @classmethod
     def current(cls, *, dtype: str, device: str, threads: int) -> "Machine":

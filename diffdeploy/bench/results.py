@@ -143,9 +143,8 @@ class BenchReport(Record):
 
     def to_csv(self) -> str:
         """One line per row, with the environment in the last columns."""
-        environment = self.environment.model_dump()
-        packages = environment.pop("packages")
-        shared = {"graph": self.graph, "dtype": self.dtype, "baseline": self.baseline, **environment, **packages}
+        environment = self.environment.columns()
+        shared = {"graph": self.graph, "dtype": self.dtype, "baseline": self.baseline, **environment}
         return csv_text([*Row.model_fields, *shared], ({**row.model_dump(), **shared} for row in self.results))
 
 

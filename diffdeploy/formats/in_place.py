@@ -4,6 +4,7 @@ Shape suffixes: B batch, S new tokens, P past tokens, T = P + S.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,20 +83,13 @@ class TorchBuffers(CacheBuffers):
     def __init__(self, spec: GraphSpec, call: Call, device: str, batch_size: int, fill: float) -> None:
         self._spec, self._call, self._device = spec, call, device
         self.capacity = spec.capacity
-        artifact = spec.of_artifact()
+        artifact, dtype = spec.of_artifact(), getattr(torch, spec.dtype)
         # Zeros need not be written: the system allocates their memory only when they are written to.
-        make = torch.zeros if fill == 0 else torch.empty
+        make = torch.zeros if fill == 0 else partial(torch.full, fill_value=fill)
         self._buffers = {
-            name: make(
-                (batch_size, *(int(size) for size in artifact.inputs[name].shape[1:])),
-                dtype=getattr(torch, spec.dtype),
-                device=device,
-            )
+            name: make((batch_size, *map(int, artifact.inputs[name].shape[1:])), dtype=dtype, device=device)
             for name in spec.caches
         }
-        if fill:
-            for buffer in self._buffers.values():
-                buffer.fill_(fill)
 
     def run(self, inputs: Mapping[str, Array]) -> Array:
         """See `CacheBuffers.run`."""

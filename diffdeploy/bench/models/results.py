@@ -121,9 +121,7 @@ class ModelReport(Record):
 
     def to_csv(self) -> str:
         """One line per row, with the environment in the last columns."""
-        environment = self.environment.model_dump()
-        packages = environment.pop("packages")
-        shared = {"dtype": self.dtype, "baseline": self.baseline, **environment, **packages}
+        shared = {"dtype": self.dtype, "baseline": self.baseline, **self.environment.columns()}
         rows = [{**_without_peak(row), **shared} for row in self.results]
         return csv_text(list(rows[0]) if rows else [], rows)
 
