@@ -31,7 +31,7 @@ test: $(INSTALLED) ## All checks and tests of a change.
 slow: $(INSTALLED) ## The long tests.
 	$(PYTEST) -m slow -rP
 
-campaign: $(INSTALLED) ## 1,000 right exports and runs must pass; goes on where it was stopped.
+campaign: $(INSTALLED) ## 200 right exports, verified five times each, must pass; goes on where it was stopped.
 	$(BIN)/python -m tests.campaign
 
 # Draws for each of the tests.
