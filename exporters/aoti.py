@@ -19,7 +19,7 @@ from diffdeploy.formats.aoti.constants import read_library
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.modules import AnyModule
 
-__all__ = ["lower"]
+__all__ = ["lower", "scratch_for_all_programs"]
 
 
 def lower(block: AnyModule, spec: GraphSpec, directory: Path, device: str) -> None:
@@ -33,7 +33,7 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, device: str) -> No
     # The package holds the weights inside, out of reach; the verification compares this with weights.safetensors.
     metadata = {"weights_sha256": file_sha256(directory / WEIGHTS), "torch": torch.__version__}
     program = trace(block, spec, device)
-    with _scratch_for_all_programs(), nullcontext() if device == "cpu" else _without_vector_instructions():
+    with scratch_for_all_programs(), nullcontext() if device == "cpu" else _without_vector_instructions():
         # torch has no public name for it.
         torch._inductor.aoti_compile_and_package(  # noqa: SLF001
             program, package_path=str(directory / MODEL), inductor_configs={"aot_inductor.metadata": metadata}
@@ -75,7 +75,7 @@ def _require_shared_cpp_library(package: Path) -> None:
 
 
 @contextmanager
-def _scratch_for_all_programs() -> Iterator[None]:
+def scratch_for_all_programs() -> Iterator[None]:
     """Have packages allocate what a kernel of Triton writes tensor maps to for each of its programs.
 
     Torch 2.11 allocates it once, and programs overwrite each other's; 2.14 multiplies its size by the grid, as here.

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from torch.utils.benchmark import Timer
 
+from diffdeploy.exclusive import without_warnings
+
 __all__ = ["as_cuda_graph", "latency_ms", "num_rounds", "rounds", "seconds_per_call"]
 
 Call = Callable[[], object]
@@ -80,7 +82,8 @@ def _no_waiting() -> Iterator[None]:
     import torch
 
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with without_warnings():  # torch calls this mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

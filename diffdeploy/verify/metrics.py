@@ -146,12 +146,13 @@ def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: boo
 def _no_yardstick(yardstick: Yardstick) -> str | None:
     """Reason why eager's error cannot serve as a yardstick, if it is larger than rounding explains.
 
-    Results that vanish, because both streams cancel, have no size to which an error could be compared.
+    Where both streams nearly cancel, the error of storing them explains as much of eager's, however large. Results that
+    vanish have no size to which an error could be compared.
     """
     exact = yardstick.expected[yardstick.counts]
     size = float(np.sqrt(np.mean(np.square(exact)))) if exact.size else 0.0
     ceiling = CEILINGS[yardstick.dtype]
-    if size < epsilon(yardstick.dtype) or yardstick.rmse <= ceiling * size:
+    if size < epsilon(yardstick.dtype) or yardstick.rmse <= max(ceiling * size, yardstick.storage_rmse):
         return None
     return (
         f"there is no yardstick: the eager block itself is off by {yardstick.rmse / size:.2g} of the exact result, but "

@@ -107,7 +107,7 @@ def test_values_too_wide_for_both_streams_at_once(name: str, tmp_path: Path) -> 
     ("changes", "message"),
     [
         ({"dtype": "float32"}, "fused runs in float16 and bfloat16"),
-        ({"format": "pt2"}, "'fused' is not what format pt2 ships"),
+        ({"format": "pt2"}, "'fused' is not available in format pt2"),
     ],
 )
 def test_fused_where_it_cannot_be(changes: dict[str, Any], message: str, block: Checkpoint, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from diffdeploy.exclusive import without_warnings
+from diffdeploy.exporters.aoti import scratch_for_all_programs
 from diffdeploy.ops import diff_attention
 from diffdeploy.ops.target import traced_for
 from tests.support.operator_inputs import side_by_side
@@ -124,7 +125,7 @@ def test_an_aot_inductor_package_needs_nothing_of_this_project(width: int, tmp_p
     from torch._inductor import aoti_compile_and_package
 
     program = exported(100, 200, width)
-    with without_warnings():  # torch warns of its own workings
+    with without_warnings(), scratch_for_all_programs():  # torch warns of its own workings
         package = aoti_compile_and_package(program, package_path=str(tmp_path / "operator.pt2"))
     operator, files = Operator().cuda(), []
     for queries, keys in ((100, 200), (37, 300), (130, 130), (1, 700), (2, 500), (9, 500), (17, 500)):

@@ -146,6 +146,15 @@ def test_an_eager_block_that_is_far_off_is_no_yardstick() -> None:
     assert measure("output", (vanishing + 1e-9).astype(np.float32), held).passed
 
 
+def test_an_eager_block_that_is_as_exact_as_streams_that_cancel_is_a_yardstick() -> None:
+    expected = exact()
+    held = yardstick(expected, eager=(1.002 * expected).astype(np.float32))
+    held.add_stored(1.0015 * expected)
+    assert not measure("output", expected.astype(np.float32), held).passed
+    held.add_stored(1.003 * expected)
+    assert measure("output", expected.astype(np.float32), held).passed
+
+
 def test_a_later_run_that_overflows_counts_too() -> None:
     expected = exact()
     held = yardstick(expected)
