@@ -13,7 +13,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.graphs import DType, GraphSpec, graph_spec
 from diffdeploy.records import Record
 from diffdeploy.verify import CaseReport, OutputReport
-from diffdeploy.verify.decoder import exact_outputs
+from diffdeploy.verify.decoder import exact_and_stored_outputs
 from diffdeploy.verify.greedy import wrong_tokens
 from diffdeploy.verify.metrics import Yardstick, measure
 from diffdeploy.verify.values import prompt_inputs
@@ -173,14 +173,11 @@ class _Truth:
         key = tuple(ids)
         # The second round requests the same again.
         if key not in self._known:
-            self._known[key] = self._exact(ids, None), self._exact(ids, self.dtype), self._run(ids)
+            inputs, name = prompt_inputs(self._spec, np.array([ids])), self._spec.main_output
+            both = exact_and_stored_outputs(self._config, self._weights, inputs, self._spec, self.dtype)
+            exact, stored = (log_softmax(outputs[name][0]) for outputs in both)
+            self._known[key] = exact, stored, self._run(ids)
         return self._known[key]
-
-    def _exact(self, ids: list[int], stored_as: DType | None) -> Array:
-        outputs = exact_outputs(
-            self._config, self._weights, prompt_inputs(self._spec, np.array([ids])), self._spec, stored_as
-        )
-        return log_softmax(outputs[self._spec.main_output][0])
 
     def _run(self, ids: list[int]) -> Array:
         import torch

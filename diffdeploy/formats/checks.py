@@ -114,8 +114,12 @@ def _by_stream(weight: Array, width: int | None) -> list[Array]:
 
 
 def _equal(one: Array, other: Array) -> bool:
-    """True if two arrays are bit-identical."""
-    return (one.dtype, one.shape) == (other.dtype, other.shape) and one.tobytes() == other.tobytes()
+    """True if two arrays are bit-identical: NaN equals itself, and 0 differs from -0."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    bits, other_bits = (np.atleast_1d(array).view(f"u{one.dtype.itemsize}") for array in (one, other))
+    # A model has many weights of one shape, and most pairs differ in the first row.
+    return np.array_equal(bits[:1], other_bits[:1]) and np.array_equal(bits, other_bits)
 
 
 def _take(constants: dict[str, Array], weight: Array) -> bool:
@@ -128,11 +132,9 @@ def _same_bits(constant: Array, weight: Array) -> bool:
     """True if a constant holds the weight; a norm in fp32 holds half-precision weights, widened without loss."""
     if constant.dtype == np.float32 and weight.dtype.itemsize == _BYTES_OF_HALF:
         weight = weight.astype(np.float32)
-    if constant.dtype != weight.dtype:
-        return False
     # Matrix products in ONNX take the weight on the right, and torch's exporter folds the transposition into it.
     forms = (weight, weight.T) if weight.ndim == 2 else (weight,)
-    return any(constant.shape == form.shape and constant.tobytes() == form.tobytes() for form in forms)
+    return any(_equal(constant, form) for form in forms)
 
 
 def lambda_constant(constants: Mapping[str, Array], manifest: Manifest, weights: Mapping[str, Array]) -> Check:

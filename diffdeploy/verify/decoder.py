@@ -3,7 +3,7 @@
 Shape suffixes: B batch, S new tokens, D model width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -12,18 +12,22 @@ from diffdeploy.config import POLYNORM_EPS, AnyModel, DecoderConfig, LayerConfig
 from diffdeploy.graphs import DType, GraphSpec, clear_padding
 from diffdeploy.verify.oracle import exact_and_stored, oracle
 
-__all__ = ["below", "exact_embedding", "exact_head", "exact_layer", "exact_outputs", "inputs_of_layer"]
+__all__ = [
+    "below",
+    "exact_and_stored_outputs",
+    "exact_embedding",
+    "exact_head",
+    "exact_layer",
+    "exact_outputs",
+    "inputs_of_layer",
+]
 
 # The exponential of a large negative gate overflows, which makes the result 0; the criterion checks for infinity.
 _QUIETLY = np.errstate(over="ignore", invalid="ignore")
 
 
 def exact_outputs(
-    config: AnyModel,
-    weights: Mapping[str, Array],
-    inputs: Mapping[str, Array],
-    spec: GraphSpec,
-    stored_as: DType | None = None,
+    config: AnyModel, weights: Mapping[str, Array], inputs: Mapping[str, Array], spec: GraphSpec
 ) -> dict[str, Array]:
     """Exact outputs of a graph, by the formula of a block or of a decoder.
 
@@ -32,22 +36,44 @@ def exact_outputs(
         weights: canonical weights, any floating dtype.
         inputs: inputs by the names of the graph.
         spec: interface of the graph.
-        stored_as: dtype to which the streams of every layer of a decoder are rounded; ``None`` for exact streams.
 
     Returns:
         float64 arrays by the names of the graph.
     """
     if not isinstance(config, DecoderConfig):
         return oracle(config, weights, inputs)
-    x_BSD = exact_embedding(weights, inputs)
-    outputs: dict[str, Array] = {}
+    return _of_decoder(config, weights, inputs, spec, (None,))[0]
+
+
+def exact_and_stored_outputs(
+    config: DecoderConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], spec: GraphSpec, dtype: DType
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Compute `exact_outputs`, and those of a decoder whose layers round their streams to a dtype."""
+    exact, stored = _of_decoder(config, weights, inputs, spec, (None, dtype))
+    return exact, stored
+
+
+def _of_decoder(
+    config: DecoderConfig,
+    weights: Mapping[str, Array],
+    inputs: Mapping[str, Array],
+    spec: GraphSpec,
+    stored_as: Sequence[DType | None],
+) -> list[dict[str, Array]]:
+    """Outputs for each dtype in which streams are stored; ``None`` for exact ones."""
+    xs_BSD = [exact_embedding(weights, inputs)] * len(stored_as)
+    outputs: list[dict[str, Array]] = [{} for _ in stored_as]
     for number, layer in enumerate(config.layers):
-        own, given = below(weights, f"layers.{number}."), inputs_of_layer(inputs, number)
-        x_BSD, caches = exact_layer(layer, config.norm_eps, own, x_BSD, given, stored_as)
-        outputs |= {f"present.{number}.{side}": array for side, array in caches.items()}
-    if spec.logits == "last":
-        x_BSD = x_BSD[:, -1:]
-    return clear_padding(spec, inputs, {spec.main_output: exact_head(config, weights, x_BSD), **outputs})
+        # Widened once for all, which takes as long as a few tokens do.
+        own = _all_wide(below(weights, f"layers.{number}."))
+        given = inputs_of_layer(inputs, number)
+        for i, dtype in enumerate(stored_as):
+            xs_BSD[i], caches = exact_layer(layer, config.norm_eps, own, xs_BSD[i], given, dtype)
+            outputs[i] |= {f"present.{number}.{side}": array for side, array in caches.items()}
+    last = _all_wide({name: weights[name] for name in ("norm.weight", _head_name(config))})
+    for own_outputs, x_BSD in zip(outputs, xs_BSD, strict=True):
+        own_outputs[spec.main_output] = exact_head(config, last, x_BSD[:, -1:] if spec.logits == "last" else x_BSD)
+    return [clear_padding(spec, inputs, each) for each in outputs]
 
 
 def exact_embedding(weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> Array:
@@ -79,7 +105,7 @@ def exact_layer(
         weights: weights of the layer, by their names in it.
         x_BSD: output of the previous layer.
         inputs: see `inputs_of_layer`.
-        stored_as: see `exact_outputs`.
+        stored_as: dtype to which the streams are rounded; ``None`` for exact streams.
 
     Returns:
         Output ``[B, S, D]``, and ``key`` and ``value`` of past and present; float64.
@@ -101,9 +127,13 @@ def exact_layer(
 @_QUIETLY
 def exact_head(config: DecoderConfig, weights: Mapping[str, Array], x_BSD: Array) -> Array:
     """Logits ``[B, S, V]`` from the output of the last layer."""
-    head = weights["embedding.weight" if config.tied else "lm_head.weight"]
-    logits: Array = _rms_norm(np.asarray(x_BSD, np.float64), weights["norm.weight"], config.norm_eps) @ _wide(head).T
+    normed = _rms_norm(np.asarray(x_BSD, np.float64), weights["norm.weight"], config.norm_eps)
+    logits: Array = normed @ _wide(weights[_head_name(config)]).T
     return logits
+
+
+def _head_name(config: DecoderConfig) -> str:
+    return "embedding.weight" if config.tied else "lm_head.weight"
 
 
 def below(weights: Mapping[str, Array], prefix: str) -> dict[str, Array]:
@@ -114,6 +144,10 @@ def below(weights: Mapping[str, Array], prefix: str) -> dict[str, Array]:
 
 def _wide(weight: Array) -> Array:
     return np.asarray(weight, dtype=np.float64)
+
+
+def _all_wide(weights: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: _wide(weight) for name, weight in weights.items()}
 
 
 def _rms_norm(x: Array, weight: Array | float, eps: float) -> Array:

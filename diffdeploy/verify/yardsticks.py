@@ -11,7 +11,7 @@ from diffdeploy.bundle import Bundle, eager_module
 from diffdeploy.config import DecoderConfig
 from diffdeploy.graphs import GraphSpec, clear_padding
 from diffdeploy.verify.cases import AnyCase
-from diffdeploy.verify.decoder import exact_outputs
+from diffdeploy.verify.decoder import exact_and_stored_outputs
 from diffdeploy.verify.eager import eager_errors, for_queries, run_arrays
 from diffdeploy.verify.metrics import Yardstick
 from diffdeploy.verify.oracle import exact_and_stored
@@ -106,10 +106,10 @@ class Yardsticks:
         def eager(given: Mapping[str, Array]) -> dict[str, Array]:
             return clear_padding(spec, given, run(given))
 
-        expected = exact_outputs(config, self._weights, inputs, spec)
+        expected, stored = exact_and_stored_outputs(config, self._weights, inputs, spec, self._dtype)
         (yardsticks,) = eager_errors(eager, inputs, expected, self._dtype, [slice(None)])
-        for name, stored in exact_outputs(config, self._weights, inputs, spec, self._dtype).items():
-            yardsticks[name].add_stored(stored)
+        for name, output in stored.items():
+            yardsticks[name].add_stored(output)
         return yardsticks
 
 

@@ -19,7 +19,7 @@ from diffdeploy.bundle import frozen_module, read_tensors, read_weights
 from diffdeploy.config import DecoderConfig
 from diffdeploy.graphs import graph_spec
 from diffdeploy.ops import Impl
-from diffdeploy.verify.decoder import exact_outputs
+from diffdeploy.verify.decoder import exact_and_stored_outputs
 from diffdeploy.verify.metrics import Yardstick, measure
 from diffdeploy.verify.values import prompt_inputs
 
@@ -58,10 +58,10 @@ def expected_logits(plan: ModelPlan, tokens_BS: Array) -> Yardstick:
     )
     inputs = prompt_inputs(spec, tokens_BS)
     weights = read_weights(opened(plan.bundle))
-    exact = exact_outputs(config, weights, inputs, spec)[spec.main_output][:, -1]
-    yardstick = Yardstick(exact, plan.dtype)
+    exact, stored = exact_and_stored_outputs(config, weights, inputs, spec, plan.dtype)
+    yardstick = Yardstick(exact[spec.main_output][:, -1], plan.dtype)
     yardstick.add(_eager(plan, tokens_BS, Impl.NAIVE, dtype))
-    yardstick.add_stored(exact_outputs(config, weights, inputs, spec, plan.dtype)[spec.main_output][:, -1])
+    yardstick.add_stored(stored[spec.main_output][:, -1])
     return yardstick
 
 
