@@ -33,8 +33,8 @@ def page(target: Path, files: list[Path]) -> str:
         "",
         "A whole block is measured: hidden states in, output out. `softmax` is a plain attention block of the same "
         "parameter count, in one call of `scaled_dot_product_attention`; the other names are eager implementations of "
-        "the differential block and exported bundles of it. Each was verified at the size, and on the input, that it "
-        "was timed at.",
+        "the differential block and exported bundles of it. Each was verified at the size and on the input with which "
+        "it was timed.",
         "",
         *(f"- {name}: {text}" for name, text in _joined(legend(next(iter(reports.values())).baseline))),
     ]

@@ -17,25 +17,26 @@ Written by
 
 Bundles of small blocks (D 64, h 4, d 16; h_kv 4 if they are not grouped, else 2), exported with torch {torch}, are
 run by each version on {cases} cases of the verification (lengths up to 129, batches up to 8, masks, pasts, values of
-every kind) and compared with fp64 by its budgets. Measured on the CPU of {machine}, with Python {python} and numpy
-{numpy}; CUDA was not measured.
+every kind) and compared with fp64 by its budgets. All measurements were made on a CPU ({machine}) with Python {python}
+and numpy {numpy}; CUDA was not measured.
 
 - ok: every output is within its budget
 - off by 1.8: the error of the worst output is that many times the allowed one; "no number" is NaN, or no output at all
-- refuses: it does not load the artifact
-- no import: it cannot be imported here, in most cases with this numpy
+- refuses: the version does not load the artifact
+- no import: the version cannot be imported here, in most cases because of this numpy
 
-From the version under "right from" on, all are ok. "least" is the version that `Format.least_versions` returns, that
-manifests record and that `load` requires; it is never older, and newer if the table of the format is less specific.
+All versions from the one under "right from" on are ok. "least" is the version that `Format.least_versions` returns,
+that manifests record and that `load` requires; it is never older than "right from", and is newer where
+`Format.least_versions` distinguishes fewer cases than this table.
 """
 NOTES = {
     "onnxruntime": """\
 - 1.16 and older refuse the IR version that torch writes, and every version refuses opsets that are newer than it is.
-- In `Attention` of 1.23.0, heads read the wrong key/value heads.
-- In `GroupQueryAttention` up to 1.23.2, a query sees one key more than the window has. A mask hides that key in
-  float32, and in float16 unless its score is that of an outlier. Up to 1.21, the operator has no mask.
-- float16 is correct where float32 is, since its attentions are computed in float32. Where they are not, as in older
-  bundles, outliers make them wrong in every version that was tried: export those again.
+- In `Attention` of 1.23.0, grouped query heads read the wrong key/value heads.
+- In `GroupQueryAttention` up to 1.23.2, a query attends to one key more than the window allows. A mask hides that key
+  in float32, and in float16 unless its score is that of an outlier. Up to 1.21, the operator has no mask.
+- float16 is correct where float32 is, since bundles now compute their attentions in float32. Older bundles do not, and
+  outliers make them wrong in every version that was tried: export those again.
 - bfloat16 has no kernels for the CPU, and is refused by 1.19.2, 1.22.1, 1.24.1, 1.28.0, 1.31.1 and 1.32.0.
 """,
     "torch": """\

@@ -105,7 +105,7 @@ def faults_of_models(tests: dict[str, SelfTest]) -> list[str]:
         "",
         "## Whole models",
         "",
-        "The sample with all its layers; for a fault in one of them, the layer is named.",
+        "These are faults of the sample with all its layers. For a fault in one layer, that layer is named.",
         "",
     ]
     lines += [f"| fault | in | what is wrong | where | {' | '.join(f'`{name}`' for name in tests)} |"]

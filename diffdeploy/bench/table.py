@@ -91,13 +91,13 @@ def machine_rows(environment: Machine, dtype: str) -> list[tuple[str, str]]:
     meanwhile = ""
     if environment.other_load is not None:
         noisy = ", so the times are noisy" if environment.other_load > _QUIET else ""
-        meanwhile = f"; others kept {environment.other_load:.2f} cores busy meanwhile{noisy}"
+        meanwhile = f"; other processes kept {environment.other_load:.2f} cores busy during the run{noisy}"
     return [
         ("machine", f"{where}, {environment.num_cpus} cores, {environment.threads} threads"),
         ("load", f"{environment.load_average:.2f} in the minute before{meanwhile}"),
         (
-            "products",
-            f"{environment.matmul_gflop_per_second:.0f} GFLOP/s in {dtype}, largest of square matrices",
+            "matrix products",
+            f"{environment.matmul_gflop_per_second:.0f} GFLOP/s in {dtype}, the highest rate over square matrices",
         ),
         *([] if environment.gpu is None else [("clocks and power", environment.gpu)]),
         ("versions", f"diffdeploy {environment.diffdeploy}, Python {environment.python}, {versions}"),
