@@ -199,6 +199,7 @@ class Run:
         batches: rows, when decoding.
         output: file of the results.
         compile_only: fill inductor's cache, and measure nothing.
+        tuned: also decode with kernels that inductor tunes, which are reductions in place of products of one row.
         bandwidth: bytes per second of a copy.
     """
 
@@ -207,6 +208,7 @@ class Run:
     batches: Sequence[int]
     output: Path | None
     compile_only: bool
+    tuned: bool
     bandwidth: float = math.nan
 
     def __post_init__(self) -> None:
@@ -255,11 +257,14 @@ def measure_model(run: Run, size: str, name: str) -> None:
     ways: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {"eager": (prefill, decode)}
     if name != _SOFTMAX_FLASH:  # whose operators torch does not know
         ways["compile"] = (torch.compile(prefill, fullgraph=True), torch.compile(decode, fullgraph=True))
+        if run.tuned:
+            tuned = torch.compile(decode, fullgraph=True, options={"coordinate_descent_tuning": True})
+            ways["compile, tuned"] = (prefill, tuned)
     for how, (run_prefill, run_decode) in ways.items():
         if run.compile_only and how == "eager":
             continue
         fields: dict[str, Any] = {"model": size, "attention": name}
-        for length in run.prompts if name != _SOFTMAX_FLASH else ():
+        for length in run.prompts if name != _SOFTMAX_FLASH and not how.endswith("tuned") else ():
             ids = torch.randint(0, _VOCABULARY, (1, length), device="cuda")
             run.measure(partial(run_prefill, ids), how, what="prefill", batch=1, tokens=length, **fields)
         for batch in run.batches:
@@ -308,9 +313,11 @@ def main() -> int:
     parser.add_argument("--past", type=int, action="append")
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--compile-only", action="store_true", help="fill inductor's cache, and measure nothing")
+    parser.add_argument("--tuned", action="store_true", help="also decode with kernels that inductor tunes")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    run = Run(given.prompt or [4096], given.past or [4096], given.batch or [1], given.output, given.compile_only)
+    sizes = given.prompt or [4096], given.past or [4096], given.batch or [1]
+    run = Run(*sizes, given.output, given.compile_only, given.tuned)
     for size in given.model:
         for name in (_DIFFERENTIAL, _SOFTMAX, _SOFTMAX_FLASH):
             with torch.no_grad(), fastest_backends(name):

@@ -265,8 +265,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "streams wider than 128": ({"width": 136, "value_width": 256}, "these are 136 and 256 wide"),
     "values wider than 256": ({"width": 64, "value_width": 264}, "these are 64 and 264 wide"),
     "additive masks": ({"attn_mask": torch.zeros(2, 1, 1, 5)}, r"one is torch.float32 \[2, 1, 1, 5\]"),
-    "masks by query": ({"attn_mask": masks(5, 5, 4)["full"]}, r"one is torch.bool \[2, 1, 5, 5\]"),
-    "masks by head": ({"attn_mask": masks(5, 5, 4)["per_head"]}, r"one is torch.bool \[1, 4, 5, 5\]"),
+    "a separate mask for each query": ({"attn_mask": masks(5, 5, 4)["full"]}, r"one is torch.bool \[2, 1, 5, 5\]"),
+    "a separate mask for each head": ({"attn_mask": masks(5, 5, 4)["per_head"]}, r"one is torch.bool \[1, 4, 5, 5\]"),
     "a scale of 0 or less": ({"scale": -1.0}, "takes a positive scale, and this one is -1.0"),
     "gradients": ({"requires_grad": True}, "computes no gradients"),
 }
@@ -291,7 +291,7 @@ def test_the_page_has_a_row_for_each() -> None:
     page = (ROOT / "docs" / "fused.md").read_text()
     table = page.split("| refused |")[1].split("\n\n")[0]
     rows = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
-    assert rows == [*REFUSED, "CPUs", "without triton", "devices with less shared memory than 160 KiB"]
+    assert rows == [*REFUSED, "CPUs", "a machine without triton", "devices with less than 160 KiB of shared memory"]
 
 
 def test_machines_that_cannot_run_it(monkeypatch: pytest.MonkeyPatch) -> None:

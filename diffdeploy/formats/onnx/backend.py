@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxCudaBackend", "OnnxReferenceBackend", "OnnxRuntimeBackend"]
 
-_CPU = "CPUExecutionProvider"
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # Numbers of onnx.TensorProto.DataType, which onnxruntime accepts for dtypes that numpy lacks.
 _ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 
@@ -157,12 +157,24 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
 
     def open(self, options: RunOptions) -> None:
         """Load the model; raises ExportError if that fails."""
+        import onnxruntime
+
+        # CUDA's libraries are in packages of their own, where the loader does not look; torch loads those it has.
+        import torch  # noqa: F401
+
+        onnxruntime.preload_dlls()
         with tempfile.TemporaryDirectory() as folder:
             settings = self._settings()
             # Only the profile shows which provider runs a node of the optimised graph.
             settings.enable_profiling = True
             settings.profile_file_prefix = str(Path(folder) / "profile")
             self._session = self._start(settings)
+            if _CUDA not in self._session.get_providers():
+                # onnxruntime only logs the reason, and goes on without.
+                raise ExportError(
+                    f"onnxruntime {onnxruntime.__version__} could not start its CUDA provider, which needs the "
+                    "libraries of the CUDA version that it was built for, and a driver for them"
+                )
             self.run(list(zero_inputs(self.spec).values()), as_torch=True)
             events = json.loads(Path(self._session.end_profiling()).read_text())
         nodes = {event["name"]: event["args"] for event in events if event.get("args", {}).get("provider")}
@@ -183,7 +195,7 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
 
     def _providers(self) -> list[Any]:
         # TensorFloat-32 is on by default, and would round float32 graphs to 10 bits.
-        return [("CUDAExecutionProvider", {"device_id": str(self._index), "use_tf32": "0"})]
+        return [(_CUDA, {"device_id": str(self._index), "use_tf32": "0"})]
 
     @property
     def _index(self) -> int:
