@@ -36,8 +36,8 @@ def padded_queries(request: Request) -> Tensor:
         return request.q
     inner = request.group_size if request.permutes_key_streams else 1
     halves = torch.unflatten(request.q.transpose(1, 2), 2, (-1, 2, inner))
-    # A product with 0 and 1 is one pass, while padding each half and joining them is three; and onnxruntime's kernel for
-    # padding took half of the time of a whole prompt on a GPU.
+    # A product with 0 and 1 is one pass, while padding each half and joining them is three; and onnxruntime's kernel
+    # for padding took half of the time of a whole prompt on a GPU.
     place = torch.eye(2, dtype=halves.dtype, device=halves.device)[:, None, :, None]
     return (halves.unsqueeze(5) * place).flatten(5).flatten(2, 4).transpose(1, 2)
 

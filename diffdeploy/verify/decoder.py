@@ -10,7 +10,7 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.config import POLYNORM_EPS, AnyModel, DecoderConfig, LayerConfig, MlpConfig
 from diffdeploy.graphs import DType, GraphSpec, clear_padding
-from diffdeploy.verify.oracle import exact_and_stored, oracle
+from diffdeploy.verify.oracle import oracle, with_stored_streams
 
 __all__ = [
     "below",
@@ -115,11 +115,9 @@ def exact_layer(
     of_block = below(weights, "self_attn.")
     if stored_as is None:
         outputs = oracle(config.attention, of_block, given)
-        attended = outputs["output"]
     else:
-        outputs, stored = exact_and_stored(config.attention, of_block, given, stored_as)
-        attended = stored[0]
-    x_BSD = x_BSD + attended
+        outputs = with_stored_streams(config.attention, of_block, given, stored_as)
+    x_BSD = x_BSD + outputs["output"]
     x_BSD = x_BSD + _mlp(config.mlp, below(weights, "ffn."), _rms_norm(x_BSD, weights["ffn_norm.weight"], norm_eps))
     return x_BSD, {side: outputs[f"present.{side}"] for side in ("key", "value")}
 
@@ -156,10 +154,12 @@ def _rms_norm(x: Array, weight: Array | float, eps: float) -> Array:
 
 
 def _mlp(config: MlpConfig, w: Mapping[str, Array], x_BSD: Array) -> Array:
-    gate, up = (x_BSD @ _wide(w[f"{n}_proj.weight"]).T + _bias(w, f"{n}_proj.bias") for n in ("gate", "up"))
+    # The rows of a batch in one product, since a product for each of them would read the weight again.
+    x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
+    gate, up = (x_ND @ _wide(w[f"{n}_proj.weight"]).T + _bias(w, f"{n}_proj.bias") for n in ("gate", "up"))
     product: Array = _activation(config, w, gate) * up
     down: Array = product @ _wide(w["down_proj.weight"]).T + _bias(w, "down_proj.bias")
-    return down
+    return down.reshape(x_BSD.shape)
 
 
 def _bias(w: Mapping[str, Array], name: str) -> Array | float:

@@ -14,7 +14,7 @@ from diffdeploy.config import AnyConfig, RopeConfig
 from diffdeploy.exact import key_head, lambda_of_heads, rope_tables
 from diffdeploy.graphs import DType
 
-__all__ = ["exact_and_stored", "oracle"]
+__all__ = ["exact_and_stored", "oracle", "with_stored_streams"]
 
 Store = Callable[[Array], Array]
 
@@ -113,11 +113,7 @@ def exact_and_stored(
     Returns:
         The exact outputs by name, and ``output`` for each way of storing the streams.
     """
-
-    def store(values: Array) -> Array:
-        rounded: Array = values.astype(dtype).astype(np.float64)
-        return rounded
-
+    store = _rounding_to(dtype)
     # A fixed seed, so that repeated verifications give the same figures.
     generator = np.random.default_rng(0)
 
@@ -126,6 +122,21 @@ def exact_and_stored(
 
     exact, *stored = _formula(config, weights, inputs, (_as_it_is, store, store_at_random), queries)
     return exact, [outputs["output"] for outputs in stored]
+
+
+def with_stored_streams(
+    config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], dtype: DType
+) -> dict[str, Array]:
+    """Compute `oracle` with streams that are rounded to the nearest number of a dtype; see `exact_and_stored`."""
+    return _formula(config, weights, inputs, (_rounding_to(dtype),), None)[0]
+
+
+def _rounding_to(dtype: DType) -> Store:
+    def store(values: Array) -> Array:
+        rounded: Array = values.astype(dtype).astype(np.float64)
+        return rounded
+
+    return store
 
 
 def _as_it_is(values: Array) -> Array:
@@ -143,20 +154,51 @@ def _formula(
     # The artifact's own weights, so that casting them is not an error of the artifact.
     w = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
     with np.errstate(over="ignore", invalid="ignore"):  # inputs may hold infinity, and the criterion checks results
+        x_BSD = np.asarray(inputs["hidden_states"], dtype=np.float64)
+        chosen = np.arange(x_BSD.shape[1]) if queries is None else queries
+        q_BHSd = _projected(config, w, "q", x_BSD[:, chosen], config.head_dim)
+        k_BHSd = _projected(config, w, "k", x_BSD, config.head_dim)
+        v_BHSe = _projected(config, w, "v", x_BSD, config.value_dim)
         rows = [
-            _sequence(config, w, {name: array[b] for name, array in inputs.items()}, stores, queries)
-            for b in range(len(inputs["hidden_states"]))
+            _sequence(
+                config,
+                w,
+                (q_BHSd[b], k_BHSd[b], v_BHSe[b]),
+                {n: array[b] for n, array in inputs.items()},
+                stores,
+                chosen,
+            )
+            for b in range(len(x_BSD))
         ]
+        joined = np.stack([row.joined for row in rows], axis=1)
+        outputs = [_times(heads, w["out_proj.weight"]) + w.get("out_proj.bias", 0.0) for heads in joined]
     present = {}
     if "past_key_values.key" in inputs:
         present = {f"present.{side}": np.stack([getattr(row, side) for row in rows]) for side in ("key", "value")}
-    return [{"output": np.stack([row.outputs[i] for row in rows]), **present} for i in range(len(stores))]
+    return [{"output": output, **present} for output in outputs]
+
+
+def _times(x: Array, weight: Array) -> Array:
+    """``x @ weight.T``, as one product: a product for each row of a batch would read the weight again."""
+    product: Array = x.reshape(-1, x.shape[-1]) @ weight.T
+    return product.reshape(*x.shape[:-1], len(weight))
+
+
+def _projected(config: AnyConfig, w: Mapping[str, Array], name: str, x_BSD: Array, width: int) -> Array:
+    """Queries, keys or values ``[B, heads, S, width]``, normalised where the config says so."""
+    flat = _times(x_BSD, w[f"{name}_proj.weight"]) + w.get(f"{name}_proj.bias", 0.0)
+    side: Array = np.swapaxes(flat.reshape(*x_BSD.shape[:2], -1, width), 1, 2)
+    if config.qk_norm_eps is None or name == "v":
+        return side
+    size = np.sqrt(np.mean(side**2, axis=-1, keepdims=True) + config.qk_norm_eps)
+    normed: Array = side / size * w[f"{name}_norm.weight"]
+    return normed
 
 
 class _Row(NamedTuple):
-    """Results of one batch row: an output for each way of storing the streams, keys and values."""
+    """Results of one batch row: the joined heads for each way of storing the streams, keys and values."""
 
-    outputs: list[Array]
+    joined: Array
     key: Array
     value: Array
 
@@ -164,27 +206,15 @@ class _Row(NamedTuple):
 def _sequence(
     config: AnyConfig,
     w: Mapping[str, Array],
+    sides: tuple[Array, Array, Array],
     inputs: Mapping[str, Array],
     stores: Sequence[Store],
-    queries: Array | None,
+    chosen: Array,
 ) -> _Row:
-    """Compute one batch row from inputs without their batch axis."""
+    """Compute one batch row from its queries, keys and values, and from inputs without their batch axis."""
+    q, k, v = sides
     x_SD = np.asarray(inputs["hidden_states"], dtype=np.float64)
     length = len(x_SD)
-    chosen = np.arange(length) if queries is None else queries
-    q, k, v = (
-        np.swapaxes((x @ w[f"{n}_proj.weight"].T + w.get(f"{n}_proj.bias", 0.0)).reshape(len(x), -1, width), 0, 1)
-        for n, x, width in (
-            ("q", x_SD[chosen], config.head_dim),
-            ("k", x_SD, config.head_dim),
-            ("v", x_SD, config.value_dim),
-        )
-    )
-    if config.qk_norm_eps is not None:
-        q, k = (
-            side / np.sqrt(np.mean(side**2, axis=-1, keepdims=True) + config.qk_norm_eps) * w[f"{n}_norm.weight"]
-            for n, side in (("q", q), ("k", k))
-        )
     past_length = inputs["past_key_values.key"].shape[1] if "past_key_values.key" in inputs else 0
     if config.rope is not None:
         positions = inputs.get("position_ids", np.arange(past_length, past_length + length))
@@ -211,8 +241,7 @@ def _sequence(
                 joined[number, rows, columns] = _head(
                     config, w, i, store(signal), store(noise), x_SD[chosen[rows]], store
                 )
-    outputs = [heads @ w["out_proj.weight"].T + w.get("out_proj.bias", 0.0) for heads in joined]
-    return _Row(outputs, _pairs(config, k), v)
+    return _Row(joined, _pairs(config, k), v)
 
 
 def _streams(config: AnyConfig, pairs_HTw: Array) -> Array:

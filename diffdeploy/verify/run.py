@@ -1,15 +1,15 @@
 """Verification of a bundle: the exact formula, the eager block and the artifact on every case; contract, properties."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from diffdeploy.arrays import Array
+from diffdeploy.arrays import Array, ArrayView
 from diffdeploy.budgets import BUDGETS
-from diffdeploy.bundle import Bundle, Environment, open_bundle, read_weights
+from diffdeploy.bundle import Bundle, Environment, open_bundle, read_tensors, read_weights
 from diffdeploy.config import DecoderConfig
 from diffdeploy.errors import DiffDeployError, ExportError, InputError
 from diffdeploy.formats import Check, RunOptions, Selection, distributions
@@ -121,11 +121,15 @@ def _examine(
     first_failure_only: bool,
 ) -> _Findings:
     """Examine contract, cases and properties, and locate the guilty stage of a failure."""
-    weights = read_weights(bundle)
+    weights: Mapping[str, Array]
+    exact_weights: Mapping[str, Array]
+    if isinstance(bundle.manifest.config, DecoderConfig):
+        # The weights of a model take gigabytes: they stay on disk, and are widened one layer at a time.
+        exact_weights = weights = ArrayView(read_tensors(bundle))
+    else:
+        weights = read_weights(bundle)
+        exact_weights = {name: array.astype(np.float64) for name, array in weights.items()}
     checks = artifact_checks(bundle, weights)
-    # The weights of a model are read one layer at a time when the formula needs them, since they take gigabytes.
-    is_model = isinstance(bundle.manifest.config, DecoderConfig)
-    exact_weights = weights if is_model else {name: array.astype(np.float64) for name, array in weights.items()}
     checks.append(golden_check(bundle, exact_weights))
     yardsticks = yardsticks or Yardsticks(bundle, exact_weights)
     reports: list[CaseReport] = []
