@@ -10,10 +10,12 @@ import torch
 
 from diffdeploy import load
 from diffdeploy.bundle import open_bundle
-from diffdeploy.checkpoints import Checkpoint
+from diffdeploy.checkpoints import Checkpoint, read_model
+from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.config import DiffAttentionConfig, RopeConfig
 from diffdeploy.errors import InputError
 from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.formats import RunOptions
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.verify.oracle import oracle
 from tests.support.blocks import checkpoint_of
@@ -120,9 +122,23 @@ def test_onnx_says_where_its_nodes_run(block: Checkpoint, tmp_path: Path) -> Non
     from diffdeploy.formats.onnx.backend import OnnxCudaBackend
 
     options = ExportOptions(device="cuda", max_batch_size=4, max_sequence_length=300)
-    runtime = load(export_bundle(block, tmp_path / "out", options).path, device="cuda")
-    assert isinstance(runtime, OnnxCudaBackend)
-    assert runtime.placement["CUDAExecutionProvider"] > runtime.placement.get("CPUExecutionProvider", 0)
+    bundle = open_bundle(export_bundle(block, tmp_path / "out", options).path)
+    placement = OnnxCudaBackend(bundle, RunOptions(), "cuda").placement
+    assert placement["CUDAExecutionProvider"] > placement.get("CPUExecutionProvider", 0)
+
+
+def test_onnxruntime_decodes_in_place_on_the_device(tmp_path: Path) -> None:
+    options = ExportOptions(
+        graph="model", onnx_flavor="ort", dtype="float16", device="cuda", max_batch_size=4, max_sequence_length=48
+    )
+    done = export_bundle(read_model(SAMPLE), tmp_path / "out", options)
+    assert done.report is not None
+    assert done.report.passed
+    ids = torch.randint(0, 256, (3, 9), generator=torch.Generator().manual_seed(0))
+    with load(done.path, device="cuda") as runtime, load(done.path, device="cpu") as at_home:
+        assert runtime.buffers(3, 12) is not None
+        found, expected = (model.generate(ids, max_new_tokens=20, eos_token_id=None) for model in (runtime, at_home))
+    assert torch.equal(found, expected)
     assert "nodes on CUDA" in runtime.description
 
 

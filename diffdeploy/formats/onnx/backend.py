@@ -48,7 +48,9 @@ class _OnnxBackend(Backend):
 class _SharedBuffers(CacheBuffers):
     """Buffers for both past and present of every layer, to which onnxruntime's operator appends the new tokens."""
 
-    def __init__(self, session: Any, spec: GraphSpec, batch_size: int, capacity: int, fill: float) -> None:
+    def __init__(
+        self, session: Any, spec: GraphSpec, batch_size: int, capacity: int, fill: float, device: tuple[str, int]
+    ) -> None:
         import onnxruntime
 
         self._session, self._main_output = session, spec.main_output
@@ -58,7 +60,7 @@ class _SharedBuffers(CacheBuffers):
         for name, present in spec.caches.items():
             _, heads, _, width = spec.inputs[name].shape
             filled = np.full((batch_size, int(heads), capacity, int(width)), fill, spec.inputs[name].dtype)
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(filled)
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(filled, *device)
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(present, value)
             self._values[name] = value
@@ -112,9 +114,9 @@ class OnnxRuntimeBackend(_OnnxBackend):
 
     def buffers(self, batch_size: int, capacity: int, fill: float) -> CacheBuffers | None:
         """See `Backend.buffers`: the operator that counts tokens updates caches in place."""
-        if self.spec.padding == "anywhere" or self.device != "cpu":
+        if self.spec.padding == "anywhere":
             return None
-        return _SharedBuffers(self._session, self.spec, batch_size, capacity, fill)
+        return _SharedBuffers(self._session, self.spec, batch_size, capacity, fill, self._place)
 
     @property
     def description(self) -> str:
@@ -122,6 +124,11 @@ class OnnxRuntimeBackend(_OnnxBackend):
         import onnxruntime
 
         return f"onnxruntime {onnxruntime.__version__}, {self.device.upper()}, all optimisations"
+
+    @property
+    def _place(self) -> tuple[str, int]:
+        """Name and number of the device, as onnxruntime takes them."""
+        return "cpu", 0
 
     def _providers(self) -> list[Any]:
         return [_CPU]
@@ -195,11 +202,16 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
 
     def _providers(self) -> list[Any]:
         # TensorFloat-32 is on by default, and would round float32 graphs to 10 bits.
-        return [(_CUDA, {"device_id": str(self._index), "use_tf32": "0"})]
+        return [(_CUDA, {"device_id": str(self._place[1]), "use_tf32": "0"})]
 
     @property
-    def _index(self) -> int:
-        return int(self.device.partition(":")[2] or 0)
+    def _place(self) -> tuple[str, int]:
+        """Name and number of the device, as onnxruntime takes them."""
+        return "cuda", int(self.device.partition(":")[2] or 0)
+
+    def buffers(self, batch_size: int, capacity: int, fill: float) -> CacheBuffers | None:
+        """See `OnnxRuntimeBackend.buffers`; onnxruntime makes none of bfloat16 on a device from arrays."""
+        return None if self.spec.dtype == "bfloat16" else super().buffers(batch_size, capacity, fill)
 
     def run(self, inputs: Sequence[Any], *, as_torch: bool) -> Sequence[Any]:
         """See `Backend.run`."""
@@ -221,7 +233,7 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
             for name, tensor in bound.items():
                 element_type = _ELEMENT_TYPES[specs[name].dtype]
                 # An empty tensor has no address, and is never read.
-                bind(name, "cuda", self._index, element_type, list(tensor.shape), tensor.data_ptr())
+                bind(name, *self._place, element_type, list(tensor.shape), tensor.data_ptr())
         torch.cuda.current_stream(self.device).synchronize()  # the provider has its own stream
         self._session.run_with_iobinding(binding)
         results = [output.to(given[0].device) for output in outputs.values()]
