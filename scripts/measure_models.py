@@ -69,9 +69,10 @@ class Softmax(nn.Module):
         self.block, self.decodes_by_package = block, decodes_by_package
 
     def compute(
-        self, x: Tensor, _mask: None, rotate: Rotation, past: KeyValueCache | None
+        self, x: Tensor, _mask: None, rotate: Rotation, past: KeyValueCache | None, *, total_length: int | None
     ) -> tuple[Tensor, KeyValueCache]:
         """See `AttentionBlock.compute`."""
+        assert total_length is None
         block, width = self.block, self.block.config.head_dim
         q, k, v = (
             side(x).reshape(*x.shape[:2], -1, width).transpose(1, 2)
