@@ -220,7 +220,7 @@ def _numbers(option: str, text: str) -> list[int]:
     parts = _names(text)
     # Not isdigit, which accepts superscripts that int() refuses.
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"{option} is {text!r}; accepted are positive integers with commas between them")
+        raise InputError(f"{option} is {text!r}; accepted: positive integers with commas between them")
     return [int(part) for part in parts]
 
 

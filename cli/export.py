@@ -211,4 +211,4 @@ def _layer_number(text: str | None) -> int:
         # As text, since `all` is accepted too.
         return int(text or "")
     except ValueError as error:
-        raise InputError(f"--layer is {text!r}; accepted is a number or all") from error
+        raise InputError(f"--layer is {text!r}; accepted: a number or all") from error

@@ -109,7 +109,7 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise InputError(f"--input-ids is {text!r}; accepted are numbers with commas between them") from error
+        raise InputError(f"--input-ids is {text!r}; accepted: numbers with commas between them") from error
 
 
 def _read(prompt_file: Path) -> str:

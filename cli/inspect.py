@@ -90,7 +90,7 @@ def _check_drawing(target: Path) -> None:
     from diffdeploy.files import check_writable
 
     if target.suffix != ".svg":
-        raise InputError(f"{target} is not a figure that can be drawn; accepted are names that end in .svg")
+        raise InputError(f"{target} is not a figure that can be drawn; accepted: names that end in .svg")
     check_writable(target)
 
 

@@ -113,4 +113,4 @@ def selection_of(cases: str | None) -> "Selection | None":
     # Not int() in a try, which accepts -3, +3 and 1_000.
     if cases.isdecimal() and int(cases) > 0:
         return int(cases)
-    raise InputError(f"--cases is {cases!r}; accepted is quick, full or a number above 0")
+    raise InputError(f"--cases is {cases!r}; accepted: quick, full or a number above 0")

@@ -97,7 +97,7 @@ def _checked_format(options: ExportOptions) -> Format:
             f"{', '.join(found.caches)}"
         )
     if options.seed < 0:
-        raise InputError(f"seed is {options.seed}; accepted is 0 or more")
+        raise InputError(f"seed is {options.seed}; accepted: 0 or more")
     found.check_options(options)
     return found
 

@@ -71,9 +71,9 @@ def check_quantisation(checkpoint: "Checkpoint | ModelCheckpoint", options: Expo
     if given and TOKENIZER not in _companions(checkpoint):
         raise InputError(f"{given[0]} needs a text, but the checkpoint has no {TOKENIZER} to read one with; omit it")
     if options.max_kl is not None and not 0 <= options.max_kl < math.inf:
-        raise InputError(f"max kl is {options.max_kl}; accepted is a number of nats, 0 or more")
+        raise InputError(f"max kl is {options.max_kl}; accepted: a number of nats, 0 or more")
     if options.min_agreement is not None and not 0 <= options.min_agreement <= 1:
-        raise InputError(f"min agreement is {options.min_agreement}; accepted is a share, 0 to 1")
+        raise InputError(f"min agreement is {options.min_agreement}; accepted: a share, 0 to 1")
     if options.text is not None:
         _read(options.text)
 

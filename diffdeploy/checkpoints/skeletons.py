@@ -132,7 +132,7 @@ def skeleton_of(names: str) -> Skeleton:
     if absent := [name for name in (*_PLACES, *_REQUIRED_PARTS) if name not in table]:
         raise InputError(f"the table of names lacks {', '.join(absent)}")
     if table["layer"].count("{}") != 1:
-        raise InputError(f"layer is {table['layer']!r} in the table of names; accepted is a prefix with one {{}} in it")
+        raise InputError(f"layer is {table['layer']!r} in the table of names; accepted: a prefix with one {{}} in it")
     return Skeleton(
         name="the names given",
         embedding=table["embedding"],

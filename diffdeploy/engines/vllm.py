@@ -74,7 +74,7 @@ class VllmEngine(Engine):
         dtype = next((dtype for dtype in get_args(DType) if dtype == stored), None)
         if dtype is None or found.max_positions is None:
             raise InputError(
-                f"{path} has weights in {stored} and max_position_embeddings {found.max_positions}; accepted are "
+                f"{path} has weights in {stored} and max_position_embeddings {found.max_positions}; accepted: "
                 f"{', '.join(get_args(DType))}, and a number"
             )
         return Subject(config=found.config, weights=found.weights, dtype=dtype, max_length=found.max_positions)

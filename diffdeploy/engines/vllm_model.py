@@ -69,7 +69,7 @@ class PairedDiffAttention(nn.Module):
         if num_heads % 2 or num_kv_heads % 2 or (num_heads // 2) % ranks:
             raise ValueError(
                 f"the model has {num_heads} query and {num_kv_heads} key/value streams, and a pair must be on one "
-                f"rank; accepted are tensor parallel sizes that divide {num_heads // 2}, not {ranks}"
+                f"rank; accepted: tensor parallel sizes that divide {num_heads // 2}, not {ranks}"
             )
         self.head_dim = d = getattr(config, "head_dim", None) or hidden_size // num_heads
         self.qkv_proj = QKVParallelLinear(
@@ -201,7 +201,7 @@ def _side_by_side(name: str, tensor: Tensor, axis: int | None, num_streams: int)
     if tensor.shape[axis] % num_streams:
         raise ValueError(
             f"{name} has shape {list(tensor.shape)}, so its outputs cannot be separated into {num_streams} streams; "
-            "accepted are quantisations in which groups of outputs do not cross heads"
+            "accepted: quantisations in which groups of outputs do not cross heads"
         )
     before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
     halves = tensor.reshape(*before, 2, num_streams // 2, -1, *after)

@@ -104,7 +104,7 @@ class Format(ABC):
     def why_not_made_for(self, device: str, dtype: DType) -> str | None:
         """Reason why the format does not support a device or dtype on any machine; ``None`` if it does."""
         if dtype not in self.dtypes:
-            return f"format {self.name} has no {dtype} kernels; accepted is {' or '.join(self.dtypes)}"
+            return f"format {self.name} has no {dtype} kernels; accepted: {' or '.join(self.dtypes)}"
         if device not in self.devices:
             return f"format {self.name} is made for {' or '.join(self.devices)}, not for {device}"
         return None

@@ -86,7 +86,7 @@ class RotaryEmbedding(nn.Module):
         if position_ids is not None:
             if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.is_floating_point():
                 raise InputError(
-                    f"position_ids is {position_ids.dtype} {list(position_ids.shape)}; accepted is an integer "
+                    f"position_ids is {position_ids.dtype} {list(position_ids.shape)}; accepted: an integer "
                     f"[B, {length}]"
                 )
             return self.cos[position_ids][:, None], self.sin[position_ids][:, None]

@@ -192,17 +192,17 @@ def _checked(attn_mask: Tensor, q_BHSd: Tensor, key_length: int) -> Tensor:
     batch, half_heads, length, _ = q_BHSd.shape
     if attn_mask.dtype != torch.bool:
         if not attn_mask.is_floating_point():
-            raise InputError(f"attn_mask has dtype {attn_mask.dtype}; accepted is boolean (True is kept) or additive")
+            raise InputError(f"attn_mask has dtype {attn_mask.dtype}; accepted: boolean (True is kept) or additive")
         attn_mask = attn_mask.to(q_BHSd.dtype)
     shape = list(attn_mask.shape)
     if attn_mask.ndim > 4:
-        raise InputError(f"attn_mask has shape {shape}; accepted is at most 4 axes, [B, heads, S, T]")
+        raise InputError(f"attn_mask has shape {shape}; accepted: at most 4 axes, [B, heads, S, T]")
     attn_mask = attn_mask.reshape(*(1,) * (4 - attn_mask.ndim), *shape)
     wanted = ((1, batch), (1, half_heads // 2, half_heads), (1, length), (1, key_length))
     # Not written with `in`: for symbolic sizes, torch.compile would look for the same symbol, not for an equal one.
     if not all(any(size == each for each in sizes) for size, sizes in zip(attn_mask.shape, wanted, strict=True)):
         raise InputError(
-            f"attn_mask has shape {shape}; accepted are shapes that broadcast to "
+            f"attn_mask has shape {shape}; accepted: shapes that broadcast to "
             f"[{batch}, 1 or {half_heads // 2} or {half_heads}, {length}, {key_length}]"
         )
     return attn_mask

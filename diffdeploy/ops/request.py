@@ -203,7 +203,7 @@ def _checked_keys(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> Keys:
     if not fits or keys is None:
         raise InputError(
             f"queries {list(q_BHSd.shape)}, keys {list(k_BHTd.shape)} and values {list(v_BHTe.shape)} do not fit; "
-            "accepted are [B, 2h, S, d], [B, 2 h_kv or h_kv, T, d] or [B, h_kv, T, 2d], and [B, h_kv, T, e] with h_kv "
+            "accepted: [B, 2h, S, d], [B, 2 h_kv or h_kv, T, d] or [B, h_kv, T, 2d], and [B, h_kv, T, e] with h_kv "
             "a divisor of h"
         )
     return keys

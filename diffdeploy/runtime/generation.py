@@ -137,7 +137,7 @@ class _Ends:
             raise InputError("stop contains an empty text, which would end every row; omit it")
         for name, number, smallest in (("max_new_tokens", max_new_tokens, 1), ("min_new_tokens", least, 0)):
             if number < smallest:
-                raise InputError(f"{name} is {number}; accepted is {smallest} or more")
+                raise InputError(f"{name} is {number}; accepted: {smallest} or more")
         if pad is None:
             pad = eos[0] if eos else 0
         return cls(max_new_tokens=max_new_tokens, min_new_tokens=least, eos=eos, pad=pad, stop=stop)
@@ -240,7 +240,7 @@ def _checked(
     """Check a prompt and return its mask."""
     spec, before = runtime.spec, context.tokens.shape[1]
     if input_ids.ndim != 2 or input_ids.dtype != np.int64:  # noqa: PLR2004 - rows and tokens
-        raise InputError(f"input_ids is {input_ids.dtype} {list(input_ids.shape)}; accepted is int64 [batch, tokens]")
+        raise InputError(f"input_ids is {input_ids.dtype} {list(input_ids.shape)}; accepted: int64 [batch, tokens]")
     if len(input_ids) != len(context.tokens):
         raise InputError(f"the session has {len(context.tokens)} rows, but input_ids has {len(input_ids)}")
     if input_ids.size == 0:
@@ -257,7 +257,7 @@ def _checked(
         )
     mask = np.ones_like(input_ids) if attention_mask is None else np.asarray(attention_mask).astype(np.int64)
     if mask.shape != input_ids.shape:
-        raise InputError(f"attention_mask is {list(mask.shape)}; accepted is {list(input_ids.shape)}")
+        raise InputError(f"attention_mask is {list(mask.shape)}; accepted: {list(input_ids.shape)}")
     check_values("attention_mask", spec.inputs["attention_mask"], mask)
     if not mask[:, -1].all():
         raise InputError("attention_mask ends in padding; pad prompts on the left, so that new tokens follow them")

@@ -23,7 +23,7 @@ def device_of(manifest: Manifest, options: RunOptions) -> str:
     made_for = manifest.options.device
     device = options.device or made_for or "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise InputError(f"device is {device!r}; accepted is cpu, cuda or cuda:N")
+        raise InputError(f"device is {device!r}; accepted: cpu, cuda or cuda:N")
     if made_for is not None and device.split(":")[0] != made_for and not options.recompile:
         raise InputError(
             f"device is {device}, but this {manifest.format} bundle was made for {made_for}; export another"
@@ -43,7 +43,7 @@ def require_runnable(manifest: Manifest, options: RunOptions) -> None:
     # Errors that hold on every machine come before those of this machine.
     found.check_run_options(manifest, options)
     if options.threads is not None and options.threads < 1:
-        raise InputError(f"threads is {options.threads}; accepted is 1 or more")
+        raise InputError(f"threads is {options.threads}; accepted: 1 or more")
     device = device_of(manifest, options)
     if reason := found.why_not_run(device, manifest.graph.dtype, runtime=options.runtime):
         raise UnavailableError(reason)

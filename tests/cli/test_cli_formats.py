@@ -67,7 +67,7 @@ def test_what_cannot_be_made_is_said(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "flash2"], "no float32 kernels; accepted is float16 or bfloat16"),
+        (["--format", "flash2"], "no float32 kernels; accepted: float16 or bfloat16"),
         (["--format", "flash2", "--dtype", "float16", "--device", "cpu"], "made for cuda, not for cpu"),
         (["--format", "pt2", "--onnx-flavor", "ort"], "onnx flavor is ort, which format pt2 does not have"),
         (["--format", "aoti", "--runtime", "reference"], "runs only ONNX, but the format is aoti"),
@@ -108,8 +108,8 @@ def test_run_refuses_what_it_cannot_read_or_write(
     for inputs, output, message in (
         ("nowhere.npz", "y.npz", "nowhere.npz does not exist"),
         ("broken.npz", "y.npz", "broken.npz cannot be read as .npz; it may be truncated"),
-        ("named.npz", "y.npz", "inputs are ['x']; accepted are ['hidden_states']"),
-        ("x.npz", "y.txt", "y.txt ends in '.txt'; accepted is .safetensors or .npz"),
+        ("named.npz", "y.npz", "inputs are ['x']; accepted: ['hidden_states']"),
+        ("x.npz", "y.txt", "y.txt ends in '.txt'; accepted: .safetensors or .npz"),
         ("x.npz", "no/y.npz", "there is no folder no"),
         ("x.npz", "taken.npz", "taken.npz exists; give another file, or --force to replace it"),
     ):

@@ -230,11 +230,11 @@ def test_warn_only_says_what_failed_and_exits_0(wrong_bundle: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cases", "few"], "--cases is 'few'; accepted is quick, full or a number above 0"),
+        (["--cases", "few"], "--cases is 'few'; accepted: quick, full or a number above 0"),
         (["--k", "2"], "does not go with --k"),
         (["--golden", "--seed", "1"], "does not go with --seed"),
         (["--load-inputs", "nowhere.npz"], "nowhere.npz does not exist"),
-        (["--load-inputs", "REPORT"], "accepted is .safetensors or .npz"),
+        (["--load-inputs", "REPORT"], "accepted: .safetensors or .npz"),
         (["--save-inputs", "nowhere/x.npz"], "there is no folder nowhere"),
         (["--save-report", "nowhere/x.json"], "there is no folder nowhere"),
         (["--from-report", "nowhere.json"], "nowhere.json cannot be read"),

@@ -51,7 +51,7 @@ class BundleModel(kserve.Model):
             InferenceError: the runtime failed; the server answers with 500.
         """
         if not isinstance(payload, kserve.InferRequest):
-            raise InvalidInput("this is a request of the first version of the protocol; accepted is /v2/models")
+            raise InvalidInput("this is a request of the first version of the protocol; accepted: /v2/models")
         inputs = [
             WireTensor(name=each.name, datatype=each.datatype, shape=each.shape, data=each.data)
             for each in payload.inputs
