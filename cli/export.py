@@ -119,7 +119,7 @@ def export(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Text on which the loss by --weights is measured.",
+            help="Text on which the loss from --weights is measured.",
             exists=True,
             dir_okay=False,
             show_default="filecmp.py of Python",

@@ -55,7 +55,7 @@ class Outcome:
         """The verdict in one line on standard output."""
         if self.report is None:
             if self.export is not None and self.export.loss is not None:
-                console.note(f"loss by quantised weights: {self.export.loss.summary}")
+                console.note(f"loss from quantised weights: {self.export.loss.summary}")
             console.print_text(f"unverified: {self.target}; run diffdeploy verify {self.target} before it is used")
         else:
             console.print_verdict(self.report, self.target)
@@ -162,7 +162,7 @@ class Job:
         except RejectedError as error:
             return Outcome(target, self.options.format, None, error)
         if self.options.weights is not None and done.loss is None:
-            console.note("the loss by quantised weights was not measured: no tokenizer.json is beside the checkpoint")
+            console.note("the loss from quantised weights was not measured: no tokenizer.json is beside the checkpoint")
         return Outcome(target, self.options.format, done, None)
 
 

@@ -177,7 +177,7 @@ def _loss(report: "Report") -> list[str]:
     if report.loss is None:
         return []
     note = "<p>What quantised weights lost against the original ones, which is no part of the verdict.</p>"
-    return [_section("Loss by quantised weights"), note, f"<p>{text(report.loss.summary)}</p>"]
+    return [_section("Loss from quantised weights"), note, f"<p>{text(report.loss.summary)}</p>"]
 
 
 def _section(heading: str) -> str:

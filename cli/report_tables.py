@@ -35,7 +35,7 @@ def print_report(report: "Report") -> None:
     if report.guilty is not None:
         _print(_stage_table(report.guilty, wide=wide))
     if report.loss is not None:
-        console.note(f"loss by quantised weights: {report.loss.summary}")
+        console.note(f"loss from quantised weights: {report.loss.summary}")
 
 
 def print_faults(faults: "Sequence[FaultResult]") -> None:

@@ -67,7 +67,7 @@ class Export:
         path: directory of the bundle.
         facts: facts read from the artifact.
         report: report of the verification that accepted it, if there was one.
-        loss: loss by quantised weights, if it was measured.
+        loss: loss from quantised weights, if it was measured.
     """
 
     path: Path
@@ -164,7 +164,7 @@ def export_bundle(
         UnavailableError: a package or disk space is missing.
         ExportError: the block could not be lowered.
         RejectedError: the artifact does not compute what its weights and config define.
-        VerificationError: the loss by quantised weights exceeds the limits in ``options``.
+        VerificationError: the loss from quantised weights exceeds the limits in ``options``.
     """
     import torch
 

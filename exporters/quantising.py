@@ -96,7 +96,7 @@ def loss_of(
     options: ExportOptions,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Loss | None:
-    """Measure the loss by quantised weights; ``None`` without quantisation or without a tokenizer.
+    """Measure the loss from quantised weights; ``None`` without quantisation or without a tokenizer.
 
     Raises:
         InputError: the text has less than two tokens, or one that the model does not know.
