@@ -123,7 +123,7 @@ class AttentionBlock(nn.Module):
         return rotate(k_BHSd)
 
     def append(self, past: KeyValueCache, new: KeyValueCache) -> KeyValueCache:
-        """Join past and new tokens to the cache that attention reads and the block returns.
+        """Concatenate past and new tokens into the cache that attention reads and the block returns.
 
         Raises:
             InputError: the shapes do not fit.

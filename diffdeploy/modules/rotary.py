@@ -116,7 +116,7 @@ def _frequencies(config: RopeConfig, width: int) -> Tensor:
 
 
 def _divided(config: RopeConfig, scaling: RopeScaling, width: int) -> Tensor:
-    """Degree, 0 to 1, to which the frequency of each channel pair is divided (arXiv 2309.00071, section 3.2)."""
+    """Weight, 0 to 1, of the divided frequency of each channel pair (arXiv 2309.00071, section 3.2)."""
     length = scaling.original_max_position_embeddings
     # Index of the pair with that number of turns in the original context; fractional unless boundaries are rounded.
     first, last = (
