@@ -105,7 +105,7 @@ def find_skeleton(keys: Collection[str], names: str | None = None) -> Skeleton |
         return next((each for each in SKELETONS if each.embedding in keys), None)
     skeleton = skeleton_of(names)
     if skeleton.embedding not in keys:
-        raise InputError(f"the embedding is {skeleton.embedding} in the table of names, and the checkpoint lacks it")
+        raise InputError(f"the embedding is {skeleton.embedding} in the table of names, but the checkpoint lacks it")
     return skeleton
 
 

@@ -283,7 +283,7 @@ class Format(ABC):
         return None
 
     def nodes(self, bundle: Bundle) -> Sequence[GraphNode] | None:
-        """The nodes of the artifact's graph, in their order; ``None`` where there is no graph to read."""
+        """The nodes of the artifact's graph, in order; ``None`` if there is no graph to read."""
         return None
 
     # Self-test

@@ -102,7 +102,7 @@ def test_nothing_is_dropped(model: tuple[Path, Any, Any]) -> None:
 
 def test_a_block_needs_no_names(model: tuple[Path, Any, Any]) -> None:
     assert read_checkpoint(model[0], CheckpointOptions(layer=1)).layer == 1
-    with pytest.raises(InputError, match="names are those of a whole model"):
+    with pytest.raises(InputError, match="names are for a whole model"):
         read_checkpoint(model[0], CheckpointOptions(layer=1, names=json.dumps(NAMES)))
 
 
