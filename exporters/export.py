@@ -232,7 +232,7 @@ def _accept(
     if not report.passed:
         raise RejectedError(
             f"the exported {bundle.manifest.format} artifact failed verification and was not kept: "
-            f"{report.first_failure()}; --no-verify keeps one, for diffdeploy verify to examine",
+            f"{report.first_failure()}; --no-verify keeps the artifact, for diffdeploy verify to examine",
             report,
         )
     # The report needs a digest, too, so the manifest is written again.

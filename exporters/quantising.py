@@ -99,7 +99,7 @@ def loss_of(
     """Measure the loss from quantised weights; ``None`` without quantisation or without a tokenizer.
 
     Raises:
-        InputError: the text has less than two tokens, or one that the model does not know.
+        InputError: the text has fewer than two tokens, or one that the model does not know.
         VerificationError: the loss exceeds a limit.
     """
     if options.weights is None or TOKENIZER not in bundle.manifest.files:
