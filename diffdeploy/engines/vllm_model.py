@@ -25,7 +25,7 @@ __all__ = ["DiffLlamaForCausalLM", "PairedDiffAttention"]
 
 
 class PairedDiffAttention(nn.Module):
-    """Differential attention of one layer (arXiv 2410.05258, equations 1 to 3), on the layers of vLLM.
+    """Differential attention of one layer (arXiv 2410.05258, equations 1 to 3), built from vLLM's layers.
 
     Args:
         config: config of transformers, which counts streams as heads.
@@ -152,7 +152,7 @@ class DiffLlamaForCausalLM(LlamaForCausalLM):
         # `load_weights` does not load adapters, and their rows would stay in the order of the checkpoint.
         if vllm_config.lora_config is not None:
             raise ValueError(
-                "LoRA adapters were requested, but their rows are not in the order in which vLLM has those of "
+                "LoRA adapters were requested, but their rows are not in the order that vLLM uses for "
                 "differential attention; merge them into the checkpoint"
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=DiffLlamaDecoderLayer)
@@ -169,7 +169,7 @@ class DiffLlamaForCausalLM(LlamaForCausalLM):
                 module.settle()
 
     def _paired(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Reorder outputs of q, k and v from ``[2, n, d]`` to ``[n, 2, d]``, in all tensors of a quantisation."""
+        """Reorder outputs of q, k and v from ``[2, n, d]`` to ``[n, 2, d]``, in all tensors of a quantised weight."""
         parameters = dict(self.named_parameters())
         streams = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
         streams["v_proj"] = streams["k_proj"]

@@ -183,7 +183,7 @@ def test_a_wrong_prompt_is_refused(
 
 
 def test_an_output_that_is_not_there(model: Runtime) -> None:
-    with pytest.raises(InputError, match="output 'logits' is requested; there are output_ids, text"):
+    with pytest.raises(InputError, match="output 'logits' is requested; accepted: output_ids, text"):
         Served(model).answer([IDS], NEW, ["text", "logits"])
 
 

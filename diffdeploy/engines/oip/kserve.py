@@ -81,14 +81,14 @@ def _as_dicts(tensors: tuple[TensorMetadata, ...]) -> list[dict[str, Any]]:
 
 
 class _Server(kserve.ModelServer):
-    """KServe's server on one address; by default it listens on all of them."""
+    """KServe's server, limited to one address; by default, it listens on all addresses."""
 
     def __init__(self, host: str, port: int) -> None:
         super().__init__(http_port=port, enable_grpc=False)
         self._host = host
 
     async def _serve(self) -> None:
-        # The last moment before it listens, and the first at which this attribute exists.
+        # Set at the last moment before the server listens, and the first at which this attribute exists.
         self._rest_server.config.host = self._host
         await super()._serve()
 

@@ -127,7 +127,7 @@ class Served:
         if outputs is None:
             return found
         if unknown := [name for name in outputs if name not in found]:
-            raise InputError(f"output {unknown[0]!r} is requested; there are {', '.join(found)}")
+            raise InputError(f"output {unknown[0]!r} is requested; accepted: {', '.join(found)}")
         return {name: found[name] for name in outputs}
 
     def close(self) -> None:
