@@ -35,7 +35,7 @@ def require_runnable(manifest: Manifest, options: RunOptions) -> None:
     """Check that a bundle can be run here.
 
     Raises:
-        InputError: the format does not have an option.
+        InputError: the format does not support one of the options.
         UnavailableError: this version does not know the format, its backend or device is missing, the backend is too
             old to compute the artifact correctly, or the artifact was compiled for another machine.
     """
@@ -132,7 +132,7 @@ def load(
     trust: bool = False,
     public_key: str | Path | None = None,
 ) -> Runtime:
-    """Open a bundle for running, after checking its digests. A bundle without verification raises a warning.
+    """Open a bundle to run it, after checking its digests. A bundle without verification raises a warning.
 
     Args:
         path: directory of the bundle.
@@ -144,10 +144,10 @@ def load(
         public_key: file of the key that must have signed the bundle, which is then trusted.
 
     Raises:
-        InputError: there is no bundle, the format does not have an option, or the file is not a key.
+        InputError: there is no bundle, the format does not support an option, or the file is not a key.
         IntegrityError: the bundle is not what was exported or signed, or it runs code and is not trusted.
         UnavailableError: the backend or the device is missing, the bundle was made for another machine, or a key is
-            given without model-signing.
+            given, but model-signing is not installed.
         ExportError: the backend cannot load the artifact.
     """
     options = RunOptions(
