@@ -152,5 +152,5 @@ def environment_line(report: BenchReport) -> str:
     environment = report.environment
     versions = ", ".join(f"{name} {found}" for name, found in environment.packages.items() if name != "numpy")
     where = environment.device if environment.device != "cpu" else environment.cpu
-    others = "" if environment.other_load is None else f"; others kept {environment.other_load:.2f} cores busy"
+    others = "" if environment.other_load is None else f"; other processes: {environment.other_load:.2f} cores"
     return f"{where}, {environment.threads} threads; {versions}{others}"

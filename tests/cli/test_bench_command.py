@@ -204,7 +204,7 @@ def test_progress_says_what_runs_and_how_long_it_takes(saved: Path) -> None:
         (["--compare", "nowhere.json"], "nowhere.json is not a result of diffdeploy bench", 2),
         (["nowhere.pt"], "nowhere.pt does not exist", 2),
         (["--num-heads", "3"], "--embed-dim 1024 is not a multiple of 2 * --num-heads 3", 2),
-        (["--layer", "1"], "--layer is for reading a checkpoint, but none is given", 2),
+        (["--layer", "1"], "--layer is for reading a checkpoint, but no checkpoint is given", 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -225,7 +225,7 @@ def test_a_bundle_that_does_not_fit_the_rest_is_refused(
         ([bundle, "--seq", "512"], "bundle bundle is made for sequence_length up to 256, but --seq leads to 512"),
         ([bundle, "--dtype", "float16"], "--dtype is float16, but bundle bundle has float32"),
         ([bundle, "--graph", "cached"], "--graph is cached, but bundle bundle has plain"),
-        ([bundle, "--embed-dim", "64"], "sizes are those of a random block"),
+        ([bundle, "--embed-dim", "64"], "sizes are for a random block"),
         ([bundle, str(SAMPLE), "--layer", "0"], "bundle bundle does not hold the block of sample"),
         ([str(SAMPLE), str(SAMPLE)], "are two checkpoints; give one"),
     ):
