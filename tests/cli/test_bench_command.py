@@ -153,7 +153,7 @@ def test_an_interrupt_prints_what_was_measured(
     few = ["--impl", "naive,padded", "--format", "none"]
     assert main(["bench", *TINY, *few, "--save", "part.json", "--json"]) == 130
     said = capsys.readouterr()
-    assert said.err.strip().splitlines()[-1] == "error: interrupted; what had been measured until then is above"
+    assert said.err.strip().splitlines()[-1] == "error: interrupted; the measurements up to then are above"
     report = read_report(Path("part.json"))
     assert report.status == "interrupted"
     assert [(row.sequence_length, row.num_rounds >= 2) for row in report.results] == [
@@ -195,8 +195,8 @@ def test_progress_says_what_runs_and_how_long_it_takes(saved: Path) -> None:
         (["--format", "tflite"], "format 'tflite' is not known; accepted: onnx,", 2),
         (["--format", "flash2"], "flash2", 3),
         (["--impl", "flash2", "--format", "none"], "flash2 runs on CUDA only", 3),
-        (["--seq", "128,x"], "--seq is '128,x'; accepted: positive integers", 2),
-        (["--batch", "0"], "--batch is '0'; accepted: positive integers", 2),
+        (["--seq", "128,x"], "--seq is '128,x'; accepted: comma-separated positive integers", 2),
+        (["--batch", "0"], "--batch is '0'; accepted: comma-separated positive integers", 2),
         (["--seq", "1000000", "--impl", "naive", "--format", "none"], "naive at B1-S1000000 needs about", 3),
         (["--impl", "naive", "--format", "none", "--baseline", "onnx"], "baseline 'onnx' is not among", 2),
         (["--plot", "figure.pdf"], "accepted: names that end in .svg or .png", 2),

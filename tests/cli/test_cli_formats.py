@@ -53,7 +53,7 @@ def test_what_cannot_be_made_is_said(capsys: pytest.CaptureFixture[str]) -> None
     flash2 = ["--layer", "0", "--format", "flash2"]
     assert main(["export", *flash2, "--no-verify", "--dtype", "bfloat16", "-o", "out"]) == 0
     said = capsys.readouterr()
-    assert said.out == "unverified: out; run diffdeploy verify out before it is used\n"
+    assert said.out == "unverified: out; run diffdeploy verify out before using it\n"
     assert json.loads(Path("out/manifest.json").read_text())["verified"] is False
     assert "needs a GPU that torch" in refused(["verify", "out"], capsys, code=3)
     message = refused(["export", *flash2, "--dtype", "float16", "-o", "other"], capsys, code=3)
@@ -73,7 +73,7 @@ def test_what_cannot_be_made_is_said(capsys: pytest.CaptureFixture[str]) -> None
         (["--format", "aoti", "--runtime", "reference"], "runs only ONNX, but the format is aoti"),
         (["--onnx-flavor", "ort", "--graph", "cached"], "graph is cached"),
         (["--onnx-flavor", "ort", "--runtime", "reference"], "supports only standard operators"),
-        (["--format", "all", "--layer", "all"], "give one of them a name"),
+        (["--format", "all", "--layer", "all"], "name one layer or one format"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -62,8 +62,8 @@ def test_a_limit_is_a_gate(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--layer", "1", "--onnx-flavor", "ort", "--weights", "int4"], "--weights is of whole models"),
-        (["--layer", "1", "--format", "all", "--weights", "int4"], "--weights is of whole models"),
+        (["--layer", "1", "--onnx-flavor", "ort", "--weights", "int4"], "--weights is for whole models"),
+        (["--layer", "1", "--format", "all", "--weights", "int4"], "--weights is for whole models"),
         (["--weights", "int4"], "give --onnx-flavor ort"),
         (["--format", "aoti", "--weights", "int8"], "which format aoti does not have"),
         (["--onnx-flavor", "ort", "--weights", "int3"], "'int3' is not one of"),
