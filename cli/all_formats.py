@@ -1,4 +1,4 @@
-"""``diffdeploy export --format all``: every format that this machine can make, from one reading, in one table."""
+"""``diffdeploy export --format all``: every format this machine supports, reading the checkpoint once, in one table."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,9 @@ def export_formats(job: Job, output: Path | None, *, as_json: bool) -> int:
     """Export all formats, measure those that passed, and print one table.
 
     Returns:
-        The exit code of the worst.
+        The highest exit code of all formats.
     """
-    # Here, as in all commands: torch comes with it, and --help answers without it.
+    # Imported here, as in all commands, since it imports torch, which --help must not wait for.
     from diffdeploy.bench.every_format import FormatResult, export_every_format, measure_formats
     from diffdeploy.bundle import default_output
     from diffdeploy.checkpoints import Checkpoint
@@ -61,14 +61,14 @@ def export_formats(job: Job, output: Path | None, *, as_json: bool) -> int:
     elif results:
         _print(results, measured)
     for result in results:
-        # Below the table, where one looks first in a terminal.
+        # Printed below the table, where users look first in a terminal.
         if result.verdict in ("failed", "left out"):
             say = console.fail if result.verdict == "failed" else console.note
             say(f"{result.name}: {result.why}")
     if interrupted:
         kept = [result.bundle for result in results if result.bundle is not None]
         console.fail(f"interrupted; {kept_sentence(kept)}")
-        # What was finished has been said, as JSON too.
+        # The finished formats have been printed, even with --json.
         raise console.Ended(console.INTERRUPTED)
     return max(result.exit_code for result in results)
 
@@ -106,7 +106,7 @@ def _latencies(name: str, measured: "BenchReport | None") -> list[dict[str, Any]
 def _fields(
     results: "list[FormatResult]", measured: "BenchReport | None", parent: Path, *, interrupted: bool
 ) -> dict[str, Any]:
-    """For JSON."""
+    """Fields for JSON."""
     from diffdeploy.bench.every_format import EAGER
 
     formats = [
@@ -118,13 +118,13 @@ def _fields(
             "size_bytes": None if result.bundle is None else _size_bytes(result.bundle),
             "verification": _verification(result),
             "startup": None if result.startup is None else result.startup.model_dump(),
-            # As `measure_formats` names them: flash2 is a format and an implementation.
+            # Named as in `measure_formats`, since flash2 is both a format and an implementation.
             "latencies": _latencies(f"{result.name} bundle", measured),
         }
         for result in results
     ]
     verdicts = {result.verdict for result in results}
-    # What was left out cannot be made here, and is no failure.
+    # A format that was left out cannot be exported here, which is not a failure.
     status = "failed" if "failed" in verdicts else "unverified" if "unverified" in verdicts else "passed"
     status = "interrupted" if interrupted else status
     eager = {"name": f"eager {EAGER}", "latencies": _latencies(EAGER, measured)}
@@ -138,7 +138,7 @@ def _verification(result: "FormatResult") -> Any:
 
 
 def _print(results: "list[FormatResult]", measured: "BenchReport | None") -> None:
-    """One table on standard output: what was made, how right it is, how large, and how fast."""
+    """Print one table to standard output: the verdict, error, size and speed of each format."""
     from diffdeploy.bench.every_format import EAGER
 
     sizes = [] if measured is None else measured.sizes

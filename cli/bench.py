@@ -94,7 +94,7 @@ def bench(
         str | None, typer.Option(help="Candidate that the ratios refer to.", show_default="naive, or the first one")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds per size.", show_default="what fits 12 s, from 9 to 31")
+        int | None, typer.Option(min=1, help="Rounds per size.", show_default="as many as fit in 12 s, 9 to 31")
     ] = None,
     layer: Annotated[
         int | None,
@@ -116,12 +116,12 @@ def bench(
 ) -> int:
     """Measure implementations, formats and plain softmax attention in one run, each verified before it is timed.
 
-    Without a CHECKPOINT or BUNDLE, a block with random weights.
+    Without a CHECKPOINT or BUNDLE, it measures a block with random weights.
 
-    Of bundles that hold whole models, prefill and decode at those lengths, against the eager model and, with a
-    DiffLlama checkpoint, against transformers.
+    For bundles of whole models, it measures prefill and decode at the lengths of --seq, compared with the eager model
+    and, given a DiffLlama checkpoint, with transformers.
 
-    All candidates take turns, round by round; memory is measured in a process of its own for each.
+    All candidates take turns, round by round; memory is measured in a separate process for each.
     """
     outputs = Outputs(as_json=as_json, csv=csv, plot=plot, save=save, compare=compare)
     outputs.check()
@@ -169,20 +169,20 @@ def bench(
         graph=graph,
         reading=CheckpointOptions(layer=layer, **reading),
     )
-    # Before the bundles are exported, which takes minutes, as the measuring does.
+    # Read before bundles are exported and measured, since both take minutes.
     old = outputs.earlier()
     with activity("preparing") as doing, prepare(request, doing.phase, console.note, compare_with=old) as run:
         failure = _measure(run, doing)
         report = run.report()
     if report is None:
-        # Nothing was measured, so there is nothing to show first.
+        # Nothing was measured, so there is no result to print before the error.
         raise failure if isinstance(failure, DiffDeployError) else KeyboardInterrupt("nothing was measured")
     outputs.write(report, old)
     return _exit_code(report, failure)
 
 
 class _Shared(TypedDict):
-    """Options that say what is measured, of a block or of a model."""
+    """Options that define a measurement of a block or of a model."""
 
     sources: tuple[Path, ...]
     impl: list[str]
@@ -196,14 +196,14 @@ class _Shared(TypedDict):
 
 
 def _exit_code(report: "BenchReport | ModelReport", failure: KeyboardInterrupt | DiffDeployError | None) -> int:
-    """Say what went wrong, below what was measured."""
+    """Print what went wrong below the result, and return the exit code."""
     if isinstance(failure, KeyboardInterrupt):
-        console.fail("interrupted; what had been measured until then is above")
+        console.fail("interrupted; the measurements up to then are above")
         raise console.Ended(console.INTERRUPTED)
     if failure is not None:
         console.fail(str(failure))
         raise console.Ended(failure.exit_code)
-    # The run itself went well, so this is no exception: what was right has been shown.
+    # Not an exception, since the run itself succeeded, and the correct results have been printed.
     wrong = [row for row in report.results if row.status == "wrong"]
     if wrong:
         first = wrong[0]
@@ -212,28 +212,28 @@ def _exit_code(report: "BenchReport | ModelReport", failure: KeyboardInterrupt |
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    """Positive integers with commas between them.
+    """Parse comma-separated positive integers.
 
     Raises:
-        InputError: anything else.
+        InputError: the text is anything else.
     """
     parts = _names(text)
     # Not isdigit, which accepts superscripts that int() refuses.
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"{option} is {text!r}; accepted are positive integers with commas between them")
+        raise InputError(f"{option} is {text!r}; accepted: comma-separated positive integers")
     return [int(part) for part in parts]
 
 
 def _names(text: str) -> list[str]:
-    """Names with commas between them."""
+    """Parse comma-separated names."""
     return [part.strip() for part in text.split(",")]
 
 
 def _measure(run: "Bench | ModelBench", doing: Activity) -> KeyboardInterrupt | DiffDeployError | None:
-    """Run to the end, or to what ended it, so that what was measured by then is not lost."""
+    """Run to the end or to a failure, which is returned, so that earlier measurements are not lost."""
 
     def progress(text: str, seconds_left: float | None) -> None:
-        # Such as `B1-S128: round 3 of 15`: the size is the stage.
+        # In a text such as `B1-S128: round 3 of 15`, the size is the stage.
         stage, _, step = text.partition(": ")
         doing.phase(stage)
         doing.step(step, seconds_left)
@@ -247,7 +247,7 @@ def _measure(run: "Bench | ModelBench", doing: Activity) -> KeyboardInterrupt | 
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """Where the result goes beside standard output, and what it is compared with."""
+    """Destinations of the result besides standard output, and the earlier run to compare it with."""
 
     as_json: bool
     csv: Path | None
@@ -256,11 +256,11 @@ class Outputs:
     compare: Path | None
 
     def check(self) -> None:
-        """Find out before anything is measured whether all of it can be written.
+        """Check, before anything is measured, that all files can be written.
 
         Raises:
-            InputError: a file that cannot be written, or none to compare with.
-            UnavailableError: no matplotlib.
+            InputError: a file cannot be written, or the suffix of the plot is not accepted.
+            UnavailableError: matplotlib is not installed.
         """
         from diffdeploy.files import check_writable
 
@@ -276,7 +276,7 @@ class Outputs:
         """The report to compare with.
 
         Raises:
-            InputError: a file that cannot be read.
+            InputError: the file cannot be read.
         """
         from diffdeploy.bench.results import read_report
 
@@ -287,11 +287,11 @@ class Outputs:
         from diffdeploy.bench import changes_since
 
         if self.save is not None:
-            # Files first: a pipe that was closed ends the command at the first line that is printed.
+            # Files are written first, since a closed pipe ends the command at the first printed line.
             self.save.write_text(json.dumps(report.fields(), indent=2, allow_nan=False) + "\n")
         if self.csv is not None:
             self.csv.write_text(report.to_csv())
-        # Where all candidates are wrong there is no point to draw.
+        # If all candidates are wrong, there is nothing to plot.
         if self.plot is not None and any(row.latency_ms is not None for row in report.results):
             from diffdeploy.bench.plot import plot
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bench_models", "refuse_options_of_blocks"]
 
-_HEADINGS = ("candidate", "ms", "±", "ratio", "95 %", "tokens/s", "over its calls")
+_HEADINGS = ("candidate", "ms", "±", "ratio", "95 %", "tokens/s", "generate overhead")
 
 
 def refuse_options_of_blocks(given: dict[str, Any]) -> None:
@@ -29,7 +29,7 @@ def refuse_options_of_blocks(given: dict[str, Any]) -> None:
         InputError: one was given.
     """
     if others := [name for name, value in given.items() if value is not None]:
-        raise InputError(f"{', '.join(others)} is for blocks, and a bundle of a whole model is given; leave it out")
+        raise InputError(f"{', '.join(others)} is only for blocks, but a bundle of a whole model is given; omit it")
 
 
 def bench_models(
@@ -40,12 +40,12 @@ def bench_models(
     """Measure, write and print.
 
     Args:
-        request: what is measured.
-        outputs: where the result goes.
-        measure: runs it to the end, or to what ended it.
+        request: the user's request.
+        outputs: destinations of the result.
+        measure: function that runs it to the end or to a failure, which it returns.
 
     Raises:
-        DiffDeployError: what was asked for cannot be measured.
+        DiffDeployError: the request cannot be measured.
     """
     from diffdeploy.bench.models import prepare_models, read_model_report
 
@@ -55,13 +55,13 @@ def bench_models(
         run = prepare_models(request, left_out.append)
         if old is not None:
             _require_comparable(old, run)
-        # Once it is settled that there is a run.
+        # Printed only after all checks, when the run is certain to start.
         for reason in left_out:
             console.note(reason)
         failure = measure(run, doing)
     report = run.report()
     if report is None:
-        # Nothing was measured, so there is nothing to show first.
+        # Nothing was measured, so there is no result to print before the error.
         raise failure if isinstance(failure, DiffDeployError) else KeyboardInterrupt("nothing was measured")
     _write(report, old, outputs)
     return report, failure
@@ -82,7 +82,7 @@ def _write(report: "ModelReport", old: "ModelReport | None", outputs: "Outputs")
     from diffdeploy.bench.changes import changes_of_rows
 
     if outputs.save is not None:
-        # Files first: a pipe that was closed ends the command at the first line that is printed.
+        # Files are written first, since a closed pipe ends the command at the first printed line.
         outputs.save.write_text(json.dumps(report.fields(), indent=2, allow_nan=False) + "\n")
     if outputs.csv is not None:
         outputs.csv.write_text(report.to_csv())
@@ -92,7 +92,7 @@ def _write(report: "ModelReport", old: "ModelReport | None", outputs: "Outputs")
         console.print_json(found if changes is None else {**found, "changes": change_fields(changes)})
         return
     for size in report.sizes:
-        what = "prompt of" if size.what == "prefill" else "one token behind"
+        what = "prompt of" if size.what == "prefill" else "one token after"
         rows = [_figures(row) for row in report.rows_of(size)]
         console.print_figures(f"{size.what}: {what} {size.length} tokens, batch {size.batch_size}", _HEADINGS, rows)
     for row in report.results:
@@ -126,15 +126,15 @@ def _legend(report: "ModelReport") -> list[tuple[str, str]]:
     said = (
         f"{model.source}: {model.num_layers} layers, D {model.embed_dim}, h {model.num_heads}, h_kv "
         f"{model.num_kv_heads}, d {model.head_dim}, {model.vocab_size} tokens, "
-        f"{model.num_parameters / 1e6:.3g} million numbers; {report.dtype}"
+        f"{model.num_parameters / 1e6:.3g} million parameters; {report.dtype}"
     )
     return [
         ("model", said),
         *machine_rows(report.environment, report.dtype),
         (
             "ms",
-            "median over rounds in which all took turns, of a prompt or of one token; ± half the distance of quartiles",
+            "median over rounds of all candidates, per prompt or per token; ± half the distance between the quartiles",
         ),
         ("ratio", f"median of the ratios to {report.baseline} in the same round, with its 95 % confidence interval"),
-        ("over its calls", "what generate takes beside the calls of the runtime that it makes"),
+        ("generate overhead", "extra time of generate, relative to the runtime calls that it makes"),
     ]

@@ -1,4 +1,4 @@
-"""What ``diffdeploy bench`` shows: a table per size, what the figures mean, and what changed."""
+"""Output of ``diffdeploy bench``: a table per size, a legend, and the changes since an earlier run."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,7 +25,7 @@ def change_fields(changes: "Sequence[Change[Any]]") -> list[dict[str, Any]]:
         {
             "name": change.new.name,
             **change.new.size.model_dump(),
-            # The new row stands among the results, the old one in the file that was compared with.
+            # The new row is among the results, and the old one is in the file of the earlier run.
             **{name: value for name, value in asdict(change).items() if name not in ("old", "new")},
         }
         for change in changes
@@ -33,7 +33,7 @@ def change_fields(changes: "Sequence[Change[Any]]") -> list[dict[str, Any]]:
 
 
 def print_bench(report: "BenchReport") -> None:
-    """The result for people, on standard output."""
+    """Print the result to standard output as tables."""
     from diffdeploy.bench.table import HEADINGS, describe_size, figures, legend, machine
 
     for size in report.sizes:
@@ -46,8 +46,8 @@ def print_bench(report: "BenchReport") -> None:
 
 
 def print_changes(changes: "Sequence[Change[Any]]") -> None:
-    """What changed beyond the noise, on standard output."""
-    headings = ("candidate", "size", "ratio was", "is", "change", "latency", "peak", "")
+    """Print the changes to standard output, and mark those that exceed the noise."""
+    headings = ("candidate", "size", "old ratio", "new ratio", "change", "latency", "peak", "")
     rows = [
         [
             change.new.name,
@@ -66,7 +66,7 @@ def print_changes(changes: "Sequence[Change[Any]]") -> None:
     significant = sum(change.significant for change in changes)
     console.print_text(
         f"{significant} of {len(changes)} changed beyond the noise: by more than 5 %, with 95 % confidence intervals "
-        "that are apart"
+        "that do not overlap"
     )
 
 

@@ -1,4 +1,4 @@
-"""The options that say what a checkpoint cannot, once for every command that reads one."""
+"""Options for facts that a checkpoint may not record, shared by all commands that read one."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from diffdeploy.errors import InputError
 __all__ = ["takes_checkpoint_options"]
 
 
-# Named as the fields of `diffdeploy.checkpoints.CheckpointOptions`, of which `layer` is each command's own.
+# Named like the fields of `diffdeploy.checkpoints.CheckpointOptions`, except `layer`, which commands define.
 def _options(
     layout: Annotated[
         str | None,
@@ -32,22 +32,22 @@ def _options(
         int | None, typer.Option(help="0-based layer index that sets lambda_init.", show_default="as the keys say")
     ] = None,
     lambda_init: Annotated[
-        float | None, typer.Option(help="Constant part of lambda itself.", show_default="as --depth gives it")
+        float | None, typer.Option(help="Constant part of lambda, given directly.", show_default="derived from --depth")
     ] = None,
     output_scale: Annotated[
-        float | None, typer.Option(help="Factor behind the norm of the heads.", show_default="1 - lambda_init")
+        float | None, typer.Option(help="Factor after the norm of the heads.", show_default="1 - lambda_init")
     ] = None,
     causal: Annotated[
         bool | None,
-        typer.Option("--causal/--no-causal", help="Hide later positions.", show_default="as the layout has it"),
+        typer.Option("--causal/--no-causal", help="Hide later positions.", show_default="as in the layout"),
     ] = None,
     sliding_window: Annotated[
         int | None,
-        typer.Option(min=0, help="Number of keys that a position sees; 0 for all.", show_default="as config.json says"),
+        typer.Option(min=0, help="Number of keys per position; 0 for all.", show_default="as config.json says"),
     ] = None,
     norm: Annotated[
         Literal["rms", "layer", "none"] | None,
-        typer.Option(help="Norm of the heads; layer subtracts their mean.", show_default="as the layout has it"),
+        typer.Option(help="Norm of the heads; layer subtracts their mean.", show_default="as in the layout"),
     ] = None,
     norm_eps: Annotated[
         float | None,
@@ -55,12 +55,12 @@ def _options(
     ] = None,
     qk_norm_eps: Annotated[
         float | None,
-        typer.Option(help="Epsilon of the norms of queries and keys.", show_default="as the layout has it"),
+        typer.Option(help="Epsilon of the norms of queries and keys.", show_default="as in the layout"),
     ] = None,
     rope: Annotated[
         Literal["interleaved", "half", "half-reversed", "none"] | None,
         typer.Option(
-            help="Rotary embedding: interleaved, half, half-reversed (by minus the angle) or none.",
+            help="Rotary embedding: interleaved, half, half-reversed (by the negative angle) or none.",
             metavar="KIND",
             show_default="as config.json says",
         ),
@@ -75,15 +75,16 @@ def _options(
     names: Annotated[
         Path | None,
         typer.Option(
-            help="JSON file with the names of a model's tensors outside its blocks.", show_default="recognised"
+            help="JSON file with the names of a model's tensors outside its blocks.",
+            show_default="those of known models",
         ),
     ] = None,
 ) -> None:
-    """Nothing: only the signature is of use."""
+    """Do nothing; only the signature is used."""
 
 
 def _table(path: Path | None) -> str | None:
-    """The table in a file, without the spaces between its parts."""
+    """Read the JSON in a file and return it on one line."""
     if path is None:
         return None
     try:
@@ -93,7 +94,7 @@ def _table(path: Path | None) -> str | None:
 
 
 def takes_checkpoint_options(command: Callable[..., int]) -> Callable[..., int]:
-    """The command with all of these options in place of its keyword parameter ``reading``, which gets their values."""
+    """Replace the keyword parameter ``reading`` of a command by all of these options, and pass their values in it."""
     added = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in signature(_options).parameters.values()]
     parameters: list[Parameter] = []
     for own in signature(command).parameters.values():

@@ -1,4 +1,4 @@
-"""What a shell completes: names from the registries, and the layers of the checkpoint on the line; none needs torch."""
+"""Shell completion of names from the registries, and of the layers of the given checkpoint, without torch."""
 
 import re
 from collections.abc import Iterable
@@ -18,14 +18,14 @@ __all__ = [
     "complete_layout",
 ]
 
-# The table of layouts comes with torch, for which a shell would wait.
+# Repeated here, since the table of layouts imports torch, which would delay the shell.
 _LAYOUTS = (
     *("auto", "diffdeploy", "microsoft", "sdpadiff", "microsoft-v2", "diffllama", "motif", "axolotl", "phi4flash"),
     *("timm", "timm-dual", "diffclip", "blagpt", "blagpt-v2", "replay", "stable-audio"),
 )
 # model.layers.3.self_attn.q_proj.weight, blocks.3.attn.qkv.weight, transformer.h.3.attn.c_q.weight.
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
-# Of a file's header; what safetensors itself accepts.
+# Maximum size of a file's header in bytes, as in safetensors itself.
 _LARGEST_HEADER = 100_000_000
 _LENGTH_BYTES = 8
 
@@ -35,43 +35,43 @@ def _starting(names: Iterable[str], incomplete: str) -> list[str]:
 
 
 def _of_list(names: Iterable[str], incomplete: str) -> list[str]:
-    """Names behind the last comma."""
+    """Complete the name after the last comma."""
     before, comma, last = incomplete.rpartition(",")
     return [f"{before}{comma}{name}" for name in _starting(names, last)]
 
 
 def complete_format(incomplete: str) -> list[str]:
-    """One format, or all."""
+    """Complete one format, or ``all``."""
     return _starting((*format_names(), "all"), incomplete)
 
 
 def complete_formats(incomplete: str) -> list[str]:
-    """Formats with commas."""
+    """Complete comma-separated formats."""
     return _of_list((*format_names(), "all", "none"), incomplete)
 
 
 def complete_impls(incomplete: str) -> list[str]:
-    """Implementations with commas."""
+    """Complete comma-separated implementations."""
     from diffdeploy.ops.impl import Impl
 
     return _of_list((*Impl, "softmax", "all", "none"), incomplete)
 
 
 def complete_layout(incomplete: str) -> list[str]:
-    """One layout."""
+    """Complete one layout."""
     return _starting(_LAYOUTS, incomplete)
 
 
 def complete_engine(incomplete: str) -> list[str]:
-    """One engine, or one of the other runtimes."""
+    """Complete one engine, or one of the other runtimes."""
     from diffdeploy.engines import engine_names
 
     return _starting((*engine_names(), "openvino", "reference"), incomplete)
 
 
 def complete_layer(context: typer.Context, incomplete: str) -> list[str]:
-    """The layers of the checkpoint that is on the line, or all."""
-    # The parser stops at the option that lacks its value, and leaves what it has not given a name to.
+    """Complete a layer of the checkpoint on the command line, or ``all``."""
+    # The parser stops at the option without a value, and leaves the arguments that it has not yet assigned.
     given = context.params.get("checkpoint") or next((word for word in context.args if not word.startswith("-")), None)
     sample = Path(diffdeploy.__file__).parent / "checkpoints" / "sample"
     layers = {int(found[1]) for key in _keys(Path(given or sample)) if (found := _LAYER.search(key))}
@@ -79,7 +79,7 @@ def complete_layer(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def _keys(path: Path) -> list[str]:
-    """Names of tensors, from the head of a file or its index; none where that cannot be had at once."""
+    """Names of tensors, from the header of a file or its index; empty if they cannot be read."""
     import json
 
     try:
@@ -89,9 +89,9 @@ def _keys(path: Path) -> list[str]:
         if path.name.endswith(".index.json"):
             return list(json.loads(path.read_bytes())["weight_map"])
         with path.open("rb") as stream:
-            # The format begins with the length of its header, a JSON object by the names of tensors.
+            # A file begins with the length of its header, a JSON object whose keys are names of tensors.
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             return list(json.loads(stream.read(min(length, _LARGEST_HEADER))))
     except (OSError, ValueError, KeyError, IndexError, TypeError):
-        # A shell shows nothing where there is nothing to complete.
+        # Without completions, the shell shows nothing, not even an error.
         return []

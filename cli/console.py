@@ -40,16 +40,16 @@ __all__ = [
 ]
 
 
-# 128 and the number of SIGINT, as shells report it.
+# 128 plus the number of SIGINT, as in shells.
 INTERRUPTED = 130
 
 
-class Ended(Exception):  # noqa: N818 - how a command ends is no error by itself
+class Ended(Exception):  # noqa: N818 - the end of a command is not an error in itself
     """Ends a command with an exit code.
 
     Args:
         code: exit code.
-        message: the one sentence that is still to be said; ``None`` where the command has said all.
+        message: sentence to print; ``None`` if the command has printed everything.
     """
 
     def __init__(self, code: int, message: str | None = None) -> None:
@@ -62,7 +62,7 @@ _quiet = False
 
 @contextmanager
 def quietly(wanted: bool) -> Iterator[None]:
-    """Within the block, if that is wanted, nothing is said but results, warnings and errors."""
+    """If ``wanted``, print only results, warnings and errors in the ``with`` block."""
     global _quiet
     before, _quiet = _quiet, wanted
     try:
@@ -72,12 +72,12 @@ def quietly(wanted: bool) -> Iterator[None]:
 
 
 def is_quiet() -> bool:
-    """Whether nothing is said but results, warnings and errors."""
+    """True if only results, warnings and errors are printed."""
     return _quiet
 
 
 def standard_error() -> "Console":
-    """Standard error for rich, as wide as a terminal is."""
+    """Create rich's console for standard error, as wide as the terminal."""
     from rich.console import Console
 
     # Rich would colour every number in a sentence.
@@ -85,66 +85,66 @@ def standard_error() -> "Console":
 
 
 def print_json(fields: Any) -> None:
-    """One JSON object on standard output."""
-    # Not through rich, which would break lines and read brackets as markup. NaN is no JSON, and must not get out.
+    """Print one JSON object to standard output."""
+    # Not through rich, which would break lines and read brackets as markup. NaN is not valid JSON, so it is rejected.
     sys.stdout.write(json.dumps(fields, indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()
 
 
 def print_text(text: str) -> None:
-    """A line of result on standard output."""
-    # What files say may hold what a terminal obeys.
+    """Print a line of the result to standard output."""
+    # Text from files may contain control sequences.
     sys.stdout.write(on_one_line(text) + "\n")
     sys.stdout.flush()
 
 
 def print_part(text: str) -> None:
-    """A part of a text on standard output, with its line ends and tabs."""
-    # What a model says may hold what a terminal obeys, too, but also spaces and joiners that are not printable.
+    """Print part of a text to standard output, with its line breaks and tabs."""
+    # Text from a model may contain control characters, too, but also spaces and joiners that `isprintable` rejects.
     obeyed = (letter not in "\n\t" and unicodedata.category(letter) == "Cc" for letter in text)
     sys.stdout.write("".join(repr(letter)[1:-1] if bad else letter for letter, bad in zip(text, obeyed, strict=True)))
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
-    """A line on standard error, which ``--quiet`` leaves out."""
+    """Print a line to standard error, unless ``--quiet`` is given."""
     if not _quiet:
         _say(text)
 
 
 def fail(message: str) -> None:
-    """The one sentence that says what went wrong."""
+    """Print the sentence that says what went wrong."""
     # Messages of other libraries have several lines; a log is searched line by line.
     _say("error: " + " ".join(message.split()))
 
 
 def warn(message: str) -> None:
-    """What went wrong, where that is no error."""
+    """Print a warning about something that is not an error."""
     _say("warning: " + " ".join(message.split()))
 
 
 def _say(text: str) -> None:
     sys.stderr.write(on_one_line(text) + "\n")
-    # A log that is read while the work goes on may be a pipe that another library has wrapped.
+    # Flushed, since the log may be read during the work, from a pipe that another library has wrapped.
     sys.stderr.flush()
 
 
-# Rich has no width without end; no table of ours is as wide as this.
+# rich has no unlimited width; no table here is this wide.
 _UNLIMITED = 10_000
-# A column of values; narrower ones would be all edge.
+# Minimum width of a column of values, below which it would be mostly borders.
 _NARROWEST = 20
 _MANY_TIMES = 100
-# Of columns of figures: a name, and what was asked for.
+# Minimum number of columns in a table of figures: the name, and the most important figures.
 _LEAST_FIGURES = 4
 
 
 def print_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Names and values in two columns on standard output; a terminal breaks values between words."""
+    """Print names and values in two columns to standard output; on a terminal, values wrap between words."""
     width = max(len(name) for name, _ in rows) + 2
     stdout = _standard_output()
     room = max(stdout.width - width, _NARROWEST) if stdout.is_terminal else _UNLIMITED
     for name, value in rows:
-        # Paths and digests stay whole, to be copied.
+        # Paths and digests are not broken, so that they can be copied.
         lines = textwrap.wrap(on_one_line(value), room, break_long_words=False, break_on_hyphens=False) or [""]
         print_text(f"{name:<{width}}{lines[0]}")
         for line in lines[1:]:
@@ -152,7 +152,7 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output; in a pipe it is as wide as it needs to be."""
+    """Print a table to standard output, at full width in a pipe."""
     from rich import box
     from rich.table import Table
 
@@ -163,14 +163,14 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_figures(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output with a title: names in the first column, figures in the others.
+    """Print a table with a title to standard output: names in the first column, figures in the others.
 
-    The last columns are left out of a terminal that is too narrow for them, since a figure that is cut is none.
+    On a terminal that is too narrow, the last columns are omitted, since a truncated number would be misleading.
     """
     print_text(title)
     stdout, shown, said = _standard_output(), len(headings), headings
     if stdout.is_terminal:
-        # A word a line, as figures are narrow.
+        # One word per line of a heading, since figures are narrow.
         said = [re.sub(r" (?!%)", "\n", heading) for heading in headings]
     table = _figures(said, rows, shown)
     while stdout.is_terminal and shown > _LEAST_FIGURES and _width(table) > stdout.width:
@@ -178,16 +178,16 @@ def print_figures(title: str, headings: Sequence[str], rows: Sequence[Sequence[s
         table = _figures(said, rows, shown)
     print_whole(table, stdout)
     if shown < len(headings):
-        print_text(f"in a wider terminal also: {', '.join(headings[shown:])}")
+        print_text(f"shown in a wider terminal: {', '.join(headings[shown:])}")
 
 
 def _figures(headings: Sequence[str], rows: Sequence[Sequence[str]], shown: int) -> "Table":
-    """The first columns of a table."""
+    """Create a table of the first ``shown`` columns."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    # Folded, not cut: a name must be whole to be used.
+    # Wrapped, not truncated, since a name is only useful if it is complete.
     table.add_column(headings[0], overflow="fold")
     for heading in headings[1:shown]:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -197,14 +197,14 @@ def _figures(headings: Sequence[str], rows: Sequence[Sequence[str]], shown: int)
 
 
 def _width(table: "Table") -> int:
-    """Of a table that has all the room it wants."""
+    """Width of a table without a limit."""
     from rich.console import Console
 
     return Console(width=_UNLIMITED).measure(table).maximum
 
 
 def cell(text: str) -> str:
-    """A text as it is: for rich, which takes brackets for markup, and for a terminal."""
+    """Escape a text for rich, which reads brackets as markup, and for terminals."""
     from rich.markup import escape
 
     return escape(on_one_line(text))
@@ -217,24 +217,24 @@ def _standard_output() -> "Console":
 
 
 def print_whole(table: "Table", console: "Console") -> None:
-    """Print a table; in a log or a pipe, which have no edge to fit into, as wide as it needs to be."""
-    # Rich takes 80 columns where it finds no terminal.
+    """Print a table, at full width in a log or a pipe."""
+    # rich assumes 80 columns without a terminal.
     if not console.is_terminal:
         console.width = _width(table)
     console.print(table)
 
 
 def share(budget_used: float | None) -> str:
-    """A share of an error budget in a few letters; a multiple where that is easier to read."""
+    """Format a share of an error budget, as a multiple if that is easier to read."""
     if budget_used is None:
         return "-"
     return f"{budget_used:.0%}" if budget_used < _MANY_TIMES else f"{budget_used:.2g} x"
 
 
 def print_verdict(report: "Report", bundle: Path) -> None:
-    """The verdict in one line on standard output."""
+    """Print the verdict as one line to standard output."""
     worst = report.worst
-    # Outputs that travel with a bundle are no proof of it: no contract was read, and no range was swept.
+    # Golden vectors alone do not verify a bundle: no contract was read, and no range was swept.
     fine, wrong = (
         ("golden vectors match", "golden vectors differ") if report.selection == "golden" else ("passed", "failed")
     )

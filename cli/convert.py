@@ -1,4 +1,4 @@
-"""``diffdeploy convert``: from any checkpoint to one that transformers and what reads its directories can run."""
+"""``diffdeploy convert``: from any checkpoint to one for transformers and the tools that read its directories."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -38,8 +38,8 @@ def convert(
 ) -> int:
     """Write a whole model as a checkpoint of transformers, and prove that it has the same logits.
 
-    Nothing is left at --output unless the logits in fp64 of what was written, read back, are those of the checkpoint
-    within the rounding of its dtype. A model that the target cannot hold is refused, and the reason is named.
+    Nothing is left at --output unless the written checkpoint, when read back, has the logits of the original in fp64,
+    up to the rounding of its dtype. A model that the target cannot represent is refused, with the reason.
     """
     with activity("reading the checkpoint") as doing:
         from diffdeploy.bundle import default_output
@@ -52,14 +52,14 @@ def convert(
         source = SAMPLE if checkpoint is None else checkpoint
         name = source.resolve().name.removesuffix(source.suffix)
         place = output or default_output(name, None, target)
-        # Before the checkpoint is read, which may take minutes.
+        # Checked before the checkpoint is read, which may take minutes.
         check_directory(place, marker=RECORD, what="conversion", force=force)
         found = read_model(source, CheckpointOptions(**reading))
         with keeping(place):
             done = convert_model(found, place, target=target, force=force, phase=doing.phase)
     if found.max_positions is None:
         console.note(
-            f"nothing says how long sequences get; max_position_embeddings in {place / 'config.json'} is the default "
+            f"the longest sequence is unknown; max_position_embeddings in {place / 'config.json'} is the default "
             "of transformers"
         )
     if as_json:
@@ -72,7 +72,7 @@ def convert(
 
 
 def _fields(done: "Conversion") -> dict[str, Any]:
-    """For JSON."""
+    """Fields for JSON."""
     worst = done.record.worst
     return {
         "status": "passed",

@@ -1,4 +1,4 @@
-"""``diffdeploy deploy``: a bundle in the form that somebody else's server reads."""
+"""``diffdeploy deploy``: writes a bundle in the form that a third-party server reads."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,16 +13,16 @@ __all__ = ["deploy"]
 
 def deploy(
     bundle: Annotated[Path, typer.Argument(help="Directory that diffdeploy export made.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Model repository; other models in it stay.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Model repository; other models in it are kept.")],
     target: Annotated[Literal["triton"], typer.Option("--to", help="triton: Triton Inference Server.")] = "triton",
     name: Annotated[
-        str | None, typer.Option(help="Of the model.", show_default="that of the bundle's directory")
+        str | None, typer.Option(help="Name of the model.", show_default="that of the bundle's directory")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a model of that name.")] = False,
     public_key: PublicKey = None,
     as_json: AsJson = False,
 ) -> int:
-    """Write a model into a repository of Triton: its files, and config.pbtxt, from the bundle's manifest."""
+    """Write a model into a Triton repository: the bundle's files, and a config.pbtxt from its manifest."""
     from diffdeploy.bundle import open_bundle
     from diffdeploy.engines.triton import deploy_to_triton
 

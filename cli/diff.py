@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 __all__ = ["diff"]
 
-# Smaller changes are noise of other versions and machines; --json has them all.
+# Smaller changes are noise between versions and machines; --json lists all.
 _SHOWN = 0.01
-# The largest ones; a figure of each case would hide what else changed.
+# Only the largest changes of cases are listed; all of them would hide the other changes.
 _MOST_FIGURES = 8
 # Enough to read most values; shapes of caches are the longest of them.
 _WIDTH = 60
-# Of a tensor or a range; the tensor is what a reader looks for.
+# Property of a tensor or a range; readers look for the tensor.
 _PART = re.compile(r"\.(dtype|shape|min|max|values\.min|values\.max)$")
 
 
 def diff(
     one: Annotated[Path, typer.Argument(help="A bundle, or a report of verify --save-report.", metavar="A")],
-    other: Annotated[Path, typer.Argument(help="What it is compared with.", metavar="B")],
+    other: Annotated[Path, typer.Argument(help="The bundle or report to compare it with.", metavar="B")],
     as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON object.")] = False,
 ) -> int:
-    """Say what changed in figures, checks, versions, options, graph and files.
+    """Show what changed in figures, checks, versions, options, graph and files.
 
-    Exits with 0 whether something changed or not: no difference is an error by itself.
+    Exits with 0 whether something changed or not: a difference is not an error in itself.
     """
     from diffdeploy.verify.differences import differences, read_described
 
@@ -44,12 +44,12 @@ def diff(
     elif changes:
         console.print_rows(_rows(changes))
     else:
-        console.print_text(f"{one} and {other} say the same")
+        console.print_text(f"{one} and {other} do not differ")
     return 0
 
 
 def _rows(changes: "Sequence[Difference]") -> list[tuple[str, str]]:
-    """What changed, by section, whose name stands before its first row alone."""
+    """Rows of the changes by section; only the first row of a section has its name."""
     rows = [*_files([c for c in changes if c.section == "files"])]
     for section in dict.fromkeys(c.section for c in changes if c.section not in ("files", "figures")):
         rows += [(section, said) for said in _sentences([c for c in changes if c.section == section])]
@@ -61,7 +61,7 @@ def _rows(changes: "Sequence[Difference]") -> list[tuple[str, str]]:
 
 
 def _files(changes: "Sequence[Difference]") -> list[tuple[str, str]]:
-    """Files by name; digests would only say again that they differ."""
+    """Rows of the changed files, without digests, which would add nothing."""
     both = [c.name for c in changes if c.before is not None and c.after is not None]
     lacking = [c.name for c in changes if c.after is None], [c.name for c in changes if c.before is None]
     said = (("changed", both), ("only in A", lacking[0]), ("only in B", lacking[1]))
@@ -69,7 +69,7 @@ def _files(changes: "Sequence[Difference]") -> list[tuple[str, str]]:
 
 
 def _sentences(changes: "Sequence[Difference]") -> list[str]:
-    """One for each change of a value; names that changed alike share one, and so do the parts of what is new."""
+    """One sentence per change of a value; names with the same change share one, and so do the parts of a new entry."""
     merged: dict[str, list[str]] = {}
     for c in changes:
         if c.before is not None and c.after is not None:
@@ -84,7 +84,7 @@ def _sentences(changes: "Sequence[Difference]") -> list[str]:
     ):
         parts: dict[str, str] = {}
         for name, value in only.items():
-            # Such as of inputs.position_ids, of which values.min is a part.
+            # For example inputs.position_ids, of which values.min is a part.
             owner = _PART.sub("", name)
             between = " to " if name.endswith(".max") else ", "
             parts[owner] = parts[owner] + between + _short(value) if owner in parts else _short(value)
@@ -93,14 +93,14 @@ def _sentences(changes: "Sequence[Difference]") -> list[str]:
 
 
 def _figures(changes: "Sequence[Difference]") -> list[tuple[str, str]]:
-    """The cases that moved most, and how many others did."""
+    """Rows of the cases that changed most, and the number of others that changed."""
     both = [change for change in changes if change.before is not None and change.after is not None]
     moved = sorted((change for change in both if _moved(change) >= _SHOWN), key=_moved, reverse=True)
     rows = [f"{c.name}: {_share(c.before)} -> {_share(c.after)}" for c in moved[:_MOST_FIGURES]]
     for words, count in (
         ("more moved, each by less", len(moved[_MOST_FIGURES:])),
         (f"changed by less than {_SHOWN:.0%} of the budget", len(both) - len(moved)),
-        # Cases of other sweeps; each by itself would hide what changed.
+        # Cases of another sweep are only counted, since listing them would hide the changes.
         ("only in A", sum(change.after is None for change in changes)),
         ("only in B", sum(change.before is None for change in changes)),
     ):
@@ -110,7 +110,7 @@ def _figures(changes: "Sequence[Difference]") -> list[tuple[str, str]]:
 
 def _moved(change: "Difference") -> float:
     before, after = change.before["budget_used"], change.after["budget_used"]
-    # Where an output had NaN, or the wrong shape, there is no share to compare.
+    # If an output had NaN or the wrong shape, there is no share to compare.
     return float("inf") if before is None or after is None else abs(before - after)
 
 

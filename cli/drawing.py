@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 __all__ = ["draw"]
 
 _BOX_WIDTH, _BOX_HEIGHT, _GAP_X, _GAP_Y, _EDGE = 168, 34, 18, 26, 16
-# What fits a box.
+# Number of letters that fit in a box.
 _LETTERS = 27
-# Enough for orders to settle.
+# Number of passes, enough for the order of boxes to become stable.
 _ROUNDS = 8
 
 _STYLE = """
@@ -40,12 +40,12 @@ class _Box:
 
 
 def draw(nodes: "Sequence[GraphNode]", attention: range, title: str) -> bytes:
-    """The figure.
+    """Draw the figure.
 
     Args:
-        nodes: of the graph, in its order.
-        attention: which of its attention operators, in that order, are the layer's.
-        title: of the figure.
+        nodes: nodes of the graph, in order.
+        attention: indices of the layer's attention operators among those of the graph.
+        title: title of the figure.
 
     Returns:
         SVG in UTF-8, always the same bytes for the same graph.
@@ -57,7 +57,7 @@ def draw(nodes: "Sequence[GraphNode]", attention: range, title: str) -> bytes:
 
 
 def _around(nodes: "Sequence[GraphNode]", attention: range) -> "list[GraphNode]":
-    """The nodes between projections of queries, keys and values and that of outputs, in their order."""
+    """Nodes from the projections of queries, keys and values to the output projection, in order."""
     makers = {name: number for number, node in enumerate(nodes) for name in node.gives}
     before = [[makers[name] for name in node.takes if name in makers] for node in nodes]
     after: list[list[int]] = [[] for _ in nodes]
@@ -67,13 +67,13 @@ def _around(nodes: "Sequence[GraphNode]", attention: range) -> "list[GraphNode]"
     found = [number for number, node in enumerate(nodes) if node.kind == "attention"]
     start = [found[number] for number in attention]
     chosen = _reach(start, before, nodes) | _reach(start, after, nodes)
-    # What makes a constant ready for a node is a part of it.
+    # Nodes that prepare a constant for a node belong to it.
     chosen |= {other for number in chosen for other in before[number] if not nodes[other].takes}
     return [nodes[number] for number in sorted(chosen)]
 
 
 def _reach(start: Iterable[int], edges: Sequence[Sequence[int]], nodes: "Sequence[GraphNode]") -> set[int]:
-    """What can be reached without passing a projection or another attention; projections are the last that is shown."""
+    """Nodes that can be reached without passing a projection or another attention; these projections are included."""
     found = set(start)
     waiting = list(found)
     while waiting:
@@ -85,7 +85,7 @@ def _reach(start: Iterable[int], edges: Sequence[Sequence[int]], nodes: "Sequenc
 
 
 def _boxes(nodes: "Sequence[GraphNode]", sizes: set[str]) -> list[_Box]:
-    """Boxes with their edges: inputs, then nodes, of which chains that only move numbers share one."""
+    """Create boxes with their edges, for inputs and nodes; a chain of nodes that only move numbers shares one box."""
     boxes: list[_Box] = []
     makers: dict[str, int] = {}
     uses = _uses(nodes)
@@ -120,11 +120,11 @@ def _uses(nodes: "Sequence[GraphNode]") -> Mapping[str, int]:
 
 
 def _rows(boxes: list[_Box]) -> list[list[int]]:
-    """Boxes by rows, each below all that it takes, in an order that crosses few edges."""
+    """Arrange boxes in rows, each box below all of its inputs, in an order with few crossing edges."""
     for box in boxes:
         box.row = max((boxes[other].row + 1 for other in box.before), default=0)
     for box in reversed(boxes):
-        # As near to its users as it can be.
+        # Placed as close to its users as possible.
         if box.after and not box.before:
             box.row = min(boxes[other].row for other in box.after) - 1
     rows: list[list[int]] = [[] for _ in range(max((box.row for box in boxes), default=0) + 1)]
@@ -138,7 +138,7 @@ def _rows(boxes: list[_Box]) -> list[list[int]]:
 
 
 def _order(boxes: list[_Box], row: list[int], *, downwards: bool) -> None:
-    """Put each box of a row where the mean of its neighbours is, side by side."""
+    """Place each box of a row at the mean position of its neighbours, without overlaps."""
 
     def wanted(number: int) -> float:
         near = boxes[number].before if downwards else boxes[number].after
@@ -149,7 +149,7 @@ def _order(boxes: list[_Box], row: list[int], *, downwards: bool) -> None:
     columns = [places[number] for number in row]
     for place in range(1, len(columns)):
         columns[place] = max(columns[place], columns[place - 1] + 1)
-    # Back to the middle of where they wanted to be.
+    # Shift the row back, so that its mean position is unchanged.
     shift = sum(places[number] for number in row) / len(row) - sum(columns) / len(row)
     for number, column in zip(row, columns, strict=True):
         boxes[number].column = column + shift

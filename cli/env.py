@@ -20,18 +20,18 @@ __all__ = ["env"]
 
 
 def _versions() -> dict[str, str | None]:
-    """Version of each package that results depend on; ``None`` where it is not installed."""
+    """Version of each package that results depend on; ``None`` if it is not installed."""
     from diffdeploy.formats import distributions
     from diffdeploy.versions import installed_versions
 
-    # No format needs these: every bundle is read with the first, and models take and give text with the others.
+    # Not specific to a format: safetensors reads every bundle, and the others convert text for models.
     names = (*distributions(), "safetensors", "tokenizers", "jinja2", "transformers")
     installed = installed_versions(names)
     return {name: installed.get(name) for name in names}
 
 
 def _abilities(found: "Format", device: "Device", dtype: "DType") -> dict[str, Any]:
-    """What can be done with a format on a device in a dtype, and the first reason why something cannot."""
+    """Abilities of a format on a device in a dtype, and the first reason why something is impossible."""
     no_export, no_run = found.why_not_export(device, dtype), found.why_not_run(device, dtype)
     return {
         "format": found.name,
@@ -68,7 +68,7 @@ def _matrix() -> list[dict[str, Any]]:
 
 
 def _summary(matrix: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By format, what can be done on some device in some dtype; why not, where something cannot be done at all."""
+    """Abilities of each format on at least one device in one dtype, with a reason for what is impossible on all."""
     verbs = ("export", "run", "verify")
     summary = {}
     for name in dict.fromkeys(row["format"] for row in matrix):
@@ -85,13 +85,13 @@ def _matrix_rows(matrix: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     for row in matrix:
         able = [verb for verb in ("export", "run", "verify") if row[verb]]
         key = (row["format"], row["device"], ", ".join(able) or "nothing", row["why_not"] or "")
-        # Format, device and dtype make dozens of lines, of which most say the same.
+        # One line per format, device and dtype would be dozens of lines, most of them equal.
         grouped.setdefault(key, []).append(row["dtype"])
     return [(name, device, ", ".join(dtypes), able, why) for (name, device, able, why), dtypes in grouped.items()]
 
 
 def _torch() -> tuple[int | None, str | None]:
-    """Threads that torch uses, and its CUDA device; ``None`` where there is no torch, or no device."""
+    """Threads that torch uses, and its CUDA device; ``None`` without torch, or without a device."""
     # A runtime for ONNX alone needs no torch.
     if find_spec("torch") is None:
         return None, None
@@ -101,12 +101,12 @@ def _torch() -> tuple[int | None, str | None]:
 
 
 def env(as_json: AsJson = False) -> int:
-    """Say what this machine can export, run and verify, and why not the rest."""
-    with activity("looking around", stages=False):
+    """Show what this machine can export, run and verify, and why not the rest."""
+    with activity("examining this machine", stages=False):
         threads, device = _torch()
         matrix = _matrix()
     versions = _versions()
-    # As inductor looks for it.
+    # Found in the same way as in inductor.
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if as_json:
         console.print_json(

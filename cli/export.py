@@ -21,7 +21,7 @@ _ALL = "all"
 
 
 def _known_format(name: str) -> str:
-    """Refuse a format that is not known before anything is loaded."""
+    """Refuse an unknown format, before anything is loaded."""
     accepted = (*format_names(), _ALL)
     if name not in accepted:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, accepted))}.")
@@ -74,7 +74,7 @@ def export(
     cache: Annotated[
         Literal["growing", "in-place"] | None,
         typer.Option(
-            help="Keys and values of a model: returned longer, or written into buffers; aoti and pt2 have both.",
+            help="Key/value cache of a model: returned with new tokens, or updated in place; aoti and pt2 have both.",
             show_default="growing",
         ),
     ] = None,
@@ -106,7 +106,7 @@ def export(
     ] = "auto",
     runtime: Annotated[
         Literal["native", "reference"],
-        typer.Option(help="Runtime of the verification: the format's own, or onnx.reference, slow but in every dtype."),
+        typer.Option(help="Runtime of the verification: the format's own, or onnx.reference (slow, every dtype)."),
     ] = "native",
     seed: Annotated[int, typer.Option(help="Seed for the verification inputs.")] = 0,
     cases: Cases = None,
@@ -114,22 +114,22 @@ def export(
         Literal["int8", "int4"] | None,
         typer.Option(help="Quantise the matrices of a model; needs --onnx-flavor ort.", show_default="as --dtype says"),
     ] = None,
-    block_size: Annotated[int | None, typer.Option(help="How many numbers share a scale.", show_default="32")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Number of weights per scale.", show_default="32")] = None,
     quantise_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the output head, too.")] = False,
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Text on which the loss by --weights is measured.",
+            help="Text on which the loss from --weights is measured.",
             exists=True,
             dir_okay=False,
-            show_default="filecmp.py of Python",
+            show_default="Python's filecmp.py",
         ),
     ] = None,
     max_kl: Annotated[
         float | None, typer.Option(help="Fail above this KL divergence from the original, in nats per token.")
     ] = None,
     min_agreement: Annotated[
-        float | None, typer.Option(help="Fail if fewer top tokens agree with the original, as a share from 0 to 1.")
+        float | None, typer.Option(help="Fail below this share, 0 to 1, of top tokens that agree with the original.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle at --output.")] = False,
     no_verify: Annotated[
@@ -137,9 +137,9 @@ def export(
     ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Package a whole model, or a differential-attention block, as a bundle that has proved itself.
+    """Package a whole model, or a differential-attention block, as a verified bundle.
 
-    Without CHECKPOINT, the trained sample that comes with diffdeploy. A checkpoint with a token embedding is a model;
+    Without CHECKPOINT, it exports the trained sample of diffdeploy. A checkpoint with a token embedding is a model;
     --layer exports a block of it.
 
     Nothing is left at --output unless the artifact passes.
@@ -166,10 +166,10 @@ def export(
     if is_model and format_name == "all":
         raise InputError("--format all compares the formats of one block; give --layer, or the name of a format")
     if is_model and graph is not None:
-        raise InputError(f"--graph is {graph}, which is for a block, and {checkpoint} is a whole model; give --layer")
+        raise InputError(f"--graph is {graph}, which is for a block, but {checkpoint} is a whole model; give --layer")
     for option, given in {"--logits": logits, "--cache": cache, "--weights": weights}.items():
         if not is_model and given is not None:
-            raise InputError(f"{option} is of whole models, and this is a block; leave it out")
+            raise InputError(f"{option} is for whole models, but this is a block; omit it")
     options = ExportOptions(
         format=format_name,
         graph="model" if is_model else graph or "plain",
@@ -194,9 +194,9 @@ def export(
     )
     number = None if layer in (None, "all") else _layer_number(layer)
     job = Job(checkpoint, CheckpointOptions(layer=number, **reading), options, force=force, verify=not no_verify)
-    # The table of all formats is of one layer.
+    # The table of all formats covers only one layer.
     if layer == "all" and format_name == "all":
-        raise InputError("--layer is all and --format is all; give one of them a name, or run one after the other")
+        raise InputError("--layer is all and --format is all; name one layer or one format")
     if layer == "all":
         return export_all(job, output, as_json=as_json)
     if format_name == "all":
@@ -208,7 +208,7 @@ def export(
 
 def _layer_number(text: str | None) -> int:
     try:
-        # As text, since `all` is accepted too.
+        # The option is text, since `all` is accepted, too.
         return int(text or "")
     except ValueError as error:
-        raise InputError(f"--layer is {text!r}; accepted is a number or all") from error
+        raise InputError(f"--layer is {text!r}; accepted: a number or all") from error

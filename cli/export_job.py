@@ -21,7 +21,7 @@ __all__ = ["Job", "Outcome", "export_all"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one export ended: with an export, or with a rejected report."""
+    """Result of one export: the bundle, or the report that rejected it."""
 
     target: Path
     format_name: str
@@ -30,14 +30,14 @@ class Outcome:
 
     @property
     def report(self) -> "Report | None":
-        """Of the verification, if there was one."""
+        """Report of the verification, if there was one."""
         if self.rejected is not None:
             return self.rejected.report
         return None if self.export is None else self.export.report
 
     @property
     def fields(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields for JSON."""
         if self.report is not None:
             return report_fields(self.report, self.target)
         assert self.export is not None
@@ -52,16 +52,16 @@ class Outcome:
         }
 
     def print_verdict(self) -> None:
-        """The verdict in one line on standard output."""
+        """Print the verdict as one line to standard output."""
         if self.report is None:
             if self.export is not None and self.export.loss is not None:
-                console.note(f"loss by quantised weights: {self.export.loss.summary}")
-            console.print_text(f"unverified: {self.target}; run diffdeploy verify {self.target} before it is used")
+                console.note(f"loss from quantised weights: {self.export.loss.summary}")
+            console.print_text(f"unverified: {self.target}; run diffdeploy verify {self.target} before using it")
         else:
             console.print_verdict(self.report, self.target)
 
     def finish(self, *, as_json: bool) -> int:
-        """Print everything; give the exit code."""
+        """Print everything, and return the exit code."""
         if self.report is not None:
             error = None if self.rejected is None else str(self.rejected)
             code = finish(self.report, self.target, as_json=as_json, error=error)
@@ -75,7 +75,7 @@ class Outcome:
         return 0
 
     def _note_next_steps(self) -> None:
-        """What to do with the bundle, to be copied."""
+        """Print the next commands for the bundle, ready to be copied."""
         assert self.export is not None
         place = shlex.quote(str(self.target))
         call = f"run {place} --input inputs.npz --output outputs.npz"
@@ -88,7 +88,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """One export, as it was asked for."""
+    """One requested export."""
 
     checkpoint: Path
     reading: "CheckpointOptions"
@@ -98,20 +98,20 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of the checkpoint, for the default output."""
+        """Name of the checkpoint, for the default output."""
         # Resolved, so that `.` has a name.
         return self.checkpoint.resolve().name.removesuffix(self.checkpoint.suffix)
 
     def check_output(self, output: Path | None) -> None:
-        """See, before the checkpoint is read, whether its bundle can be written.
+        """Check, before the checkpoint is read, that its bundle can be written.
 
         Raises:
-            InputError: it cannot.
+            InputError: the bundle cannot be written.
         """
         from diffdeploy.bundle import check_output, default_output
 
         layer = self.reading.layer
-        # The only block of a checkpoint may have a layer that the keys alone say.
+        # Without --layer, the layer of a block, which is part of the default output, is known only from the keys.
         if output is None and layer is None and self.options.graph != "model":
             return
         check_output(output or default_output(self.name, layer, self.options.format), force=self.force)
@@ -125,7 +125,7 @@ class Job:
         return read_checkpoint(self.checkpoint, self.reading)
 
     def settled(self, found: "Checkpoint | ModelCheckpoint") -> "Job":
-        """With what the checkpoint says in place of options that were left open."""
+        """The job, with open options filled in from the checkpoint."""
         from diffdeploy.exporters import settled_length
 
         length, reason = settled_length(self.options, found)
@@ -134,7 +134,7 @@ class Job:
         return replace(self, options=replace(self.options, max_sequence_length=length))
 
     def run(self, output: Path | None) -> Outcome:
-        """Read, export and verify, showing what goes on."""
+        """Read, export and verify, and show the progress."""
         from diffdeploy.bundle import default_output
 
         with activity("reading the checkpoint") as doing:
@@ -158,11 +158,11 @@ class Job:
                 phase=doing.phase,
                 progress=doing.progress,
             )
-        # Its report has to be printed, unlike that of other errors, which have none.
+        # Returned, not raised, since its report has to be printed; other errors have no report.
         except RejectedError as error:
             return Outcome(target, self.options.format, None, error)
         if self.options.weights is not None and done.loss is None:
-            console.note("the loss by quantised weights was not measured: no tokenizer.json is beside the checkpoint")
+            console.note("the loss from quantised weights was not measured: the checkpoint has no tokenizer.json")
         return Outcome(target, self.options.format, done, None)
 
 
@@ -170,7 +170,7 @@ def export_all(job: Job, output: Path | None, *, as_json: bool) -> int:
     """Export every layer to a folder of its own; failures are collected and listed at the end.
 
     Returns:
-        The exit code of the worst.
+        The highest exit code of all layers.
     """
     from diffdeploy.bundle import default_output
     from diffdeploy.checkpoints import list_layers
@@ -198,7 +198,7 @@ def export_all(job: Job, output: Path | None, *, as_json: bool) -> int:
             failures.append({"layer": layer, "error": str(done.rejected), "exit_code": VerificationError.exit_code})
             continue
         kept.append(target)
-        # Standard output is one JSON object then.
+        # With --json, standard output is one JSON object.
         if not as_json:
             done.print_verdict()
     if as_json:
@@ -206,7 +206,7 @@ def export_all(job: Job, output: Path | None, *, as_json: bool) -> int:
         status = "interrupted" if interrupted else status
         console.print_json({"status": status, "bundles": results, "failures": failures})
     for failure in failures:
-        # At the end, where the verdicts of the others do not push them out of sight.
+        # Printed at the end, so that the verdicts of other layers do not scroll them out of sight.
         console.fail(f"layer {failure['layer']}: {failure['error']}")
     if interrupted:
         console.fail(f"interrupted; {kept_sentence(kept)}")

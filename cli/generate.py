@@ -1,4 +1,4 @@
-"""``diffdeploy generate``: text out of a model bundle."""
+"""``diffdeploy generate``: generates text with a model bundle."""
 
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["generate"]
 
 _MAX_NEW_TOKENS = 128
-# Rates from here on are said without decimals.
+# Rates from this value on are printed without decimals.
 _WHOLE = 100
 
 
@@ -53,7 +53,7 @@ def generate(
     ] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Seed for the sampling.", show_default="another one each time")
+        int | None, typer.Option(help="Seed for the sampling.", show_default="a different one each time")
     ] = None,
     device: Device = None,
     threads: Threads = None,
@@ -62,7 +62,7 @@ def generate(
     public_key: PublicKey = None,
     as_json: AsJson = False,
 ) -> int:
-    """Continue a prompt, and say how fast."""
+    """Continue a prompt, and report the speed."""
     import numpy as np
 
     from diffdeploy.formats import RunOptions
@@ -72,9 +72,9 @@ def generate(
     if len(given) != 1:
         raise InputError("give one of --prompt, --prompt-file and --input-ids")
     if chat and input_ids is not None:
-        raise InputError("--chat makes a message of text, and --input-ids gives tokens; leave one of them out")
+        raise InputError("--chat sends text as a message, but --input-ids gives tokens; omit one of them")
     options = RunOptions(device=device, threads=threads, recompile=recompile, trust=trust, public_key=public_key)
-    # Before the bundle is loaded, which may take minutes.
+    # Read before the bundle is loaded, which may take minutes.
     text = prompt if prompt_file is None else _read(prompt_file)
     given_ids = None if input_ids is None else _numbers(input_ids)
     with open_runtime(bundle, options) as runtime:
@@ -83,7 +83,7 @@ def generate(
         room = runtime.spec.axes["total_sequence_length"].max - len(ids) + 1
         steps = runtime.stream(
             np.array([ids], np.int64),
-            # Without a number nobody asked for more than there is room for; the prompt itself may be too long.
+            # Without --max-new-tokens, at most as many as fit; the prompt itself may still be too long.
             max_new_tokens=max(1, min(_MAX_NEW_TOKENS, room)) if max_new_tokens is None else max_new_tokens,
             do_sample=bool(drawn),
             temperature=1.0 if temperature is None else temperature,
@@ -109,7 +109,7 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise InputError(f"--input-ids is {text!r}; accepted are numbers with commas between them") from error
+        raise InputError(f"--input-ids is {text!r}; accepted: comma-separated numbers") from error
 
 
 def _read(prompt_file: Path) -> str:
@@ -131,7 +131,7 @@ def _encoded(runtime: "Runtime", prompt: str, *, chat: bool) -> list[int]:
 
 
 class _Run:
-    """Tokens as they come: timed, and shown as text or as numbers, as the prompt was given."""
+    """Time tokens and print them as they arrive, as text or as ids, like the prompt."""
 
     def __init__(self, *, as_text: bool, quiet: bool) -> None:
         self._as_text, self._quiet = as_text, quiet
@@ -140,7 +140,7 @@ class _Run:
         self._times: list[float] = []
 
     def take(self, steps: "Iterator[Step]") -> None:
-        """Generate."""
+        """Generate, time and print all tokens."""
         self._times.append(time.perf_counter())
         for step in steps:
             self._times.append(time.perf_counter())
@@ -153,13 +153,13 @@ class _Run:
 
     @property
     def _rates(self) -> tuple[float, float | None]:
-        """Seconds of the prompt, and tokens a second behind it."""
+        """Seconds for the prompt, and tokens per second after it."""
         first = self._times[1] - self._times[0]
         rest = self._times[-1] - self._times[1]
         return first, (len(self._tokens) - 1) / rest if len(self._tokens) > 1 else None
 
     def fields(self, ids: list[int]) -> dict[str, Any]:
-        """For JSON."""
+        """Fields for JSON."""
         first, decode = self._rates
         return {
             "input_ids": ids,
@@ -170,11 +170,11 @@ class _Run:
         }
 
     def finish(self, num_prompt: int) -> None:
-        """The end of the text, and how fast it came."""
+        """Print the end of the text, and the speed."""
         first, decode = self._rates
         console.print_text("")
-        rate = "" if decode is None else f", {_figure(decode)} tokens/s behind it"
-        console.note(f"{num_prompt} tokens of prompt at {_figure(num_prompt / first)} tokens/s{rate}")
+        rate = "" if decode is None else f", {_figure(decode)} tokens/s after it"
+        console.note(f"{num_prompt} prompt tokens at {_figure(num_prompt / first)} tokens/s{rate}")
 
 
 def _figure(rate: float) -> str:

@@ -36,15 +36,15 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON object.")] = False,
 ) -> int:
-    """Say what a bundle or a checkpoint holds, without running it."""
+    """Show what a bundle or a checkpoint holds, without running it."""
     from diffdeploy.bundle import SIGNATURE, is_bundle, open_bundle
     from diffdeploy.runtime import least_versions
 
     if layer is not None and draw is None:
-        raise InputError(f"--layer {layer} is the layer that --draw shows, and nothing is drawn; give --draw, too")
+        raise InputError(f"--layer {layer} selects the layer that --draw shows; give --draw, too")
     # Both may be folders; only a bundle has a manifest.
     if draw is not None and not is_bundle(path):
-        raise InputError(f"--draw is of the graph in a bundle, and {path} is none; export it first")
+        raise InputError(f"--draw needs the graph of a bundle, but {path} is not a bundle; export it first")
     if is_bundle(path):
         if draw is not None:
             _check_drawing(draw)
@@ -90,7 +90,7 @@ def _check_drawing(target: Path) -> None:
     from diffdeploy.files import check_writable
 
     if target.suffix != ".svg":
-        raise InputError(f"{target} is not a figure that can be drawn; accepted are names that end in .svg")
+        raise InputError(f"{target} is not a figure that can be drawn; accepted: names that end in .svg")
     check_writable(target)
 
 
@@ -158,7 +158,7 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
 
 
 def _model_rows(bundle: "Bundle") -> list[tuple[str, str]]:
-    """What stands around the blocks of a whole model."""
+    """Rows for the parts of a whole model around its blocks."""
     from diffdeploy.config import DecoderConfig
     from diffdeploy.runtime import eos_of
 
@@ -166,22 +166,22 @@ def _model_rows(bundle: "Bundle") -> list[tuple[str, str]]:
     if not isinstance(config, DecoderConfig):
         return []
     mlps = dict.fromkeys(f"{layer.mlp.kind}, width {layer.mlp.hidden_dim}" for layer in config.layers)
-    tied = "the embedding" if config.tied else "of its own"
+    head = "head tied to the embedding" if config.tied else "separate head"
     ends = ", ".join(map(str, eos_of(bundle)))
     beside = [name for name in ("tokenizer.json", "chat_template.jinja") if name in bundle.manifest.files]
     return [
-        ("model", f"{config.num_layers} layers, {config.vocab_size} tokens, head {tied}"),
+        ("model", f"{config.num_layers} layers, {config.vocab_size} tokens, {head}"),
         ("mlp", "; ".join(mlps)),
         *_quantisation_rows(bundle),
         (
             "text",
-            f"{', '.join(beside) or 'no tokenizer.json'}; " + (f"ended by token {ends}" if ends else "ended by none"),
+            f"{', '.join(beside) or 'no tokenizer.json'}; " + (f"end token {ends}" if ends else "no end token"),
         ),
     ]
 
 
 def _quantisation_rows(bundle: "Bundle") -> list[tuple[str, str]]:
-    """What is quantised of a model, and what that lost, where the report says."""
+    """Rows for the quantised matrices of a model, and for their loss if the report has it."""
     from diffdeploy.bundle import REPORT
     from diffdeploy.verify.report import read_report
 
@@ -213,7 +213,7 @@ def _window(block: "BlockSummary") -> str:
 
 
 def _version_rows(blocks: "list[AnyConfig]") -> list[tuple[str, str]]:
-    # Layers of a model differ in lambda_init and the factor that follows from it, and in nothing else that is said.
+    # Layers of a model differ in lambda_init and the factor that follows from it, and in nothing else that is shown.
     config = blocks[0]
     norms = [] if config.qk_norm_eps is None else [("query, key norms", f"eps {config.qk_norm_eps:g}")]
     if config.lambda_kind == "token":

@@ -1,4 +1,4 @@
-"""Ctrl-C: what a command says when it is interrupted, which is what it has kept."""
+"""Ctrl-C: an interrupted command prints which files it has kept."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ __all__ = ["ended_by_interrupts", "keeping", "kept_sentence"]
 
 
 def ended_by_interrupts(command: Callable[..., int]) -> Callable[..., int]:
-    """The command, whose interrupt ends it with one sentence; typer would turn it into an exit code without a word."""
+    """Make an interrupt end the command with one sentence; typer would set an exit code without any message."""
 
     @wraps(command)
     def run_command(*arguments: Any, **options: Any) -> int:
         try:
             return command(*arguments, **options)
         except KeyboardInterrupt as interrupt:
-            # Whoever knows what was kept raises it again with that.
+            # Code that knows what was kept raises the interrupt again with that sentence.
             said = "; ".join(("interrupted", *map(str, interrupt.args)))
             raise console.Ended(console.INTERRUPTED, said) from interrupt
 
@@ -28,7 +28,7 @@ def ended_by_interrupts(command: Callable[..., int]) -> Callable[..., int]:
 
 @contextmanager
 def keeping(target: Path) -> Iterator[None]:
-    """Within the block an interrupt says whether ``target``, a directory that appears whole, was written before it."""
+    """In the ``with`` block, an interrupt reports whether ``target``, which appears all at once, was written."""
     before = _identity(target)
     try:
         yield
@@ -38,12 +38,12 @@ def keeping(target: Path) -> Iterator[None]:
 
 
 def _identity(path: Path) -> int | None:
-    # A rename brings another directory to the place.
+    # A rename puts another directory there.
     return path.stat().st_ino if path.exists() else None
 
 
 def kept_sentence(kept: Sequence[Path]) -> str:
-    """What an interrupt left, for its sentence: directories that are whole."""
+    """Sentence about the complete directories that an interrupt left."""
     if not kept:
         return "nothing was kept"
     return f"{', '.join(map(str, kept))} {'are' if len(kept) > 1 else 'is'} finished and kept"

@@ -17,8 +17,8 @@ class Verdict(NamedTuple):
     Attributes:
         group: what it belongs to, the ``classname`` in XML.
         name: its name within the group.
-        failure: why it failed; ``None`` where it passed.
-        said: what was found, where it passed.
+        failure: why it failed; ``None`` if it passed.
+        said: finding, if it passed.
     """
 
     group: str
@@ -28,17 +28,17 @@ class Verdict(NamedTuple):
 
 
 def of_report(report: "Report") -> list[Verdict]:
-    """The checks of structure and properties, then the cases."""
+    """Test cases for the checks of structure and properties, then for the verification's cases."""
     return [*map(_of_check, report.contract), *of_cases(report.cases)]
 
 
 def of_cases(cases: "Iterable[CaseReport]") -> list[Verdict]:
-    """Numerical comparisons, by what they try."""
+    """Test cases for numerical comparisons, grouped by what they test."""
     return [Verdict(f"cases: {case.group}", case.id, _failure(case), _figures(case)) for case in cases]
 
 
 def of_self_test(result: "SelfTest") -> list[Verdict]:
-    """Faults, each of which must be caught where that can be proved."""
+    """Test cases for faults, each of which must be caught if that is provable."""
     return [
         Verdict(
             f"faults: {fault.family}",
@@ -64,12 +64,12 @@ def _figures(case: "CaseReport") -> str:
 
 
 def junit(suite: str, properties: dict[str, str], testcases: Iterable[Verdict]) -> bytes:
-    """The file.
+    """Format the JUnit file.
 
     Args:
         suite: name of the suite.
         properties: facts of the run, by name.
-        testcases: in their order.
+        testcases: test cases, in order.
 
     Returns:
         XML in UTF-8.
@@ -83,7 +83,7 @@ def junit(suite: str, properties: dict[str, str], testcases: Iterable[Verdict]) 
     for name, value in properties.items():
         ElementTree.SubElement(said, "property", {"name": name, "value": _legal(value)})
     for group, name, failure, found in testcases:
-        # Dots make folders of a class name in most viewers.
+        # Most viewers split a class name into folders at its dots.
         attributes = {"classname": _legal(group.replace(".", "_")), "name": _legal(name)}
         case = ElementTree.SubElement(element, "testcase", attributes)
         if failure is not None:
@@ -96,5 +96,5 @@ def junit(suite: str, properties: dict[str, str], testcases: Iterable[Verdict]) 
 
 
 def _legal(text: str) -> str:
-    # Names out of files may hold what XML cannot.
+    # Names from files may contain characters that XML does not allow.
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

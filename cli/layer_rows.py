@@ -1,4 +1,4 @@
-"""What is said of every layer of a model alike, said once."""
+"""Merge rows that are the same for several layers of a model."""
 
 import re
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ _NUMBER = re.compile(r"\.(\d+)\.")
 
 
 def by_layer(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Rows in their order, in which names that differ in the number of a layer alone, and mean the same, are one.
+    """Merge rows with equal values whose names differ only in the number of a layer; the order is kept.
 
     ``present.0.key`` and ``present.1.key`` become ``present.0-1.key``.
     """
@@ -22,7 +22,7 @@ def by_layer(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def of_layers(texts: Iterable[str]) -> str:
-    """What is said of each layer, from the first on: once if it is the same of all."""
+    """Join one text per layer, starting with layer 0; return a single text if all are the same."""
     layers: dict[str, list[int]] = {}
     for number, text in enumerate(texts):
         layers.setdefault(text, []).append(number)
@@ -32,7 +32,7 @@ def of_layers(texts: Iterable[str]) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Numbers with those that follow each other as one range."""
+    """Format numbers, with consecutive ones as a range."""
     ranges: list[list[int]] = []
     for number in sorted(numbers):
         if ranges and number == ranges[-1][1] + 1:

@@ -30,14 +30,14 @@ from diffdeploy.errors import DiffDeployError, InputError, UnavailableError
 
 __all__ = ["app", "main", "run"]
 
-# Packages that not every installation has, and the extra that brings each.
+# Optional packages, and the extra that installs each.
 _EXTRAS = {"torch": "export", "onnx": "export", "onnxscript": "export", "onnxruntime": "cpu", "matplotlib": "plot"}
 
 app = typer.Typer(
-    help="Package trained differential attention for deployment, and prove that the package is right.",
+    help="Package trained differential attention for deployment, and prove that the package is correct.",
     no_args_is_help=True,
     add_completion=True,
-    # `main` says errors in one sentence, and --debug shows Python's own traceback.
+    # `main` prints an error as one sentence, and --debug shows Python's own traceback.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 passed, 1 verification failed, 2 bad input, 3 this machine lacks something, "
@@ -66,7 +66,7 @@ for command in (export, convert, generate, verify, diff, run_bundle, inspect, si
     app.command(command.__name__, no_args_is_help=False)(ended_by_interrupts(in_panels(command)))
 
 
-# What cleans up after Ctrl-C, such as temporary folders and processes, then does so too when the system ends us.
+# Raises what Ctrl-C raises, so that SIGTERM also cleans up temporary folders and processes.
 def _terminated(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -81,13 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: without the program's name; by default those of this process.
+        arguments: arguments without the program's name; by default those of this process.
 
     Returns:
         The exit code.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Accepted anywhere on the line, since one adds it to a command that has just failed.
+    # Accepted anywhere on the line, since users append it to a command that has just failed.
     debug = "--debug" in given
     return _run([argument for argument in given if argument != "--debug"], debug=debug)
 
@@ -97,7 +97,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         # Not standalone: typer would print errors in boxes and exit with codes of its own.
         code = app(arguments, standalone_mode=False, prog_name="diffdeploy")
     except BrokenPipeError:
-        # Python writes what is left at its exit, and would fail once more on the closed pipe (docs of `signal`).
+        # Python flushes its output at exit, and would fail again on the closed pipe (docs of `signal`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return console.INTERRUPTED
     except (Exception, KeyboardInterrupt) as error:
@@ -105,20 +105,20 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         if end is None:
             raise
         return _finish(end, as_json="--json" in arguments)
-    # Help and --version give no code.
+    # Help and --version return no exit code.
     return code if isinstance(code, int) else 0
 
 
 def _wanted_end(error: BaseException) -> console.Ended | None:
-    """How a command ends where a traceback would tell nothing, with --debug neither; ``None`` for all others."""
+    """End of a command for errors whose traceback is useless, even with --debug; ``None`` for other errors."""
     if isinstance(error, console.Ended):
         return error
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return console.Ended(console.INTERRUPTED, "interrupted")
     if isinstance(error, TyperException):
-        if not error.format_message():  # the help was asked for by giving nothing
+        if not error.format_message():  # help was shown, since no command was given
             return console.Ended(error.exit_code)
-        # typer checks options with pydantic, which puts these words before what a callback says.
+        # typer checks options with pydantic, which puts these words before the message of a callback.
         message = error.format_message().rstrip(".").replace("Value error, ", "")
         return console.Ended(InputError.exit_code, f"{message}; see diffdeploy --help")
     if isinstance(error, MemoryError):
@@ -127,7 +127,7 @@ def _wanted_end(error: BaseException) -> console.Ended | None:
 
 
 def _failure(error: BaseException) -> console.Ended | None:
-    """What stands in place of a traceback; ``None`` where nothing can."""
+    """Sentence that replaces a traceback; ``None`` if only a traceback helps."""
     if isinstance(error, DiffDeployError):
         return console.Ended(error.exit_code, str(error))
     if isinstance(error, ModuleNotFoundError):

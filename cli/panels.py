@@ -17,9 +17,9 @@ _READING = (
     *("norm_eps", "qk_norm_eps", "rope", "rope_theta", "gqa_layout"),
 )
 _OPEN, _OUTPUT, _HOW_RUN = "What the checkpoint leaves open", "Result", "How it runs"
-_TRUST = "Whether the bundle is trusted"
+_TRUST = "Trust"
 
-# By command: names of parameters, whose order in a group is that of the command.
+# Names of parameters, by command and group; within a group, the order is that of the command.
 PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "export": {
         "What is exported": ("format_name", "layer", "graph", "logits", "cache"),
@@ -33,9 +33,9 @@ PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "convert": {_OUTPUT: ("target", "output", "force", "as_json", "quiet"), _OPEN: _READING},
     "generate": {
-        "What is continued": ("prompt", "prompt_file", "input_ids", "chat"),
-        "Where it ends": ("max_new_tokens", "min_new_tokens", "stop"),
-        "How tokens are chosen": ("temperature", "top_k", "top_p", "repetition_penalty", "seed"),
+        "Prompt": ("prompt", "prompt_file", "input_ids", "chat"),
+        "Length": ("max_new_tokens", "min_new_tokens", "stop"),
+        "Sampling": ("temperature", "top_k", "top_p", "repetition_penalty", "seed"),
         _HOW_RUN: ("device", "threads", "recompile"),
         _TRUST: ("trust", "public_key"),
         _OUTPUT: ("as_json", "quiet"),
@@ -57,7 +57,7 @@ PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "What is measured": ("impl", "format_names", "graph", "baseline", "layer"),
         "Sizes": ("seq", "batch"),
         "A random block": ("embed_dim", "num_heads", "num_kv_heads", "head_dim"),
-        "How": ("dtype", "device", "threads", "rounds"),
+        "Run settings": ("dtype", "device", "threads", "rounds"),
         _TRUST: ("trust", "public_key"),
         _OUTPUT: ("csv", "plot", "save", "compare", "as_json", "quiet"),
         _OPEN: _READING,
@@ -66,7 +66,7 @@ PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 
 def in_panels(command: Callable[..., int]) -> Callable[..., int]:
-    """The command with its options in the groups of `PANELS`; one that is not there as it is."""
+    """Sort the options of a command into the groups of `PANELS`; a command that is not listed stays unchanged."""
     titles = {name: title for title, names in PANELS.get(command.__name__, {}).items() for name in names}
     if not titles:
         return command
@@ -93,6 +93,6 @@ def _titled(parameter: Parameter, title: str | None) -> Parameter:
             # A copy, since several commands share some options.
             said[number] = copy(info)
             said[number].rich_help_panel = title
-    # By name alone, since options come in another order here than in the command.
+    # Keyword-only, since the options are in a different order than in the command.
     annotation = Annotated[(kind, *said)]  # type: ignore[valid-type]
     return parameter.replace(annotation=annotation, kind=Parameter.KEYWORD_ONLY)

@@ -1,4 +1,4 @@
-"""What goes on while a command works: one changing line on a terminal, lines in a log, nothing with ``--quiet``."""
+"""Progress of a command: one changing line on a terminal, lines in a log, nothing with ``--quiet``."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,22 +9,22 @@ from diffdeploy.cli import console
 
 __all__ = ["Activity", "activity", "duration"]
 
-# In a log, where CI ends jobs that say nothing for minutes.
+# Seconds between lines in a log, since CI ends jobs that print nothing for minutes.
 HEARTBEAT_S = 10.0
-# Steps of less time than this say little about the time of the rest.
+# Below this time, finished steps say little about the remaining time.
 _TELLING_S = 2.0
 
 
 class Activity:
-    """The stages of a command's work, and the steps of a stage; its methods are what the library calls back.
+    """The stages of a command's work, and the steps of a stage; its methods are the library's callbacks.
 
     Args:
         stage: the first stage, in a few words.
-        show: takes the line that says what goes on now, whenever it changes.
-        say: takes a line for each stage that ended.
+        show: callback that receives the current line whenever it changes.
+        say: callback that receives a line for each finished stage.
 
     Attributes:
-        began: when the stage began, by `time.monotonic`.
+        began: start of the stage, from `time.monotonic`.
     """
 
     def __init__(self, stage: str, show: Callable[[str], None], say: Callable[[str], None]) -> None:
@@ -46,7 +46,7 @@ class Activity:
 
         Args:
             text: the step in a few words.
-            seconds_left: seconds until all of the work is done, where that is known.
+            seconds_left: seconds until all of the work is done, if that is known.
         """
         self._step = f" {text}" if text else ""
         self._left = "" if seconds_left is None else f", about {duration(seconds_left)} left"
@@ -55,59 +55,59 @@ class Activity:
         self._show(self._stage + self._left + between + self._step)
 
     def progress(self, done: int, total: int, name: str) -> None:
-        """Begin a step of the stage of which there are several that take about equally long.
+        """Begin one of several steps of the stage that take about equally long.
 
         Args:
             done: number of steps done.
-            total: number of all steps; where ``done`` has reached it, something uncounted follows.
+            total: number of all steps; if ``done`` has reached it, work that is not counted follows.
             name: name of the step.
         """
         if done == 0:
-            # What comes before the first one takes another time.
+            # The time before the first step is not typical of the steps.
             self._steps_began = time.monotonic()
         taken = time.monotonic() - self._steps_began
         left = taken / done * (total - done) if 0 < done < total and taken > _TELLING_S else None
         self.step(f"{min(done + 1, total)}/{total} {name}", left)
 
     def end(self) -> None:
-        """End the stage, if there is one, and say how long it took."""
+        """End the stage, if there is one, and report how long it took."""
         said = f"{self._stage}: {time.monotonic() - self.began:.1f} s" if self._stage else ""
-        # First, since an interrupt may come while it is said.
+        # Reset first, since an interrupt may arrive while the line is printed.
         self.abandon()
         if said:
             self._say(said)
 
     def abandon(self) -> None:
-        """Leave the stage, which was interrupted, without a word."""
+        """End the interrupted stage without printing a line."""
         self._stage, self._step, self._left = "", "", ""
 
     def heartbeat(self) -> str:
-        """A line for a log in which the stage has been silent for a while."""
+        """Line for a log after the stage has printed nothing for a while."""
         stage = self._stage or "working"
         return f"still {stage}{self._step} after {duration(time.monotonic() - self.began)}{self._left}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words; never 0 s, since this is said while something is left to do."""
+    """Format a duration; never 0 s, since it is shown while work remains."""
     minutes, rest = divmod(max(1, round(seconds)), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 @contextmanager
 def activity(text: str, *, stages: bool = True) -> Iterator[Activity]:
-    """Show on standard error what goes on while the block runs.
+    """Show progress on standard error while the ``with`` block runs.
 
-    A terminal has a spinner with one line that changes. A log gets a line for each stage that ended, with its seconds,
-    and one every ten seconds that says what takes so long. A stage that an error ends has no line but the error's.
+    A terminal has a spinner with one line that changes. A log gets a line with the duration of each finished
+    stage, and one every ten seconds that names the current step. A stage that fails prints only the error.
 
     Args:
         text: the first stage.
-        stages: whether a log gets lines of stages; otherwise only of what takes long.
+        stages: true to log every finished stage; otherwise, only the lines every ten seconds are logged.
     """
     if console.is_quiet():
         yield Activity(text, _ignore, _ignore)
     elif (stderr := console.standard_error()).is_terminal:
-        # With a spinner before it, and without a second line, which would jump.
+        # Leaves room for the spinner, and fits on one line, since a second one would make the display jump.
         room = stderr.width - 3
 
         def line(said: str) -> str:
@@ -133,7 +133,7 @@ def _heartbeats(doing: Activity) -> Iterator[None]:
     def beat() -> None:
         last = 0.0
         while not ended.wait(max(0.0, max(last, doing.began) + HEARTBEAT_S - time.monotonic())):
-            # Another stage may have begun meanwhile, which said so.
+            # Another stage may have begun meanwhile and printed a line.
             if time.monotonic() >= max(last, doing.began) + HEARTBEAT_S:
                 console.note(doing.heartbeat())
                 last = time.monotonic()

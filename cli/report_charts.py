@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 __all__ = ["by_case", "by_length_and_kind", "ranges", "text", "times"]
 
 _WIDTH = 720
-# Of letters of the labels at their size, near enough to leave room for them.
+# Approximate width of a letter of a label, to leave room for labels.
 _LETTER = 6.6
-# B2-P5-S1-left-normal, random10-B3-S14-heavy.
+# Length in the name of a case, such as B2-P5-S1-left-normal or random10-B3-S14-heavy.
 _LENGTH = re.compile(r"(?:^|-)S(\d+)")
-# Where there is no number: above everything else.
+# Share that is drawn for cases without a number; larger shares are written as multiples.
 _NO_NUMBER = 10.0
-# Powers of ten from here on are written as such.
+# Powers of ten from this exponent on are written with a superscript.
 _LONG = 4
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def text(said: str) -> str:
-    """A text for HTML and SVG, whatever names out of files it holds."""
+    """Escape a text, which may contain names from files, for HTML and SVG."""
     return escape(on_one_line(said))
 
 
 def by_case(cases: "Sequence[CaseReport]") -> str:
-    """Share of the error budget of every case, logarithmic, with the budget as a line."""
+    """Plot every case's share of the error budget on a logarithmic scale, with the budget as a line."""
     shares = [_share(case) for case in cases]
-    # Ten times around the budget at least, so that its line stands within the figure.
+    # At least a factor of ten around the budget, so that its line is inside the figure.
     low = math.floor(math.log10(max(min([*shares, 0.1]), 0.01)))
     high = max(1, math.ceil(math.log10(max([*shares, 1.0]))))
     height, left, top = 240, 56, 12
@@ -49,18 +49,18 @@ def by_case(cases: "Sequence[CaseReport]") -> str:
     parts.append(f'<text class="budget-label" x="{_WIDTH - 4}" y="{y(1) - 5:.1f}" text-anchor="end">budget</text>')
     for number, (case, share) in enumerate(zip(cases, shares, strict=True)):
         parts.append(_mark(left + (number + 0.5) * step, y(share), case))
-    said = "cases in the order of the run; error as a multiple of what is allowed"
+    said = "cases in the order of the run; error as a multiple of the allowed error"
     parts.append(f'<text x="{(left + _WIDTH) / 2:.0f}" y="{height - 6}" text-anchor="middle">{said}</text>')
     return _svg(height, "Error of each case as a share of its budget", parts)
 
 
 def _power(power: int) -> str:
-    """A power of ten, in figures as long as they are short."""
+    """Format a power of ten, in digits if there are few."""
     return f"{10.0**power:g}" if abs(power) < _LONG else "10" + str(power).translate(_SUPERSCRIPTS)
 
 
 def times(share: float) -> str:
-    """A share of the budget; a multiple where that is easier to read."""
+    """Format a share of the budget, as a multiple if that is easier to read."""
     return f"{share:.1%} of" if share < _NO_NUMBER else f"{share:,.3g} times"
 
 
@@ -76,7 +76,7 @@ def _grid(left: float, y: float, label: str) -> str:
 
 
 def _mark(x: float, y: float, case: "CaseReport") -> str:
-    """A point that says its case when a mouse is over it; a cross where it failed, for those who see no colours."""
+    """Draw a case as a point with a tooltip, or as a cross if it failed, so that it is visible without colours."""
     said = f"{case.id}: {case.failure}" if not case.passed else f"{case.id}: {times(_share(case))} the budget"
     if case.passed:
         return f'<circle class="passed" cx="{x:.1f}" cy="{y:.1f}" r="3.2"><title>{text(said)}</title></circle>'
@@ -85,14 +85,14 @@ def _mark(x: float, y: float, case: "CaseReport") -> str:
 
 
 def by_length_and_kind(cases: "Sequence[CaseReport]") -> str:
-    """The most of the budget that any case used, by what it tries and by its number of new positions."""
+    """Plot the largest share of the budget that any case used, by kind and number of new positions."""
     worst: dict[tuple[str, int | None], CaseReport] = {}
     for case in cases:
         key = case.group, _length(case)
         if key not in worst or case.severity > worst[key].severity:
             worst[key] = case
     kinds = list(dict.fromkeys(kind for kind, _ in worst))
-    # Cases without a length in their names, such as those of single layers, have the last column.
+    # Cases without a length in their names, such as those of single layers, are in the last column.
     lengths: list[int | None] = [*sorted({length for _, length in worst if length is not None})]
     lengths += [None] if any(length is None for _, length in worst) else []
     left, top, row = 8 + _LETTER * max((len(kind) for kind in kinds), default=0), 34, 20
@@ -120,7 +120,7 @@ def _square(x: float, y: float, width: float, height: float, case: "CaseReport")
     said = "-" if case.budget_used is None else f"{share:.0%}" if share < _NO_NUMBER else "&gt; 999%"
     title = f"{case.id}: {case.failure}" if not case.passed else f"{case.id}: {times(share)} the budget"
     kind = "passed" if case.passed else "failed"
-    # From a tenth on, so that the least is still seen; the root, so that small shares can be told apart.
+    # At least 0.1, so that the smallest share is visible; a square root, so that small shares can be told apart.
     opacity = 1.0 if not case.passed else 0.1 + 0.6 * math.sqrt(min(share, 1.0))
     label = f'<text class="{kind}-cell" x="{x + width / 2:.1f}" y="{y + 14}" text-anchor="middle">{said}</text>'
     return (
@@ -130,7 +130,7 @@ def _square(x: float, y: float, width: float, height: float, case: "CaseReport")
 
 
 def ranges(coverage: "Sequence[Coverage]") -> str:
-    """What was declared of each axis, and what of it was compared, on a logarithmic scale."""
+    """Plot the declared and the compared range of each axis on a logarithmic scale."""
     left, row = 8 + _LETTER * max((len(part.axis) for part in coverage), default=0), 34
     largest = max((part.declared.max for part in coverage), default=1)
     parts: list[str] = []

@@ -1,4 +1,4 @@
-"""The files that ``verify`` writes beside its verdict: the report itself, and the forms that other tools read."""
+"""The files that ``verify`` writes besides its verdict: the report itself, and formats that other tools read."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,33 +16,33 @@ __all__ = ["ReportFiles"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFiles:
-    """Where they go; ``None`` for those that nobody asked for."""
+    """Paths of the files; ``None`` for those that were not requested."""
 
     save_report: Path | None
     junit: Path | None
     html: Path | None
 
     def check(self) -> None:
-        """Find out whether all can be written, before the verification, which takes minutes.
+        """Check, before the verification, which takes minutes, that all files can be written.
 
         Raises:
-            InputError: one cannot be.
+            InputError: a file cannot be written.
         """
         from diffdeploy.files import check_writable
 
         for path in (self.save_report, self.junit, self.html):
             if path is not None:
                 check_writable(path)
-        # CI would take an earlier run's for this one's, if this one ends without a verdict.
+        # If this run ends without a verdict, CI would mistake the files of an earlier run for its own.
         for path in (self.junit, self.html):
             if path is not None:
                 path.unlink(missing_ok=True)
 
     def write(self, report: "Report", subject: Path) -> None:
-        """Write them, each whole or not at all.
+        """Write all files, each completely or not at all.
 
         Raises:
-            UnavailableError: one cannot be written.
+            UnavailableError: a file cannot be written.
         """
         from diffdeploy.files import write_whole
 

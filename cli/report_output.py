@@ -1,4 +1,4 @@
-"""How ``export`` and ``verify`` end: the table, the verdict or its JSON, and the exit code."""
+"""End of ``export`` and ``verify``: the table, the verdict or its JSON, and the exit code."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,11 @@ def finish(report: "Report", subject: Path, *, as_json: bool, error: str | None 
     """Print a report: what failed and what to do about it, the table, and the verdict or JSON on standard output.
 
     Args:
-        report: of a verification.
+        report: report of a verification.
         subject: the bundle, or the report that was judged again.
-        as_json: in place of the line with the verdict.
-        error: what failed; by default what `Report.first_failure` says.
-        warn_only: whether a failure is no error.
+        as_json: true to print JSON instead of the verdict.
+        error: message about the failure; by default from `Report.first_failure`.
+        warn_only: true to exit with 0 after a failure.
 
     Returns:
         The exit code.
@@ -31,7 +31,7 @@ def finish(report: "Report", subject: Path, *, as_json: bool, error: str | None 
     if failed:
         error = error or f"{subject} failed verification: {report.first_failure()}; {_next_step(report, subject)}"
         (console.warn if warn_only else console.fail)(error)
-    # On standard error, with --json too: only the verdict is the result.
+    # On standard error, even with --json, since only the verdict is the result.
     print_report(report)
     if as_json:
         console.print_json({**report_fields(report, subject), **({"error": error} if failed else {})})
@@ -41,7 +41,7 @@ def finish(report: "Report", subject: Path, *, as_json: bool, error: str | None 
 
 
 def _next_step(report: "Report", subject: Path) -> str:
-    """The command that shows more of a failure."""
+    """Command that shows more about a failure."""
     if not subject.is_dir():
         return "run diffdeploy verify on the bundle itself"
     if report.selection == "golden":
@@ -51,11 +51,11 @@ def _next_step(report: "Report", subject: Path) -> str:
             f"diffdeploy verify {subject} --seed {report.seed} --save-inputs inputs.safetensors keeps the inputs that "
             "it fails on"
         )
-    return f"diffdeploy inspect {subject} says what it was made from"
+    return f"diffdeploy inspect {subject} shows what it was made from"
 
 
 def report_fields(report: "Report", subject: Path) -> dict[str, Any]:
-    """Status, bundle or report, graph and verdict; ``budget_used`` is ``null`` where an output had no number."""
+    """Status, bundle or report, graph and verdict; ``budget_used`` is ``null`` if an output had no number."""
     from diffdeploy.verify import num_judged_layers
 
     worst = report.worst
@@ -71,21 +71,21 @@ def report_fields(report: "Report", subject: Path) -> dict[str, Any]:
             "num_cases": len(report.cases),
             **layers,
             "worst": None if worst is None else {"case": worst.id, "budget_used": worst.budget_used},
-            # Those three stand above, or say how a report is stored.
+            # The excluded fields are elsewhere in the result, or describe how a report is stored.
             **report.model_dump(mode="json", exclude={"format", "graph", "schema_version", "loss"}),
         },
-        # Beside the verdict, of which it is no part.
+        # Next to the verdict, since it is not part of it.
         **({} if report.loss is None else {"loss": loss_fields(report.loss)}),
     }
 
 
 def loss_fields(loss: "Loss") -> dict[str, Any]:
-    """What quantised weights lost."""
+    """Fields of the loss from quantised weights."""
     return {**loss.model_dump(mode="json"), "worst_layer": loss.worst_layer}
 
 
 def graph_fields(facts: "ArtifactFacts") -> dict[str, Any]:
-    """What an artifact is; of a model also how many layers it has."""
+    """Facts about an artifact; for a model, including the number of layers."""
     fields = facts.model_dump()
     layers = {"num_layers": facts.num_layers} if facts.num_layers else {}
     return {"variant": fields.pop("variant"), **layers, **fields}

@@ -1,4 +1,4 @@
-"""``verify --html``: a verification on one page that needs nothing else, for whoever reviews a bundle."""
+"""``verify --html``: a verification on one self-contained page, for reviewers of a bundle."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -45,10 +45,10 @@ svg .whole { fill: var(--good); } svg .untried { fill: var(--paper); stroke: var
 
 
 def page(report: "Report", subject: Path) -> bytes:
-    """The whole page.
+    """Format the page.
 
     Args:
-        report: of a verification.
+        report: report of a verification.
         subject: the bundle, or the report that was judged again.
 
     Returns:
@@ -87,7 +87,7 @@ def page(report: "Report", subject: Path) -> bytes:
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            # Nothing of the page may reach out, whatever a name in a file holds.
+            # The page may not load anything, whatever names from files contain.
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
             f"<title>{text(title)}</title>",
             f"<style>{_STYLE}</style></head><body>",
@@ -109,7 +109,7 @@ def _summary(report: "Report") -> str:
     if (failure := report.first_failure()) is not None:
         facts["first failure"] = failure
     facts |= {
-        "not tried": report.untried or "nothing of the declared ranges",
+        "not tried": report.untried or "nothing; the declared ranges were tried completely",
         "graph": f"{report.graph.variant}, format {report.format}, {report.dtype}",
         "run by": report.backend,
         "inputs": f"{report.selection}, seed {report.seed}",
@@ -122,8 +122,8 @@ def _errors(cases: "Sequence[CaseReport]") -> list[str]:
         return []
     return [
         _section("Errors against the budget"),
-        "<p>Each point is one case. Its error against the formula in fp64 is a share of what is allowed: the error of "
-        "a right computation in this dtype, times a factor, and a floor. A cross has failed.</p>",
+        "<p>Each point is one case. Its error against the formula in fp64 is a share of the allowed error: that of a "
+        "correct computation in this dtype, times a factor, plus a floor. Crosses are failed cases.</p>",
         by_case(cases),
         _section("By length and kind"),
         "<p>The largest share of the budget that a case of this kind and sequence length used.</p>",
@@ -135,9 +135,9 @@ def _stages(report: "Report") -> list[str]:
     said = [_section("Stages")]
     guilty = report.guilty
     if guilty is None:
-        return [*said, "<p>Nothing failed, so no stage of the formula was looked at by itself.</p>"]
+        return [*said, "<p>Nothing failed, so the stages of the formula were not examined separately.</p>"]
     first = guilty.stage or "none"
-    said.append(f"<p>First that deviates: {text(f'{first}; {guilty.detail}')}; found by {guilty.found_by}.</p>")
+    said.append(f"<p>First stage that deviates: {text(f'{first}; {guilty.detail}')}; found by {guilty.found_by}.</p>")
     if not guilty.stages:
         return said
     rows = [
@@ -166,8 +166,8 @@ def _coverage(coverage: "Sequence[Coverage]") -> list[str]:
         rows.append(((part.axis, *said, untried, str(part.num_sizes)), True))
     headings = ("range", "declared", "compared whole", "compared in part", "not tried", "sizes run")
     return [
-        _section("Ranges proved"),
-        "<p>Dark was compared whole, light in some positions or rows. What is white was not tried.</p>",
+        _section("Verified ranges"),
+        "<p>Dark ranges were compared completely, light ones in some positions or rows. White ones were not tried.</p>",
         ranges(coverage),
         _table(headings, rows, numbers=(5,)),
     ]
@@ -176,8 +176,8 @@ def _coverage(coverage: "Sequence[Coverage]") -> list[str]:
 def _loss(report: "Report") -> list[str]:
     if report.loss is None:
         return []
-    note = "<p>What quantised weights lost against the original ones, which is no part of the verdict.</p>"
-    return [_section("Loss by quantised weights"), note, f"<p>{text(report.loss.summary)}</p>"]
+    note = "<p>Loss of the quantised weights, compared with the original ones; it is not part of the verdict.</p>"
+    return [_section("Loss from quantised weights"), note, f"<p>{text(report.loss.summary)}</p>"]
 
 
 def _section(heading: str) -> str:
@@ -189,7 +189,7 @@ def _facts(facts: dict[str, str]) -> str:
 
 
 def _table(headings: Sequence[str], rows: Iterable[tuple[Sequence[str], bool]], *, numbers: Sequence[int] = ()) -> str:
-    """A table whose rows are right or wrong."""
+    """HTML table that marks failed rows."""
 
     def row(tag: str, cells: Sequence[str]) -> str:
         kinds = [' class="number"' if column in numbers else "" for column in range(len(cells))]

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 __all__ = ["print_families", "print_faults", "print_report"]
 
-# With all columns; narrower terminals show the ones that a reader needs first.
+# Minimum width of a terminal for all columns; narrower ones show the most important columns.
 _WIDE = 110
 _NARROW_NAME = 24
 
 
 def print_report(report: "Report") -> None:
-    """The tables of a verification, on standard error: the contract, the cases by what they try, and what failed."""
+    """Print the tables of a verification to standard error: the contract, the cases by group, and the failures."""
     wide = _is_wide()
     _print(_contract_table(report))
     if report.cases:
@@ -35,16 +35,16 @@ def print_report(report: "Report") -> None:
     if report.guilty is not None:
         _print(_stage_table(report.guilty, wide=wide))
     if report.loss is not None:
-        console.note(f"loss by quantised weights: {report.loss.summary}")
+        console.note(f"loss from quantised weights: {report.loss.summary}")
 
 
 def print_faults(faults: "Sequence[FaultResult]") -> None:
-    """The table of a self-test on standard error: each fault, what caught it, and the stage that was named."""
+    """Print the table of a self-test to standard error: each fault, what caught it, and the stage that was named."""
     wide = _is_wide()
     table = _table(("fault", "", "caught by", "stage that was named"), (), whole=("fault", "caught by"))
     for fault in faults:
         said = fault.stage or "none"
-        named = "-" if fault.located is None else said if fault.located else f"{said}; it is {fault.expected_stage}"
+        named = "-" if fault.located is None else said if fault.located else f"{said}, not {fault.expected_stage}"
         table.add_row(
             _name(fault.name, wide=wide),
             _mark(fault.caught, "caught", "NOT SEEN") if fault.provable or fault.caught else "cannot be proved",
@@ -55,8 +55,8 @@ def print_faults(faults: "Sequence[FaultResult]") -> None:
 
 
 def print_families(families: "Sequence[Family]") -> None:
-    """Faults put in and caught, by kind, on standard error."""
-    table = _table(("family", ""), ("put in", "caught"))
+    """Print the numbers of injected and caught faults by family to standard error."""
+    table = _table(("family", ""), ("injected", "caught"))
     for family in families:
         said = _mark(family.caught == family.injected, "all", "NOT ALL") if family.provable else "cannot be proved"
         table.add_row(family.name, said, str(family.injected), str(family.caught))
@@ -78,14 +78,14 @@ def _case_table(report: "Report", *, wide: bool) -> "Table":
     numbers = ["cases", *(["rmse", "eager rmse"] if wide else []), "budget\nused", "k\nneeded"]
     table = _table(("inputs", "", "worst case"), numbers, whole=("worst case",))
     table.caption = (
-        f"budget used: error over what is allowed, which is k = {report.budget.k:g} times what a right computation is "
-        "off, and a floor\nk needed: the smallest k that the case would pass with"
+        f"budget used: error over the allowed error, which is k = {report.budget.k:g} times that of a correct "
+        "computation, plus a floor\nk needed: the smallest k with which the case would pass"
     )
     groups: dict[str, list[CaseReport]] = {}
     for case in report.cases:
         groups.setdefault(case.group, []).append(case)
     for group, cases in groups.items():
-        # By severity, as some cases have no number to compare.
+        # Chosen by severity, since some cases have no number to compare.
         worst = max(cases, key=lambda case: case.severity)
         table.add_row(
             console.cell(group),
@@ -100,7 +100,7 @@ def _case_table(report: "Report", *, wide: bool) -> "Table":
 
 
 def _name(name: str, *, wide: bool) -> str:
-    """The name of a case or a node, broken between its parts where there is little room."""
+    """The name of a case or a node, broken between its parts if there is little room."""
     if wide:
         return console.cell(name)
     lines = [""]
@@ -133,7 +133,7 @@ def _failure_table(failed: "Sequence[tuple[str, OutputReport]]", *, wide: bool) 
 
 
 def _stage_table(finding: "Finding", *, wide: bool) -> "Table":
-    """Where a failed artifact goes wrong: all stages that it shows, or the one sentence that there is."""
+    """Table of a failure's location: all stages that the artifact shows, or one sentence if it shows none."""
     table = _table(("stage", "", "where"), ("rmse", "eager\nrmse", "ratio"), whole=("stage", "where"))
     for stage in finding.stages:
         figures = (stage.rmse, stage.eager_rmse, stage.amplification)
@@ -145,7 +145,7 @@ def _stage_table(finding: "Finding", *, wide: bool) -> "Table":
 
 
 def _table(words: Sequence[str], numbers: Sequence[str], *, whole: Sequence[str] = ()) -> "Table":
-    """Columns of words on the left, of numbers on the right; those that are whole are not broken."""
+    """Columns of words on the left, of numbers on the right; columns in ``whole`` are not wrapped."""
     from rich import box
     from rich.table import Table
 

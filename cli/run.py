@@ -34,7 +34,7 @@ def run(
     """Run a bundle once on inputs from a file, and write its outputs to a file."""
     from diffdeploy.files import check_target, read_arrays, write_arrays
 
-    # Before anything is loaded, which may take longer than the run.
+    # Checked before anything is loaded, which may take longer than the run.
     check_target(outputs, force=force)
     with activity("opening the bundle", stages=False) as doing:
         import numpy as np
@@ -59,7 +59,7 @@ def run(
                 if _is_floating(array) and not np.isfinite(array.astype(np.float32)).all():
                     console.warn(f"{name} in {inputs} holds NaN or infinity")
             results = loaded(**arrays)
-            # Within the block, behind which the runtime is closed.
+            # Read inside the ``with`` block, after which the runtime is closed.
             backend = loaded.description
         write_arrays(outputs, results)
     _print(results, bundle, outputs, backend, as_json=as_json)
@@ -67,7 +67,7 @@ def run(
 
 
 def _is_floating(array: "Array") -> bool:
-    """Whether it holds numbers that can be NaN; others of numpy's kind V are records, which the runtime refuses."""
+    """True if an array can hold NaN; bfloat16 shares numpy's kind V with records, which the runtime refuses."""
     return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
 
 

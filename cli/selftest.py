@@ -17,13 +17,13 @@ __all__ = ["run_self_test"]
 
 
 def run_self_test(bundle: Path, run_options: "RunOptions", files: ReportFiles, *, as_json: bool) -> int:
-    """Put every fault that the bundle could have into copies of it, and print which were caught.
+    """Inject every fault that the bundle could have into copies of it, and print which were caught.
 
     Returns:
         The exit code: 0 only if every fault was caught.
 
     Raises:
-        DiffDeployError: no bundle there, or one that fails without any fault.
+        DiffDeployError: there is no bundle, or it fails without any fault.
     """
     files.check()
     with activity("verifying the bundle as it is") as doing:
@@ -37,10 +37,10 @@ def run_self_test(bundle: Path, run_options: "RunOptions", files: ReportFiles, *
     files.write_junit(bundle, {}, of_self_test(result))
     print_faults(result.faults)
     print_families(result.families)
-    # Dozens of faults share one reason: together, in the order in which they came.
+    # Faults that share a reason are printed together, in the order of their first occurrence.
     for reason in dict.fromkeys(skipped.reason for skipped in result.skipped):
         names = [skipped.name for skipped in result.skipped if skipped.reason == reason]
-        console.note(f"{len(names)} faults were not put in, since {reason}: {', '.join(names)}")
+        console.note(f"{len(names)} faults were not injected, since {reason}: {', '.join(names)}")
     if as_json:
         console.print_json(
             {
@@ -57,5 +57,5 @@ def run_self_test(bundle: Path, run_options: "RunOptions", files: ReportFiles, *
     if result.passed:
         return 0
     missed = [fault.name for fault in result.faults if fault.provable and not fault.caught]
-    console.fail(f"the verification of {bundle} does not see {', '.join(missed) or 'anything'}; do not rely on it")
+    console.fail(f"the verification of {bundle} does not detect {', '.join(missed) or 'anything'}; do not rely on it")
     return VerificationError.exit_code

@@ -1,4 +1,4 @@
-"""``diffdeploy serve``: a bundle behind somebody else's server of the Open Inference Protocol."""
+"""``diffdeploy serve``: serves a bundle with a third-party server of the Open Inference Protocol."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,16 +16,16 @@ def serve(
     server: Annotated[
         str | None, typer.Option(help="kserve or mlserver.", show_default="the one that is installed")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of HTTP.")] = 8080,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all addresses.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port.")] = 8080,
     device: Device = None,
     threads: Threads = None,
     trust: Trust = False,
     public_key: PublicKey = None,
 ) -> int:
-    """Serve a bundle by the Open Inference Protocol (version 2) until Ctrl-C, with KServe or MLServer.
+    """Serve a bundle over the Open Inference Protocol (version 2) until Ctrl-C, with KServe or MLServer.
 
-    A model generates where a request has max_new_tokens among its parameters; docs/deploy.md shows requests.
+    A model generates tokens if a request has the parameter max_new_tokens; docs/deploy.md shows requests.
     """
     from diffdeploy.engines.oip import ServeRequest
     from diffdeploy.engines.oip import serve as serve_bundle

@@ -37,13 +37,13 @@ Threads = Annotated[int | None, typer.Option(help="Number of CPU threads.", show
 RuntimeName = Annotated[
     Literal["native", "reference", "openvino"],
     typer.Option(
-        "--runtime", help="Runtime: the format's own, or for ONNX openvino or onnx.reference, slow but in every dtype."
+        "--runtime", help="Runtime: the format's own; for ONNX, also openvino or onnx.reference (slow, every dtype)."
     ),
 ]
 Recompile = Annotated[
     bool,
     typer.Option(
-        "--recompile", help="Compile a bundle of format compile again, on another machine than it was made on."
+        "--recompile", help="Recompile a bundle of format compile on a machine other than the one it was made on."
     ),
 ]
 Trust = Annotated[
@@ -58,20 +58,20 @@ PublicKey = Annotated[
 Cases = Annotated[
     str | None, typer.Option(help="Verification inputs: quick, full or a number of cases.", show_default="full")
 ]
-_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result, warnings and errors, nothing else.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result, warnings and errors.")]
 
 
 def with_parameters(command: Callable[..., int], parameters: Iterable[Parameter]) -> Callable[..., int]:
-    """Give a function that takes anything the parameters that typer makes options of."""
+    """Set the signature of a function with arbitrary arguments, from which typer makes options."""
     parameters = list(parameters)
-    # Both are what typer looks at.
+    # typer reads both.
     command.__signature__ = Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     return command
 
 
 def takes_quiet(command: Callable[..., int]) -> Callable[..., int]:
-    """The command with ``--quiet``."""
+    """Add ``--quiet`` to a command."""
 
     @wraps(command)
     def run_command(*arguments: Any, quiet: bool, **options: Any) -> int:
@@ -84,10 +84,10 @@ def takes_quiet(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def refuse_together(option: str, why: str, others: Mapping[str, object]) -> None:
-    """Refuse options that do not go together.
+    """Refuse options that cannot be combined.
 
     Args:
-        option: the one, or what it makes of the command.
+        option: the option, or the kind of command that results from it.
         why: the rest of a sentence about it.
         others: values by names of options; ``None`` for those that were not given.
 
@@ -95,14 +95,14 @@ def refuse_together(option: str, why: str, others: Mapping[str, object]) -> None
         InputError: one of the others was given.
     """
     if given := [name for name, value in others.items() if value is not None]:
-        raise InputError(f"{option} {why}, so it does not go with {', '.join(given)}; leave one out")
+        raise InputError(f"{option} {why}, so it cannot be combined with {', '.join(given)}; omit one")
 
 
 def selection_of(cases: str | None) -> "Selection | None":
-    """What ``--cases`` says; ``None`` where it was not given.
+    """Value of ``--cases``; ``None`` if it was not given.
 
     Raises:
-        InputError: it is none of the three.
+        InputError: it is neither quick, full nor a number above 0.
     """
     if cases is None:
         return None
@@ -113,4 +113,4 @@ def selection_of(cases: str | None) -> "Selection | None":
     # Not int() in a try, which accepts -3, +3 and 1_000.
     if cases.isdecimal() and int(cases) > 0:
         return int(cases)
-    raise InputError(f"--cases is {cases!r}; accepted is quick, full or a number above 0")
+    raise InputError(f"--cases is {cases!r}; accepted: quick, full or a number above 0")

@@ -1,4 +1,4 @@
-"""``diffdeploy sign``: a signature of a whole bundle by a private key."""
+"""``diffdeploy sign``: signs a whole bundle with a private key."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,12 +16,12 @@ def sign(
     private_key: Annotated[
         Path, typer.Option(help="Elliptic-curve key in PEM, without a password: P-256, P-384 or P-521.")
     ],
-    force: Annotated[bool, typer.Option("--force", help="Replace a signature that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing signature.")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Sign every file of a bundle, in the format of OpenSSF model-signing, without going online.
 
-    Whoever has the public key checks it with --public-key of verify, run, generate and bench, or in load().
+    Anyone with the public key can check it with --public-key of verify, run, generate and bench, or in load().
     """
     from diffdeploy.bundle import MANIFEST, open_bundle, sign_bundle
 

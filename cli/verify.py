@@ -1,4 +1,4 @@
-"""``diffdeploy verify``: everything that accepted a bundle, again, from the bundle alone; or a part of it."""
+"""``diffdeploy verify``: repeats the verification that accepted a bundle, or a part of it, from the bundle alone."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -53,11 +53,11 @@ def verify(
         str | None,
         typer.Option(
             help="Verification inputs: quick, full or a number of cases, quick ones first.",
-            show_default="full; none beside --load-inputs",
+            show_default="full; none with --load-inputs",
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed for the verification inputs.", show_default="as the bundle was made")
+        int | None, typer.Option(min=0, help="Seed for the verification inputs.", show_default="that of the export")
     ] = None,
     load_inputs: Annotated[
         Path | None, typer.Option(help="Verify on these inputs: .safetensors or .npz with the graph's input names.")
@@ -77,7 +77,7 @@ def verify(
     ] = None,
     k: Annotated[
         float | None,
-        typer.Option("--k", min=0.0, help="Factor on the error of a right computation, with --from-report."),
+        typer.Option("--k", min=0.0, help="Factor on the error of a correct computation, with --from-report."),
     ] = None,
     save_report: Annotated[Path | None, typer.Option(help="Write the report, for --from-report and diff.")] = None,
     junit: Annotated[
@@ -91,7 +91,7 @@ def verify(
     recompile: Recompile = False,
     trust: Trust = False,
     public_key: PublicKey = None,
-    warn_only: Annotated[bool, typer.Option("--warn-only", help="Exit with 0 also when verification fails.")] = False,
+    warn_only: Annotated[bool, typer.Option("--warn-only", help="Exit with 0 even if verification fails.")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Check a bundle's digests, structure, properties and numbers, on this machine.
@@ -103,9 +103,9 @@ def verify(
     With --public-key, the signature is checked first, before anything in the bundle is used.
 
     With --engine genai or vllm, the engine continues prompts, and its log-probabilities and tokens are compared. With
-    openvino or reference, everything is as without, but for what runs the artifact.
+    openvino or reference, only the runtime of the artifact differs.
 
-    With --self-test, the verification itself is tried: wrong copies of the bundle, each of which must be refused.
+    With --self-test, the verification itself is tested: it must reject every faulty copy of the bundle.
     """
     runtime = _runtime_of(engine, runtime)
     files = ReportFiles(save_report=save_report, junit=junit, html=html)
@@ -113,7 +113,7 @@ def verify(
     sweep |= {"--checkpoint": checkpoint}
     saved = {"--save-report": save_report, "--html": html}
     alone = {"--golden": golden or None, "--self-test": self_test or None}
-    # `or None`, since what is at its default was not given.
+    # `or None`, since an option with its default value was not given.
     run = {
         "--device": device,
         "--runtime": None if runtime == "native" else runtime,
@@ -154,7 +154,7 @@ def verify(
 
 
 class _Inputs(NamedTuple):
-    """What a bundle is verified on; see `verify_bundle`."""
+    """Inputs on which a bundle is verified; see `verify_bundle`."""
 
     cases: "Selection | None"
     seed: int | None
@@ -163,18 +163,18 @@ class _Inputs(NamedTuple):
 
 
 def _verified(bundle: Path, inputs: _Inputs | None, options: "RunOptions", checkpoint: Path | None) -> "Report":
-    """The report on a bundle; without inputs, on those that are stored in it."""
+    """Verify a bundle and return its report; without ``inputs``, use those stored in the bundle."""
     checks = []
     with activity("verifying" if checkpoint is None else "comparing with the checkpoint") as doing:
         from diffdeploy.bundle import open_bundle
         from diffdeploy.verify import verify_bundle, verify_golden
 
         if options.public_key is not None:
-            # Before a checkpoint is read as the bundle says.
+            # Checked before a checkpoint is read with options from the bundle.
             open_bundle(bundle, options.public_key)
             checks.append(_signature(options.public_key))
         if checkpoint is not None:
-            # Before the sweep, which takes minutes, and would be lost if there were no such checkpoint.
+            # Compared before the sweep, which takes minutes and would be lost without such a checkpoint.
             checks.append(_origin(bundle, checkpoint))
         doing.phase("verifying")
         if inputs is None:
@@ -195,7 +195,7 @@ def _verified(bundle: Path, inputs: _Inputs | None, options: "RunOptions", check
 
 
 def _runtime_of(engine: str | None, runtime: "Name") -> "Name":
-    """What runs the artifact: engines that are runtimes of artifacts run the same sweep as any other."""
+    """Runtime of the artifact; openvino and reference are runtimes, which run the same sweep as any other."""
     if engine not in ("openvino", "reference"):
         return runtime
     refuse_together(
@@ -205,13 +205,13 @@ def _runtime_of(engine: str | None, runtime: "Name") -> "Name":
 
 
 def _end(report: "Report", subject: Path, files: ReportFiles, *, as_json: bool, warn_only: bool) -> int:
-    # Files first: a pipe that was closed ends the command at the first line that is printed.
+    # Files are written first, since a closed pipe ends the command at the first printed line.
     files.write(report, subject)
     return finish(report, subject, as_json=as_json, warn_only=warn_only)
 
 
 def _signature(public_key: str | Path) -> "Check":
-    """What is so of every bundle that was opened with a key."""
+    """Check that passes for every bundle that was opened with a key."""
     from diffdeploy.verify import Check
 
     return Check(name="signature", passed=True, detail=f"every file is signed by the key {public_key}")

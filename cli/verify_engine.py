@@ -1,4 +1,4 @@
-"""``diffdeploy verify --engine``: whether somebody else's engine computes what the weights say."""
+"""``diffdeploy verify --engine``: checks that a third-party engine computes what the weights define."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,14 +25,14 @@ def run_engine(
     as_json: bool,
     warn_only: bool,
 ) -> int:
-    """Verify a model on an engine; print the verdict; give the exit code."""
+    """Verify a model on an engine, print the verdict, and return the exit code."""
     if path is None:
         raise InputError("no model was given; give a directory that the engine runs")
     from diffdeploy.engines import require_engine
 
     engine = require_engine(name)
     files.check()
-    # Before torch is loaded.
+    # Checked before torch is loaded.
     engine.require_usable()
     with activity(f"opening {path}") as doing:
         from diffdeploy.engines.verification import verify_engine
@@ -63,24 +63,24 @@ def _failure(report: "EngineReport", path: Path) -> str | None:
     first = failed[0]
     what = next(output for output in first.outputs if not output.passed)
     return (
-        f"{report.engine} {report.version} does not compute what {path} says: {len(failed)} of {len(report.cases)} "
+        f"{report.engine} {report.version} does not compute what {path} defines: {len(failed)} of {len(report.cases)} "
         f"cases failed, first {first.id}: {what.failure}"
     )
 
 
 def _verdict(report: "EngineReport", path: Path) -> str:
     worst = report.worst
-    share = "" if worst is None else f"; worst {worst.id} used {console.share(worst.budget_used)}"
+    share = "" if worst is None else f"; worst {worst.id} used {console.share(worst.budget_used)} of its error budget"
     ranks = f", tensor parallel {report.tensor_parallel_size}" if report.tensor_parallel_size > 1 else ""
     return (
         f"{'passed' if report.passed else 'failed'}: {path} on {report.engine} {report.version}, {report.dtype}{ranks} "
-        f"({len(report.cases)} cases; {report.num_tokens_checked} of {report.num_tokens} greedy tokens have a margin "
-        f"that tells{share} of its error budget)"
+        f"({len(report.cases)} cases; {report.num_tokens_checked} of {report.num_tokens} greedy tokens have a "
+        f"sufficient margin{share})"
     )
 
 
 def _fields(report: "EngineReport", path: Path) -> dict[str, Any]:
-    """For JSON."""
+    """Fields for JSON."""
     worst = report.worst
     return {
         "status": "passed" if report.passed else "failed",

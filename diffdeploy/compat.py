@@ -41,9 +41,7 @@ def _config(
     embed_dim: int, depth: int, num_heads: int, num_kv_heads: int | None, gqa_layout: GqaLayout
 ) -> DiffAttentionConfig:
     if num_heads < 1 or embed_dim % (2 * num_heads):
-        raise InputError(
-            f"embed_dim is {embed_dim}; accepted is a multiple of twice the {num_heads} differential heads"
-        )
+        raise InputError(f"embed_dim is {embed_dim}; accepted: a multiple of twice the {num_heads} differential heads")
     lambda_init = lambda_init_at(depth)
     return DiffAttentionConfig(
         embed_dim=embed_dim,
@@ -106,7 +104,7 @@ class _MultiheadSdpaDiff(_Multihead):
     def __init__(self, embed_dim: int, depth: int, num_heads: int, num_kv_heads: int | None = None) -> None:
         for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
             if count is not None and (count < 1 or count % 2):
-                raise InputError(f"{name} is {count}; accepted is an even number, since pairs of heads are subtracted")
+                raise InputError(f"{name} is {count}; accepted: an even number, since pairs of heads are subtracted")
         super().__init__(embed_dim, depth, num_heads // 2, None if num_kv_heads is None else num_kv_heads // 2)
 
 

@@ -24,7 +24,7 @@ def file_sha256(path: Path) -> str:
 
 def _check_suffix(path: Path) -> None:
     if path.suffix not in _SUFFIXES:
-        raise InputError(f"{path} ends in {path.suffix or 'nothing'!r}; accepted is .safetensors or .npz")
+        raise InputError(f"{path} ends in {path.suffix or 'nothing'!r}; accepted: .safetensors or .npz")
 
 
 def check_target(path: Path, *, force: bool = False) -> None:

@@ -25,12 +25,12 @@ __all__ = ["lower", "scratch_for_all_programs"]
 def lower(block: AnyModule, spec: GraphSpec, directory: Path, device: str) -> None:
     """Write ``model.pt2``; `torch._inductor.aoti_load_package` reads it.
 
-    Its metadata carry the digest of the weights and the torch that compiled it.
+    Its metadata contains the digest of the weights and the version of torch that compiled it.
 
     Raises:
         ExportError: the compiler made a package that crashes when it is loaded.
     """
-    # The package holds the weights inside, out of reach; the verification compares this with weights.safetensors.
+    # The weights in the package cannot be read back; the verification compares this digest with weights.safetensors.
     metadata = {"weights_sha256": file_sha256(directory / WEIGHTS), "torch": torch.__version__}
     program = trace(block, spec, device)
     with scratch_for_all_programs(), nullcontext() if device == "cpu" else _without_vector_instructions():
@@ -44,10 +44,10 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, device: str) -> No
 
 @contextmanager
 def _without_vector_instructions() -> Iterator[None]:
-    """Have the code that only launches kernels compiled for any processor of its kind.
+    """Use no vector instructions in the code that only launches kernels, so that it runs on all of its architecture.
 
-    To find out which vector instructions there are, inductor starts Python with torch for each kind of them: ten times
-    on a processor with AVX-512 and AMX, which took 40 of the 68 seconds that an export took.
+    To detect vector instructions, inductor starts Python with torch once for each kind: ten times on a processor with
+    AVX-512 and AMX, which took 40 of the 68 seconds of an export.
     """
     from torch._inductor import codecache, cpu_vec_isa
 
@@ -59,13 +59,13 @@ def _without_vector_instructions() -> Iterator[None]:
 
 
 def _require_shared_cpp_library(package: Path) -> None:
-    """Refuse a package with a C++ library of its own: `std::regex` mixes it with torch's, and crashes on loading.
+    """Refuse a package that contains the C++ library: `std::regex` mixes it with torch's, and crashes on loading.
 
     Raises:
-        ExportError: it has one.
+        ExportError: the package contains one.
     """
     _, library = read_library(package)
-    # As the linker writes what is loaded with it; of clang, libc++ stands by itself.
+    # Names of shared libraries, as the linker writes them: either one is enough, that of GCC or that of clang.
     if b"libstdc++.so.6" in library or b"libc++.so.1" in library:
         return
     raise ExportError(
@@ -76,9 +76,9 @@ def _require_shared_cpp_library(package: Path) -> None:
 
 @contextmanager
 def scratch_for_all_programs() -> Iterator[None]:
-    """Have packages allocate what a kernel of Triton writes tensor maps to for each of its programs.
+    """Make packages allocate memory for the tensor maps of a Triton kernel separately for each of its programs.
 
-    Torch 2.11 allocates it once, and programs overwrite each other's; 2.14 multiplies its size by the grid, as here.
+    Torch 2.11 allocates it once, so programs overwrite each other's; 2.14 multiplies its size by the grid, as here.
     """
     from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
 

@@ -35,7 +35,7 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, device: str) -> No
     for node in program.graph.output_node().args[0]:  # where inductor looks for the symbols of the sizes
         node.meta["example_value"] = node.meta["val"]
     arguments = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
-    # What inductor would not cache it would not save either; told apart from others by what is in its branches.
+    # inductor does not save what it cannot cache; `torch.cond` becomes cacheable, with a digest of its branches as key.
     branches = {"torch.ops.higher_order.cond": _digest_of_branches(program.graph_module)}
     with recorded(directory / KERNELS), config.patch(unsafe_marked_cacheable_functions=branches):
         artifact = standalone_compile(program.graph_module, arguments, dynamic_shapes="from_graph")

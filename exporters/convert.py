@@ -92,14 +92,12 @@ def convert_model(
         phase("comparing logits")
         written = read_model(staging)
         if written.config != wanted:
-            raise VerificationError(
-                f"the written checkpoint is read with another config than {found.layout} was; nothing was kept"
-            )
+            raise VerificationError("the written checkpoint, when read back, has a different config; nothing was kept")
         dtype = _dtype(found)
         cases = _compare(found, written, dtype)
         if failed := next((case for case in cases if not case.passed), None):
             raise VerificationError(
-                f"the written checkpoint computes other logits, and was not kept: {failed.id}: {failed.failure}"
+                f"the written checkpoint computes different logits, and was not kept: {failed.id}: {failed.failure}"
             )
         record = ConversionRecord(
             target=target,

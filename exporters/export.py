@@ -67,7 +67,7 @@ class Export:
         path: directory of the bundle.
         facts: facts read from the artifact.
         report: report of the verification that accepted it, if there was one.
-        loss: loss by quantised weights, if it was measured.
+        loss: loss from quantised weights, if it was measured.
     """
 
     path: Path
@@ -97,7 +97,7 @@ def _checked_format(options: ExportOptions) -> Format:
             f"{', '.join(found.caches)}"
         )
     if options.seed < 0:
-        raise InputError(f"seed is {options.seed}; accepted is 0 or more")
+        raise InputError(f"seed is {options.seed}; accepted: 0 or more")
     found.check_options(options)
     return found
 
@@ -164,7 +164,7 @@ def export_bundle(
         UnavailableError: a package or disk space is missing.
         ExportError: the block could not be lowered.
         RejectedError: the artifact does not compute what its weights and config define.
-        VerificationError: the loss by quantised weights exceeds the limits in ``options``.
+        VerificationError: the loss from quantised weights exceeds the limits in ``options``.
     """
     import torch
 
@@ -232,7 +232,7 @@ def _accept(
     if not report.passed:
         raise RejectedError(
             f"the exported {bundle.manifest.format} artifact failed verification and was not kept: "
-            f"{report.first_failure()}; --no-verify keeps one, for diffdeploy verify to examine",
+            f"{report.first_failure()}; --no-verify keeps the artifact, for diffdeploy verify to examine",
             report,
         )
     # The report needs a digest, too, so the manifest is written again.

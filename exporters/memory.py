@@ -1,4 +1,4 @@
-"""Whether the export of a model fits the memory of this machine, guessed from its config before it is lowered."""
+"""Estimate, from the config alone, whether the export of a model fits into the memory of this machine."""
 
 import math
 
@@ -17,7 +17,7 @@ _COPIES = 2.0
 
 
 def needed_bytes(config: DecoderConfig, dtype: DType) -> int:
-    """The least memory that an export of a model takes."""
+    """Lower bound of the memory that an export of a model needs."""
     elements = sum(math.prod(shape) for shape in config.weight_shapes().values())
     return _LIBRARY_BYTES + int(_COPIES * elements * (4 if dtype == "float32" else 2))
 
@@ -26,7 +26,7 @@ def require_memory(config: AnyModel, dtype: DType) -> None:
     """Refuse a model that does not fit; blocks are small.
 
     Args:
-        config: what is exported.
+        config: config of the block or model.
         dtype: dtype of the artifact.
 
     Raises:
@@ -36,10 +36,10 @@ def require_memory(config: AnyModel, dtype: DType) -> None:
         return
     try:
         free = free_bytes("cpu", swap=True)
-    except (OSError, KeyError):  # a system that does not say, on which the export has to be tried
+    except (OSError, KeyError):  # the system does not report its memory, so the export is attempted
         return
     if (needed := needed_bytes(config, dtype)) > free:
         raise UnavailableError(
-            f"the export needs at least {needed / 2**30:.3g} GiB of memory, and {free / 2**30:.3g} GiB are free here; "
-            "free some, take a machine with more, or export in another --dtype or a block with --layer"
+            f"the export needs at least {needed / 2**30:.3g} GiB of memory, but {free / 2**30:.3g} GiB are free here; "
+            "free some, use a machine with more, or export in another --dtype or a block with --layer"
         )

@@ -2,7 +2,7 @@
 
 The operator counts the tokens of each row, and appends the new ones to the past: in another buffer, or in place if past
 and present are bound to the same one. As everywhere, keys are stored as ``[k1 | k2]`` after the rotary embedding, which
-is therefore a separate operator: inside of the attention, it would require the halves of a pair to be interleaved.
+is therefore a separate operator: inside the attention, it would require the halves of a pair to be interleaved.
 
 Shape suffixes: B batch, H heads, S new tokens, P past tokens, T = P + S, d stream width, e value width.
 """

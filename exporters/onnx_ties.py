@@ -57,7 +57,7 @@ def tie_head(model: "onnx_ir.Model", vocab_size: int, embed_dim: int) -> None:
 def _is(
     value: "onnx_ir.Value | None", rows: int, other: "onnx_ir.Value | None" = None, *, turned: bool = False
 ) -> bool:
-    """True if a value is an initializer with so many rows, equal to another one or, if ``turned``, to its transpose."""
+    """True if a value is an initializer of ``rows`` rows, equal to another one or, if ``turned``, to its transpose."""
     held = None if value is None else value.const_value
     if held is None or len(held.shape) != 2 or held.shape[0] != rows:  # noqa: PLR2004 - a matrix
         return False

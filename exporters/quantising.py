@@ -71,9 +71,9 @@ def check_quantisation(checkpoint: "Checkpoint | ModelCheckpoint", options: Expo
     if given and TOKENIZER not in _companions(checkpoint):
         raise InputError(f"{given[0]} needs a text, but the checkpoint has no {TOKENIZER} to read one with; omit it")
     if options.max_kl is not None and not 0 <= options.max_kl < math.inf:
-        raise InputError(f"max kl is {options.max_kl}; accepted is a number of nats, 0 or more")
+        raise InputError(f"max kl is {options.max_kl}; accepted: a number of nats, 0 or more")
     if options.min_agreement is not None and not 0 <= options.min_agreement <= 1:
-        raise InputError(f"min agreement is {options.min_agreement}; accepted is a share, 0 to 1")
+        raise InputError(f"min agreement is {options.min_agreement}; accepted: a share, 0 to 1")
     if options.text is not None:
         _read(options.text)
 
@@ -96,10 +96,10 @@ def loss_of(
     options: ExportOptions,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Loss | None:
-    """Measure the loss by quantised weights; ``None`` without quantisation or without a tokenizer.
+    """Measure the loss from quantised weights; ``None`` without quantisation or without a tokenizer.
 
     Raises:
-        InputError: the text has less than two tokens, or one that the model does not know.
+        InputError: the text has fewer than two tokens, or one that the model does not know.
         VerificationError: the loss exceeds a limit.
     """
     if options.weights is None or TOKENIZER not in bundle.manifest.files:

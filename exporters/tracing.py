@@ -44,8 +44,8 @@ def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tu
         "total_sequence_length": 4,
     }
     if "total_sequence_length" in axes:
-        # It follows from its parts; with a cache in place, torch before 2.13 would doubt the declared range, for a
-        # minimum of T and 2 T that it does not know to be T.
+        # Derived from its parts, since with an in-place cache, torch before 2.13 would reject the declared range: it
+        # does not know that min(T, 2 T) is T.
         axes["total_sequence_length"] = torch.export.Dim.DYNAMIC
     tensors, dynamic = [], []
     for tensor in spec.inputs.values():
@@ -57,10 +57,10 @@ def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tu
 
 @contextmanager
 def _with_conditions_forgotten() -> Iterator[None]:
-    """Forget what dynamo compiled of `torch.cond` within it.
+    """Forget what dynamo compiled for `torch.cond` in the ``with`` block.
 
-    Its guards look at the buffers of which caches are views; the trace of a later model, whose caches are no views,
-    would fail as they are compared.
+    Its guards inspect the buffers of which caches are views, and would fail in the trace of a later model whose caches
+    are not views.
     """
     try:
         yield

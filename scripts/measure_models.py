@@ -1,4 +1,4 @@
-"""Prompts and decoding of whole models on CUDA: eager, compiled, AOTInductor, beside the same model with softmax.
+"""Prompts and decoding of whole models on CUDA: eager, compiled and AOTInductor, next to the same model with softmax.
 
     python scripts/measure_models.py --model 254m --model 1.5b --output models.json
 
@@ -111,7 +111,7 @@ def model_of(name: str, config: DecoderConfig, device: str, positions: int) -> D
 
 
 class Prefill(nn.Module):
-    """Logits behind a prompt ``[B, S]``."""
+    """Logits after a prompt ``[B, S]``."""
 
     def __init__(self, model: DiffTransformer) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Prefill(nn.Module):
 
 
 class Decode(nn.Module):
-    """Logits behind one token, which takes the last cell of every cache."""
+    """Logits after one token, which occupies the last position of every cache."""
 
     def __init__(self, model: DiffTransformer) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Decode(nn.Module):
 
 
 def latency_ms(call: Call) -> float:
-    """Median of single calls between events, behind two that do not count."""
+    """Median of single calls between events, after two that do not count."""
     samples = []
     for number in range(_ROUNDS + 2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -172,7 +172,7 @@ def caches_of(config: DecoderConfig, name: str, batch: int, tokens: int, device:
 
 
 def read_bytes(config: DecoderConfig, batch: int, tokens: int) -> int:
-    """What decoding a token must read: all weights but the embedding, and the caches."""
+    """Number of bytes that decoding a token must read: all weights but the embedding, and the caches."""
     shapes = config.weight_shapes()
     weights = sum(math.prod(shape) for name, shape in shapes.items() if name != "embedding.weight")
     block = config.attention
@@ -182,7 +182,7 @@ def read_bytes(config: DecoderConfig, batch: int, tokens: int) -> int:
 
 @contextmanager
 def fastest_backends(name: str) -> Iterator[None]:
-    """Of softmax attention cuDNN and FlashAttention, which are faster than torch's other kernels."""
+    """Use cuDNN and FlashAttention for softmax attention, which are faster than torch's other kernels."""
     if name == _DIFFERENTIAL:
         yield
         return
@@ -192,15 +192,15 @@ def fastest_backends(name: str) -> Iterator[None]:
 
 @dataclass
 class Run:
-    """What is measured, and where it is noted.
+    """One measurement, and the file of its results.
 
     Attributes:
-        prompts: lengths.
-        pasts: tokens behind which one is decoded.
-        batches: rows, when decoding.
+        prompts: lengths of the prompts.
+        pasts: numbers of tokens after which one is decoded.
+        batches: numbers of rows, when decoding.
         output: file of the results.
-        compile_only: fill inductor's cache, and measure nothing.
-        tuned: also decode with kernels that inductor tunes, which are reductions in place of products of one row.
+        compile_only: true to fill inductor's cache, and measure nothing.
+        tuned: true to decode also with kernels that inductor tunes, which replace products of one row by reductions.
         bandwidth: bytes per second of a copy.
     """
 

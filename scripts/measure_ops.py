@@ -72,7 +72,7 @@ def candidates(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> dict[str, Callab
     for name, run in runs.items():
         try:
             run()
-        # For a missing package or kernel, or too little memory, the others are still measured.
+        # If a package, a kernel or memory is lacking, the others are still measured.
         except (DiffDeployError, ImportError, RuntimeError, torch.OutOfMemoryError) as error:
             print(f"{name} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
         else:

@@ -126,7 +126,7 @@ def test_version_2() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: compat.MultiheadSdpaDiff1(32, 0, 4, 1), "num_kv_heads is 1; accepted is an even number"),
+        (lambda: compat.MultiheadSdpaDiff1(32, 0, 4, 1), "num_kv_heads is 1; accepted: an even number"),
         (lambda: compat.MultiheadSdpaDiff1(32, 0, 5), "num_heads is 5"),
         (lambda: compat.MultiheadDiffAttn(30, 0, 4), "embed_dim is 30"),
         (lambda: compat.MultiheadFlashDiffV2(False, 32, 4, 2, 8), "plain attention"),

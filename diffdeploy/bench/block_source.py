@@ -127,7 +127,7 @@ def open_sources(
         public_key: key that must have signed every bundle.
 
     Raises:
-        InputError: a path cannot be opened, or does not hold the same block.
+        InputError: a path cannot be opened, or the paths hold different blocks.
         IntegrityError: a bundle is damaged, or not signed by the key.
     """
     bundles = tuple(open_bundle(path, public_key) for path in paths if is_bundle(path))
@@ -135,13 +135,13 @@ def open_sources(
     if len(checkpoints) > 1:
         raise InputError(f"{checkpoints[0]} and {checkpoints[1]} are two checkpoints; give one, and bundles of it")
     if paths and sizes.given:
-        raise InputError(f"sizes are those of a random block, but {paths[0]} has its own; omit one of them")
+        raise InputError(f"sizes are for a random block, but {paths[0]} has its own; omit one of them")
     # Such options would have no effect, which the user must know.
     if public_key is not None and not bundles:
-        raise InputError("--public-key is for checking bundles, but none is given")
+        raise InputError("--public-key is for checking bundles, but no bundle is given")
     if not checkpoints and reading.given():
         raise InputError(
-            f"--{next(iter(reading.given())).replace('_', '-')} is for reading a checkpoint, but none is given"
+            f"--{next(iter(reading.given())).replace('_', '-')} is for reading a checkpoint, but no checkpoint is given"
         )
     names = tuple(
         # Bundles of the same name in different folders are distinguished by their paths.

@@ -1,4 +1,4 @@
-"""Common parts of benchmarks of blocks and of models: the events of measuring processes, and forms of rows."""
+"""Common parts of benchmarks of blocks and of models: the events of measuring processes, and the formatting of rows."""
 
 import csv
 import io
@@ -49,7 +49,7 @@ class Collected:
                 self._samples[event["size"], event["name"]].append(event["latency_ms"])
 
     def _status(self, rows: Iterable[_Row]) -> Status:
-        # Unfinished measurements do not count as wrong, since they might have become right.
+        # Unfinished measurements do not count as wrong, since they might have become correct.
         if not self._finished:
             return "interrupted"
         return "wrong" if any(row.status == "wrong" for row in rows) else "measured"

@@ -88,7 +88,7 @@ def _eager(plan: Plan, config: AnyConfig, weights: Mapping[str, "Tensor"], impl:
 
 
 def judge_candidate(run: Run, inputs: Mapping[str, "Tensor"], expected: Mapping[str, Yardstick]) -> Verdict:
-    """Run a candidate once and judge its outputs; any exception is the finding."""
+    """Run a candidate once and judge its outputs; an exception counts as a failure."""
     try:
         outputs = run(inputs)
     except Exception as error:  # noqa: BLE001 - a candidate that fails is wrong, and the others are measured

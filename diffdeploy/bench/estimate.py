@@ -10,13 +10,13 @@ from diffdeploy.ops import Impl
 
 __all__ = ["candidate_bytes", "fits_twice", "require_memory"]
 
-# Number of score matrices of all heads in memory at once, in fp32, rounded up from docs/operator-speed.md. Others keep
-# none, since their kernels read the keys block by block.
+# Number of score matrices of all heads in memory at once, in fp32, rounded up from docs/operator-speed.md. Other
+# implementations keep none, since their kernels read the keys block by block.
 _SCORE_MATRICES: dict[str, dict[str, float]] = {
     "cpu": {Impl.NAIVE: 4.2, Impl.TWO_CALL: 2.6, Impl.STACKED_WIDE: 5.0},
     "cuda": {Impl.NAIVE: 4.2},
 }
-# Number of tensors as large as the queries, from projections to output: `padded` has most, 11 at a length of 2048.
+# Number of tensors as large as the queries, from projections to output: `padded` has the most, 11 at a length of 2048.
 _ACTIVATIONS = 12
 
 

@@ -116,7 +116,7 @@ class OtherLoad:
 
 
 def _clocks_and_power() -> str | None:
-    """Of torch's current CUDA device, as its driver tells them; nothing is set."""
+    """Clocks and power of torch's current CUDA device, as reported by its driver; no setting is changed."""
     import torch
 
     fields = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit"

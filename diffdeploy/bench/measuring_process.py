@@ -1,4 +1,4 @@
-"""A measuring process, whose output is read line by line, and which ends with its block."""
+"""A measuring process, whose output is read line by line, and which ends with its ``with`` block."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ __all__ = ["MeasuringProcess"]
 
 
 class MeasuringProcess:
-    """A running worker, such as `diffdeploy.bench.worker`. It is a context manager; leaving the block ends the worker.
+    """A running worker, such as `diffdeploy.bench.worker`. It is a context manager that ends the worker.
 
     Args:
         arguments: arguments of the worker.
@@ -58,6 +58,6 @@ class MeasuringProcess:
                 kind: type[DiffDeployError] = getattr(errors, event["kind"], ExportError)
                 raise kind(event["message"])
             yield event
-        # A killed worker, for example for its memory, sends no event.
+        # A worker that was killed, for example because of its memory, sends no event.
         if self._process.wait():
             raise ExportError(f"the process that measures ({self._name}) {self._process.obituary()}")

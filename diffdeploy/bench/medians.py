@@ -86,5 +86,5 @@ def times(samples: Sequence[float], baseline: Sequence[float]) -> dict[str, floa
 
 
 def rounded(value: float | int | None) -> float | int | None:
-    """Round to five digits, since more would suggest a false precision."""
+    """Round to five digits, since more would suggest false precision."""
     return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -29,7 +29,7 @@ def require_plot(path: Path) -> None:
     from importlib.util import find_spec
 
     if path.suffix not in SUFFIXES:
-        raise InputError(f"{path} is not a figure that can be written; accepted are names that end in .svg or .png")
+        raise InputError(f"{path} is not a figure that can be written; accepted: names that end in .svg or .png")
     if find_spec("matplotlib") is None:
         raise UnavailableError("a plot needs matplotlib, which is not installed; pip install 'diffdeploy[plot]'")
 
@@ -152,5 +152,5 @@ def environment_line(report: BenchReport) -> str:
     environment = report.environment
     versions = ", ".join(f"{name} {found}" for name, found in environment.packages.items() if name != "numpy")
     where = environment.device if environment.device != "cpu" else environment.cpu
-    others = "" if environment.other_load is None else f"; others kept {environment.other_load:.2f} cores busy"
+    others = "" if environment.other_load is None else f"; other processes: {environment.other_load:.2f} cores"
     return f"{where}, {environment.threads} threads; {versions}{others}"

@@ -80,7 +80,7 @@ class BenchRequest:
 def prepare(
     request: BenchRequest, phase: Say, note: Say, *, compare_with: BenchReport | None = None
 ) -> Iterator[Bench]:
-    """Prepare a run with everything that it needs; bundles that are exported for it are removed after the block.
+    """Prepare a run with everything that it needs; bundles exported for it are removed after the ``with`` block.
 
     Args:
         request: the user's request.

@@ -154,7 +154,7 @@ def read_report(path: Path) -> BenchReport:
     Raises:
         InputError: the file cannot be read, or does not contain such a report.
     """
-    # `Row.fields` omits the one that does not apply to a row.
+    # `Row.fields` omits `impl` or `format`, whichever does not apply to a row.
     neither = {"impl": None, "format": None}
     try:
         stored = json.loads(path.read_bytes())

@@ -31,13 +31,13 @@ _SECONDS_PER_SIZE, _SECONDS_PER_MEMORY = 20.0, 3.0
 # that serves similar calls; by default that depends on what other candidates have freed, and ratios change by 30 % from
 # run to run. For memory, larger tensors are returned to the system when they are freed, so that only live memory is
 # resident.
-# For times: never map, keep up to 16 GiB, and grow by 64 MiB at a time.
+# To measure times: never use mmap, keep up to 16 GiB, and grow by 64 MiB at a time.
 STEADY_MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**26),
 }
-# For memory: map from 64 KiB on.
+# To measure memory: use mmap from 64 KiB on.
 _EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 

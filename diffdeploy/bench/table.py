@@ -64,7 +64,7 @@ def _captured(rows: list[Row]) -> str:
     if not any(row.captured for row in rows):
         return ""
     others = [row.name for row in rows if row.latency_ms is not None and not row.captured]
-    return "; timed as CUDA graphs" + (f", but for {', '.join(others)}" if others else "")
+    return "; timed as CUDA graphs" + (f", except {', '.join(others)}" if others else "")
 
 
 def describe_block(report: BenchReport) -> str:

@@ -40,7 +40,7 @@ def _cuda_ms(call: Call) -> float:
     # This call also serves as the one that does not count.
     count = max(3, int(_SECONDS_PER_SAMPLE / seconds_per_call(call, device="cuda")))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    # Around all calls, since single events would time the launches of short kernels instead of the kernels.
+    # Events enclose all calls, since events around each would time the launches of short kernels, not the kernels.
     begin.record()
     for _ in range(count):
         call()
@@ -51,9 +51,9 @@ def _cuda_ms(call: Call) -> float:
 
 
 def as_cuda_graph(call: Call) -> Call | None:
-    """The call as a CUDA graph, which times its kernels where launching them takes longer; ``None`` if it has none.
+    """Capture a call as a CUDA graph, to time its kernels if launching them takes longer; ``None`` if not possible.
 
-    A call that waits for the device, or that gives work to another stream than the current one, cannot be captured.
+    A call that waits for the device, or that submits work to a stream other than the current one, cannot be captured.
     """
     import torch
 
@@ -61,8 +61,8 @@ def as_cuda_graph(call: Call) -> Call | None:
     stream.wait_stream(home)
     try:
         with torch.cuda.stream(stream):
-            call()  # what is allocated or compiled in a first call
-            # Looked for beforehand: a capture that is broken off leaves torch's allocator in it.
+            call()  # the first call may allocate and compile
+            # Checked beforehand, since an aborted capture leaves torch's allocator in capture mode.
             with _no_waiting():
                 call()
         torch.cuda.synchronize()

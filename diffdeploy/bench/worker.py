@@ -91,7 +91,7 @@ def _right_ones(
 
 
 def _decodes_on_cuda(plan: Plan) -> bool:
-    """Whether kernels are so short that launching them takes longer."""
+    """True if kernels are so short that launching them takes longer than running them."""
     return plan.graph == "cached" and plan.device == "cuda"
 
 

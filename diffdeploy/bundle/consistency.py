@@ -30,7 +30,7 @@ def require_consistent(manifest: Manifest, weights: Path) -> None:
     for axis, most in _MOST.items():
         given = spec.axes[axis].max if axis in spec.axes else 0
         if not 1 <= given <= most:
-            raise IntegrityError(f"manifest.json has up to {given} for {axis}; accepted is 1 to {most}")
+            raise IntegrityError(f"manifest.json has up to {given} for {axis}; accepted: 1 to {most}")
     try:
         implied = graph_spec(
             spec.variant,
@@ -57,7 +57,7 @@ def require_consistent(manifest: Manifest, weights: Path) -> None:
 def _require_source(manifest: Manifest) -> None:
     """Check that the records of the export and of the checkpoint are plausible; the checkpoint is not read again."""
     if manifest.options.seed < 0:
-        raise IntegrityError(f"manifest.json has the seed {manifest.options.seed}; accepted is 0 or more")
+        raise IntegrityError(f"manifest.json has the seed {manifest.options.seed}; accepted: 0 or more")
     source = manifest.provenance
     if isinstance(manifest.config, DecoderConfig) and source.layer is not None:
         raise IntegrityError(f"manifest.json has layer {source.layer}, but a whole model has no single layer")

@@ -36,7 +36,7 @@ def migrated(fields: Fields) -> Fields:
     given = fields.get("schema_version")
     if type(given) is not int or (given != _PRESENT and given not in _STEPS):  # True is an int, but not a schema
         accepted = ", ".join(map(str, (*_STEPS, _PRESENT)))
-        raise IntegrityError(f"manifest.json has schema_version {given!r}; accepted is {accepted}")
+        raise IntegrityError(f"manifest.json has schema_version {given!r}; accepted: {accepted}")
     while fields["schema_version"] in _STEPS:
         fields = _STEPS[fields["schema_version"]](fields)
     return fields

@@ -127,5 +127,5 @@ def _unusable(key: str | Path, kind: str, error: Exception) -> InputError:
     if isinstance(error, OSError):
         return InputError(f"{key} cannot be read ({error.strerror}); give the file of a {kind}")
     return InputError(
-        f"{key} is not a usable {kind}; accepted are elliptic-curve keys in PEM format, of P-256, P-384 or P-521"
+        f"{key} is not a usable {kind}; accepted: elliptic-curve keys in PEM format, of P-256, P-384 or P-521"
     )

@@ -1,7 +1,7 @@
 """Fields of ``config.json`` that concern attention must agree with the block; a contradiction is an error.
 
 A layout reads the fields that its code base uses. The file may contain others, written by hand, by a trainer or by a
-later revision. If one contradicts the block, only the user can say which of the two is right.
+later revision. If one contradicts the block, only the user can say which of the two is correct.
 """
 
 from collections.abc import Callable

@@ -132,4 +132,4 @@ def _not_whole(path: Path, keys: set[str], layout: Layout | None) -> InputError:
     begin = f"its keys begin with {listed(sorted(keys)[:3])}"
     if layout is not None:
         return InputError(f"{path} does not have the keys of layout {layout.name}; {begin}")
-    return InputError(f"{path} has no known layout; accepted are {', '.join(LAYOUTS)}, and {begin}")
+    return InputError(f"{path} has no known layout; accepted: {', '.join(LAYOUTS)}; {begin}")

@@ -45,7 +45,7 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not {what} ({_first_line(error)}); correct it or copy it again") from error
     if not isinstance(fields, dict):
-        raise InputError(f"{path} holds a {type(fields).__name__}; accepted is a JSON object")
+        raise InputError(f"{path} holds a {type(fields).__name__}; accepted: a JSON object")
     return fields
 
 
@@ -63,9 +63,9 @@ def typed_field(fields: Fields, name: str, kind: type[_Value]) -> _Value | None:
     # JSON does not distinguish 10000 from 10000.0; and for Python, unlike JSON, true is an int.
     accepted = (int, float) if kind is float else (kind,)
     if value is not None and (not isinstance(value, accepted) or isinstance(value, bool)):
-        raise InputError(f"{name} in config.json is {shortened(value)}; accepted is a {kind.__name__}")
+        raise InputError(f"{name} in config.json is {shortened(value)}; accepted: a {kind.__name__}")
     if kind is float and value is not None and not math.isfinite(_as_float(cast(float, value))):
-        raise InputError(f"{name} in config.json is {shortened(value)}; accepted is a finite number")
+        raise InputError(f"{name} in config.json is {shortened(value)}; accepted: a finite number")
     return cast(_Value | None, value)
 
 

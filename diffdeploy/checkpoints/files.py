@@ -90,7 +90,7 @@ class _TorchFile:
         # Many files contain step counters and arguments next to the weights, which are ignored.
         self._tensors = {str(key): value for key, value in tensors.items() if isinstance(value, Tensor)}
         if not self._tensors:
-            raise InputError(f"{path} holds no state dict; accepted is a mapping from names to tensors")
+            raise InputError(f"{path} holds no state dict; accepted: a mapping from names to tensors")
 
     def keys(self) -> list[str]:
         return list(self._tensors)
@@ -102,7 +102,7 @@ class _TorchFile:
         tensor = self._tensors[key]
         # A sparse tensor has no rows to permute, and a tensor on the meta device has no data.
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise InputError(f"{key} in {self.path} is {_kind(tensor)}; accepted are dense tensors with data")
+            raise InputError(f"{key} in {self.path} is {_kind(tensor)}; accepted: dense tensors with data")
         return tensor
 
     def holder(self, key: str) -> Path:  # noqa: ARG002 - all keys are in this file

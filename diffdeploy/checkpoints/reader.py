@@ -207,7 +207,7 @@ def read_checkpoint(
             raise InputError(f"layer is {layer}, but {options.layer} in the options; give only one of them")
         options = replace(options, layer=layer)
     if options.names is not None:
-        raise InputError("names are those of a whole model, and this is a block; leave them out")
+        raise InputError("names are for a whole model, but this is a block; omit them")
     file = open_tensors(Path(path))
     fields = read_config_fields(file.path)
     found = find_blocks(file.keys(), fields, options.layout, file.path)

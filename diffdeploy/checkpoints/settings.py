@@ -87,7 +87,7 @@ class BlockSettings:
         for depth in (self.options.depth, typed_field(self.fields, "depth", int)):
             if depth is not None:
                 if depth < 0:
-                    raise InputError(f"depth is {depth}; accepted is a 0-based layer index")
+                    raise InputError(f"depth is {depth}; accepted: a 0-based layer index")
                 return int(depth)
         # Not restricted as above: Motif's layer 0 has depth -1 in its own code.
         return None if self.layer is None else self.layer + self.layout.depth_offset
@@ -147,7 +147,7 @@ class BlockSettings:
         """Maximum number of positions of the model."""
         length = typed_field(self.fields, "max_position_embeddings", int)
         if length is not None and length < 1:
-            raise InputError(f"max_position_embeddings in config.json is {length}; accepted is 1 or more")
+            raise InputError(f"max_position_embeddings in config.json is {length}; accepted: 1 or more")
         return length
 
     def rope_style(self) -> str | None:
@@ -179,7 +179,7 @@ class BlockSettings:
         if isinstance(stored, dict):
             return stored
         if stored is not None and not isinstance(stored, str):
-            raise InputError(f"rope in config.json is {shortened(stored)}; accepted is a JSON object or a style")
+            raise InputError(f"rope in config.json is {shortened(stored)}; accepted: a JSON object or a style")
         return {} if stored is None else {"style": stored}
 
     def rope(self, missing: list[str]) -> RopeConfig | None:

@@ -85,7 +85,7 @@ def _unpack_rows(rows: dict[str, int], tensors: BlockTensors, layout: Layout) ->
     alike = len(queries) <= 1 or one == columns
     if one < 1 or not alike or columns * len(queries) + one * (of_keys + of_values) != total:
         raise InputError(
-            f"{tensors.key('k_proj.weight')} has {total} rows; accepted are those of {', '.join(order)}, where each "
+            f"{tensors.key('k_proj.weight')} has {total} rows; accepted: those of {', '.join(order)}, where each "
             f"part of queries has {columns}, the columns of {tensors.key('out_proj.weight')}"
         )
     if queries:
@@ -110,6 +110,6 @@ def _count(tensors: BlockTensors, name: str, rows: int, width: int) -> int:
     """Number of heads in the rows of a projection."""
     if width == 0 or rows % width:
         raise InputError(
-            f"{tensors.key(name)} has {rows} rows; accepted is a multiple of {width}, as the shapes of lambda say"
+            f"{tensors.key(name)} has {rows} rows; accepted: a multiple of {width}, as the shapes of lambda say"
         )
     return rows // width

@@ -105,7 +105,7 @@ def find_skeleton(keys: Collection[str], names: str | None = None) -> Skeleton |
         return next((each for each in SKELETONS if each.embedding in keys), None)
     skeleton = skeleton_of(names)
     if skeleton.embedding not in keys:
-        raise InputError(f"the embedding is {skeleton.embedding} in the table of names, and the checkpoint lacks it")
+        raise InputError(f"the embedding is {skeleton.embedding} in the table of names, but the checkpoint lacks it")
     return skeleton
 
 
@@ -132,7 +132,7 @@ def skeleton_of(names: str) -> Skeleton:
     if absent := [name for name in (*_PLACES, *_REQUIRED_PARTS) if name not in table]:
         raise InputError(f"the table of names lacks {', '.join(absent)}")
     if table["layer"].count("{}") != 1:
-        raise InputError(f"layer is {table['layer']!r} in the table of names; accepted is a prefix with one {{}} in it")
+        raise InputError(f"layer is {table['layer']!r} in the table of names; accepted: a prefix with one {{}} in it")
     return Skeleton(
         name="the names given",
         embedding=table["embedding"],

@@ -90,7 +90,7 @@ class BlockTensors:
             return None
         tensor = self.get(self._numbers[fact])
         if tensor.numel() != 1:
-            raise InputError(f"{self.prefix}{self._numbers[fact]} has shape {list(tensor.shape)}; accepted is []")
+            raise InputError(f"{self.prefix}{self._numbers[fact]} has shape {list(tensor.shape)}; accepted: []")
         return float(tensor)
 
     def key(self, name: str) -> str:
@@ -105,7 +105,7 @@ class BlockTensors:
         """
         shape = self.file.shape(self.key(name))
         if len(shape) != rank or 0 in shape:
-            raise InputError(f"{self.key(name)} has shape {list(shape)}; accepted is a rank of {rank}")
+            raise InputError(f"{self.key(name)} has shape {list(shape)}; accepted: a rank of {rank}")
         return shape
 
     def get(self, name: str) -> Tensor:
@@ -117,7 +117,7 @@ class BlockTensors:
         key = self.prefix + name
         tensor = self.file.get(key)
         if tensor.dtype not in _DTYPES:
-            raise InputError(f"{key} has dtype {tensor.dtype}; accepted are fp64, fp32, fp16 and bf16")
+            raise InputError(f"{key} has dtype {tensor.dtype}; accepted: fp64, fp32, fp16 and bf16")
         # Every error budget of the verification would be NaN, and would therefore detect nothing.
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{key} holds NaN or infinity; such a block cannot be deployed")
@@ -146,6 +146,4 @@ class BlockTensors:
         for name, wanted in expected.items():
             given = list(self.file.shape(self.prefix + name))
             if given != wanted:
-                raise InputError(
-                    f"{self.prefix}{name} has shape {given}; accepted is {wanted}, as the other shapes say"
-                )
+                raise InputError(f"{self.prefix}{name} has shape {given}; accepted: {wanted}, as the other shapes say")

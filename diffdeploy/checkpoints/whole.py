@@ -192,7 +192,7 @@ class _Reader:
         if numbers != list(range(wanted)) or not numbers:
             shown = listed(map(str, numbers)) or "none"
             raise InputError(
-                f"{self.file.path} has the layers {shown}; accepted are all from 0 to {max(wanted, 1) - 1}"
+                f"{self.file.path} has the layers {shown}; accepted: all from 0 to {max(wanted, 1) - 1}"
                 + ("" if said is None else f", as config.json says ({said})")
             )
         return wanted
@@ -230,7 +230,7 @@ class _Reader:
         """True if the head shares the embedding's weights."""
         given = self.fields.get("tie_word_embeddings")
         if given is not None and not isinstance(given, bool):
-            raise InputError(f"tie_word_embeddings in config.json is {shortened(given)}; accepted is true or false")
+            raise InputError(f"tie_word_embeddings in config.json is {shortened(given)}; accepted: true or false")
         if given is None and self.skeleton.head not in self.keys:
             raise InputError(
                 f"{self.file.path} lacks {self.skeleton.head}, and no config.json says that the head shares the "
@@ -255,7 +255,7 @@ class _Reader:
     def _shape_of(self, name: str, plain: dict[str, str], num_axes: int) -> tuple[int, ...]:
         shape = self.file.shape(plain[name])
         if len(shape) != num_axes:
-            raise InputError(f"{plain[name]} in {self.file.path} has shape {list(shape)}; accepted are {num_axes} axes")
+            raise InputError(f"{plain[name]} in {self.file.path} has shape {list(shape)}; accepted: {num_axes} axes")
         return shape
 
     def _mlp(self, number: int, plain: dict[str, str]) -> MlpConfig:
@@ -267,7 +267,7 @@ class _Reader:
             if act not in (None, "poly_norm"):
                 raise InputError(f"hidden_act in config.json is {shortened(act)}, but the MLPs have PolyNorm's weights")
         elif act not in (None, *_SILU):
-            raise InputError(f"hidden_act in config.json is {shortened(act)}; accepted are {', '.join(_SILU)}, and "
+            raise InputError(f"hidden_act in config.json is {shortened(act)}; accepted: {', '.join(_SILU)}, or "
                              "poly_norm with its weights")  # fmt: skip
         hidden_dim, _ = self._shape_of(f"layers.{number}.ffn.gate_proj.weight", plain, 2)
         said = typed_field(self.fields, "intermediate_size", int)

@@ -1,4 +1,4 @@
-"""Interface of an engine for a verification: the models it runs, the versions it was tested in, and its answers."""
+"""Interface of an engine for a verification: the models it runs, the versions it was tested with, and its answers."""
 
 import tempfile
 from abc import ABC, abstractmethod
@@ -57,7 +57,7 @@ class EngineRequest(Record):
         model: directory of the model.
         dtype: dtype to compute in.
         prompts: prompts of several lengths, as token ids; they form one batch.
-        max_new_tokens: number of most probable tokens that follow each prompt; no token ends a row.
+        max_new_tokens: number of tokens to generate greedily after each prompt; no token ends a row.
         num_logprobs: number of most probable tokens at each position whose log-probabilities are returned.
         max_length: longest sequence.
         tensor_parallel_size: number of devices, or processes, that share each layer.

@@ -28,7 +28,7 @@ def require_engine(name: str) -> Engine:
         InputError: there is no engine of that name.
     """
     if name not in _ROWS:
-        # Other runtimes of artifacts are not engines for models, but accept the sweep of any bundle.
+        # Runtimes of artifacts are not engines for models, but can run the usual verification of any bundle.
         runtimes = [each for each in get_args(RuntimeName) if each != "native"]
         raise InputError(f"engine is {name!r}; accepted: {', '.join([*_ROWS, *runtimes])}")
     engine: Engine = resolve_name(_ROWS[name])()

@@ -52,7 +52,7 @@ def deploy_to_triton(bundle: Bundle, repository: Path, *, name: str, force: bool
             f"{', '.join(accepted)}"
         )
     if not _NAME.fullmatch(name):
-        raise InputError(f"name is {name!r}; accepted are letters, digits, and _ . - after the first character")
+        raise InputError(f"name is {name!r}; accepted: letters, digits, and _ . - after the first character")
     model = repository / name
     with staged_directory(model, marker=CONFIG, what="Triton model", force=force) as staging:
         (staging / _VERSION).mkdir()

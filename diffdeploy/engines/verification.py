@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineReport", "verify_engine"]
 
-# Lengths of prompts: less than a chunk of an engine, more than one, and more than a block of its cache; in one batch.
+# Lengths of the prompts in one batch: below an engine's chunk size, above it, and above a block of its cache.
 _PROMPTS = (3, 21, 41)
 _NEW_TOKENS, _LOGPROBS = 24, 8
 
@@ -169,7 +169,7 @@ class _Truth:
         self._known: dict[tuple[int, ...], tuple[Array, Array, Array]] = {}
 
     def of(self, ids: list[int]) -> tuple[Array, Array, Array]:
-        """Log-probabilities ``[S, V]``, float64: exact, with streams stored in the dtype, and eager's."""
+        """Log-probabilities ``[S, V]``, float64: exact, exact with streams rounded to the dtype, and eager's."""
         key = tuple(ids)
         # The second round requests the same again.
         if key not in self._known:
@@ -199,7 +199,7 @@ def _judge(prompt: list[int], row: EngineRow, truth: _Truth, request: EngineRequ
     if row.prompt_logprobs:
         reports.append(_measured("log-probabilities of the prompt", row.prompt_logprobs, 0, known, truth.dtype))
     allowed = reports[0].allowed_max_error
-    if allowed is None:  # there is no figure, which has already failed
+    if allowed is None:  # without a figure, the case has already failed
         return reports, 0
     exact_NV = known[0][last:-1]
     wrong, num_clear = wrong_tokens(exact_NV, np.array(row.tokens), allowed)
@@ -209,7 +209,7 @@ def _judge(prompt: list[int], row: EngineRow, truth: _Truth, request: EngineRequ
         reports.append(
             OutputReport.failed(
                 "tokens",
-                f"{len(wrong)} of {len(row.tokens)} are not the most probable ones, first new token {step}: it is "
+                f"{len(wrong)} of {len(row.tokens)} are not the most probable ones; the first, new token {step}, is "
                 f"{row.tokens[step]}, but {int(exact_NV[step].argmax())} is more probable by {lost:.3g}, and only "
                 f"{2 * allowed:.3g} is allowed",
             )

@@ -61,20 +61,20 @@ class VllmEngine(Engine):
         from diffdeploy.checkpoints import read_model
 
         if is_bundle(path):
-            raise InputError(f"{path} is a bundle, but vLLM runs directories of transformers; give the checkpoint")
+            raise InputError(f"{path} is a bundle, but vLLM runs transformers directories; give the checkpoint")
         if not path.is_dir():
-            raise InputError(f"{path} is not a directory; vLLM runs directories of transformers with a config.json")
+            raise InputError(f"{path} is not a directory; vLLM runs transformers directories with a config.json")
         found = read_model(path)
         if found.layout != "diffllama":
             raise InputError(
                 f"{path} has the layout {found.layout}, but vLLM runs diffllama; diffdeploy convert {path} --to "
-                "diffllama writes that"
+                "diffllama writes such a checkpoint"
             )
         stored = str(found.weights["embedding.weight"].dtype).removeprefix("torch.")
         dtype = next((dtype for dtype in get_args(DType) if dtype == stored), None)
         if dtype is None or found.max_positions is None:
             raise InputError(
-                f"{path} has weights in {stored} and max_position_embeddings {found.max_positions}; accepted are "
+                f"{path} has weights in {stored} and max_position_embeddings {found.max_positions}; accepted: "
                 f"{', '.join(get_args(DType))}, and a number"
             )
         return Subject(config=found.config, weights=found.weights, dtype=dtype, max_length=found.max_positions)
@@ -83,7 +83,7 @@ class VllmEngine(Engine):
         """Run vLLM: all prompts as a batch, in chunks, and then again with its prefix cache.
 
         Raises:
-            InputError: its backend does not support the width of the heads, or ranks would split a pair.
+            InputError: vLLM's backend does not support the width of the heads, or ranks would split a pair.
             DiffDeployError: vLLM failed.
         """
         # By default, ranks are bound to NUMA nodes and need one each; a verification need not be fast.

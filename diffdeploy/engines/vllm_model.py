@@ -25,7 +25,7 @@ __all__ = ["DiffLlamaForCausalLM", "PairedDiffAttention"]
 
 
 class PairedDiffAttention(nn.Module):
-    """Differential attention of one layer (arXiv 2410.05258, equations 1 to 3), on the layers of vLLM.
+    """Differential attention of one layer (arXiv 2410.05258, equations 1 to 3), built from vLLM's layers.
 
     Args:
         config: config of transformers, which counts streams as heads.
@@ -69,7 +69,7 @@ class PairedDiffAttention(nn.Module):
         if num_heads % 2 or num_kv_heads % 2 or (num_heads // 2) % ranks:
             raise ValueError(
                 f"the model has {num_heads} query and {num_kv_heads} key/value streams, and a pair must be on one "
-                f"rank; accepted are tensor parallel sizes that divide {num_heads // 2}, not {ranks}"
+                f"rank; accepted: tensor parallel sizes that divide {num_heads // 2}, not {ranks}"
             )
         self.head_dim = d = getattr(config, "head_dim", None) or hidden_size // num_heads
         self.qkv_proj = QKVParallelLinear(
@@ -152,7 +152,7 @@ class DiffLlamaForCausalLM(LlamaForCausalLM):
         # `load_weights` does not load adapters, and their rows would stay in the order of the checkpoint.
         if vllm_config.lora_config is not None:
             raise ValueError(
-                "LoRA adapters were requested, but their rows are not in the order in which vLLM has those of "
+                "LoRA adapters were requested, but their rows are not in the order that vLLM uses for "
                 "differential attention; merge them into the checkpoint"
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=DiffLlamaDecoderLayer)
@@ -169,7 +169,7 @@ class DiffLlamaForCausalLM(LlamaForCausalLM):
                 module.settle()
 
     def _paired(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Reorder outputs of q, k and v from ``[2, n, d]`` to ``[n, 2, d]``, in all tensors of a quantisation."""
+        """Reorder outputs of q, k and v from ``[2, n, d]`` to ``[n, 2, d]``, in all tensors of a quantised weight."""
         parameters = dict(self.named_parameters())
         streams = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
         streams["v_proj"] = streams["k_proj"]
@@ -201,7 +201,7 @@ def _side_by_side(name: str, tensor: Tensor, axis: int | None, num_streams: int)
     if tensor.shape[axis] % num_streams:
         raise ValueError(
             f"{name} has shape {list(tensor.shape)}, so its outputs cannot be separated into {num_streams} streams; "
-            "accepted are quantisations in which groups of outputs do not cross heads"
+            "accepted: quantisations in which groups of outputs do not cross heads"
         )
     before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
     halves = tensor.reshape(*before, 2, num_streams // 2, -1, *after)

@@ -32,7 +32,7 @@ def _refusal(request: EngineRequest) -> str | None:
     heads, ranks = config["num_attention_heads"], request.tensor_parallel_size
     if (heads // 2) % ranks:
         return (
-            f"--tensor-parallel-size is {ranks}, but a pair of streams must be on one rank; accepted are divisors of "
+            f"--tensor-parallel-size is {ranks}, but a pair of streams must be on one rank; accepted: divisors of "
             f"{heads // 2}, the heads of the model"
         )
     if not current_platform.is_cpu():

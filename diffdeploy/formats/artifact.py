@@ -157,12 +157,12 @@ class GraphNode:
     """A node of an artifact's graph, as far as a drawing shows it.
 
     Attributes:
-        operator: its name without a domain.
+        operator: name of the operator, without its domain.
         kind: ``projection`` for a product with weights, ``layout`` for an operator that only moves numbers, ``sizes``
             for an operator that computes sizes and no tensors.
-        takes: names of the values that it takes, but for constants.
-        gives: names of the values that it gives.
-        constants: names of the weights and tables that it takes, where they have one of their own.
+        takes: names of its input values, except constants.
+        gives: names of its output values.
+        constants: names of the weights and tables among its inputs, if they are named.
     """
 
     operator: str

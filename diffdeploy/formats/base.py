@@ -104,7 +104,7 @@ class Format(ABC):
     def why_not_made_for(self, device: str, dtype: DType) -> str | None:
         """Reason why the format does not support a device or dtype on any machine; ``None`` if it does."""
         if dtype not in self.dtypes:
-            return f"format {self.name} has no {dtype} kernels; accepted is {' or '.join(self.dtypes)}"
+            return f"format {self.name} has no {dtype} kernels; accepted: {' or '.join(self.dtypes)}"
         if device not in self.devices:
             return f"format {self.name} is made for {' or '.join(self.devices)}, not for {device}"
         return None
@@ -283,7 +283,7 @@ class Format(ABC):
         return None
 
     def nodes(self, bundle: Bundle) -> Sequence[GraphNode] | None:
-        """The nodes of the artifact's graph, in their order; ``None`` where there is no graph to read."""
+        """The nodes of the artifact's graph, in order; ``None`` if there is no graph to read."""
         return None
 
     # Self-test

@@ -44,7 +44,7 @@ def formats() -> dict[str, Format]:
         is_format = isinstance(kind, type) and issubclass(kind, Format) and kind.name == row.name
         if not is_format or row.name in found:
             raise InputError(
-                f"the entry point {row.name} of group {GROUP} is {row.value}; accepted is a subclass of "
+                f"the entry point {row.name} of group {GROUP} is {row.value}; accepted: a subclass of "
                 f"diffdeploy.formats.Format with that name, and a name other than {', '.join(found)}; fix or "
                 "uninstall the package that provides it"
             )

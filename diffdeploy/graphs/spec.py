@@ -169,7 +169,7 @@ def graph_spec(
     """
     is_model = isinstance(config, DecoderConfig)
     if is_model != (variant == "model"):
-        raise InputError(f"graph is {variant}; accepted is {'model' if is_model else 'plain, masked or cached'}")
+        raise InputError(f"graph is {variant}; accepted: {'model' if is_model else 'plain, masked or cached'}")
     if padding != "anywhere" and not is_model:
         raise InputError(f"padding is {padding}, which only graphs of models have")
     has_past = variant in ("cached", "model")
@@ -218,7 +218,7 @@ def _axes(max_batch_size: int, max_sequence_length: int, *, has_past: bool) -> d
         ("max sequence length", max_sequence_length, smallest),
     ):
         if size < least:
-            raise InputError(f"{name} is {size}; accepted is {least} or more, since the axis is dynamic from size 1 on")
+            raise InputError(f"{name} is {size}; accepted: {least} or more, since the axis is dynamic from size 1 on")
     axes = {
         "batch_size": Range(min=1, max=max_batch_size),
         "sequence_length": Range(min=1, max=max_sequence_length),

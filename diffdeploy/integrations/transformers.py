@@ -233,7 +233,7 @@ def _layer(cache: DynamicCache | None, number: int) -> DynamicLayer | None:
     # Exactly this class: some of its subclasses hold only a part of the tokens.
     if number >= len(cache.layers) or type(cache.layers[number]) is not DynamicLayer or cache.offloading:
         raise InputError(
-            f"the cache is a {type(cache).__name__}, or one with parts of the past; accepted is a whole DynamicCache"
+            f"the cache is a {type(cache).__name__}, or one with parts of the past; accepted: a whole DynamicCache"
         )
     return cache.layers[number]
 

@@ -123,7 +123,7 @@ class AttentionBlock(nn.Module):
         return rotate(k_BHSd)
 
     def append(self, past: KeyValueCache, new: KeyValueCache) -> KeyValueCache:
-        """Join past and new tokens to the cache that attention reads and the block returns.
+        """Concatenate past and new tokens into the cache that attention reads and the block returns.
 
         Raises:
             InputError: the shapes do not fit.
@@ -131,7 +131,7 @@ class AttentionBlock(nn.Module):
         for name, old, side in zip(("key", "value"), past, new, strict=True):
             if old.ndim != 4 or (*old.shape[:2], old.shape[3]) != (*side.shape[:2], side.shape[3]):
                 wanted = [*side.shape[:2], "P", side.shape[3]]
-                raise InputError(f"past {name} has shape {list(old.shape)}; accepted is {wanted}")
+                raise InputError(f"past {name} has shape {list(old.shape)}; accepted: {wanted}")
         if past[0].shape[2] != past[1].shape[2]:
             raise InputError(f"past key holds {past[0].shape[2]} tokens, but past value holds {past[1].shape[2]}")
         return torch.cat((past[0], new[0]), dim=2), torch.cat((past[1], new[1]), dim=2)
@@ -284,6 +284,6 @@ def _check_key_mask(attention_mask: Tensor, v_BHTe: Tensor) -> None:
     batch, _, key_length, _ = v_BHTe.shape
     if attention_mask.is_floating_point() or attention_mask.shape != (batch, key_length):
         raise InputError(
-            f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}; accepted is an integer or boolean "
+            f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}; accepted: an integer or boolean "
             f"mask [{batch}, {key_length}], 1 for tokens and 0 for padding"
         )

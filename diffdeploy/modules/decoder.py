@@ -193,7 +193,7 @@ class DiffTransformer(nn.Module):
         if past_key_values is not None:
             if len(past_key_values) != self.config.num_layers:
                 raise InputError(
-                    f"past_key_values has {len(past_key_values)} layers; accepted is {self.config.num_layers}"
+                    f"past_key_values has {len(past_key_values)} layers; accepted: {self.config.num_layers}"
                 )
             if attention_mask is None:
                 raise InputError("past_key_values needs an attention_mask [B, P + S] that marks tokens and padding")

@@ -86,7 +86,7 @@ class RotaryEmbedding(nn.Module):
         if position_ids is not None:
             if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.is_floating_point():
                 raise InputError(
-                    f"position_ids is {position_ids.dtype} {list(position_ids.shape)}; accepted is an integer "
+                    f"position_ids is {position_ids.dtype} {list(position_ids.shape)}; accepted: an integer "
                     f"[B, {length}]"
                 )
             return self.cos[position_ids][:, None], self.sin[position_ids][:, None]
@@ -116,7 +116,7 @@ def _frequencies(config: RopeConfig, width: int) -> Tensor:
 
 
 def _divided(config: RopeConfig, scaling: RopeScaling, width: int) -> Tensor:
-    """Degree, 0 to 1, to which the frequency of each channel pair is divided (arXiv 2309.00071, section 3.2)."""
+    """Weight, 0 to 1, of the divided frequency of each channel pair (arXiv 2309.00071, section 3.2)."""
     length = scaling.original_max_position_embeddings
     # Index of the pair with that number of turns in the original context; fractional unless boundaries are rounded.
     first, last = (

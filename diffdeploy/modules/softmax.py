@@ -1,7 +1,7 @@
 """The block that differential attention is compared with: plain softmax attention of the same parameter count.
 
-It has ``2h`` heads of width ``d`` and the same four projections (arXiv 2410.05258, section 2.1); biases, norms and
-lambda have no part in it.
+It has ``2h`` heads of width ``d`` and the same four projections (arXiv 2410.05258, section 2.1), but no biases,
+norms or lambda.
 
 Shape suffixes: B batch, H heads, S query length, P past length, T = P + S key length, D model width, d head width.
 """
@@ -24,13 +24,13 @@ _PROJECTIONS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.wei
 
 
 class SoftmaxAttention(nn.Module):
-    """Multi-head attention in one call of ``scaled_dot_product_attention``, called as an `AttentionBlock` is.
+    """Multi-head attention in one call of ``scaled_dot_product_attention``, with the interface of an `AttentionBlock`.
 
     Args:
-        config: of the differential block of equal size.
+        config: config of the differential block of equal size.
         weights: its canonical weights; the projections are taken from them.
-        max_positions: positions that can be embedded, when the config has rotary embedding.
-        dtype: of the block.
+        max_positions: number of positions that can be embedded, if the config has rotary embedding.
+        dtype: dtype of the block.
     """
 
     def __init__(
@@ -84,17 +84,17 @@ class SoftmaxAttention(nn.Module):
 def as_second_version(
     config: AnyConfig, weights: Mapping[str, Tensor]
 ) -> tuple[DiffAttentionV2Config, dict[str, Tensor]]:
-    """The same softmax block as a block of the second version, so that its oracle is the exact result here too.
+    """Express the softmax block as a block of the second version, whose oracle then computes its exact result.
 
     Both streams of a head get the same queries, and lambda is ``sigmoid(0) = 1/2``: the difference is half of the
-    attention, and an output projection of twice the size makes up for it. Every step but the attention is exact.
+    attention, and doubled weights of the output projection compensate for that. Every step but the attention is exact.
 
     Args:
-        config: of the differential block of equal size.
+        config: config of the differential block of equal size.
         weights: its canonical weights.
 
     Returns:
-        Config, and weights of the dtypes that were given.
+        Config, and weights in the given dtypes.
     """
     second = DiffAttentionV2Config(
         embed_dim=config.embed_dim,

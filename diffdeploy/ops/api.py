@@ -13,7 +13,7 @@ __all__ = ["IMPLEMENTATION_MODULES", "diff_attention", "resolve_impl"]
 
 # Each module registers its implementations when it is imported.
 IMPLEMENTATION_MODULES = (naive, sdpa, paired, flash2, fused)
-_KNOWN = tuple(Impl)  # torch.compile of torch 2.11 cannot list an enum
+_KNOWN = tuple(Impl)  # torch.compile in torch 2.11 cannot iterate over an enum
 
 
 def resolve_impl(impl: Impl | str) -> Impl:
@@ -42,7 +42,7 @@ def diff_attention(
 ) -> Tensor:
     """Differential attention of every head (arXiv 2410.05258, equation 1).
 
-    It is ``softmax(q1 k1^T / sqrt(d)) v - lam softmax(q2 k2^T / sqrt(d)) v``; the two streams of a head are neighbours.
+    It is ``softmax(q1 k1^T / sqrt(d)) v - lam softmax(q2 k2^T / sqrt(d)) v``; the two streams of a head are adjacent.
     A fully masked query returns 0.
 
     Implementations that read paired keys without separating them (``padded``, ``paired``, ``rows``) need finite keys:
@@ -56,7 +56,7 @@ def diff_attention(
         lam: lambda, a scalar or ``[B or 1, h, S, 1]``; rounded once to the dtype of ``q``.
         causal: true if query ``i`` of ``S`` attends only to keys up to ``T - S + i``.
         attn_mask: boolean (``True`` keeps a key) or additive mask, broadcastable to ``[B, 1 or h or 2h, S, T]``.
-        sliding_window: number of those keys that remain visible, the last ones; requires ``causal``.
+        sliding_window: maximum number of keys, the most recent ones, that a query attends to; requires ``causal``.
         gqa_layout: map from query streams to key streams when ``h_kv < h``; see `DiffAttentionConfig`.
         scale: factor of the scores; ``d ** -0.5`` by default.
         impl: name of the implementation; ``auto`` selects the fastest one by its measured cost.

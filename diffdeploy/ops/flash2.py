@@ -1,7 +1,7 @@
-"""FlashAttention-2 through the ``flash-attn`` package, eagerly on CUDA.
+"""FlashAttention-2 from the ``flash-attn`` package, in eager mode on CUDA.
 
-It requires queries, keys and values of equal width. Up to 128 channels, for which its kernels are fast, both streams
-are one call of ``2h`` zero-padded heads over keys ``[k1 | k2]``, see `diffdeploy.ops.rows`. Wider values (``2d``) take
+It requires queries, keys and values of equal width. Up to 128 channels, where its kernels are fast, one call takes
+both streams as ``2h`` zero-padded heads over keys ``[k1 | k2]``, see `diffdeploy.ops.rows`. Wider values (``2d``) take
 one call per stream with zero-padding to ``2d``, or two with the values split into halves.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
@@ -31,7 +31,7 @@ _WIDEST_FAST = 128
 
 
 class Road(StrEnum):
-    """Ways to equal widths."""
+    """Way to give queries, keys and values equal widths."""
 
     TOGETHER = "together"
     PADDED = "padded"
@@ -42,10 +42,10 @@ _NUM_CALLS = {Road.TOGETHER: 1, Road.PADDED: 2, Road.SPLIT: 4}
 
 
 def road_for(width: int, value_width: int, *, shares_keys: bool) -> Road:
-    """The way that is preferred for these widths.
+    """Return the preferred way to equalise these widths.
 
     Padding and splitting take the same number of multiplications, but splitting computes each exponential twice. Above
-    width 128 the kernels of the package have smaller tiles, which costs more than that.
+    width 128, the package's kernels have smaller tiles, which costs more than the second exponential.
     """
     if max(width if shares_keys else 2 * width, value_width) <= _WIDEST_FAST:
         return Road.TOGETHER
@@ -98,7 +98,7 @@ def flash2(request: Request, *, road: Road | None = None) -> Tensor:
 
     Args:
         request: a request that `unsupported` does not reject.
-        road: way to equal widths; `road_for` decides by default.
+        road: way to equalise the widths; `road_for` decides by default.
     """
     padding = None if request.attn_mask is None else _padding_before(request)
     if padding is None and request.attn_mask is not None:

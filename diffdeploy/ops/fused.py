@@ -1,6 +1,6 @@
 """Both attentions, lambda and difference in one Triton kernel, which reads keys and values once.
 
-The kernels are in `diffdeploy.ops.kernels`, imported by the first call: they need ``triton``, which comes with torch
+`diffdeploy.ops.kernels` holds the kernels. The first call imports it, since it needs ``triton``, which comes with torch
 for CUDA. With ``TRITON_INTERPRET=1`` Triton runs them on a CPU, slowly.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
@@ -24,7 +24,7 @@ __all__ = ["HeadNorm", "fused", "is_fastest_here", "key_padding", "unsupported"]
 
 _WIDEST = 128
 _WIDEST_VALUES = 256
-# Of the largest kernel, which has streams and values of width 128: an A100 and an H100 have that much.
+# Shared memory of the largest kernel (streams and values of width 128); an A100 and an H100 have that much.
 _SHARED_MEMORY_BYTES = 160 * 1024
 # Major compute capability.
 _HOPPER = 9
@@ -33,12 +33,12 @@ _HAS_TRITON = find_spec("triton") is not None
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """The norm behind the difference (arXiv 2410.05258, section 2.1), for a caller that leaves it to the kernel.
+    """The norm after the difference (arXiv 2410.05258, section 2.1), if the kernel is to compute it.
 
     Attributes:
         eps: added to the mean square of the ``e`` channels of a head.
         weight: gamma ``[e]``, or ``None`` for ones.
-        factor: behind the norm, ``1 - lambda_init`` in the paper.
+        factor: factor after the norm, ``1 - lambda_init`` in the paper.
     """
 
     eps: float
@@ -47,7 +47,7 @@ class HeadNorm:
 
 
 def unsupported(request: Request) -> DiffDeployError | None:
-    """What the kernels demand and do not get: a device, a package, a dtype, widths, a scale or a mask."""
+    """Error for a device, package, dtype, width, scale or mask that the kernels do not support, or ``None``."""
     return _unavailable(request) or _unsupported_numbers(request) or _unsupported_mask(request)
 
 
@@ -57,17 +57,17 @@ def _interpreted() -> bool:
 
 def _unavailable(request: Request) -> UnavailableError | None:
     if not runs_on_cuda(request.q) and not _interpreted():
-        return UnavailableError(f"fused runs on CUDA only, and the tensors are on {request.device}")
+        return UnavailableError(f"fused runs on CUDA only, but the tensors are on {request.device}")
     if not _HAS_TRITON:
-        return UnavailableError("fused needs the package triton, which comes with torch for CUDA and is not installed")
-    # A graph is not asked: it may run elsewhere.
+        return UnavailableError("fused needs the package triton, which is not installed; it comes with torch for CUDA")
+    # Not checked for a traced graph, which may run on another machine.
     if request.q.is_cuda and not request.traced:
         properties = torch.cuda.get_device_properties(request.q.device)
         shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
         if shared < _SHARED_MEMORY_BYTES:
             return UnavailableError(
                 f"fused needs {_SHARED_MEMORY_BYTES // 1024} KiB of shared memory per block, as the A100 and later "
-                f"data-centre GPUs have, and this device has {shared // 1024}"
+                f"data-centre GPUs have, but this device has {shared // 1024}"
             )
     return None
 
@@ -76,16 +76,16 @@ def _unsupported_numbers(request: Request) -> InputError | None:
     sides = (request.q, request.k, request.v)
     if request.dtype not in (torch.float16, torch.bfloat16) or any(side.dtype != request.dtype for side in sides):
         found = ", ".join(str(side.dtype).removeprefix("torch.") for side in sides)
-        return InputError(f"fused runs in float16 and bfloat16, and queries, keys and values are {found}")
+        return InputError(f"fused runs in float16 and bfloat16, but queries, keys and values are {found}")
     if request.dtype == torch.bfloat16 and not runs_on_cuda(request.q):
-        return InputError("Triton's interpreter multiplies no bfloat16; accepted there is float16")
+        return InputError("Triton's interpreter cannot multiply bfloat16 numbers; use float16")
     if request.width > _WIDEST or request.value_width > _WIDEST_VALUES:
         return InputError(
-            f"fused takes streams up to a width of {_WIDEST} and values up to {_WIDEST_VALUES}, and these are "
+            f"fused takes streams up to a width of {_WIDEST} and values up to {_WIDEST_VALUES}, but these are "
             f"{request.width} and {request.value_width} wide"
         )
     if request.scale <= 0:
-        return InputError(f"fused takes a positive scale, and this one is {request.scale}")
+        return InputError(f"fused needs a positive scale, but this one is {request.scale}")
     if torch.is_grad_enabled() and any(side.requires_grad for side in (*sides, request.lam)):
         return InputError("fused computes no gradients; call it in torch.no_grad or torch.inference_mode")
     return None
@@ -96,13 +96,13 @@ def _unsupported_mask(request: Request) -> InputError | None:
     if mask is None or is_key_padding(mask, request.q.shape[0], request.key_length):
         return None
     return InputError(
-        f"fused takes masks that hide keys from all queries alike, boolean [B, 1, 1, {request.key_length}], and this "
-        f"one is {mask.dtype} {list(mask.shape)}"
+        f"fused takes masks that hide the same keys from all queries, boolean [B, 1, 1, {request.key_length}], but "
+        f"this one is {mask.dtype} {list(mask.shape)}"
     )
 
 
 def is_fastest_here(dtype: torch.dtype, width: int, value_width: int) -> bool:
-    """Whether it is the fastest on this machine's GPU for streams and values of these widths; see docs/fused.md."""
+    """True if `fused` is fastest on this machine's GPU for streams and values of these widths; see docs/fused.md."""
     takes = dtype in (torch.float16, torch.bfloat16) and width <= _WIDEST and value_width <= _WIDEST_VALUES
     return takes and _HAS_TRITON and torch.cuda.is_available() and _is_hopper(None)
 
@@ -112,24 +112,26 @@ def _is_hopper(device: torch.device | None) -> bool:
 
 
 def _cost(request: Request) -> float:
-    # docs/fused.md: the fastest at all sizes that were measured, on an H100. Some graphs would need this package where
-    # they are loaded, so there it is left to whoever asks for it.
+    # docs/fused.md: the fastest at every measured size on an H100. Some graphs would need this package where they are
+    # loaded, so `auto` does not choose it while tracing.
     return 0.05 if not request.traced and request.q.is_cuda and _is_hopper(request.q.device) else 2.0
 
 
 @register(Impl.FUSED, num_attentions=1, supports=unsupported, cost=_cost)
 def fused(request: Request, *, norm: HeadNorm | None = None) -> Tensor:
-    """One launch for many queries; two for 16 or fewer, where keys are split among programs.
+    """Launch one kernel, or two if keys or streams are divided among programs to occupy the GPU.
 
-    Softmax, lambda and difference are computed in fp32 and rounded once; where values are wider than 128, the first
-    stream is rounded too. See `diff_attention` for shapes.
+    Keys are always divided for 16 queries or fewer.
+
+    Softmax, lambda and difference are computed in fp32 and rounded once; if values are wider than 128, the result of
+    the first stream is rounded, too. See `diff_attention` for shapes.
 
     Args:
-        request: which `unsupported` has nothing against.
-        norm: of the heads, computed in fp32 on the difference; by default none.
+        request: a request that `unsupported` does not reject.
+        norm: norm of the heads, computed in fp32 on the difference; none by default.
 
     Raises:
-        InputError: a window without ``causal``.
+        InputError: a window is given without ``causal``.
     """
     from diffdeploy.ops.kernels import operator  # noqa: F401, registers diffdeploy::fused_attention
 
@@ -140,7 +142,7 @@ def fused(request: Request, *, norm: HeadNorm | None = None) -> Tensor:
         request.q,
         request.k,
         request.v,
-        request.lam.to(request.q.device),  # a scalar may lie on the CPU, as for torch's own operators
+        request.lam.to(request.q.device),  # a scalar may be on the CPU, as in torch's own operators
         key_padding(request),
         None if norm is None else norm.weight,
         request.causal,
@@ -154,5 +156,5 @@ def fused(request: Request, *, norm: HeadNorm | None = None) -> Tensor:
 
 
 def key_padding(request: Request) -> Tensor | None:
-    """The mask as ``[B or 1, T]``, ``True`` for keys that are seen."""
+    """Return the mask as ``[B or 1, T]``, ``True`` for visible keys."""
     return None if request.attn_mask is None else request.attn_mask.reshape(-1, request.key_length)

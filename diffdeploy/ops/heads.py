@@ -1,4 +1,6 @@
-"""The key and value heads that a stream reads, keys in pairs or separate, and heads as rows.
+"""Select the key and value heads of a stream, pair or separate keys, and reshape heads into rows.
+
+A half head is one stream of a differential head: half head ``2i + s`` is stream ``s`` of head ``i``.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -47,7 +49,7 @@ def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def repeat_heads(side_BHTe: Tensor, times: int) -> Tensor:
-    """Each head ``times`` times in a row, ``[B, times H, T, e]``."""
+    """Repeat each head consecutively, ``[B, times H, T, e]``."""
     if not JOINED_AXES_BECOME_GUARDS:
         return side_BHTe.repeat_interleave(times, dim=1)
     read = torch.arange(times * side_BHTe.shape[1], device=side_BHTe.device) // times
@@ -60,7 +62,7 @@ def stream_heads(
     """Keys and values of one stream, ``n`` heads of each; query head ``i`` reads head ``i // (h / n)``.
 
     With ``g = h / h_kv``, canonical streams take every second key head, or half of each pair, and nothing is copied. In
-    the legacy layout, query half head ``e = 2i + s`` reads key half head ``e // g``. For even ``g`` that is
+    the legacy layout, query half head ``m = 2i + s`` reads key half head ``m // g``. For even ``g`` that is
     ``i // (g / 2)``, so each stream reads all ``2 h_kv`` key heads in place; for odd ``g`` the keys are gathered.
 
     Args:
@@ -87,7 +89,7 @@ def stream_heads(
     return k_BHTd.index_select(1, read), repeat_heads(v_BHTe, group_size)
 
 
-# Rows of one position are neighbours, so that only axes of known size are merged, after an unconditional copy. In a
+# Rows of one position are adjacent, so that only axes of known size are merged, after an unconditional copy. In a
 # trace, any other order would add a guard on whether the strides allow merging heads and positions in place.
 
 

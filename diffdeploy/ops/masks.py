@@ -26,7 +26,7 @@ class Visibility:
         is_causal: true for the square causal mask, which kernels apply without a tensor.
         dead: fully masked rows, ``[..., S, 1]``, whose result is 0; ``None`` if there can be none.
         offset: query ``i`` attends only to keys up to ``i + offset``; ``None`` for no such limit.
-        window: number of those keys that remain visible; ``None`` for all.
+        window: maximum number of keys, the last ones up to that limit, that a query attends to; ``None`` for all.
     """
 
     mask: Tensor | None = None
@@ -49,7 +49,7 @@ class Visibility:
 
     @staticmethod
     def stack(parts: Sequence["Visibility"]) -> "Visibility":
-        """Stack the masks of heads that are stacked in the same order."""
+        """Concatenate masks along the head axis, in the order in which their heads are concatenated."""
         first = parts[0]
         if first.mask is None or first.mask.ndim < 4 or first.mask.shape[1] == 1:
             return first
@@ -64,9 +64,9 @@ class Visibility:
         return Visibility(change(self.mask), self.is_causal, None if dead is None else change(dead))
 
     def of_rows(self, q_BHSd: Tensor, num_kv_heads: int) -> "Visibility":
-        """Mask for heads that are the rows of the ``num_kv_heads`` heads that they read: ``[B, H, S rows, T]``.
+        """Mask for query heads reshaped into rows of the ``num_kv_heads`` heads that they read: ``[B, H, S rows, T]``.
 
-        Rows of one query are neighbours. ``H`` is 1, or ``num_kv_heads`` if the mask has an entry for each head. If
+        Rows of one query are adjacent. ``H`` is 1, or ``num_kv_heads`` if the mask has an entry for each head. If
         there are more rows than queries, the square causal mask must become a tensor.
         """
         num_rows, seen = q_BHSd.shape[1] // num_kv_heads, self
@@ -115,7 +115,7 @@ def visibility(
         k_BHTd: keys.
         causal: true if query ``i`` of ``S`` attends only to keys up to ``T - S + i``.
         attn_mask: boolean (``True`` keeps a key) or additive mask, broadcastable to ``[B, 1 or h or 2h, S, T]``.
-        sliding_window: number of those keys that remain visible, the last ones.
+        sliding_window: maximum number of keys, the most recent ones, that a query attends to.
 
     Raises:
         InputError: the mask is neither boolean nor floating point or does not fit, or a window lacks ``causal``.
@@ -154,7 +154,7 @@ def require_window_to_slide(sliding_window: int | None, *, causal: bool) -> None
         InputError: a window is given without ``causal``.
     """
     if sliding_window is not None and not causal:
-        raise InputError("a sliding window needs a causal operator: without causality, the window has no end to follow")
+        raise InputError("a sliding window needs a causal operator: without causality, nothing sets its last key")
 
 
 def is_key_padding(mask: Tensor, batch: int, key_length: int) -> bool:
@@ -192,17 +192,17 @@ def _checked(attn_mask: Tensor, q_BHSd: Tensor, key_length: int) -> Tensor:
     batch, half_heads, length, _ = q_BHSd.shape
     if attn_mask.dtype != torch.bool:
         if not attn_mask.is_floating_point():
-            raise InputError(f"attn_mask has dtype {attn_mask.dtype}; accepted is boolean (True is kept) or additive")
+            raise InputError(f"attn_mask has dtype {attn_mask.dtype}; accepted: boolean (True is kept) or additive")
         attn_mask = attn_mask.to(q_BHSd.dtype)
     shape = list(attn_mask.shape)
     if attn_mask.ndim > 4:
-        raise InputError(f"attn_mask has shape {shape}; accepted is at most 4 axes, [B, heads, S, T]")
+        raise InputError(f"attn_mask has shape {shape}; accepted: at most 4 axes, [B, heads, S, T]")
     attn_mask = attn_mask.reshape(*(1,) * (4 - attn_mask.ndim), *shape)
     wanted = ((1, batch), (1, half_heads // 2, half_heads), (1, length), (1, key_length))
     # Not written with `in`: for symbolic sizes, torch.compile would look for the same symbol, not for an equal one.
     if not all(any(size == each for each in sizes) for size, sizes in zip(attn_mask.shape, wanted, strict=True)):
         raise InputError(
-            f"attn_mask has shape {shape}; accepted are shapes that broadcast to "
+            f"attn_mask has shape {shape}; accepted: shapes that broadcast to "
             f"[{batch}, 1 or {half_heads // 2} or {half_heads}, {length}, {key_length}]"
         )
     return attn_mask

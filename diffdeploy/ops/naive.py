@@ -40,7 +40,7 @@ def naive(request: Request) -> Tensor:
 
 
 def _chunked_cost(request: Request) -> float:
-    # docs/operator-speed.md: 0.5 to 0.66 at 512 positions or more; with few queries, chunks cover few heads each.
+    # 0.5 to 0.66 of `naive` from 512 positions on (docs/operator-speed.md); with few queries, chunks cover few heads.
     # Matrix products of CPUs are slow in float16, and training would keep all probabilities.
     slow = request.traced or request.dtype == torch.float16 or request.q.requires_grad
     if request.device != "cpu" or slow or request.length < _SHORTEST:
@@ -103,7 +103,7 @@ def _repeated(side: Tensor, num_heads: int) -> Tensor:
 def _probabilities(q_BHSd: Tensor, k_BHTd: Tensor, seen: Visibility, scale: float) -> Tensor:
     scores_BHST = (q_BHSd * scale) @ k_BHTd.transpose(-1, -2)
     if seen.is_causal:
-        # The last query sees all keys; keys can be hidden only among the last ones, as many as there are queries.
+        # The last query sees all keys, so causality can hide only the last keys, as many as there are queries.
         length = q_BHSd.shape[2]
         hidden = torch.ones(length, length, dtype=torch.bool, device=q_BHSd.device).triu(1)
         scores_BHST[..., k_BHTd.shape[2] - length :].masked_fill_(hidden, float("-inf"))

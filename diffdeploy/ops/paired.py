@@ -57,9 +57,9 @@ def _rows_cost(request: Request) -> float:
 def rows(request: Request) -> Tensor:
     """Compute `paired` with both streams of all heads of a group as rows, so that keys and values are read only once.
 
-    This is made for one token. It is also correct for more tokens, but repeats their mask for each of the ``2g`` heads.
-    A graph exported for a CPU contains both ways and selects one by the number of queries. See `diff_attention` for
-    shapes.
+    It is meant for one token. It is also correct for more tokens, but repeats their mask for each of the ``2g`` heads.
+    An fp32 graph exported for a CPU contains both variants below and selects one by the number of queries. See
+    `diff_attention` for shapes.
     """
     scale, past_length = request.scale, request.key_length - request.length
     seen = request.visibility().of_half_heads(request.num_heads)
@@ -94,7 +94,7 @@ def _two_products(
 ) -> Tensor:
     """Compute `rows` with two products, one with the keys and one of ``P1 - lam P2`` with the values (8 d, not 12 d).
 
-    The keys are the left factor: with the queries on the left, MKL reads them at a third of the speed. MKL also reads
+    The keys are the left factor: with the queries on the left, MKL reads keys at a third of the speed. MKL also reads
     the values for two or three rows at a third of the speed that it has for four, and for one row at two thirds.
     """
     batch, half_heads, length, _ = q_BHSe.shape

@@ -1,4 +1,4 @@
-"""One call of the operator, by which implementations say if they support it, and on which they run.
+"""One call of the operator: implementations decide from it whether they support it, and run on it.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -148,7 +148,7 @@ class Request:
 
     @property
     def permutes_key_streams(self) -> bool:
-        """True if streams read other keys than in the canonical key map."""
+        """True if streams read keys other than those in the canonical key map."""
         return self.gqa_layout == "legacy" and self.group_size > 1 and self.keys != Keys.SHARED
 
     def stream_heads(self, stream: int, v_BHTe: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -203,7 +203,7 @@ def _checked_keys(q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> Keys:
     if not fits or keys is None:
         raise InputError(
             f"queries {list(q_BHSd.shape)}, keys {list(k_BHTd.shape)} and values {list(v_BHTe.shape)} do not fit; "
-            "accepted are [B, 2h, S, d], [B, 2 h_kv or h_kv, T, d] or [B, h_kv, T, 2d], and [B, h_kv, T, e] with h_kv "
+            "accepted: [B, 2h, S, d], [B, 2 h_kv or h_kv, T, d] or [B, h_kv, T, 2d], and [B, h_kv, T, e] with h_kv "
             "a divisor of h"
         )
     return keys

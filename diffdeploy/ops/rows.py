@@ -28,8 +28,8 @@ __all__ = ["attend_rows", "padded_queries"]
 def padded_queries(request: Request) -> Tensor:
     """Queries of all ``2h`` half heads in natural order, zero-padded for paired keys: ``[B, 2h, S, 2d]``.
 
-    Each canonical stream occupies its own half. In the legacy key map, half head ``e = 2i + s`` reads key half head
-    ``e // g``, which is half ``(e // g) % 2`` of pair ``e // (2g)``: among the ``2g`` half heads of a group, the first
+    Each canonical stream occupies its own half. In the legacy key map, half head ``m = 2i + s`` reads key half head
+    ``m // g``, which is half ``(m // g) % 2`` of pair ``m // (2g)``: among the ``2g`` half heads of a group, the first
     ``g`` occupy the first half. Shared keys have no halves, and their queries stay unchanged.
     """
     if request.keys == Keys.SHARED:

@@ -19,7 +19,7 @@ _traced_for: str | None = None
 
 @contextmanager
 def traced_for(device: str) -> Iterator[None]:
-    """Trace graphs in the block for ``device``; only one thread at a time may do so, as with all tracing.
+    """Trace graphs in the ``with`` block for ``device``; only one thread at a time may do so, as with all tracing.
 
     Args:
         device: target device, ``cpu``, ``cuda``, ``cuda:N`` or `ANY_DEVICE`.

@@ -75,7 +75,7 @@ class ChatTemplate:
             ):
                 size += len(part)
                 if size > _LONGEST_TEXT:
-                    raise InputError(f"the chat template of {self._path} writes text without limit")  # noqa: TRY301
+                    raise InputError(f"the chat template of {self._path} produces endless text")  # noqa: TRY301
                 parts.append(part)
         except InputError:
             raise
@@ -102,7 +102,7 @@ def _json_of(bundle: Bundle, name: str) -> dict[str, Any]:
 
 
 def _default(config: Mapping[str, Any]) -> str | None:
-    """Default template in a tokenizer's config, which contains one template or several with names."""
+    """Default template in a tokenizer's config, which contains one template or several named ones."""
     found = config.get("chat_template")
     if isinstance(found, list):
         named = [each for each in found if isinstance(each, dict) and each.get("name") == "default"]
@@ -151,7 +151,7 @@ def _environment() -> Any:
             return body
 
     class Sandbox(sandbox.ImmutableSandboxedEnvironment):
-        # The two operators that turn little into much: a text of terabytes, or a number that takes years to compute.
+        # Small operands of these two give huge results: terabytes of text, or a number that takes years to compute.
         intercepted_binops = frozenset({"*", "**"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -56,7 +56,7 @@ class GenerationOptions(TypedDict, total=False):
         seed: random seed for the draws.
         eos_token_id: tokens that end a row; by default the model's own, see `eos_of`; ``None`` for none.
         pad_token_id: token that fills rows after their end; by default the first of those, or 0.
-        min_new_tokens: number of tokens before which no such token ends a row.
+        min_new_tokens: minimum number of new tokens before one of ``eos_token_id`` may end a row.
         stop: texts that end a row. Their tokens are the last ones of the row, but its text ends before them.
     """
 
@@ -137,7 +137,7 @@ class _Ends:
             raise InputError("stop contains an empty text, which would end every row; omit it")
         for name, number, smallest in (("max_new_tokens", max_new_tokens, 1), ("min_new_tokens", least, 0)):
             if number < smallest:
-                raise InputError(f"{name} is {number}; accepted is {smallest} or more")
+                raise InputError(f"{name} is {number}; accepted: {smallest} or more")
         if pad is None:
             pad = eos[0] if eos else 0
         return cls(max_new_tokens=max_new_tokens, min_new_tokens=least, eos=eos, pad=pad, stop=stop)
@@ -240,12 +240,12 @@ def _checked(
     """Check a prompt and return its mask."""
     spec, before = runtime.spec, context.tokens.shape[1]
     if input_ids.ndim != 2 or input_ids.dtype != np.int64:  # noqa: PLR2004 - rows and tokens
-        raise InputError(f"input_ids is {input_ids.dtype} {list(input_ids.shape)}; accepted is int64 [batch, tokens]")
+        raise InputError(f"input_ids is {input_ids.dtype} {list(input_ids.shape)}; accepted: int64 [batch, tokens]")
     if len(input_ids) != len(context.tokens):
         raise InputError(f"the session has {len(context.tokens)} rows, but input_ids has {len(input_ids)}")
     if input_ids.size == 0:
         raise InputError("the prompt is empty; give at least one token")
-    # Before a cache is reserved, which for a batch that is too large may be more than there is memory.
+    # Checked before a cache is reserved, which may not fit into memory if the batch is too large.
     check_size(spec, "input_ids", "batch_size", len(input_ids))
     check_values("input_ids", spec.inputs["input_ids"], input_ids)
     capacity, length = spec.axes["total_sequence_length"].max, before + input_ids.shape[1]
@@ -253,11 +253,11 @@ def _checked(
     if length + max_new_tokens - 1 > capacity:
         said = f"the prompt has {input_ids.shape[1]} tokens" + (f" after {before}" if before else "")
         raise InputError(
-            f"{said} and {max_new_tokens} are to come; the bundle was exported for {capacity} (--max-sequence-length)"
+            f"{said} and {max_new_tokens} will follow; the bundle was exported for {capacity} (--max-sequence-length)"
         )
     mask = np.ones_like(input_ids) if attention_mask is None else np.asarray(attention_mask).astype(np.int64)
     if mask.shape != input_ids.shape:
-        raise InputError(f"attention_mask is {list(mask.shape)}; accepted is {list(input_ids.shape)}")
+        raise InputError(f"attention_mask is {list(mask.shape)}; accepted: {list(input_ids.shape)}")
     check_values("attention_mask", spec.inputs["attention_mask"], mask)
     if not mask[:, -1].all():
         raise InputError("attention_mask ends in padding; pad prompts on the left, so that new tokens follow them")

@@ -42,30 +42,30 @@ def check_inputs(spec: GraphSpec, inputs: Mapping[str, Any]) -> None:
             checked, since that would wait for the device.
     """
     if inputs.keys() != spec.inputs.keys():
-        raise InputError(f"inputs are {sorted(inputs)}; accepted are {sorted(spec.inputs)}")
+        raise InputError(f"inputs are {sorted(inputs)}; accepted: {sorted(spec.inputs)}")
     sizes: dict[str, int] = {}
     for name, tensor in spec.inputs.items():
         _check_tensor(spec, name, tensor, inputs[name], sizes)
     for total, parts in spec.sums.items():
         if sizes[total] != sum(sizes[part] for part in parts):
             given = " + ".join(f"{part} {sizes[part]}" for part in parts)
-            raise InputError(f"{total} is {sizes[total]}; accepted is {given}")
+            raise InputError(f"{total} is {sizes[total]}; accepted: {given}")
 
 
 def _check_tensor(graph: GraphSpec, name: str, spec: TensorSpec, value: Any, sizes: dict[str, int]) -> None:
     # Identified by attributes and not by type, since a runtime without torch has no torch types.
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-        raise InputError(f"{name} is a {type(value).__name__}; accepted is a torch tensor or a numpy array")
+        raise InputError(f"{name} is a {type(value).__name__}; accepted: a torch tensor or a numpy array")
     dtype = _name(value.dtype)
     if dtype != spec.dtype:
-        raise InputError(f"{name} has dtype {dtype}; accepted is {spec.dtype}")
+        raise InputError(f"{name} has dtype {dtype}; accepted: {spec.dtype}")
     if len(value.shape) != len(spec.shape):
-        raise InputError(f"{name} has shape {list(value.shape)}; accepted is {list(spec.shape)}")
+        raise InputError(f"{name} has shape {list(value.shape)}; accepted: {list(spec.shape)}")
     for given, axis in zip(value.shape, spec.shape, strict=True):
         if isinstance(axis, str):
             _check_size(graph, name, axis, given, sizes)
         elif given != axis:
-            raise InputError(f"{name} has shape {list(value.shape)}; accepted is {list(spec.shape)}")
+            raise InputError(f"{name} has shape {list(value.shape)}; accepted: {list(spec.shape)}")
     # Values on CUDA are not checked, since that would wait for the device in every call.
     if not getattr(value, "is_cuda", False):
         check_values(name, spec, value)
@@ -82,7 +82,7 @@ def check_values(name: str, spec: TensorSpec, value: Any) -> None:
     smallest, largest = _extremes(value)
     if smallest < spec.values.min or largest > spec.values.max:
         raise InputError(
-            f"{name} holds numbers from {smallest} to {largest}; accepted are {spec.values.min} to {spec.values.max}"
+            f"{name} holds numbers from {smallest} to {largest}; accepted: {spec.values.min} to {spec.values.max}"
         )
 
 
@@ -101,7 +101,7 @@ def check_size(graph: GraphSpec, name: str, axis: str, given: int) -> None:
     """
     bounds = graph.axes[axis]
     if not bounds.min <= given <= bounds.max:
-        raise InputError(f"{axis} of {name} is {given}; accepted is {bounds.min} to {bounds.max}")
+        raise InputError(f"{axis} of {name} is {given}; accepted: {bounds.min} to {bounds.max}")
 
 
 @cache

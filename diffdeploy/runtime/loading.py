@@ -23,7 +23,7 @@ def device_of(manifest: Manifest, options: RunOptions) -> str:
     made_for = manifest.options.device
     device = options.device or made_for or "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise InputError(f"device is {device!r}; accepted is cpu, cuda or cuda:N")
+        raise InputError(f"device is {device!r}; accepted: cpu, cuda or cuda:N")
     if made_for is not None and device.split(":")[0] != made_for and not options.recompile:
         raise InputError(
             f"device is {device}, but this {manifest.format} bundle was made for {made_for}; export another"
@@ -35,7 +35,7 @@ def require_runnable(manifest: Manifest, options: RunOptions) -> None:
     """Check that a bundle can be run here.
 
     Raises:
-        InputError: the format does not have an option.
+        InputError: the format does not support one of the options.
         UnavailableError: this version does not know the format, its backend or device is missing, the backend is too
             old to compute the artifact correctly, or the artifact was compiled for another machine.
     """
@@ -43,7 +43,7 @@ def require_runnable(manifest: Manifest, options: RunOptions) -> None:
     # Errors that hold on every machine come before those of this machine.
     found.check_run_options(manifest, options)
     if options.threads is not None and options.threads < 1:
-        raise InputError(f"threads is {options.threads}; accepted is 1 or more")
+        raise InputError(f"threads is {options.threads}; accepted: 1 or more")
     device = device_of(manifest, options)
     if reason := found.why_not_run(device, manifest.graph.dtype, runtime=options.runtime):
         raise UnavailableError(reason)
@@ -132,7 +132,7 @@ def load(
     trust: bool = False,
     public_key: str | Path | None = None,
 ) -> Runtime:
-    """Open a bundle for running, after checking its digests. A bundle without verification raises a warning.
+    """Open a bundle to run it, after checking its digests. A bundle without verification raises a warning.
 
     Args:
         path: directory of the bundle.
@@ -144,10 +144,10 @@ def load(
         public_key: file of the key that must have signed the bundle, which is then trusted.
 
     Raises:
-        InputError: there is no bundle, the format does not have an option, or the file is not a key.
+        InputError: there is no bundle, the format does not support an option, or the file is not a key.
         IntegrityError: the bundle is not what was exported or signed, or it runs code and is not trusted.
         UnavailableError: the backend or the device is missing, the bundle was made for another machine, or a key is
-            given without model-signing.
+            given, but model-signing is not installed.
         ExportError: the backend cannot load the artifact.
     """
     options = RunOptions(

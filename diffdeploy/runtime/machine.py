@@ -46,11 +46,11 @@ def differences(made_for: dict[str, str], here: dict[str, str]) -> list[str]:
 
 
 def free_bytes(device: str, *, swap: bool = False) -> int:
-    """Memory that a run can have: of the device, or of this machine and the control group that the process is in.
+    """Free memory for a run: that of the device, or of this machine within the limit of the process's control group.
 
     Args:
         device: ``cpu`` or ``cuda``.
-        swap: count what the machine can swap out, too.
+        swap: true to count free swap space, too.
     """
     if device == "cuda":
         import torch
@@ -61,10 +61,10 @@ def free_bytes(device: str, *, swap: bool = False) -> int:
     free += int(fields["SwapFree"].split()[0]) * 1024 if swap else 0
     group = Path("/sys/fs/cgroup")
     try:
-        # In a container the machine's free memory is not this process's to use.
+        # In a container, this process may not use all free memory of the machine.
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
-        # Files that were read are counted as used, and given up when memory is wanted.
+        # The page cache is counted as used, but released when memory is needed.
         counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         used -= int(counted["active_file"]) + int(counted["inactive_file"])
         return min(free, limit - used)

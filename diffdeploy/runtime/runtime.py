@@ -74,9 +74,7 @@ class Runtime:
         """
         backend = self._opened()
         if unnamed:
-            raise InputError(
-                f"{len(unnamed)} inputs have no name; accepted are the names {', '.join(self.spec.inputs)}"
-            )
+            raise InputError(f"{len(unnamed)} inputs have no name; accepted: the names {', '.join(self.spec.inputs)}")
         inputs = as_integers(self.spec, inputs)
         check_inputs(self.spec, inputs)
         # Tested for numpy, since torch may not be installed.

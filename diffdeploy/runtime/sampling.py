@@ -39,13 +39,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.temperature) and self.temperature > 0):
-            raise InputError(f"temperature is {self.temperature}; accepted is a number above 0")
+            raise InputError(f"temperature is {self.temperature}; accepted: a number above 0")
         if self.top_k is not None and self.top_k < 0:
-            raise InputError(f"top_k is {self.top_k}; accepted is 0 or more")
+            raise InputError(f"top_k is {self.top_k}; accepted: 0 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; accepted is above 0, and at most 1")
+            raise InputError(f"top_p is {self.top_p}; accepted: above 0, and at most 1")
         if not (np.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise InputError(f"repetition_penalty is {self.repetition_penalty}; accepted is a number above 0")
+            raise InputError(f"repetition_penalty is {self.repetition_penalty}; accepted: a number above 0")
 
     def generator(self) -> np.random.Generator:
         """Random number generator for the draws of one call."""

@@ -127,5 +127,5 @@ class Session:
 
 def _array(name: str, value: "Tensor | Array") -> Array:
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-        raise InputError(f"{name} is a {type(value).__name__}; accepted is a torch tensor or a numpy array")
+        raise InputError(f"{name} is a {type(value).__name__}; accepted: a torch tensor or a numpy array")
     return value if isinstance(value, np.ndarray) else to_array(value)

@@ -70,7 +70,7 @@ class Tokenizer:
         if odd := [token for token in ids if token >= self._vocab_size]:
             name = self._tokenizer.id_to_token(odd[0])
             raise InputError(
-                f"the text contains the token {name!r}, which has the number {odd[0]} in {self._path}, but the "
+                f"the text contains the token {name!r}, which has the id {odd[0]} in {self._path}, but the "
                 f"embedding of the model ends at {self._vocab_size - 1}; remove it"
             )
         return ids
@@ -105,7 +105,7 @@ class TextDecoder:
         certain = len(text.rstrip(_UNFINISHED))
         settled = len(self._ids)
         if certain < len(text):
-            # Later tokens cannot change text before the last three characters: each is valid, or never will be.
+            # Later tokens cannot change text before the last three characters: it is valid, or never will be.
             settled = max(self._read, settled - _MOST_BYTES + 1)
             if settled > self._read:
                 certain = max(certain, len(self._decode(self._ids[:settled])))

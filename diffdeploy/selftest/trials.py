@@ -94,7 +94,7 @@ class Trials:
         if fault.new_digests:
             manifest = Manifest.from_bytes((target.path / MANIFEST).read_bytes())
             write_manifest(target.path, manifest)
-        # A fault without effect would count as not detected, although the verification is right.
+        # A fault without effect would count as not detected, although the verification is correct.
         if fault.is_put_into_files and _digests(target.path) == self._digests:
             raise ExportError(f"the fault {fault.name} does not change the artifact")
 

@@ -236,7 +236,7 @@ class Report(Record):
             return cls.model_validate_json(data)
         except ValidationError as error:
             raise InputError(
-                f"{name} is not a report of this version of diffdeploy; accepted is the verification.json of a bundle, "
+                f"{name} is not a report of this version of diffdeploy; accepted: the verification.json of a bundle, "
                 "or the output of diffdeploy verify --save-report"
             ) from error
 

@@ -68,7 +68,7 @@ def select_cases(selection: Selection, config: AnyModel, spec: GraphSpec, seed: 
     if selection == "full":
         return ordered
     if selection < 1:
-        raise InputError(f"the number of cases is {selection}; accepted is 1 or more, quick or full")
+        raise InputError(f"the number of cases is {selection}; accepted: 1 or more, quick or full")
     return [*ordered[:selection], *islice(drawn, max(0, selection - len(ordered)))]
 
 

@@ -30,12 +30,12 @@ def read_inputs(path: Path, spec: GraphSpec) -> list[UserCase]:
         name = next((name for name in spec.inputs if key == name or key.endswith(f".{name}")), None)
         if name is None:
             raise InputError(
-                f"{path} holds {key}; accepted are the inputs of the graph, {', '.join(spec.inputs)}, "
+                f"{path} holds {key}; accepted: the inputs of the graph, {', '.join(spec.inputs)}, "
                 "or CASE.NAME for several cases"
             )
         cases.setdefault(key.removesuffix(name).removesuffix("."), {})[name] = array
     if not cases:
-        raise InputError(f"{path} holds no array; accepted are {', '.join(spec.inputs)}")
+        raise InputError(f"{path} holds no array; accepted: {', '.join(spec.inputs)}")
     for case, inputs in cases.items():
         try:
             check_inputs(spec, inputs)

@@ -61,7 +61,7 @@ def test_a_heading_says_what_was_timed_as_a_graph() -> None:
     assert "graphs" not in describe_size(report, report.sizes[0])
     rows = [row.model_copy(update={"captured": row.name == "naive"}) for row in report.results]
     captured = report.model_copy(update={"results": rows})
-    assert describe_size(captured, report.sizes[0]).endswith("; timed as CUDA graphs, but for onnx")
+    assert describe_size(captured, report.sizes[0]).endswith("; timed as CUDA graphs, except onnx")
 
 
 def test_the_fastest_comes_first_and_what_was_not_timed_last() -> None:

@@ -130,12 +130,12 @@ def test_runtime_runs_torch_and_numpy_alike(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
     [
-        ((5, 5, 24), torch.float32, "batch_size of hidden_states is 5; accepted is 1 to 4"),
-        ((1, 17, 24), torch.float32, "sequence_length of hidden_states is 17; accepted is 1 to 16"),
+        ((5, 5, 24), torch.float32, "batch_size of hidden_states is 5; accepted: 1 to 4"),
+        ((1, 17, 24), torch.float32, "sequence_length of hidden_states is 17; accepted: 1 to 16"),
         ((1, 0, 24), torch.float32, "sequence_length of hidden_states is 0"),
         ((1, 5, 23), torch.float32, "has shape"),
         ((5, 24), torch.float32, "has shape"),
-        ((1, 5, 24), torch.float64, "has dtype float64; accepted is float32"),
+        ((1, 5, 24), torch.float64, "has dtype float64; accepted: float32"),
     ],
 )
 def test_runtime_refuses_wrong_inputs(pristine: Path, shape: tuple[int, ...], dtype: torch.dtype, message: str) -> None:
@@ -182,7 +182,7 @@ def test_an_unverified_bundle_says_so(pristine: Path) -> None:
 
 
 def test_inputs_without_names_are_refused(pristine: Path) -> None:
-    with pytest.raises(InputError, match="1 inputs have no name; accepted are the names hidden_states"):
+    with pytest.raises(InputError, match="1 inputs have no name; accepted: the names hidden_states"):
         load(pristine)(torch.zeros(1, 2, 24))
 
 

@@ -195,7 +195,7 @@ def test_no_wrong_quantisation_goes_unseen(bundles: BundleCache, tmp_path: Path)
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("options", "seed"), -1, "has the seed -1; accepted is 0 or more"),
+        (("options", "seed"), -1, "has the seed -1; accepted: 0 or more"),
         (("provenance", "layer"), 7, "has layer 7, which no key"),
         (("provenance", "layer"), -1, "has layer -1, which no key"),
         (("provenance", "keys"), ["9" * 5000], "has layer 1, which no key"),

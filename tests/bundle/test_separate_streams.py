@@ -65,7 +65,7 @@ def test_they_run_as_their_manifest_says(old_bundle: Path) -> None:
     output, cache = block(x, mask, positions, (pair_streams(key), value))
     torch.testing.assert_close(outputs["output"], output, rtol=0, atol=1e-5)
     torch.testing.assert_close(pair_streams(outputs["present.key"]), cache[0], rtol=0, atol=1e-5)
-    with pytest.raises(InputError, match=r"past_key_values.key has shape .* accepted is \['batch_size', 4, "):
+    with pytest.raises(InputError, match=r"past_key_values.key has shape .* accepted: \['batch_size', 4, "):
         load(old_bundle)(
             hidden_states=x,
             attention_mask=mask,
@@ -93,5 +93,5 @@ def test_the_cache_of_shared_keys_is_as_it_was(tmp_path: Path) -> None:
 def test_a_past_of_separate_streams_is_refused_by_the_block() -> None:
     past: KeyValueCache = (torch.zeros(1, 4, 3, 6), torch.zeros(1, 2, 3, 12))
     block = DiffAttention(CONFIG)
-    with pytest.raises(InputError, match=r"past key has shape \[1, 4, 3, 6\]; accepted is \[1, 2, 'P', 12\]"):
+    with pytest.raises(InputError, match=r"past key has shape \[1, 4, 3, 6\]; accepted: \[1, 2, 'P', 12\]"):
         block(torch.zeros(1, 1, 24), torch.ones(1, 4, dtype=torch.int64), None, past)

@@ -267,7 +267,7 @@ def _rsa(folder: Path) -> KeyPair:
     [
         (_no_key, r"cannot be read \(No such file or directory\); give"),
         (_folder, r"cannot be read \(Is a directory\); give"),
-        (_text, "not a usable .* key; accepted are elliptic-curve keys in PEM"),
+        (_text, "not a usable .* key; accepted: elliptic-curve keys in PEM"),
         (_other_half, "not a usable .* key"),
         (_other_curve, "not a usable .* key"),
         (_edwards, "not a usable .* key"),

@@ -98,8 +98,8 @@ def _unknown(weights: dict[str, Any]) -> None:
     [
         (_missing_key, "lacks the keys lambda_k2"),
         (_nan, "q_proj.weight holds NaN"),
-        (_wrong_shape, r"out_proj.weight has shape \[24, 47\]; accepted is \[24, 48\]"),
-        (_odd_rows, "k_proj.weight has 23 rows; accepted is a multiple of 12"),
+        (_wrong_shape, r"out_proj.weight has shape \[24, 47\]; accepted: \[24, 48\]"),
+        (_odd_rows, "k_proj.weight has 23 rows; accepted: a multiple of 12"),
         (_indivisible, "num_kv_heads is 3"),
         (_unknown, "no known layout"),
     ],

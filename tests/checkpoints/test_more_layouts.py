@@ -326,9 +326,7 @@ def test_stable_audio(tmp_path: Path) -> None:
 
 
 def test_ordinary_attention_is_not_taken_for_stable_audio(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"to_qkv.weight has 288 rows; accepted are those of q, k, v, q_noise, k_noise"
-    ):
+    with pytest.raises(InputError, match=r"to_qkv.weight has 288 rows; accepted: those of q, k, v, q_noise, k_noise"):
         read(tmp_path, random_state({**STABLE_AUDIO, "to_qkv.weight": (288, 96)}))
 
 

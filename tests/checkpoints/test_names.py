@@ -81,7 +81,7 @@ def test_the_logits_are_those_of_transformers(model: tuple[Path, Any, Any]) -> N
         (json.dumps({**NAMES, "final_norm": "x"}), "has final_norm; accepted: embedding, layer"),
         (json.dumps({k: v for k, v in NAMES.items() if k not in ("norm", "ffn.up_proj.weight")}),
          "lacks norm, ffn.up_proj.weight"),
-        (json.dumps({**NAMES, "layer": "transformer.h."}), "accepted is a prefix with one {} in it"),
+        (json.dumps({**NAMES, "layer": "transformer.h."}), "accepted: a prefix with one {} in it"),
         (json.dumps({**NAMES, "embedding": "wte.weight"}), "the embedding is wte.weight in the table of names"),
         (json.dumps({**NAMES, "ffn_norm.weight": "ln_3.weight"}), r"lacks transformer.h.0.ln_3.weight"),
         (json.dumps({**NAMES, "attention": "self_attn."}), "has no block of layout diffllama at transformer.h.0.self"),
@@ -102,7 +102,7 @@ def test_nothing_is_dropped(model: tuple[Path, Any, Any]) -> None:
 
 def test_a_block_needs_no_names(model: tuple[Path, Any, Any]) -> None:
     assert read_checkpoint(model[0], CheckpointOptions(layer=1)).layer == 1
-    with pytest.raises(InputError, match="names are those of a whole model"):
+    with pytest.raises(InputError, match="names are for a whole model"):
         read_checkpoint(model[0], CheckpointOptions(layer=1, names=json.dumps(NAMES)))
 
 

@@ -225,7 +225,7 @@ def test_axolotl_with_halves_of_split_heads(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "vocabulary": ({"vocab_size": 54}, "vocab_size in config.json is 54, but the embedding in .* has 53 rows"),
-    "layers": ({"num_hidden_layers": 4}, r"has the layers 0, 1, 2; accepted are all from 0 to 3, as config.json says"),
+    "layers": ({"num_hidden_layers": 4}, r"has the layers 0, 1, 2; accepted: all from 0 to 3, as config.json says"),
     "width": ({"intermediate_size": 41}, "intermediate_size in config.json is 41"),
     "activation": ({"hidden_act": "silu"}, "hidden_act in config.json is 'silu', but the MLPs have PolyNorm's weights"),
     "eps": ({"rms_norm_eps": None}, "states rms_norm_eps, the epsilon of the norms around the blocks"),
@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "has an embedding, but lacks lm_head.weight, so it is not a whole model",
     ),
     "unsaid": ({"tie_word_embeddings": None}, "lacks lm_head.weight, and no config.json says"),
-    "wrong": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings in config.json is 'yes'; accepted is true or false"),
+    "wrong": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings in config.json is 'yes'; accepted: true or false"),
     "capped": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping in config.json is 30.0"),
 }
 

@@ -153,7 +153,7 @@ def test_an_interrupt_prints_what_was_measured(
     few = ["--impl", "naive,padded", "--format", "none"]
     assert main(["bench", *TINY, *few, "--save", "part.json", "--json"]) == 130
     said = capsys.readouterr()
-    assert said.err.strip().splitlines()[-1] == "error: interrupted; what had been measured until then is above"
+    assert said.err.strip().splitlines()[-1] == "error: interrupted; the measurements up to then are above"
     report = read_report(Path("part.json"))
     assert report.status == "interrupted"
     assert [(row.sequence_length, row.num_rounds >= 2) for row in report.results] == [
@@ -195,16 +195,16 @@ def test_progress_says_what_runs_and_how_long_it_takes(saved: Path) -> None:
         (["--format", "tflite"], "format 'tflite' is not known; accepted: onnx,", 2),
         (["--format", "flash2"], "flash2", 3),
         (["--impl", "flash2", "--format", "none"], "flash2 runs on CUDA only", 3),
-        (["--seq", "128,x"], "--seq is '128,x'; accepted are positive integers", 2),
-        (["--batch", "0"], "--batch is '0'; accepted are positive integers", 2),
+        (["--seq", "128,x"], "--seq is '128,x'; accepted: comma-separated positive integers", 2),
+        (["--batch", "0"], "--batch is '0'; accepted: comma-separated positive integers", 2),
         (["--seq", "1000000", "--impl", "naive", "--format", "none"], "naive at B1-S1000000 needs about", 3),
         (["--impl", "naive", "--format", "none", "--baseline", "onnx"], "baseline 'onnx' is not among", 2),
-        (["--plot", "figure.pdf"], "accepted are names that end in .svg or .png", 2),
+        (["--plot", "figure.pdf"], "accepted: names that end in .svg or .png", 2),
         (["--save", "nowhere/run.json"], "nowhere/run.json cannot be written", 2),
         (["--compare", "nowhere.json"], "nowhere.json is not a result of diffdeploy bench", 2),
         (["nowhere.pt"], "nowhere.pt does not exist", 2),
         (["--num-heads", "3"], "--embed-dim 1024 is not a multiple of 2 * --num-heads 3", 2),
-        (["--layer", "1"], "--layer is for reading a checkpoint, but none is given", 2),
+        (["--layer", "1"], "--layer is for reading a checkpoint, but no checkpoint is given", 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -225,7 +225,7 @@ def test_a_bundle_that_does_not_fit_the_rest_is_refused(
         ([bundle, "--seq", "512"], "bundle bundle is made for sequence_length up to 256, but --seq leads to 512"),
         ([bundle, "--dtype", "float16"], "--dtype is float16, but bundle bundle has float32"),
         ([bundle, "--graph", "cached"], "--graph is cached, but bundle bundle has plain"),
-        ([bundle, "--embed-dim", "64"], "sizes are those of a random block"),
+        ([bundle, "--embed-dim", "64"], "sizes are for a random block"),
         ([bundle, str(SAMPLE), "--layer", "0"], "bundle bundle does not hold the block of sample"),
         ([str(SAMPLE), str(SAMPLE)], "are two checkpoints; give one"),
     ):

@@ -170,10 +170,10 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["export", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["export", "--format", "tflite"], "'tflite' is not one of"),
-        (["export", "--opset", "17"], "opset is 17; accepted is 18 to 24"),
+        (["export", "--opset", "17"], "opset is 17; accepted: 18 to 24"),
         (["export", "--layer", "9"], "its layers are: 0, 1, 2, 3"),
         (["export", "--attention-impl", "naive"], "accepted: auto, two_call, padded"),
-        (["export", "--max-batch-size", "1"], "max batch size is 1; accepted is 2 or more"),
+        (["export", "--max-batch-size", "1"], "max batch size is 1; accepted: 2 or more"),
         (["export", "--seed", "-1"], "seed is -1"),
         (["export", "-o", "/proc/here"], "/proc/here cannot be written"),
         (["verify", "nowhere"], "nowhere is not a bundle"),
@@ -204,7 +204,7 @@ def test_bad_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (weights_file(tmp_path / "nan.safetensors", lambda_q1=lambda_q1), "lambda_q1 holds NaN"),
         (
             weights_file(tmp_path / "shape.safetensors", **{"out_proj.weight": torch.zeros(24, 47)}),
-            "accepted is [24, 48]",
+            "accepted: [24, 48]",
         ),
         (weights_file(tmp_path / "heads.safetensors", **_keys_and_values(3)), "divisor of num_heads (4)"),
     ]

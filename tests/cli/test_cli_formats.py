@@ -53,7 +53,7 @@ def test_what_cannot_be_made_is_said(capsys: pytest.CaptureFixture[str]) -> None
     flash2 = ["--layer", "0", "--format", "flash2"]
     assert main(["export", *flash2, "--no-verify", "--dtype", "bfloat16", "-o", "out"]) == 0
     said = capsys.readouterr()
-    assert said.out == "unverified: out; run diffdeploy verify out before it is used\n"
+    assert said.out == "unverified: out; run diffdeploy verify out before using it\n"
     assert json.loads(Path("out/manifest.json").read_text())["verified"] is False
     assert "needs a GPU that torch" in refused(["verify", "out"], capsys, code=3)
     message = refused(["export", *flash2, "--dtype", "float16", "-o", "other"], capsys, code=3)
@@ -67,13 +67,13 @@ def test_what_cannot_be_made_is_said(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "flash2"], "no float32 kernels; accepted is float16 or bfloat16"),
+        (["--format", "flash2"], "no float32 kernels; accepted: float16 or bfloat16"),
         (["--format", "flash2", "--dtype", "float16", "--device", "cpu"], "made for cuda, not for cpu"),
         (["--format", "pt2", "--onnx-flavor", "ort"], "onnx flavor is ort, which format pt2 does not have"),
         (["--format", "aoti", "--runtime", "reference"], "runs only ONNX, but the format is aoti"),
         (["--onnx-flavor", "ort", "--graph", "cached"], "graph is cached"),
         (["--onnx-flavor", "ort", "--runtime", "reference"], "supports only standard operators"),
-        (["--format", "all", "--layer", "all"], "give one of them a name"),
+        (["--format", "all", "--layer", "all"], "name one layer or one format"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -108,8 +108,8 @@ def test_run_refuses_what_it_cannot_read_or_write(
     for inputs, output, message in (
         ("nowhere.npz", "y.npz", "nowhere.npz does not exist"),
         ("broken.npz", "y.npz", "broken.npz cannot be read as .npz; it may be truncated"),
-        ("named.npz", "y.npz", "inputs are ['x']; accepted are ['hidden_states']"),
-        ("x.npz", "y.txt", "y.txt ends in '.txt'; accepted is .safetensors or .npz"),
+        ("named.npz", "y.npz", "inputs are ['x']; accepted: ['hidden_states']"),
+        ("x.npz", "y.txt", "y.txt ends in '.txt'; accepted: .safetensors or .npz"),
         ("x.npz", "no/y.npz", "there is no folder no"),
         ("x.npz", "taken.npz", "taken.npz exists; give another file, or --force to replace it"),
     ):

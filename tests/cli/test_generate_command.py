@@ -36,7 +36,7 @@ def test_text_is_streamed_and_its_speed_is_said(model: str, capsys: pytest.Captu
     assert bytes(result["output_ids"]).decode() == result["text"]
     assert result["prefill_tokens_per_second"] > 0
     assert result["decode_tokens_per_second"] > 0
-    assert "9 tokens of prompt at" in shown.err
+    assert "9 prompt tokens at" in shown.err
     # The same from a file, and from tokens.
     Path("prompt.txt").write_text("def main(")
     assert main(["generate", model, "--prompt-file", "prompt.txt", "--max-new-tokens", "12"]) == 0
@@ -88,16 +88,16 @@ def test_a_chat_template_makes_the_prompt(chatty: str, capsys: pytest.CaptureFix
     ("arguments", "message"),
     [
         (["--chat", "--prompt", "a"], "has no chat template"),
-        (["--chat", "--input-ids", "1"], "--chat makes a message of text, and --input-ids gives tokens"),
+        (["--chat", "--input-ids", "1"], "--chat sends text as a message, but --input-ids gives tokens"),
         (["--stop", "", "--prompt", "a"], "stop contains an empty text"),
         (["--min-new-tokens", "-1", "--prompt", "a"], "min_new_tokens is -1"),
-        (["--repetition-penalty", "0", "--prompt", "a"], "repetition_penalty is 0.0; accepted is a number above 0"),
-        (["--prompt", "a" * 60], "the prompt has 60 tokens and 1 are to come; the bundle was exported for 48"),
+        (["--repetition-penalty", "0", "--prompt", "a"], "repetition_penalty is 0.0; accepted: a number above 0"),
+        (["--prompt", "a" * 60], "the prompt has 60 tokens and 1 will follow; the bundle was exported for 48"),
         ([], "give one of --prompt, --prompt-file and --input-ids"),
         (["--prompt", "a", "--input-ids", "1"], "give one of --prompt, --prompt-file and --input-ids"),
         (["--prompt", ""], "the prompt is empty"),
-        (["--input-ids", "1,x"], "--input-ids is '1,x'; accepted are numbers"),
-        (["--input-ids", "1,999"], "input_ids holds numbers from 1 to 999; accepted are 0 to 255"),
+        (["--input-ids", "1,x"], "--input-ids is '1,x'; accepted: comma-separated numbers"),
+        (["--input-ids", "1,999"], "input_ids holds numbers from 1 to 999; accepted: 0 to 255"),
         (["--prompt", "a", "--max-new-tokens", "100"], "exported for 48"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt cannot be read as text"),
     ],
@@ -121,7 +121,7 @@ def test_a_bundle_without_a_tokenizer_takes_tokens(model: str, capsys: pytest.Ca
 
 def test_options_of_blocks_and_models_do_not_mix(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--graph is cached, which is for a block" in refused(["export", "--graph", "cached"], capsys)
-    assert "--logits is of whole models" in refused(["export", "--layer", "0", "--logits", "last"], capsys)
+    assert "--logits is for whole models" in refused(["export", "--layer", "0", "--logits", "last"], capsys)
     flash2 = ["export", "--format", "flash2", "--dtype", "float16", "--no-verify"]
     assert "format flash2 is for blocks" in refused(flash2, capsys)
     assert "--format all compares the formats of one block" in refused(["export", "--format", "all"], capsys)
@@ -131,8 +131,8 @@ def test_a_model_is_inspected_and_matched_with_its_checkpoint(model: str, capsys
     assert main(["inspect", model]) == 0
     out = capsys.readouterr().out
     for said in (
-        "4 layers, 256 tokens, head of its own",
-        "tokenizer.json; ended by none",
+        "4 layers, 256 tokens, separate head",
+        "tokenizer.json; no end token",
         "0.2, 0.355509, 0.470713, 0.556058, one lambda; output scale 0.8, 0.644491",
         "past_key_values.0-3.key float32",
     ):

@@ -103,6 +103,8 @@ def test_a_failure_is_seen(sample_bundle: Path) -> None:
 
 def test_a_page_of_something_else_is_refused(sample_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = str(sample_bundle)
-    assert "does not go with --html" in refused(["verify", bundle, "--self-test", "--html", "x.html"], capsys)
-    assert "does not go with --html" in refused(["verify", bundle, "--engine", "genai", "--html", "x.html"], capsys)
+    assert "cannot be combined with --html" in refused(["verify", bundle, "--self-test", "--html", "x.html"], capsys)
+    assert "cannot be combined with --html" in refused(
+        ["verify", bundle, "--engine", "genai", "--html", "x.html"], capsys
+    )
     assert "there is no folder nowhere" in refused(["verify", bundle, "--html", "nowhere/x.html"], capsys)

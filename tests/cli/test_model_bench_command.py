@@ -85,7 +85,7 @@ def test_a_quantised_model_is_measured_with_the_weights_that_it_has(
     options = replace(SMALL, onnx_flavor="ort", weights="int8")
     export_bundle(read_model(llama / "checkpoint"), tmp_path / "int8", options, verify=False)
     assert main(["bench", str(tmp_path / "int8"), str(llama / "checkpoint"), *TINY, "--save", "int8.json"]) == 0
-    assert "the weights before they were quantised" in capsys.readouterr().err
+    assert "with the original weights, not the quantised ones" in capsys.readouterr().err
     report = read_model_report(Path("int8.json"))
     assert {(row.kind, row.status) for row in report.results} == {("bundle", "measured"), ("eager", "measured")}
 
@@ -175,15 +175,15 @@ def test_what_does_not_go_together_is_refused(
     def said(*arguments: str) -> str:
         return refused(["bench", *arguments], capsys)
 
-    assert "--graph is for blocks, and a bundle of a whole model is given" in said(model, "--graph", "cached")
-    assert "--plot is for blocks" in said(model, "--plot", "x.svg")
+    assert "--graph is only for blocks, but a bundle of a whole model is given" in said(model, "--graph", "cached")
+    assert "--plot is only for blocks" in said(model, "--plot", "x.svg")
     assert "does not hold the model of" in said(model, str(llama / "bundle"))
     assert "does not hold the model of" in said(model, str(llama / "checkpoint"))
     assert "holds a block" in said(model, str(sample_bundle))
-    assert "made for 48 tokens, but --seq 41 with 8 new ones is more; give up to 40" in said(model, "--seq", "41")
+    assert "made for 48 tokens, but --seq 41 plus 8 new ones is longer; give up to 40" in said(model, "--seq", "41")
     assert "made for batches up to 4, but --batch is 5" in said(model, "--batch", "5")
     assert "implementation 'fast' is not known" in said(model, "--impl", "fast")
     assert "baseline 'other' is not among the candidates" in said(model, "--baseline", "other")
-    assert "is not a result of diffdeploy bench of a model" in said(
+    assert "is not a diffdeploy bench result for a model" in said(
         model, "--compare", str(llama / "bundle/manifest.json")
     )

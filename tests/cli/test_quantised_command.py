@@ -26,7 +26,7 @@ def test_the_loss_is_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     assert (loss["text"], loss["num_bytes"], loss["num_tokens"]) == ("text.py", 9 * 43, 9 * 43 - 1)
     assert loss["worst_layer"] in loss["layers"]
     assert set(loss["layers"]) == {"layer0", "layer1", "layer2", "layer3", "head"}
-    assert f"loss by quantised weights: {loss['bits_per_byte']:.4g} bits per byte" in shown.err
+    assert f"loss from quantised weights: {loss['bits_per_byte']:.4g} bits per byte" in shown.err
     assert json.loads(Path("bundle/verification.json").read_text())["loss"]["kl"] == loss["kl"]
 
     assert main(["inspect", "bundle"]) == 0
@@ -45,7 +45,7 @@ def test_the_loss_is_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow  # the loss on 10,000 tokens, twice
 def test_a_bundle_that_is_not_verified_says_its_loss(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*EXPORT, "--weights", "int8", "--no-verify", "-o", "bundle"]) == 0
-    assert "loss by quantised weights" in capsys.readouterr().err
+    assert "loss from quantised weights" in capsys.readouterr().err
     assert main([*EXPORT, "--weights", "int8", "--no-verify", "-o", "bundle", "--force", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["status"] == "unverified"
@@ -62,8 +62,8 @@ def test_a_limit_is_a_gate(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--layer", "1", "--onnx-flavor", "ort", "--weights", "int4"], "--weights is of whole models"),
-        (["--layer", "1", "--format", "all", "--weights", "int4"], "--weights is of whole models"),
+        (["--layer", "1", "--onnx-flavor", "ort", "--weights", "int4"], "--weights is for whole models"),
+        (["--layer", "1", "--format", "all", "--weights", "int4"], "--weights is for whole models"),
         (["--weights", "int4"], "give --onnx-flavor ort"),
         (["--format", "aoti", "--weights", "int8"], "which format aoti does not have"),
         (["--onnx-flavor", "ort", "--weights", "int3"], "'int3' is not one of"),

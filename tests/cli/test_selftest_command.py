@@ -92,7 +92,7 @@ def test_a_fault_that_is_not_seen_exits_1(
     monkeypatch.setattr(trials, "faults_of", lambda target: [unseen])
     assert main(["verify", str(bundle), "--self-test"]) == 1
     said = capsys.readouterr()
-    assert f"error: the verification of {bundle} does not see harmless; do not rely on it" in said.err
+    assert f"error: the verification of {bundle} does not detect harmless; do not rely on it" in said.err
 
 
 @pytest.mark.parametrize("option", [["--cases", "quick"], ["--golden"], ["--seed", "1"]], ids=lambda option: option[0])
@@ -100,7 +100,7 @@ def test_what_does_not_go_together_is_refused(
     option: list[str], bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(bundle), "--self-test", *option]) == 2
-    assert f"--self-test verifies copies with faults in them, so it does not go with {option[0]}" in (
+    assert f"--self-test verifies copies with faults in them, so it cannot be combined with {option[0]}" in (
         capsys.readouterr().err
     )
 

@@ -128,9 +128,9 @@ def test_the_artifact_runs_in_a_process_that_checks_too(capsys: pytest.CaptureFi
 
 def test_the_key_is_for_what_is_run(capsys: pytest.CaptureFixture[str]) -> None:
     report = ["verify", "--from-report", "bundle/verification.json", "--public-key", "key.pub"]
-    assert "runs nothing, so it does not go with --public-key" in refused(report, capsys)
+    assert "runs nothing, so it cannot be combined with --public-key" in refused(report, capsys)
     bench = ["bench", "--impl", "naive", "--format", "none", "--seq", "8", "--public-key", "key.pub"]
-    assert "--public-key is for checking bundles, but none is given" in refused(bench, capsys)
+    assert "--public-key is for checking bundles, but no bundle is given" in refused(bench, capsys)
 
 
 def test_inspect_says_whether_there_is_a_signature(capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,7 +125,7 @@ def test_figures_that_do_not_fit_are_left_out_whole(
     headings = ["candidate", *(f"of column{number}" for number in range(11))]
     console.print_figures("sizes", headings, [["stacked_split", *(["12345.678"] * 11)]])
     assert file.getvalue().count("12345.678") == shown - 1
-    left_out = "" if shown == 12 else f"in a wider terminal also: {', '.join(headings[shown:])}\n"
+    left_out = "" if shown == 12 else f"shown in a wider terminal: {', '.join(headings[shown:])}\n"
     assert capsys.readouterr().out == f"sizes\n{left_out}"
 
 

@@ -230,15 +230,15 @@ def test_warn_only_says_what_failed_and_exits_0(wrong_bundle: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cases", "few"], "--cases is 'few'; accepted is quick, full or a number above 0"),
-        (["--k", "2"], "does not go with --k"),
-        (["--golden", "--seed", "1"], "does not go with --seed"),
+        (["--cases", "few"], "--cases is 'few'; accepted: quick, full or a number above 0"),
+        (["--k", "2"], "cannot be combined with --k"),
+        (["--golden", "--seed", "1"], "cannot be combined with --seed"),
         (["--load-inputs", "nowhere.npz"], "nowhere.npz does not exist"),
-        (["--load-inputs", "REPORT"], "accepted is .safetensors or .npz"),
+        (["--load-inputs", "REPORT"], "accepted: .safetensors or .npz"),
         (["--save-inputs", "nowhere/x.npz"], "there is no folder nowhere"),
         (["--save-report", "nowhere/x.json"], "there is no folder nowhere"),
         (["--from-report", "nowhere.json"], "nowhere.json cannot be read"),
-        (["--from-report", "REPORT", "--cases", "quick"], "runs nothing, so it does not go with --cases"),
+        (["--from-report", "REPORT", "--cases", "quick"], "runs nothing, so it cannot be combined with --cases"),
         (["--from-report", "MANIFEST"], "manifest.json is not a report of this version"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -307,7 +307,7 @@ def test_diff_of_reports_shows_what_moved(
 def test_diff_of_the_same(sample_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json_of(["diff", str(sample_bundle), str(sample_bundle)], capsys)["same"] is True
     out, _ = said_by(["diff", str(sample_bundle), str(sample_bundle)], capsys)
-    assert out == f"{sample_bundle} and {sample_bundle} say the same\n"
+    assert out == f"{sample_bundle} and {sample_bundle} do not differ\n"
 
 
 def test_diff_of_what_is_neither(sample_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,9 +21,12 @@ pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
     ("arguments", "message"),
     [
         (["--engine", "trains"], "engine is 'trains'; accepted: genai, vllm, reference, openvino"),
-        (["--engine", "vllm", "--cases", "quick"], "--engine has inputs of its own, so it does not go with --cases"),
-        (["--engine", "vllm", "--golden"], "so it does not go with --golden"),
-        (["--engine", "vllm", "--save-report", "report.json"], "so it does not go with --save-report"),
+        (
+            ["--engine", "vllm", "--cases", "quick"],
+            "--engine has inputs of its own, so it cannot be combined with --cases",
+        ),
+        (["--engine", "vllm", "--golden"], "so it cannot be combined with --golden"),
+        (["--engine", "vllm", "--save-report", "report.json"], "so it cannot be combined with --save-report"),
         (["--tensor-parallel-size", "2"], "verify without --engine has no ranks"),
         (["--engine", "reference", "--tensor-parallel-size", "2"], "verify without --engine has no ranks"),
         (["--engine", "reference", "--runtime", "openvino"], "--engine reference is a runtime itself"),

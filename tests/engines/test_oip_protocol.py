@@ -127,13 +127,13 @@ NEW = {"max_new_tokens": 3}
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (wire("hidden", [0.0], [1, 1, 1]), r"inputs are \['hidden'\]; accepted are \['hidden_states'\]"),
+        (wire("hidden", [0.0], [1, 1, 1]), r"inputs are \['hidden'\]; accepted: \['hidden_states'\]"),
         (wire("hidden_states", [0.0], [1, 1, 128]), r"hidden_states has 1 elements, but its shape is \[1, 1, 128\]"),
-        (wire("hidden_states", [0.0] * 128, [1, -1, 128]), "accepted are sizes of 0 or more"),
-        (wire("hidden_states", [0.0] * 64, [1, 1, 64]), r"has shape \[1, 1, 64\]; accepted is"),
-        (wire("hidden_states", [0.0] * 128, [128]), r"has shape \[128\]; accepted is"),
-        (wire("hidden_states", [1] * 128, [1, 1, 128], "INT64"), "has datatype INT64; accepted is FP32"),
-        (wire("hidden_states", [0.0] * 128, [1, 1, 128], "BF16"), "has datatype BF16; accepted is FP32"),
+        (wire("hidden_states", [0.0] * 128, [1, -1, 128]), "accepted: sizes of 0 or more"),
+        (wire("hidden_states", [0.0] * 64, [1, 1, 64]), r"has shape \[1, 1, 64\]; accepted:"),
+        (wire("hidden_states", [0.0] * 128, [128]), r"has shape \[128\]; accepted:"),
+        (wire("hidden_states", [1] * 128, [1, 1, 128], "INT64"), "has datatype INT64; accepted: FP32"),
+        (wire("hidden_states", [0.0] * 128, [1, 1, 128], "BF16"), "has datatype BF16; accepted: FP32"),
         (wire("hidden_states", ["1.5"] * 128, [1, 1, 128]), "has an element that is not FP32"),
         (wire("hidden_states", [None] * 128, [1, 1, 128]), "has an element that is not FP32"),
         (wire("hidden_states", [True] * 128, [1, 1, 128]), "has an element that is not FP32"),
@@ -152,12 +152,12 @@ def test_a_wrong_tensor_is_refused(block: Runtime, tensor: WireTensor, message: 
     ("inputs", "parameters", "message"),
     [
         ([IDS, IDS], NEW, "each may be given once"),
-        ([IDS], {}, "inputs are .'input_ids'.; accepted are"),
+        ([IDS], {}, "inputs are .'input_ids'.; accepted:"),
         ([wire("text", ["a"], [1], "BYTES")], {}, "parameter max_new_tokens is not accepted: Field required"),
-        ([IDS, wire("text", ["a"], [1], "BYTES")], NEW, "accepted are text, or input_ids with or without"),
+        ([IDS, wire("text", ["a"], [1], "BYTES")], NEW, "accepted: text, or input_ids with or without"),
         ([wire("text", ["a"], [2], "BYTES")], NEW, r"text has shape \[2\] and 1 texts"),
-        ([wire("text", ["a"], [1], "FP32")], NEW, "text has datatype FP32; accepted is BYTES"),
-        ([wire("text", [7], [1], "BYTES")], NEW, "accepted is BYTES, a list of texts"),
+        ([wire("text", ["a"], [1], "FP32")], NEW, "text has datatype FP32; accepted: BYTES"),
+        ([wire("text", [7], [1], "BYTES")], NEW, "accepted: BYTES, a list of texts"),
         ([wire("text", ["a", ""], [2], "BYTES")], NEW, "text 1 has no tokens"),
         ([wire("text", [], [0], "BYTES")], NEW, "the prompt is empty"),
         ([wire("input_ids", [1.5, 2], [1, 2], "INT64")], NEW, "has an element that is not INT64"),
@@ -165,13 +165,13 @@ def test_a_wrong_tensor_is_refused(block: Runtime, tensor: WireTensor, message: 
         ([wire("input_ids", [2**70, 2], [1, 2], "INT64")], NEW, "has an element that is not INT64"),
         ([wire("input_ids", [1, 999], [1, 2], "INT64")], NEW, "input_ids holds numbers from 1 to 999"),
         ([wire("input_ids", [1, 2], [2], "INT64")], NEW, r"input_ids is int64 \[2\]"),
-        ([wire("input_ids", [1] * 5, [5, 1], "INT64")], NEW, "batch_size is 5; accepted is 1 to 4"),
+        ([wire("input_ids", [1] * 5, [5, 1], "INT64")], NEW, "batch_size is 5; accepted: 1 to 4"),
         ([IDS], {"max_new_tokens": 400}, "the bundle was exported for 72"),
         ([IDS], {"max_new_tokens": "3"}, "parameter max_new_tokens is not accepted: Input should be a valid integer"),
         ([IDS], {**NEW, "temperatur": 1}, "parameter temperatur is not accepted: Extra inputs are not permitted"),
         ([IDS], {**NEW, "temperature": "hot"}, "parameter temperature is not accepted"),
         ([IDS], {**NEW, "do_sample": 1}, "parameter do_sample is not accepted"),
-        ([IDS], {**NEW, "top_p": 7.0}, "top_p is 7.0; accepted is above 0"),
+        ([IDS], {**NEW, "top_p": 7.0}, "top_p is 7.0; accepted: above 0"),
         ([IDS, wire("attention_mask", [1, 0], [1, 2], "INT64")], NEW, "attention_mask ends in padding"),
     ],
 )
@@ -183,12 +183,12 @@ def test_a_wrong_prompt_is_refused(
 
 
 def test_an_output_that_is_not_there(model: Runtime) -> None:
-    with pytest.raises(InputError, match="output 'logits' is requested; there are output_ids, text"):
+    with pytest.raises(InputError, match="output 'logits' is requested; accepted: output_ids, text"):
         Served(model).answer([IDS], NEW, ["text", "logits"])
 
 
 def test_a_block_does_not_generate(block: Runtime) -> None:
-    with pytest.raises(InputError, match=r"inputs are \['input_ids'\]; accepted are \['hidden_states'\]"):
+    with pytest.raises(InputError, match=r"inputs are \['input_ids'\]; accepted: \['hidden_states'\]"):
         Served(block).answer([IDS], NEW)
 
 

@@ -117,10 +117,10 @@ def array_of(answer: Any, name: str) -> np.ndarray[Any, Any]:
 
 # What is wrong, and what the server says to it.
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"name": "hidden"}, "inputs are ['hidden']; accepted are ['hidden_states']"),
+    ({"name": "hidden"}, "inputs are ['hidden']; accepted: ['hidden_states']"),
     ({"shape": [1, 3, 127]}, "hidden_states has 384 elements, but its shape is [1, 3, 127]"),
-    ({"shape": [3, 128]}, "hidden_states has shape [3, 128]; accepted is ['batch_size', 'sequence_length', 128]"),
-    ({"datatype": "FP64"}, "hidden_states has datatype FP64; accepted is FP32"),
+    ({"shape": [3, 128]}, "hidden_states has shape [3, 128]; accepted: ['batch_size', 'sequence_length', 128]"),
+    ({"datatype": "FP64"}, "hidden_states has datatype FP64; accepted: FP32"),
     ({"data": ["x"] * 384}, "hidden_states has an element that is not FP32, or rows of different lengths"),
 ]
 
@@ -193,7 +193,7 @@ def test_a_model_generates(name: str, model: Path) -> None:
         assert (found["name"], found["datatype"], found["shape"]) == ("text", "BYTES", [2])
         assert found["data"] == drawn_texts(runtime, texts, drawn)
         status, answer = ask(address, {"inputs": [text], "parameters": {**drawn, "temperature": -1}})
-        assert (status, answer["error"]) == (400, "temperature is -1.0; accepted is a number above 0")
+        assert (status, answer["error"]) == (400, "temperature is -1.0; accepted: a number above 0")
         # The server writes its own sentence where it cannot read a request at all.
         assert ask(address, b'{"inputs"')[0] == 422
 

@@ -195,7 +195,7 @@ def test_models_that_it_cannot_run_are_refused(tmp_path: Path, capsys: pytest.Ca
     ):
         verify_engine(tmp_path / "narrow", VllmEngine())
     assert main(["verify", str(tmp_path / "narrow"), "--engine", "vllm", "--tensor-parallel-size", "3"]) == 2
-    assert "accepted are divisors of 4, the heads of the model" in capsys.readouterr().err
+    assert "accepted: divisors of 4, the heads of the model" in capsys.readouterr().err
 
 
 REFUSED = """

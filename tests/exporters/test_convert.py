@@ -298,7 +298,7 @@ FAULTS: dict[str, Callable[[dict[str, Tensor], int], dict[str, Tensor]]] = {
 def test_a_wrong_conversion_is_not_kept(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffdeploy.checkpoints.diffllama.by_halves", FAULTS[name])
     with pytest.raises(
-        VerificationError, match="the written checkpoint computes other logits, and was not kept: B1-S33"
+        VerificationError, match="the written checkpoint computes different logits, and was not kept: B1-S33"
     ):
         convert_model(in_memory(paper(rope=INTERLEAVED)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -310,7 +310,7 @@ def test_a_wrong_config_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("diffdeploy.checkpoints.diffllama._SCALING", {"linear": ("factor", "low_freq_factor")})
     convert_model(in_memory(config), tmp_path / "out")  # fields that a kind does not have say nothing
     monkeypatch.setattr(convert, "diffllama_config", lambda given: given)
-    with pytest.raises(VerificationError, match="is read with another config"):
+    with pytest.raises(VerificationError, match="when read back, has a different config"):
         convert_model(in_memory(config), tmp_path / "wrong")
 
 

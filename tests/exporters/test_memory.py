@@ -24,7 +24,7 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytes
     model = read_model(SAMPLE)
     needed = needed_bytes(model.config, "float32")
     monkeypatch.setattr(memory, "free_bytes", lambda _, *, swap: needed - 1)
-    with pytest.raises(UnavailableError, match=r"needs at least 0\.39\d GiB of memory, and 0\.39\d GiB are free here"):
+    with pytest.raises(UnavailableError, match=r"needs at least 0\.39\d GiB of memory, but 0\.39\d GiB are free here"):
         export_bundle(model, tmp_path / "out", ExportOptions(graph="model"))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(memory, "free_bytes", lambda _, *, swap: needed)

@@ -336,8 +336,8 @@ REFUSED: dict[str, tuple[ExportOptions, str]] = {
     "size alone": (replace(SMALL, block_size=32), "block size needs quantised weights, but there are none"),
     "head alone": (replace(SMALL, quantise_head=True), "quantise head needs quantised weights"),
     "limit alone": (replace(SMALL, max_kl=0.1), "max kl needs quantised weights"),
-    "negative limit": (replace(INT4, max_kl=-0.1), "max kl is -0.1; accepted is a number of nats, 0 or more"),
-    "no share": (replace(INT4, min_agreement=99.0), "min agreement is 99.0; accepted is a share, 0 to 1"),
+    "negative limit": (replace(INT4, max_kl=-0.1), "max kl is -0.1; accepted: a number of nats, 0 or more"),
+    "no share": (replace(INT4, min_agreement=99.0), "min agreement is 99.0; accepted: a share, 0 to 1"),
     "no text": (replace(INT4, text=Path("nowhere.txt")), "nowhere.txt cannot be read as text"),
 }
 

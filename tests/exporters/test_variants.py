@@ -99,10 +99,10 @@ def test_generating_token_by_token_with_a_padded_prompt(sample: Checkpoint, cach
     [
         (
             {"attention_mask": np.ones((1, 4), np.int64)},
-            "total_sequence_length is 4; accepted is past_sequence_length 2",
+            "total_sequence_length is 4; accepted: past_sequence_length 2",
         ),
-        ({"attention_mask": np.full((1, 5), 2)}, "attention_mask holds numbers from 2 to 2; accepted are 0 to 1"),
-        ({"position_ids": np.array([[0, 1, 70]])}, "position_ids holds numbers from 0 to 70; accepted are 0 to 69"),
+        ({"attention_mask": np.full((1, 5), 2)}, "attention_mask holds numbers from 2 to 2; accepted: 0 to 1"),
+        ({"position_ids": np.array([[0, 1, 70]])}, "position_ids holds numbers from 0 to 70; accepted: 0 to 69"),
         ({"past_key_values.key": np.zeros((1, 3, 2, 32), np.float32)}, "past_key_values.key has shape"),
         ({"hidden_states": np.zeros((2, 3, 128), np.float32)}, "batch_size is 1 in attention_mask, but 2 in another"),
     ],
@@ -123,7 +123,7 @@ def test_wrong_inputs_are_refused(changes: dict[str, Any], message: str, cached_
 
 
 def test_a_cache_too_short_to_trace_is_refused(sample: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="max sequence length is 3; accepted is 4 or more"):
+    with pytest.raises(InputError, match="max sequence length is 3; accepted: 4 or more"):
         export_bundle(sample, tmp_path / "out", replace(options("cached"), max_sequence_length=3))
 
 

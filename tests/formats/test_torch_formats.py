@@ -90,7 +90,7 @@ def test_the_runtime_holds_the_ranges(name: str, format_bundle: FormatBundle) ->
     runtime = load(format_bundle(name))
     assert runtime(hidden_states=np.ones((4, 70, 128), np.float32))["output"].shape == (4, 70, 128)
     for shape in ((5, 1, 128), (1, 71, 128), (0, 1, 128)):
-        with pytest.raises(InputError, match="accepted is 1 to"):
+        with pytest.raises(InputError, match="accepted: 1 to"):
             runtime(hidden_states=np.ones(shape, np.float32))
 
 

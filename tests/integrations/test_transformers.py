@@ -124,8 +124,8 @@ def test_tokens_are_those_of_the_runtime(writer: tuple[Any, Any]) -> None:
     [
         ({"cache_implementation": "static"}, "the cache is a StaticCache"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions is not an input or output"),
-        ({"max_new_tokens": 60}, "accepted is 1 to 48"),
-        ({"num_beams": 4}, "batch_size of input_ids is 8; accepted is 1 to 6"),
+        ({"max_new_tokens": 60}, "accepted: 1 to 48"),
+        ({"num_beams": 4}, "batch_size of input_ids is 8; accepted: 1 to 6"),
     ],
 )
 def test_what_a_bundle_cannot_do_is_refused(options: dict[str, Any], message: str, pair: tuple[Any, Any]) -> None:

@@ -84,8 +84,8 @@ def test_blocks_can_be_trained() -> None:
     ("arguments", "message"),
     [
         ({"past_key_values": "empty"}, "needs an attention_mask"),
-        ({"attention_mask": torch.ones(2, 6)}, "accepted is an integer or boolean mask"),
-        ({"attention_mask": torch.ones(2, 5, dtype=torch.int64)}, r"accepted .* \[2, 6\]"),
+        ({"attention_mask": torch.ones(2, 6)}, "accepted: an integer or boolean mask"),
+        ({"attention_mask": torch.ones(2, 5, dtype=torch.int64)}, r"accepted: .* \[2, 6\]"),
         ({"position_ids": torch.zeros(2, 5, dtype=torch.int64)}, "position_ids is"),
         ({"past_key_values": "wrong", "attention_mask": torch.ones(2, 8, dtype=torch.int64)}, "past key has shape"),
     ],

@@ -187,7 +187,7 @@ def test_a_past_needs_a_mask_and_every_layer() -> None:
     model, ids = model_of(config), tokens(1, 2)
     with pytest.raises(InputError, match="needs an attention_mask"):
         model(ids, past_key_values=empty_caches(config, 1))
-    with pytest.raises(InputError, match="has 2 layers; accepted is 3"):
+    with pytest.raises(InputError, match="has 2 layers; accepted: 3"):
         model(ids, torch.ones(1, 2, dtype=torch.int64), past_key_values=empty_caches(config, 1)[:2])
 
 

@@ -261,13 +261,13 @@ def request_of(changes: dict[str, Any]) -> Request:
 
 # By the rows of the second table of docs/fused.md.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "float32, float64": ({"dtype": torch.float32}, "runs in float16 and bfloat16, and .* are float32"),
+    "float32, float64": ({"dtype": torch.float32}, "runs in float16 and bfloat16, but .* are float32"),
     "streams wider than 128": ({"width": 136, "value_width": 256}, "these are 136 and 256 wide"),
     "values wider than 256": ({"width": 64, "value_width": 264}, "these are 64 and 264 wide"),
     "additive masks": ({"attn_mask": torch.zeros(2, 1, 1, 5)}, r"one is torch.float32 \[2, 1, 1, 5\]"),
     "a separate mask for each query": ({"attn_mask": masks(5, 5, 4)["full"]}, r"one is torch.bool \[2, 1, 5, 5\]"),
     "a separate mask for each head": ({"attn_mask": masks(5, 5, 4)["per_head"]}, r"one is torch.bool \[1, 4, 5, 5\]"),
-    "a scale of 0 or less": ({"scale": -1.0}, "takes a positive scale, and this one is -1.0"),
+    "a scale of 0 or less": ({"scale": -1.0}, "needs a positive scale, but this one is -1.0"),
     "gradients": ({"requires_grad": True}, "computes no gradients"),
 }
 
@@ -297,7 +297,7 @@ def test_the_page_has_a_row_for_each() -> None:
 def test_machines_that_cannot_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     q, k, v = random_inputs(4, 2, 5, 5, dtype=torch.float16)
-    with pytest.raises(UnavailableError, match="fused runs on CUDA only, and the tensors are on cpu"):
+    with pytest.raises(UnavailableError, match="fused runs on CUDA only, but the tensors are on cpu"):
         diff_attention(q, k, v, torch.tensor(0.4), causal=True, impl="fused")
     monkeypatch.setattr("diffdeploy.ops.fused._HAS_TRITON", False)
     with traced_for("cuda"), pytest.raises(UnavailableError, match="fused needs the package triton"):

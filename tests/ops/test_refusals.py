@@ -13,8 +13,8 @@ from tests.support.operator_inputs import random_inputs
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attn_mask": torch.ones(3, 3, dtype=torch.bool)}, "accepted are shapes that broadcast to"),
-        ({"attn_mask": torch.ones(5, 5, dtype=torch.int64)}, "accepted is boolean"),
+        ({"attn_mask": torch.ones(3, 3, dtype=torch.bool)}, "accepted: shapes that broadcast to"),
+        ({"attn_mask": torch.ones(5, 5, dtype=torch.int64)}, "accepted: boolean"),
         ({"attn_mask": torch.ones(1, 1, 1, 5, 5, dtype=torch.bool)}, "at most 4 axes"),
         ({"sliding_window": 2, "causal": False}, "needs a causal operator"),
         ({"impl": "flash2"}, "flash2 runs on CUDA only, but the tensors are on cpu"),

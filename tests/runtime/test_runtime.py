@@ -104,15 +104,15 @@ def test_memory_does_not_grow(name: str, format_bundle: FormatBundle) -> None:
 
 
 WRONG_INPUTS: list[tuple[dict[str, Any], str]] = [
-    ({"x": states()}, r"inputs are \['x'\]; accepted are \['hidden_states'\]"),
-    ({"hidden_states": [1.0]}, "hidden_states is a list; accepted is a torch tensor or a numpy array"),
-    ({"hidden_states": states().astype(np.float64)}, "has dtype float64; accepted is float32"),
-    ({"hidden_states": torch.zeros(2, 3, 128, dtype=torch.bfloat16)}, "has dtype bfloat16; accepted is float32"),
+    ({"x": states()}, r"inputs are \['x'\]; accepted: \['hidden_states'\]"),
+    ({"hidden_states": [1.0]}, "hidden_states is a list; accepted: a torch tensor or a numpy array"),
+    ({"hidden_states": states().astype(np.float64)}, "has dtype float64; accepted: float32"),
+    ({"hidden_states": torch.zeros(2, 3, 128, dtype=torch.bfloat16)}, "has dtype bfloat16; accepted: float32"),
     ({"hidden_states": states()[0]}, "has shape"),
     ({"hidden_states": states()[..., :64]}, "has shape"),
-    ({"hidden_states": states(5, 1)}, "batch_size of hidden_states is 5; accepted is 1 to 4"),
-    ({"hidden_states": states(1, 71)}, "sequence_length of hidden_states is 71; accepted is 1 to 70"),
-    ({"hidden_states": states(1, 0)}, "sequence_length of hidden_states is 0; accepted is 1 to 70"),
+    ({"hidden_states": states(5, 1)}, "batch_size of hidden_states is 5; accepted: 1 to 4"),
+    ({"hidden_states": states(1, 71)}, "sequence_length of hidden_states is 71; accepted: 1 to 70"),
+    ({"hidden_states": states(1, 0)}, "sequence_length of hidden_states is 0; accepted: 1 to 70"),
 ]
 
 
@@ -134,8 +134,8 @@ def test_warmup_of_given_sizes(format_bundle: FormatBundle) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"device": "tpu"}, InputError, "device is 'tpu'; accepted is cpu, cuda or cuda:N"),
-        ({"threads": 0}, InputError, "threads is 0; accepted is 1 or more"),
+        ({"device": "tpu"}, InputError, "device is 'tpu'; accepted: cpu, cuda or cuda:N"),
+        ({"threads": 0}, InputError, "threads is 0; accepted: 1 or more"),
         ({"recompile": True}, InputError, "format pt2 cannot be recompiled"),
         ({"runtime": "reference"}, InputError, "which this bundle does not have"),
     ],

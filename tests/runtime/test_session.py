@@ -77,12 +77,12 @@ def test_a_refused_turn_leaves_no_trace(llama_pair: tuple[Path, Any]) -> None:
         session.generate(TURNS[0], **NEW)
         for ids, options, message in (
             (TURNS[1][:1], {}, "the session has 2 rows, but input_ids has 1"),
-            (TURNS[1], {"max_new_tokens": 36}, "the prompt has 1 tokens after 13 and 36 are to come; .* for 48"),
+            (TURNS[1], {"max_new_tokens": 36}, "the prompt has 1 tokens after 13 and 36 will follow; .* for 48"),
             (TURNS[1] + 96, {}, "input_ids holds numbers from"),
             (TURNS[1][:, :0], {}, "the prompt is empty"),
-            ([[1, 2]], {}, "input_ids is a list; accepted is a torch tensor or a numpy array"),
+            ([[1, 2]], {}, "input_ids is a list; accepted: a torch tensor or a numpy array"),
             (TURNS[1], {"attention_mask": torch.tensor([[2], [1]])}, "attention_mask holds numbers from 1 to 2"),
-            (TURNS[1], {"min_new_tokens": -1}, "min_new_tokens is -1; accepted is 0 or more"),
+            (TURNS[1], {"min_new_tokens": -1}, "min_new_tokens is -1; accepted: 0 or more"),
             (TURNS[1], {"stop": ""}, "stop contains an empty text"),
             (TURNS[1], {"stop": "x"}, "has no tokenizer.json"),
         ):
@@ -192,6 +192,6 @@ def test_a_batch_is_checked_before_its_cache_is_reserved(
     with diffdeploy.load(llama_pair[0]) as runtime:
         most = runtime.spec.axes["batch_size"].max
         rows = np.ones((most + 1, 2), np.int64)
-        with pytest.raises(InputError, match=rf"batch_size of input_ids is {most + 1}; accepted is 1 to {most}"):
+        with pytest.raises(InputError, match=rf"batch_size of input_ids is {most + 1}; accepted: 1 to {most}"):
             runtime.generate(rows, max_new_tokens=1)
     assert reserved == []

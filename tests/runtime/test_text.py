@@ -172,5 +172,5 @@ def test_added_tokens_behind_the_embedding_are_refused_where_a_text_has_them(tmp
     tokenizer.add_special_tokens(["<pad>"])
     found = Tokenizer(bundle_with(tmp_path, tokenizer, 256))
     assert found.encode("ab") == [97, 98]
-    with pytest.raises(InputError, match=r"the text contains the token '<pad>', which has the number 256"):
+    with pytest.raises(InputError, match=r"the text contains the token '<pad>', which has the id 256"):
         found.encode("a<pad>")

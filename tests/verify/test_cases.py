@@ -199,13 +199,13 @@ def test_a_file_of_one_case_is_named_by_its_sizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_state": np.zeros(1)}, "holds hidden_state; accepted are the inputs of the graph, hidden_states, att"),
-        ({"hidden_states": np.zeros((2, 3, 24))}, "hidden_states has dtype float64; accepted is float32"),
+        ({"hidden_state": np.zeros(1)}, "holds hidden_state; accepted: the inputs of the graph, hidden_states, att"),
+        ({"hidden_states": np.zeros((2, 3, 24))}, "hidden_states has dtype float64; accepted: float32"),
         ({"hidden_states": np.zeros((2, 3, 25), np.float32)}, "hidden_states has shape"),
-        ({"hidden_states": np.zeros((5, 3, 24), np.float32)}, "is 5; accepted is 1 to 4"),
-        ({"attention_mask": np.full((2, 7), 3)}, "holds numbers from 3 to 3; accepted are 0 to 1"),
-        ({"attention_mask": np.ones((2, 6), np.int64)}, "total_sequence_length is 6; accepted is"),
-        ({"attention_mask": None}, r"inputs are \['hidden_states', .*; accepted are \['attention_mask', "),
+        ({"hidden_states": np.zeros((5, 3, 24), np.float32)}, "is 5; accepted: 1 to 4"),
+        ({"attention_mask": np.full((2, 7), 3)}, "holds numbers from 3 to 3; accepted: 0 to 1"),
+        ({"attention_mask": np.ones((2, 6), np.int64)}, "total_sequence_length is 6; accepted:"),
+        ({"attention_mask": None}, r"inputs are \['hidden_states', .*; accepted: \['attention_mask', "),
     ],
     ids=["name", "dtype", "width", "batch", "values", "sum", "missing"],
 )
@@ -227,7 +227,7 @@ def test_files_that_are_no_inputs(tmp_path: Path) -> None:
         ("bad.npz", "cannot be read as .npz"),
         ("bad.safetensors", "cannot be read as .safetensors"),
         ("none.npz", "does not exist"),
-        ("x.json", "accepted is .safetensors or .npz"),
+        ("x.json", "accepted: .safetensors or .npz"),
     ):
         with pytest.raises(InputError, match=message):
             read_inputs(tmp_path / name, spec_of("plain"))

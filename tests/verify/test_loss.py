@@ -1,4 +1,4 @@
-"""The loss by quantised weights, held against the formula in numpy fp64."""
+"""The loss from quantised weights, held against the formula in numpy fp64."""
 
 from typing import Any
 

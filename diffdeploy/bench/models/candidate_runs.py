@@ -72,7 +72,7 @@ class _BundleRun(ModelRun):
         decoding.feed(past, ones[:, : length - 1])
 
         def generate() -> None:
-            # The past stays, and each sample writes the same cells after it again, or creates new caches.
+            # The past is kept; each sample overwrites the same positions after it, or creates new caches.
             context = Context(past, np.ones_like(past), np.zeros(past.shape, bool), copy.copy(decoding))
             found = steps(
                 runtime,

@@ -27,7 +27,7 @@ NEW_TOKENS = 8
 
 
 class ModelSize(Record):
-    """Prefill of a number of tokens, or decoding after as many.
+    """Prefill of a number of tokens, or decoding after a past of that length.
 
     Attributes:
         what: ``prefill`` or ``decode``.

@@ -146,7 +146,7 @@ def _implementations(given: Sequence[str]) -> list[str]:
 
 
 def _of_transformers(checkpoints: Sequence[Path], bundle: Bundle, note: Say) -> list[ModelCandidate]:
-    """Candidates for transformers' own model of a DiffLlama directory, with both of its attentions for CPUs."""
+    """Candidates for transformers' own model of a DiffLlama directory, with both of its CPU attentions."""
     if not checkpoints:
         note("transformers is left out: no checkpoint is given; give the DiffLlama directory that was exported")
         return []
@@ -159,7 +159,7 @@ def _of_transformers(checkpoints: Sequence[Path], bundle: Bundle, note: Say) -> 
         return []
     _require_same(path, bundle)
     if bundle.manifest.options.quantisation is not None:
-        note("transformers is left out: it computes with the weights before they were quantised")
+        note("transformers is left out: it would compute with the original weights, not the quantised ones")
         return []
     return [
         ModelCandidate(name=f"transformers-{name}", kind="transformers", choice=name, path=path.absolute())
@@ -189,12 +189,12 @@ def _sizes(request: ModelBenchRequest, bundles: Sequence[Bundle]) -> tuple[Model
         raise InputError(f"the bundles are made for batches up to {most_rows}, but --batch is {max(request.batch)}")
     if request.seq and max(request.seq) + NEW_TOKENS > capacity:
         raise InputError(
-            f"the bundles are made for {capacity} tokens, but --seq {max(request.seq)} with {NEW_TOKENS} new ones is "
-            f"more; give up to {capacity - NEW_TOKENS}"
+            f"the bundles are made for {capacity} tokens, but --seq {max(request.seq)} plus {NEW_TOKENS} new ones is "
+            f"longer; give up to {capacity - NEW_TOKENS}"
         )
     if capacity <= NEW_TOKENS:
         raise InputError(
-            f"the bundles are made for {capacity} tokens, but {NEW_TOKENS} are decoded; export longer ones"
+            f"the bundles are made for {capacity} tokens, but {NEW_TOKENS} are decoded; export for longer sequences"
         )
     usual: dict[What, tuple[int, ...]] = {"prefill": _PROMPTS, "decode": _PASTS}
     most = capacity - NEW_TOKENS

@@ -37,7 +37,7 @@ class ModelRow(Record):
         ratio_low: lower end of its 95 % confidence interval.
         ratio_high: upper end of that interval.
         tokens_per_second: rate of all rows together.
-        generate_overhead: extra time of generation in a decoding bundle, relative to the calls that it makes; median
+        generate_overhead: extra time of `generate` when a bundle decodes, relative to its bare runtime calls; median
             over the rounds.
         peak_bytes: always ``None``, since memory is not measured for models.
     """
@@ -140,5 +140,5 @@ def read_model_report(path: Path) -> ModelReport:
         return ModelReport.model_validate(json.loads(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} is not a result of diffdeploy bench of a model; give a file that --save wrote"
+            f"{path} is not a diffdeploy bench result for a model; give a file that --save wrote"
         ) from error

@@ -100,7 +100,7 @@ class ModelBench(Collected):
         )
 
     def _figures(self, size: ModelSize, name: str) -> dict[str, Any]:
-        # Latencies of decoding are per token, those of a prompt for the whole.
+        # Latencies of decoding are per token, those of prefill per prompt.
         calls = size.new_tokens if size.what == "decode" else 1
         samples, baseline = (
             [sample / calls for sample in self._samples[size.id, each]] for each in (name, self.plan.baseline)

@@ -63,6 +63,6 @@ UNSUPPORTED: tuple[tuple[Callable[[AbstractSet[str], Fields], bool], str], ...] 
     ),
     (
         lambda keys, fields: any(key.endswith((".qweight", ".weight_scale", ".weight_scale_inv")) for key in keys),
-        "its weights are quantised; accepted are fp64, fp32, fp16 and bf16",
+        "its weights are quantised; accepted: fp64, fp32, fp16 and bf16",
     ),
 )

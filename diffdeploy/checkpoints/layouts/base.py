@@ -204,12 +204,12 @@ def huggingface_rope(fields: Fields, theta: float | None, default_theta: float |
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     partial = parameters.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
-        raise InputError(f"partial_rotary_factor is {shortened(partial)}; accepted is 1: every channel is rotated")
+        raise InputError(f"partial_rotary_factor is {shortened(partial)}; accepted: 1, which rotates every channel")
     if kind in (None, "default"):
         return RopeConfig(style="half", theta=float(theta))
     # The other kinds depend on the length at run time, which a table cannot represent.
     if kind not in ("linear", "llama3", "yarn"):
-        raise InputError(f"rope_type is {shortened(kind)}; accepted are default, linear, llama3 and yarn")
+        raise InputError(f"rope_type is {shortened(kind)}; accepted: default, linear, llama3 and yarn")
     if typed_field(parameters, "factor", float) is None:
         raise InputError(f"rope_type is {kind}, which needs a factor in config.json")
     # transformers keeps fields of other kinds in the same object; the other defaults are those of `RopeScaling`.
@@ -240,12 +240,12 @@ def _yarn_attention_factor(parameters: Fields, numbers: Mapping[str, float]) -> 
 def _truncates(parameters: Fields) -> bool:
     value = parameters.get("truncate")
     if value is not None and not isinstance(value, bool):
-        raise InputError(f"truncate in config.json is {shortened(value)}; accepted is true or false")
+        raise InputError(f"truncate in config.json is {shortened(value)}; accepted: true or false")
     return value is not False
 
 
 def _object(fields: Fields, name: str) -> Fields:
     value = fields.get(name)
     if value is not None and not isinstance(value, dict):
-        raise InputError(f"{name} in config.json is {shortened(value)}; accepted is a JSON object")
+        raise InputError(f"{name} in config.json is {shortened(value)}; accepted: a JSON object")
     return value or {}

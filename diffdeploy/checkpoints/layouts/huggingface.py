@@ -55,13 +55,13 @@ def _noise_repeat(fields: Fields) -> int:
         return 1
     ratio = typed_field(fields, "k_ratio", int)
     if ratio not in (None, 1):
-        raise InputError(f"k_ratio in config.json is {ratio}; accepted is 1: one signal key for each noise key")
+        raise InputError(f"k_ratio in config.json is {ratio}; accepted: 1, one signal key for each noise key")
     heads = typed_field(fields, "num_attention_heads", int)
     if heads is None:
         raise InputError("num_noise_heads is in config.json without num_attention_heads, which includes them")
     if noise < 1 or heads <= noise or heads % noise:
         raise InputError(
-            f"num_noise_heads in config.json is {noise}; accepted is a divisor of num_attention_heads, {heads}, that "
+            f"num_noise_heads in config.json is {noise}; accepted: a divisor of num_attention_heads, {heads}, that "
             "leaves signal heads"
         )
     return heads // noise - 1

@@ -18,7 +18,7 @@ def _refuse(keys: AbstractSet[str], fields: Fields, layer: int | None) -> str | 
         return "norm.weight (scale_norm) is a second norm before the output projection, which has no canonical form"
     # timm passes on the model's norm_layer, which is LayerNorm in a vision transformer unless set otherwise.
     if "q_norm.bias" in keys:
-        return "q_norm.bias belongs to a LayerNorm of queries and keys; accepted is an RMS norm"
+        return "q_norm.bias belongs to a LayerNorm of queries and keys; accepted: an RMS norm"
     return None
 
 

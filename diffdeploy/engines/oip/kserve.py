@@ -51,7 +51,7 @@ class BundleModel(kserve.Model):
             InferenceError: the runtime failed; the server answers with 500.
         """
         if not isinstance(payload, kserve.InferRequest):
-            raise InvalidInput("this is a request of the first version of the protocol; accepted is /v2/models")
+            raise InvalidInput("this is a request of the first version of the protocol; accepted: /v2/models")
         inputs = [
             WireTensor(name=each.name, datatype=each.datatype, shape=each.shape, data=each.data)
             for each in payload.inputs
@@ -81,14 +81,14 @@ def _as_dicts(tensors: tuple[TensorMetadata, ...]) -> list[dict[str, Any]]:
 
 
 class _Server(kserve.ModelServer):
-    """KServe's server on one address; by default it listens on all of them."""
+    """KServe's server, limited to one address; by default, it listens on all addresses."""
 
     def __init__(self, host: str, port: int) -> None:
         super().__init__(http_port=port, enable_grpc=False)
         self._host = host
 
     async def _serve(self) -> None:
-        # The last moment before it listens, and the first at which this attribute exists.
+        # Set at the last moment before the server listens, and the first at which this attribute exists.
         self._rest_server.config.host = self._host
         await super()._serve()
 

@@ -91,7 +91,7 @@ def run_server(served: Served, name: str, host: str, port: int) -> None:
             parallel_workers=0,
             metrics_endpoint=None,
             load_models_at_startup=False,
-            # Folder in which its repository, from which clients may load models, looks for more of them: an empty one.
+            # Clients may load other models from this folder; a bundle contains none that MLServer could load.
             model_repository_root=str(served.path),
         )
         model = ModelSettings(

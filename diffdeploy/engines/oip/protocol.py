@@ -86,7 +86,7 @@ class Served:
         if spec.dtype not in _DATATYPES:
             raise InputError(
                 f"{runtime.bundle.path} is in {spec.dtype}, which the Open Inference Protocol cannot represent; "
-                "accepted are float32 and float16"
+                "accepted: float32 and float16"
             )
         self.path = runtime.bundle.path
         self.platform = f"diffdeploy_{runtime.bundle.manifest.format}"
@@ -127,7 +127,7 @@ class Served:
         if outputs is None:
             return found
         if unknown := [name for name in outputs if name not in found]:
-            raise InputError(f"output {unknown[0]!r} is requested; there are {', '.join(found)}")
+            raise InputError(f"output {unknown[0]!r} is requested; accepted: {', '.join(found)}")
         return {name: found[name] for name in outputs}
 
     def close(self) -> None:
@@ -146,14 +146,14 @@ def _metadata(tensors: Mapping[str, TensorSpec]) -> tuple[TensorMetadata, ...]:
 
 def _graph_inputs(spec: GraphSpec, given: Mapping[str, WireTensor]) -> dict[str, Array]:
     if given.keys() != spec.inputs.keys():
-        raise InputError(f"inputs are {sorted(given)}; accepted are {sorted(spec.inputs)}")
+        raise InputError(f"inputs are {sorted(given)}; accepted: {sorted(spec.inputs)}")
     return {name: _array(tensor, spec.inputs[name].dtype) for name, tensor in given.items()}
 
 
 def _array(tensor: WireTensor, dtype: str) -> Array:
     """Elements of a tensor in a dtype, which must represent all of them without change."""
     if tensor.datatype != _DATATYPES[dtype]:
-        raise InputError(f"{tensor.name} has datatype {tensor.datatype}; accepted is {_DATATYPES[dtype]}")
+        raise InputError(f"{tensor.name} has datatype {tensor.datatype}; accepted: {_DATATYPES[dtype]}")
     try:
         elements = np.asarray(tensor.data)
     # Raised for rows of different lengths.
@@ -176,7 +176,7 @@ def _array(tensor: WireTensor, dtype: str) -> Array:
 def _size(tensor: WireTensor) -> int:
     # numpy would infer the size of -1.
     if any(size < 0 for size in tensor.shape):
-        raise InputError(f"{tensor.name} has shape {list(tensor.shape)}; accepted are sizes of 0 or more")
+        raise InputError(f"{tensor.name} has shape {list(tensor.shape)}; accepted: sizes of 0 or more")
     return math.prod(tensor.shape)
 
 
@@ -187,7 +187,7 @@ def _refuse_elements(tensor: WireTensor) -> NoReturn:
 def _generated(runtime: Runtime, given: Mapping[str, WireTensor], parameters: Mapping[str, Any]) -> dict[str, Array]:
     if given.keys() not in ({"text"}, {"input_ids"}, {"input_ids", "attention_mask"}):
         raise InputError(
-            f"inputs are {sorted(given)}; accepted are text, or input_ids with or without attention_mask, to generate"
+            f"inputs are {sorted(given)}; accepted: text, or input_ids with or without attention_mask, to generate"
         )
     options = _options(parameters)
     mask: Array | None
@@ -198,7 +198,7 @@ def _generated(runtime: Runtime, given: Mapping[str, WireTensor], parameters: Ma
         mask = _array(given["attention_mask"], "int64") if "attention_mask" in given else None
     # Checked before a cache for all of them is created.
     if len(ids) > (most := runtime.spec.axes["batch_size"].max):
-        raise InputError(f"batch_size is {len(ids)}; accepted is 1 to {most}")
+        raise InputError(f"batch_size is {len(ids)}; accepted: 1 to {most}")
     steps = list(runtime.stream(ids, mask, **options))
     found = {"output_ids": np.concatenate([ids, *(step.tokens[:, None] for step in steps)], axis=1)}
     texts = [step.texts for step in steps if step.texts is not None]
@@ -228,9 +228,9 @@ def _encoded(runtime: Runtime, tensor: WireTensor) -> tuple[Array, Array]:
     """Tokens of prompts ``[B, S]``, padded on the left, and their mask."""
     texts = tensor.data
     if tensor.datatype != _TEXT or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"text has datatype {tensor.datatype}; accepted is {_TEXT}, a list of texts")
+        raise InputError(f"text has datatype {tensor.datatype}; accepted: {_TEXT}, a list of texts")
     if list(tensor.shape) != [len(texts)]:
-        raise InputError(f"text has shape {list(tensor.shape)} and {len(texts)} texts; accepted is one axis")
+        raise InputError(f"text has shape {list(tensor.shape)} and {len(texts)} texts; accepted: one axis")
     rows = [runtime.tokenizer.encode(text) for text in texts]
     if empty := [number for number, row in enumerate(rows) if not row]:
         raise InputError(f"text {empty[0]} has no tokens; give at least one")

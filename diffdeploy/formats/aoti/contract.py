@@ -1,6 +1,6 @@
 """The contract of an AOTInductor package, read from its files, without loading machine code into this process.
 
-The machine code itself cannot be read; the C++ source that it was compiled from is in the package beside it, and the
+The machine code itself cannot be read; the C++ source that it was compiled from is in the package next to it, and the
 weights stand in the library byte for byte.
 """
 
@@ -27,7 +27,7 @@ _NUMBER = re.compile(rb"static_cast<\w+>\(([-+.\de]+)\)")
 # The name of torch's kernel depends on the device and on the mask. Of `fused`, the kernel for any number of queries is
 # in every graph; its definition begins with what it returns.
 _ATTENTION = re.compile(rb"\baoti_torch_\w*scaled_dot_product_\w+\(|(?<!void )\bcall_prefill_\d+\(")
-# What a softmax is written out with; a sigmoid has the exponential of a negative number.
+# Exponentials of softmaxes that are written out; a sigmoid has the exponential of a negative number.
 _EXPONENTIAL = re.compile(rb"\bstd::exp\w*\((?!-)|(?<!\.neg\(\))\.exp\w*\(|\baoti_torch_\w*softmax\w*\(")
 
 
@@ -44,8 +44,8 @@ def _attentions(bundle: Bundle) -> int:
 
 
 def _exponentials(bundle: Bundle) -> int:
-    """Calls that stand for a softmax beside the fused ones, where the kernels are C++: on the CPU."""
-    # For one token, `rows` is written out itself; the source of the kernel of `fused` is among the comments.
+    """Number of exponentials, which stand for a softmax besides the fused ones, in the C++ kernels of a CPU."""
+    # For one token, `rows` itself is written out; the source of the kernel of `fused` is among the comments.
     if bundle.manifest.options.attention_impl in ("rows", "fused"):
         return 0
     with zipfile.ZipFile(bundle.path / MODEL) as package:

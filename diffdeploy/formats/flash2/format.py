@@ -43,7 +43,7 @@ class Flash2Format(Format):
         """
         super().check_options(options)
         if options.graph == "model":
-            raise InputError("format flash2 is for blocks, and this is a whole model; give --layer, or another format")
+            raise InputError("format flash2 is for blocks, but this is a whole model; give --layer, or another format")
 
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """See `Format.lower`."""

@@ -56,7 +56,7 @@ def _freeze_the_batch_inside(model: "onnx.ModelProto") -> None:
     for node in model.graph.node:
         span = {attribute.name: attribute.i for attribute in node.attribute}
         if node.op_type == "Shape" and (span.get("start", 0), span.get("end")) == (0, 1):
-            # Where the size was read from the input, a constant is used.
+            # If the size was read from the input, a constant is used.
             node.op_type = "Identity"
             del node.attribute[:]
             node.input[0] = "frozen_batch"

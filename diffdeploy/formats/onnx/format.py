@@ -105,7 +105,7 @@ class OnnxFormat(Format):
         if options.weights is not None:
             _check_quantisation(options)
         if options.opset is not None and options.opset not in OPSETS:
-            raise InputError(f"opset is {options.opset}; accepted is {OPSETS.start} to {OPSETS.stop - 1}")
+            raise InputError(f"opset is {options.opset}; accepted: {OPSETS.start} to {OPSETS.stop - 1}")
 
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:
         """See `Format.lower`."""

@@ -39,7 +39,7 @@ def nodes(directory: Path) -> list[GraphNode]:
         # Below operator set 23 the scores are products, too, but not with weights.
         if node.op_type in _PRODUCTS and len(takes) < len(node.input):
             kind = "projection"
-        # What is computed of shapes alone, and is no part of a table.
+        # Computed from shapes alone, and not a part of a table.
         if node.op_type in ("Shape", "Size") or (takes and not own and sizes.issuperset(takes)):
             kind = "sizes"
             sizes |= set(node.output)

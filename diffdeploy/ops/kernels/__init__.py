@@ -1,1 +1,1 @@
-"""Triton kernels of `fused`; nothing imports this room before a call runs in it, since it needs ``triton``."""
+"""Triton kernels of `fused`. They need ``triton``, so this package is imported only by the first call."""

@@ -1,4 +1,4 @@
-"""One call of the kernels: its tensors as they are given, and what follows from their sizes."""
+"""One call of the kernels: the given tensors, and settings derived from their sizes."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -10,25 +10,26 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = ["Call", "Tile"]
 
-# Queries for which keys are always split among programs.
+# Maximum number of queries for which keys are always split among programs.
 _FEW = 16
-# Keys from which it pays also for more queries, where their tiles would leave three quarters of the device idle.
+# Minimum number of keys for which splitting pays off for more queries, too, if 3/4 of the device would be idle; also
+# the minimum number of queries for which separate programs per stream pay off.
 _LONG = 1024
-# Rows and columns of a product.
+# Minimum number of rows and of columns of a matrix product.
 _LEAST_OF_MATRIX_UNITS = 16
 # Both accumulators of a tile fit in the registers up to this width of values.
 _WIDEST_TOGETHER = 128
-# Of the sums of parts that are read at once.
+# Maximum number of elements of the partial sums that are read at once.
 _MOST_ELEMENTS = 8192
-# Of the second-level cache, of which an H100 has 50 MiB.
+# Bytes of keys and values that stay in the L2 cache; an H100 has 50 MiB.
 _CACHED_BYTES = 32 * 2**20
-# Of a device that is not there: an H100's, for graphs that are traced without one, and for the interpreter.
+# Number of multiprocessors (an H100's) for graphs that are traced without a device, and for the interpreter.
 _MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a kernel is compiled for: queries (``rows``) and keys of a tile, warps, stages of loading ahead."""
+    """Compile-time settings of a kernel: queries (``rows``) and keys per tile, warps, and pipeline stages."""
 
     rows: int
     keys: int
@@ -36,7 +37,7 @@ class Tile:
     num_stages: int
 
     def options(self) -> dict[str, int]:
-        """As the kernels take it."""
+        """Return the settings as keyword arguments of the kernels."""
         return {
             "BLOCK_M": self.rows,
             "BLOCK_N": self.keys,
@@ -45,11 +46,11 @@ class Tile:
         }
 
 
-# Measured on an H100, bfloat16, 256 to 16,384 positions, see docs/fused.md. The small one leaves room for a second
-# program on a multiprocessor, and is for problems that have fewer large ones than there are multiprocessors.
+# Measured on an H100, bfloat16, 256 to 16,384 positions, see docs/fused.md. The small tile leaves room for a second
+# program on a multiprocessor; it is for problems with fewer large tiles than multiprocessors.
 _LARGE = Tile(128, 64, 8, 3)
 _SMALL = Tile(64, 64, 4, 2)
-# With as many rows as there are, up to 64: further tiles of rows read the same keys again.
+# When keys are split, a tile has all rows, up to 64, since every further tile of rows reads the same keys again.
 _MOST_ROWS = 64
 _SPLIT_KEYS, _SPLIT_KEYS_OF_WIDE_VALUES = 64, 32
 
@@ -60,20 +61,20 @@ class Call:
 
     Attributes:
         q: queries ``[B, 2h, S, d]``.
-        k: keys of streams, in pairs or shared.
+        k: keys, as separate streams, paired or shared.
         v: values ``[B, h_kv, T, e]``.
-        lam: scalar, or what broadcasts to ``[B, h, S, 1]``.
-        key_padding: boolean ``[B or 1, T]``, ``True`` for keys that are seen; or ``None``.
+        lam: lambda, a scalar or broadcastable to ``[B, h, S, 1]``.
+        key_padding: boolean ``[B or 1, T]``, ``True`` for visible keys; or ``None``.
         norm: gamma ``[e]`` of the norm of the heads, or ``None``.
-        causal: bottom-right.
-        window: keys that a query sees, or ``None``.
-        legacy: whether streams read keys by the legacy key map.
+        causal: true for a causal mask, aligned bottom-right.
+        window: number of keys that a query attends to; ``None`` for all.
+        legacy: true if streams read keys according to the legacy key map.
         scale: factor of the scores.
-        eps: of the norm, or ``None`` for no norm.
-        factor: behind the norm.
-        traced: whether tensors stand for others, and have no memory.
-        least_queries: for which the kernel of a graph runs, where their number is a symbol.
-        most_queries: as many; or ``None`` for any number.
+        eps: epsilon of the norm, or ``None`` for no norm.
+        factor: factor after the norm.
+        traced: true if the tensors are placeholders of a trace, without memory.
+        least_queries: minimum number of queries for which the kernel runs, in a graph where that number is a symbol.
+        most_queries: maximum number of queries, see ``least_queries``; ``None`` for no limit.
     """
 
     q: Tensor
@@ -100,26 +101,26 @@ class Call:
     @property
     def group_size(self) -> int:
         """Heads that read one key/value head, ``g``."""
-        return int(self.num_heads // self.v.shape[1])  # a number, also where heads are a symbol
+        return int(self.num_heads // self.v.shape[1])  # a number, even if the number of heads is a symbol
 
     @property
     def num_rows(self) -> int:
-        """Queries of half heads that read one key/value head."""
+        """Number of rows (queries of half heads) that read one key/value head."""
         return 2 * self.group_size * self.q.shape[2]
 
     @property
     def most_rows(self) -> int:
-        """`num_rows`, or the most that a kernel of a graph runs for."""
+        """`num_rows`, or its maximum for the kernel of a graph."""
         return 2 * self.group_size * self.known_length
 
     @property
     def known_length(self) -> int:
-        """Queries, or the most that a kernel of a graph runs for; a symbol where neither is known."""
+        """Number of queries, or its maximum for the kernel of a graph; a symbol if neither is known."""
         return self.q.shape[2] if self.most_queries is None else self.most_queries
 
     @cached_property
     def decodes(self) -> bool:
-        """Whether keys are split among programs; where the length is a symbol, the kernel for any length is taken."""
+        """True if keys are split among programs; false if the length is a symbol: `prefill` supports any length."""
         length, key_length, batch = self.known_length, self.k.shape[2], self.q.shape[0]
         if not isinstance(length, int) or length <= _FEW:
             return isinstance(length, int)
@@ -129,14 +130,14 @@ class Call:
 
     @cached_property
     def wide(self) -> bool:
-        """Whether the values are too wide for both streams together."""
+        """True if the values are too wide for the accumulators of both streams to fit in the registers."""
         return self.widths["BLOCK_E"] > _WIDEST_TOGETHER
 
     @cached_property
     def apart(self) -> bool:
-        """Whether streams have programs of their own: where that makes work for idle multiprocessors.
+        """True if each stream has separate programs, which occupies multiprocessors that would otherwise be idle.
 
-        Both are read again to be subtracted, which does not pay for many heads of short sequences.
+        Both results are read again for the subtraction, which does not pay off for many heads of short sequences.
         """
         if self.decodes or not self.wide or not self._has_few_tiles():
             return False
@@ -144,23 +145,24 @@ class Call:
 
     @cached_property
     def tile(self) -> Tile:
-        """One of a short list, so that few kernels are compiled."""
+        """Tile of this call, one of a short list, so that few kernels are compiled."""
         if self.decodes:
             rows = min(_MOST_ROWS, max(_LEAST_OF_MATRIX_UNITS, _power_of_two(self.most_rows)))
             return Tile(rows, _SPLIT_KEYS_OF_WIDE_VALUES if self.wide else _SPLIT_KEYS, 4, 3)
-        # Of values that fill their block; the others are loaded with zeros behind them, which is slow for small tiles.
+        # Values that do not fill their block are zero-padded when they are loaded, which is slow for small tiles.
         fast = self.wide and self.widths["BLOCK_E"] == self.widths["VALUE_WIDTH"]
         return _SMALL if fast or self._has_few_tiles() else _LARGE
 
     def by_length(self) -> "list[Call]":
-        """Calls of which one runs, by the number of queries: a few for each tile of the decoding kernel, and more.
+        """Calls of which one runs, by the number of queries: one per tile size of `split`, and one for more.
 
-        Where that number is known there is one, as where keys are as many: no cache is read then, nor worth splitting.
+        There is only one if that number is known, or if there are as many keys: then no cache is read, and
+        splitting the keys does not pay off.
         """
         length = self.q.shape[2]
         if isinstance(length, int) or statically_known_true(length == self.k.shape[2]):
             return [self]
-        # A symbol is taken for 2 or more, so that a limit of 1 would be one that it never keeps.
+        # torch assumes that a symbol is 2 or more, so a call for at most 1 query would never run.
         first = max(2, _LEAST_OF_MATRIX_UNITS // (2 * self.group_size))
         limits = [0, *sorted({first, _FEW}), None]
         return [
@@ -169,7 +171,7 @@ class Call:
         ]
 
     def programs(self, count: int) -> int:
-        """So many, or none where the number of queries is not one that the kernel runs for."""
+        """Return ``count``, or 0 if the kernel does not run for this number of queries."""
         reaches, exceeds = 1, 0
         if self.least_queries:
             reaches = _smaller(1, self.q.shape[2] // self.least_queries)
@@ -178,15 +180,15 @@ class Call:
         return count * (reaches - exceeds)
 
     def _has_few_tiles(self, times: int = 1) -> bool:
-        """Whether so many times the large tiles are fewer than the multiprocessors; not where sizes are symbols."""
+        """True if ``times`` programs per large tile are fewer than the multiprocessors; false if sizes are symbols."""
         tiles = self.q.shape[0] * self.num_heads * -(-self.q.shape[2] // _LARGE.rows)
         return isinstance(tiles, int) and times * tiles < _multiprocessors(self.q.device)
 
     @cached_property
     def tma(self) -> bool:
-        """Whether tiles of keys and values are loaded by the tensor memory accelerator of compute capability 9.0.
+        """True if tiles of keys and values are loaded by the tensor memory accelerator of compute capability 9.0.
 
-        It needs no registers for addresses, of which wide values leave none. Rows must begin at multiples of 16 bytes.
+        It needs no registers for addresses; wide values leave none for them. Rows must begin at multiples of 16 bytes.
         """
         if not self.wide or self.q.device.type != "cuda" or torch.cuda.get_device_capability(self.q.device) < (9, 0):
             return False
@@ -196,9 +198,10 @@ class Call:
         return all(step * self.k.element_size() % 16 == 0 for step in steps)
 
     def heads_at_once(self) -> int:
-        """Of how many heads tiles are computed before the next: equal groups, each with two waves of programs or more.
+        """Number of heads whose tiles are computed before those of the next heads: two waves of programs or more.
 
-        Keys and values of a group stay in the second-level cache, which all of its tiles read.
+        Keys and values of these heads stay in the L2 cache, where all of their tiles read them. The sets of heads are
+        about equally large.
         """
         elements = self.v.shape[2] * (self.v.shape[3] + (1 if self.shares_keys else 2) * self.q.shape[3])
         cached = self.group_size * _CACHED_BYTES // (elements * self.v.element_size())
@@ -208,7 +211,7 @@ class Call:
         return -(-heads // groups)
 
     def num_splits(self) -> int:
-        """How many parts the keys have: whole tiles, and no more parts than fill the device."""
+        """Number of parts into which keys are split: whole tiles, and no more parts than fill the device."""
         batch, kv_heads, key_length, _ = self.v.shape
         others = batch * kv_heads * -(-self.num_rows // self.tile.rows)
         wanted = _larger(1, _multiprocessors(self.q.device) // others)
@@ -216,17 +219,17 @@ class Call:
         return -(-tiles // -(-tiles // wanted))
 
     def parts_at_once(self, splits: int) -> int:
-        """How many parts are read at once to be put together."""
+        """Number of parts that are combined at once."""
         most = _MOST_ELEMENTS // self.widths["BLOCK_E"]
         return min(most, max(_LEAST_OF_MATRIX_UNITS, _power_of_two(splits))) if isinstance(splits, int) else most
 
     @property
     def shares_keys(self) -> bool:
-        """Whether both streams read the same keys."""
+        """True if both streams read the same keys."""
         return self.k.shape[3] == self.q.shape[3] and self.k.shape[1] == self.v.shape[1]
 
     def key_strides(self) -> tuple[int, int, int, int]:
-        """Of batch, pair of streams, stream and position."""
+        """Strides of the keys: batch, pair of streams, stream and position."""
         k = self.k
         if k.shape[3] != self.q.shape[3]:
             return k.stride(0), k.stride(1), self.q.shape[3], k.stride(2)
@@ -235,26 +238,26 @@ class Call:
         return k.stride(0), 2 * k.stride(1), k.stride(1), k.stride(2)
 
     def input_strides(self) -> tuple[int, ...]:
-        """Of queries, keys and values, as the kernels take them."""
+        """Strides of queries, keys and values, in the order of the kernels' arguments."""
         return (*self.q.stride()[:3], *self.key_strides(), *self.v.stride()[:3])
 
     def lambdas(self) -> Tensor:
-        """``[B, h, S, 1]``, without a copy."""
+        """Lambda, ``[B, h, S, 1]``, without a copy."""
         return self.lam.expand(self.q.shape[0], self.num_heads, self.q.shape[2], 1)
 
     def padding(self) -> tuple[Tensor, int]:
-        """A mask of the keys and its stride; any tensor where there is none."""
+        """Padding mask of the keys and its stride; a placeholder if there is none."""
         if self.key_padding is None:
             return self.q, 0
         return self.key_padding, 0 if self.key_padding.shape[0] == 1 else self.key_padding.stride(0)
 
     def norm_settings(self) -> tuple[Tensor, float]:
-        """Gamma and eps; any where there are none."""
+        """Gamma and epsilon; placeholders if there are none."""
         return self.q if self.norm is None else self.norm, 0.0 if self.eps is None else self.eps
 
     @cached_property
     def widths(self) -> dict[str, int]:
-        """Of a stream and of the values, and the powers of two that hold them."""
+        """Widths of a stream and of the values, and the powers of two that hold them."""
         width, value_width = self.q.shape[3], self.v.shape[3]
         return {
             "WIDTH": width,
@@ -264,7 +267,7 @@ class Call:
         }
 
     def flags(self) -> dict[str, bool]:
-        """What scores are of, as the kernels take it."""
+        """Compile-time flags for keys and masks, as keyword arguments of the kernels."""
         return {
             "CAUSAL": self.causal,
             "WINDOW": self.window is not None,
@@ -274,24 +277,24 @@ class Call:
         }
 
     def epilogue(self) -> dict[str, bool]:
-        """What is done with the difference."""
+        """Compile-time flags for the norm after the difference."""
         return {"NORM": self.eps is not None, "GAMMA": self.norm is not None}
 
 
 def _larger(size: int, other: int) -> int:
-    """Of two sizes, which may be symbols."""
+    """Larger of two sizes, which may be symbols."""
     larger: int = torch.sym_max(size, other)  # type: ignore[no-untyped-call]
     return larger
 
 
 def _smaller(size: int, other: int) -> int:
-    """Of two sizes, which may be symbols."""
+    """Smaller of two sizes, which may be symbols."""
     smaller: int = torch.sym_min(size, other)  # type: ignore[no-untyped-call]
     return smaller
 
 
 def _power_of_two(size: int) -> int:
-    """The least that is no smaller."""
+    """Smallest power of two that is at least ``size``."""
     return 1 << (size - 1).bit_length()
 
 

@@ -1,8 +1,8 @@
-"""The kernels for few queries: keys are split among programs, and a second kernel puts the parts together.
+"""The kernels for few queries: keys are split among programs, and a second kernel combines the parts.
 
-A program has a part of the keys of one key/value head, and all that reads it: both streams of all heads of its group,
-at all positions. A row is a position and a half head, in this order. The scores of both streams are one matrix, of
-which each row has zeros in place of its query for the keys of the other stream.
+A program handles one part of the keys of one key/value head, and all queries that read it: both streams of all heads
+of its group, at all positions. Each position and half head is a row; positions come first. The scores of both streams
+are one matrix: the query of a row is replaced by zeros for the keys of the other stream.
 """
 
 import triton
@@ -23,7 +23,7 @@ def split(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDING: tl.constexpr,
     LEGACY: tl.constexpr, SHARED: tl.constexpr,
 ):
-    """Sums, maxima and totals of some rows over some keys: ``[B, h_kv, splits, rows, e]`` and ``[.., rows]``."""
+    """Compute sums ``[B, h_kv, splits, rows, e]`` over a part of the keys; maxima and totals, ``[.., rows]``."""
     scale = tl.cast(scale, tl.float32)
     num_rows = 2 * G * S
     row_tiles = tl.cdiv(num_rows, BLOCK_M)
@@ -84,7 +84,7 @@ def split(
 
 @triton.jit
 def _weights(tops, totals, at, there, base):
-    """Of some parts, relative to the largest maximum, and their totals in these terms."""
+    """Weights of parts relative to the largest maximum, and the totals of these parts, weighted."""
     weights = tl.math.exp2(tl.load(tops + at, mask=there, other=float("-inf")) - base)
     return weights, weights * tl.load(totals + at, mask=there, other=0.0)
 
@@ -94,9 +94,9 @@ def _merged(
     sums, tops, totals, first, row_stride, splits,
     VALUE_WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Softmax attention ``[1, e]`` of two neighbouring rows from their parts, of which ``first`` is the first.
+    """Combine the parts of two adjacent rows into softmax attentions ``[1, e]``; ``first`` is the first row in part 0.
 
-    Maxima come first, in a loop of their own, and both rows together, so that few loads wait for one before them.
+    Maxima are read first, in a separate loop, and both rows at once, so that few loads wait for earlier ones.
     """
     columns = tl.arange(0, BLOCK_E)
     top1 = float("-inf")
@@ -136,7 +136,7 @@ def combine(
     stride_ob, stride_oh, stride_os, stride_lb, stride_lh, stride_ls,
     VALUE_WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr,
 ):
-    """One head at one position: both streams from their parts, lambda, difference and norm."""
+    """Compute one head at one position: combine the parts of both streams, then lambda, difference and norm."""
     eps, factor = tl.cast(eps, tl.float32), tl.cast(factor, tl.float32)
     head = tl.program_id(0) % H
     position = tl.program_id(0) // H % S

@@ -1,4 +1,4 @@
-"""The kernels as the operator ``diffdeploy::fused_attention``, which compilers take apart and exporters keep whole."""
+"""The kernels as the operator ``diffdeploy::fused_attention``, which compilers decompose and exporters do not."""
 
 from contextvars import copy_context
 
@@ -17,13 +17,13 @@ _LOG2_E = 1.4426950408889634
 
 
 def output_buffer(call: Call) -> Tensor:
-    """``[B, S, h, e]``, uninitialised: heads lie inside of positions, as they are joined."""
+    """Uninitialised output ``[B, S, h, e]``; the heads of a position are adjacent, as their concatenation requires."""
     batch, _, length, _ = call.q.shape
     return call.q.new_empty(batch, length, call.num_heads, call.v.shape[3])
 
 
 def scratch(call: Call) -> tuple[Tensor, ...]:
-    """Uninitialised: sums, maxima and totals of all parts of the keys; or both streams; or nothing."""
+    """Uninitialised buffers: sums, maxima and totals of all parts of the keys; or results of both streams; or none."""
     if call.apart:
         batch, _, length, _ = call.q.shape
         return (call.q.new_empty(2, batch, length, call.num_heads, call.v.shape[3]),)
@@ -31,7 +31,7 @@ def scratch(call: Call) -> tuple[Tensor, ...]:
         return ()
     batch, kv_heads, _, value_width = call.v.shape
     rows = batch * kv_heads * call.num_splits() * call.most_rows
-    # With one axis: inductor copies buffers that have strides which it cannot tell from those of a dense one.
+    # One axis only: inductor copies buffers whose strides it cannot prove to be dense.
     sums, tops, totals = (
         torch.empty(size, dtype=torch.float32, device=call.q.device) for size in (rows * value_width, rows, rows)
     )
@@ -39,13 +39,13 @@ def scratch(call: Call) -> tuple[Tensor, ...]:
 
 
 def attend_into(out_BSHe: Tensor, parts: tuple[Tensor, ...], call: Call) -> None:
-    """Fill the whole of a buffer as `output_buffer` makes it, by way of what `scratch` makes."""
+    """Fill a buffer from `output_buffer`, using the buffers from `scratch`."""
     if call.decodes:
         _attend_split(out_BSHe, parts, call)
         return
     target = parts[0] if call.apart else out_BSHe
     if call.tma and not call.traced:
-        # In a context of its own, so that a caller's allocator stays.
+        # In a separate context, so that a caller's allocator is not replaced.
         copy_context().run(_attend_with_workspace, target, call)
     else:
         _attend_tiles(target, call)
@@ -59,7 +59,7 @@ def _attend_with_workspace(target: Tensor, call: Call) -> None:
 
 
 def _attend_tiles(target: Tensor, call: Call) -> None:
-    """Into the output, or into the buffer of both streams."""
+    """Run `prefill` into the output, or into the buffer of both streams."""
     batch, length, num_heads, _ = target.shape[-4:]
     (padding, padding_stride), (norm, eps), lam, tile = call.padding(), call.norm_settings(), call.lambdas(), call.tile
     programs = batch * num_heads * triton.cdiv(length, tile.rows)
@@ -130,7 +130,7 @@ def _attend_split(out_BSHe: Tensor, parts: tuple[Tensor, ...], call: Call) -> No
 
 
 def _output_strides(buffer: Tensor) -> tuple[int, int, int]:
-    """Of batch, head and position, which are the fourth, second and third axis from behind."""
+    """Strides of batch, head and position, which are the fourth-, second- and third-last axes."""
     return buffer.stride(-4), buffer.stride(-2), buffer.stride(-3)
 
 
@@ -155,7 +155,7 @@ def _fused_attention(
 ) -> Tensor:
     q, k, v = (_with_dense_rows(side) for side in (q, k, v))
     key_padding = None if key_padding is None else _with_dense_rows(key_padding)
-    traced = wrap_triton(prefill) is not prefill  # else it is handed over as it is
+    traced = wrap_triton(prefill) is not prefill  # outside of a trace, wrap_triton returns the kernel unchanged
     call = Call(q, k, v, lam, key_padding, norm, causal, window, legacy, scale, eps, factor, traced)
     out_BSHe = output_buffer(call)
     for each in call.by_length():
@@ -163,7 +163,7 @@ def _fused_attention(
     return out_BSHe.transpose(1, 2)
 
 
-# What a trace needs to know, without a kernel.
+# Shape and strides of the result for a trace, which runs no kernel.
 _fused_attention.register_fake(
     lambda q, _k, v, *_others: q.new_empty(q.shape[0], q.shape[2], q.shape[1] // 2, v.shape[3]).transpose(1, 2)
 )

@@ -1,8 +1,8 @@
-"""The kernel for many queries: a program has the queries of one tile in one head, and goes through their keys once.
+"""The kernel for many queries: a program handles one tile of queries of one head, and reads their keys once.
 
-Both streams go together where their accumulators fit in the registers. Where they do not, streams take turns, and the
-first one's result waits in the output. Where that leaves multiprocessors idle, each stream has programs of its own, and
-`subtract` does the rest.
+Both streams are computed together if their accumulators fit in the registers. Otherwise, they take turns, and the
+first result is stored in the output meanwhile. If that leaves multiprocessors idle, each stream has separate programs,
+and `subtract` combines their results.
 """
 
 import triton
@@ -21,7 +21,7 @@ def _together(
     BLOCK_N: tl.constexpr, BAND: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDING: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """Keys ``start .. end`` for both streams; each tile of keys and values is loaded once."""
+    """Process keys ``start .. end`` for both streams; each tile of keys and values is loaded once."""
     masked: tl.constexpr = BAND or PADDING
     for first in tl.range(start, end, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
@@ -48,7 +48,7 @@ def _one_stream(
     VALUE_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDING: tl.constexpr, TMA: tl.constexpr,
 ):
-    """Keys ``start .. end`` for one stream."""
+    """Process keys ``start .. end`` for one stream."""
     masked: tl.constexpr = BAND or PADDING
     for first in tl.range(start, end, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
@@ -153,7 +153,7 @@ def _ranges(
         if WINDOW:
             start = tl.maximum(0, newest_of_first + 1 - window) // BLOCK_N * BLOCK_N
             inner_start = tl.cdiv(tl.maximum(0, newest_of_last + 1 - window), BLOCK_N) * BLOCK_N
-    # Where no tile is seen whole, all of it is the last range.
+    # If no tile is entirely visible, the last range covers all keys.
     if inner_start >= inner_end:
         inner_start = start
         inner_end = start
@@ -162,11 +162,11 @@ def _ranges(
 
 @triton.jit
 def _place(S, H, heads_at_once, BLOCK_M: tl.constexpr, APART: tl.constexpr):
-    """Batch, head, stream and first query of a program. One axis of programs, since the others end at 65,535.
+    """Batch, head, stream and first query of a program. There is one axis, since the others are limited to 65,535.
 
-    Programs go through some heads, whose keys and values stay in the second-level cache, before the next. Of these, the
-    same tile of all heads comes first, and tiles with most keys before others: that fills the last wave of a causal
-    problem.
+    Programs process one group of heads, whose keys and values stay in the L2 cache, before the next. Within a group,
+    the same tile of all heads comes before the next tile, and tiles with the most keys come first, which fills the
+    last wave of a causal problem.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -194,8 +194,8 @@ def prefill(
     SHARED: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, TURNS: tl.constexpr, APART: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One tile of queries in one head; ``APART``, in one of its streams."""
-    # Inductor hands numbers over in double precision.
+    """Compute one tile of queries of one head or, if ``APART``, of one of its streams."""
+    # Inductor passes numbers in double precision.
     scale, eps, factor = tl.cast(scale, tl.float32), tl.cast(eps, tl.float32), tl.cast(factor, tl.float32)
     batch, head, stream, first = _place(S, H, heads_at_once, BLOCK_M, APART)
     key1 = 2 * (head // G)
@@ -234,7 +234,7 @@ def prefill(
             start, inner_start, inner_end, end, q2, k2, v, newest, padding, T, stride_kt, stride_vt, scale, window,
             WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, PADDING, TMA,
         )
-        # What a thread reads here another one of its program may have stored.
+        # Another thread of the same program may have stored what a thread reads here.
         tl.debug_barrier()
         signal = tl.load(at, mask=real, other=0.0).to(tl.float32)
         tl.debug_barrier()
@@ -257,7 +257,7 @@ def subtract(
     stride_ls, VALUE_WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, NORM: tl.constexpr,
     GAMMA: tl.constexpr,
 ):
-    """What is behind the two attentions, for some positions of one head; strides are those of the output."""
+    """Compute the difference and its norm for some positions of one head; strides are those of the output."""
     eps, factor = tl.cast(eps, tl.float32), tl.cast(factor, tl.float32)
     tiles = tl.cdiv(S, BLOCK_M)
     head = tl.program_id(0) // tiles % H

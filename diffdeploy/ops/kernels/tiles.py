@@ -1,4 +1,4 @@
-"""What the kernels have in common: tiles of rows, which keys are seen, and a step of the softmax.
+"""Common parts of the kernels: tiles of rows, visibility of keys, a step of the softmax, and the norm.
 
 Names in kernels: ``WIDTH`` and ``VALUE_WIDTH`` are ``d`` and ``e``, ``BLOCK_D`` and ``BLOCK_E`` the powers of two that
 hold them, ``BLOCK_M`` queries and ``BLOCK_N`` keys of a tile; ``S``, ``T`` lengths, ``G`` heads of a key/value head.
@@ -14,7 +14,7 @@ __all__ = ["finish", "not_padding", "read", "softmax_step", "visible"]
 def read(
     base, first, length, stride, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Rows ``first .. first + BLOCK`` of ``[length, WIDTH]``, zeros beyond; ``WHOLE`` tiles end before ``length``."""
+    """Load rows ``first .. first + BLOCK`` of ``[length, WIDTH]``, 0 beyond; ``WHOLE`` tiles end before ``length``."""
     rows = first + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_W)
     at = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
@@ -32,7 +32,7 @@ def read(
 
 @triton.jit
 def not_padding(padding, first, T, BLOCK_N: tl.constexpr, PADDING: tl.constexpr):
-    """Which keys of a tile are tokens; read before the scores are computed, so that nothing waits for it."""
+    """Load which keys of a tile are tokens, before the scores are computed, so that nothing waits for it."""
     tokens = True
     if PADDING:
         columns = first + tl.arange(0, BLOCK_N)
@@ -53,9 +53,9 @@ def visible(
     WINDOW: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """Which keys of a tile each row sees; ``newest`` is the last one that causality shows it.
+    """Mask of the keys of a tile that each row sees; ``newest`` is the last key that causality allows.
 
-    Without ``BAND``, causality and the window show every row the whole tile.
+    Without ``BAND``, causality and the window hide no key of the tile.
     """
     columns = first + tl.arange(0, BLOCK_N)
     seen = (columns < T)[None, :]
@@ -70,16 +70,16 @@ def visible(
 
 @triton.jit
 def softmax_step(scores, top, total, scale, seen, MASKED: tl.constexpr):
-    """One tile of the online softmax (arXiv 1805.02867), in powers of two: ``scale`` has the factor ``log2 e``.
+    """One tile of the online softmax (arXiv 1805.02867), in powers of two: ``scale`` includes the factor ``log2 e``.
 
     Returns:
-        Weights of the tile, the factor for what was summed before, the new maximum and the new sum. Masks are exact: a
+        Weights of the tile, the factor for the previous sums, the new maximum and the new sum. Masks are exact: a
         hidden key has the weight 0, and a row that has seen nothing keeps the sum 0.
     """
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    # Minus infinity less itself would be NaN.
+    # Minus infinity minus itself would be NaN.
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.math.exp2(scores * scale - base[:, None])
     kept = tl.math.exp2(top - base)
