@@ -9,7 +9,7 @@ __all__ = ["FORMULA", "attention_flop", "block_flop", "num_pairs", "num_scores",
 
 # Lines below every table.
 FORMULA = (
-    "counted, a multiplication and an addition as 2: projections, and per query-key pair and head 12 d",
+    "counted by formula, a multiply-add as 2: the projections, plus 12 d per query-key pair and head",
     "(two attentions, values of width 2d; softmax: 8 d, for two heads with values of width d);",
     "causal pairs of S tokens after a past of P: S (S + 1) / 2 + S P",
 )

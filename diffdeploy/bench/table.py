@@ -7,7 +7,7 @@ from diffdeploy.bench.results import BenchReport, Row
 
 __all__ = ["HEADINGS", "describe_block", "describe_size", "figures", "legend", "machine", "machine_rows"]
 
-HEADINGS = ("candidate", "ms", "±", "ratio", "95 %", "GFLOP/s", "of products", "peak MiB", "over weights")
+HEADINGS = ("candidate", "ms", "±", "ratio", "95 %", "GFLOP/s", "of matmul", "peak MiB", "extra MiB")
 
 _MIB = 2**20
 # Number of decimals below a bound, for three significant digits: the intervals are seldom narrower.
@@ -107,7 +107,7 @@ def machine_rows(environment: Machine, dtype: str) -> list[tuple[str, str]]:
 def legend(baseline: str) -> list[tuple[str, str]]:
     """Explanation of the columns, as names and lines; a name is empty if a line continues the previous one."""
     return [
-        ("latency", "median over rounds in which all took turns; ± half the distance between the quartiles;"),
+        ("latency", "median over rounds, with all candidates in turn; ± half the distance between the quartiles;"),
         ("", "freed memory is kept, so that no page is mapped again, as in a process that serves similar calls"),
         ("ratio", f"median of the ratios to {baseline} in the same round, with its 95 % confidence interval"),
         ("memory", "peak while it runs, with the weights, and without them"),

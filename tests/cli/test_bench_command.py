@@ -79,7 +79,7 @@ def test_the_table_says_what_it_shows_and_on_what(saved: Path) -> None:
         "softmax",
         "12 d",
         "95 % confidence interval",
-        "over weights",
+        "extra MiB",
         f"torch {version('torch')}",
         "1 threads",
         "in the minute before",
