@@ -30,6 +30,8 @@ __all__ = ["Artifact", "ArtifactProcess", "answered"]
 
 # Number of cache cells beyond the last token.
 _ROOM = 3
+# Exact in every dtype, and far above what keys and values are.
+_CONSPICUOUS = 8192.0
 
 
 def _send(stream: IO[bytes], header: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
@@ -122,8 +124,10 @@ def _decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) -
     from diffdeploy.runtime.decoding import Decoding
 
     ids, mask, length = inputs["input_ids"], inputs["attention_mask"], inputs["input_ids"].shape[1]
-    # A fill that would show in every result if it were read, and cells beyond the end.
-    decoding = Decoding(runtime, len(ids), fill=np.nan)
+    # A fill that would show in every result if it were read, and cells beyond the end. Kernels on a GPU read whole
+    # tiles, and multiply what lies beyond the end by weights of 0, so there it is a number.
+    fill = np.nan if runtime.device == "cpu" else _CONSPICUOUS
+    decoding = Decoding(runtime, len(ids), fill=fill)
     decoding.reserve(length + _ROOM)
     # Another batch of sequences alternates with this one; state that both share would show in the second turn.
     other, others = Decoding(runtime, len(ids)), np.ascontiguousarray(ids[::-1, ::-1])
@@ -133,7 +137,8 @@ def _decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) -
         logits.append(decoding.feed(ids[:, decoding.num_tokens : end], mask[:, :end]))
         other.feed(others[:, other.num_tokens : end], np.ones_like(mask[:, :end]))
     for name, buffer in ({} if decoding.buffers is None else decoding.buffers.arrays()).items():
-        if not np.isnan(buffer[:, :, length:].astype(np.float32)).all():
+        beyond = buffer[:, :, length:].astype(np.float32)
+        if not np.array_equal(beyond, np.full_like(beyond, fill), equal_nan=True):
             raise ExportError(f"cells of {name} beyond the last token were written")
     return {runtime.spec.main_output: np.stack(logits, axis=1), **decoding.caches(mask)}
 

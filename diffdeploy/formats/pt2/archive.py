@@ -37,7 +37,7 @@ _ATEN = frozenset(
         *("alias", "all", "and", "any", "arange", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "chunk"),
         *("clone", "contiguous", "copy", "cumsum", "detach", "detach_", "div", "embedding", "eq", "exp", "expand"),
         *("expand_as", "flatten", "floor_divide", "full", "full_like", "ge", "gelu", "gt", "index", "index_copy_"),
-        *("index_select",),
+        *("eye", "index_select"),
         *("le", "lift_fresh_copy", "linear", "logical_and", "logical_not", "logical_or", "lt", "masked_fill"),
         *("matmul", "max", "maximum", "mean", "min", "minimum", "mul", "narrow", "ne", "neg", "new_zeros"),
         *("ones", "ones_like", "pad", "constant_pad_nd", "permute", "pow", "reciprocal", "repeat"),
