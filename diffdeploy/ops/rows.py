@@ -39,7 +39,7 @@ def padded_queries(request: Request) -> Tensor:
     # A product with 0 and 1 is one pass, while padding each half and joining them is three; and onnxruntime's kernel
     # for padding took half of the time of a whole prompt on a GPU.
     place = torch.eye(2, dtype=halves.dtype, device=halves.device)[:, None, :, None]
-    return (halves.unsqueeze(5) * place).flatten(5).flatten(2, 4).transpose(1, 2)
+    return (halves.unsqueeze(5) * place).contiguous().flatten(5).flatten(2, 4).transpose(1, 2)
 
 
 def attend_rows(q_BHSe: Tensor, k_BHTe: Tensor, v_BHTe: Tensor, seen: Visibility, scale: float) -> Tensor:
