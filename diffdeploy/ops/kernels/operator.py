@@ -1,6 +1,7 @@
 """The kernels as the operator ``diffdeploy::fused_attention``, which compilers decompose and exporters do not."""
 
 from contextvars import copy_context
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +15,11 @@ from diffdeploy.ops.kernels.prefill import prefill, subtract
 __all__ = ["attend_into", "output_buffer", "scratch"]
 
 _LOG2_E = 1.4426950408889634
+
+
+def _launcher(kernel: Any) -> Any:
+    """A kernel that a graph can hold; torch refuses the functions of Triton's interpreter, which no graph holds."""
+    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 
 def output_buffer(call: Call) -> Tensor:
@@ -63,7 +69,7 @@ def _attend_tiles(target: Tensor, call: Call) -> None:
     batch, length, num_heads, _ = target.shape[-4:]
     (padding, padding_stride), (norm, eps), lam, tile = call.padding(), call.norm_settings(), call.lambdas(), call.tile
     programs = batch * num_heads * triton.cdiv(length, tile.rows)
-    wrap_triton(prefill)[(call.programs(2 * programs if call.apart else programs),)](
+    _launcher(prefill)[(call.programs(2 * programs if call.apart else programs),)](
         *(call.q, call.k, call.v, lam, norm, padding, target, num_heads, call.group_size, length, call.k.shape[2]),
         *(call.heads_at_once(), call.scale * _LOG2_E, call.window or 0, eps, call.factor),
         *call.input_strides(),
@@ -84,7 +90,7 @@ def _attend_tiles(target: Tensor, call: Call) -> None:
 def _subtract(out_BSHe: Tensor, streams: Tensor, call: Call) -> None:
     batch, length, num_heads, _ = out_BSHe.shape
     (norm, eps), lam, widths, rows = call.norm_settings(), call.lambdas(), call.widths, 16
-    wrap_triton(subtract)[(batch * num_heads * triton.cdiv(length, rows),)](
+    _launcher(subtract)[(batch * num_heads * triton.cdiv(length, rows),)](
         *(streams, lam, norm, out_BSHe, num_heads, length, eps, call.factor, streams.stride(0)),
         *_output_strides(out_BSHe),
         *lam.stride()[:3],
@@ -107,7 +113,7 @@ def _attend_split(out_BSHe: Tensor, parts: tuple[Tensor, ...], call: Call) -> No
         call.widths,
     )
     keys_of_split = triton.cdiv(triton.cdiv(key_length, tile.keys), splits) * tile.keys
-    wrap_triton(split)[(call.programs(batch * kv_heads * triton.cdiv(call.num_rows, tile.rows) * splits),)](
+    _launcher(split)[(call.programs(batch * kv_heads * triton.cdiv(call.num_rows, tile.rows) * splits),)](
         *(call.q, call.k, call.v, padding, *parts, kv_heads, call.group_size, length, key_length),
         *(call.scale * _LOG2_E, call.window or 0, keys_of_split, splits),
         *call.input_strides(),
@@ -116,7 +122,7 @@ def _attend_split(out_BSHe: Tensor, parts: tuple[Tensor, ...], call: Call) -> No
         **call.flags(),
         **tile.options(),
     )
-    wrap_triton(combine)[(call.programs(batch * num_heads * length),)](
+    _launcher(combine)[(call.programs(batch * num_heads * length),)](
         *(*parts, lam, norm, out_BSHe, num_heads, call.group_size, length, splits, eps, call.factor),
         *_output_strides(out_BSHe),
         *lam.stride()[:3],
@@ -155,7 +161,7 @@ def _fused_attention(
 ) -> Tensor:
     q, k, v = (_with_dense_rows(side) for side in (q, k, v))
     key_padding = None if key_padding is None else _with_dense_rows(key_padding)
-    traced = wrap_triton(prefill) is not prefill  # outside of a trace, wrap_triton returns the kernel unchanged
+    traced = _launcher(prefill) is not prefill  # outside of a trace, wrap_triton returns the kernel unchanged
     call = Call(q, k, v, lam, key_padding, norm, causal, window, legacy, scale, eps, factor, traced)
     out_BSHe = output_buffer(call)
     for each in call.by_length():
