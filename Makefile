@@ -1,4 +1,5 @@
 PYTHON ?= python3
+EVERYTHING := .[export,cpu,genai,plot,test]
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -95,13 +96,14 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch setuptools
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[export,cpu,plot,test]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '$(EVERYTHING)'
 	touch $@
 
 # The same tests on the ends of what pyproject.toml allows, in environments of their own.
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
-EVERYTHING := .[export,cpu,plot,test]
+# onnxruntime-genai needs a newer onnxruntime than the lowest that bundles do.
+OF_OLDEST := .[export,cpu,plot,test]
 
 .PHONY: test-oldest test-newest
 
@@ -120,7 +122,7 @@ $(OLDEST)/.installed: pyproject.toml scripts/lowest_versions.py
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(PYTHON) scripts/lowest_versions.py > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install --quiet -c $(OLDEST)/constraints.txt setuptools
-	$(OLDEST)/bin/pip install --quiet -c $(OLDEST)/constraints.txt --no-build-isolation -e '$(EVERYTHING)'
+	$(OLDEST)/bin/pip install --quiet -c $(OLDEST)/constraints.txt --no-build-isolation -e '$(OF_OLDEST)'
 	touch $@
 
 # Engines, each in an environment of its own, since they pin what they need.

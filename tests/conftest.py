@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for name in GROUPED_BY.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(name))
-    for marker, reason in (("gpu", _why_no_gpu()), ("triton", _why_no_triton())):
+    for marker, reason in (("gpu", _why_no_gpu()), ("triton", _why_no_triton()), ("genai", _why_no_genai())):
         for item in items:
             if reason is not None and marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
@@ -77,6 +77,11 @@ def _why_no_triton() -> str | None:
     if not torch.cuda.is_available() and Version(np.__version__) >= Version("2.4"):
         return "needs numpy before 2.4 for Triton's interpreter, which makes numbers of arrays with one element"
     return None
+
+
+def _why_no_genai() -> str | None:
+    """Why onnxruntime-genai cannot be installed beside this onnxruntime, as in `make test-oldest`."""
+    return None if Version(version("onnxruntime")) >= Version("1.31") else "needs onnxruntime 1.31 or newer"
 
 
 @pytest.fixture(scope="session")

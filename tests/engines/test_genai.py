@@ -30,6 +30,7 @@ def bundle(request: pytest.FixtureRequest, bundles: BundleCache) -> Path:
     return bundles.bundle(read_model(SAMPLE), replace(SMALL, onnx_flavor=request.param))
 
 
+@pytest.mark.genai
 def test_the_sample_in_both_flavors(bundle: Path) -> None:
     report = verify_engine(bundle, GenaiEngine())
     assert report.passed, report.worst
@@ -38,6 +39,7 @@ def test_the_sample_in_both_flavors(bundle: Path) -> None:
     assert report.num_tokens_checked > 100
 
 
+@pytest.mark.genai
 @pytest.mark.slow
 def test_a_tied_diffllama_with_an_end_of_texts(bundles: BundleCache, tmp_path: Path) -> None:
     diffllama(tmp_path / "checkpoint", tie_word_embeddings=True, eos_token_id=7, pad_token_id=3, bos_token_id=1)
@@ -50,6 +52,7 @@ def test_a_tied_diffllama_with_an_end_of_texts(bundles: BundleCache, tmp_path: P
     assert report.passed, report.worst
 
 
+@pytest.mark.genai
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int4", "int8"])
 def test_quantised_matrices(weights: Any, bundles: BundleCache) -> None:
@@ -60,6 +63,7 @@ def test_quantised_matrices(weights: Any, bundles: BundleCache) -> None:
     assert report.num_tokens_checked > 100
 
 
+@pytest.mark.genai
 @pytest.mark.slow
 def test_an_artifact_that_is_wrong_fails(bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "bundle"
@@ -85,6 +89,7 @@ def test_a_config_of_another_model_is_seen(bundle: Path, tmp_path: Path) -> None
     assert check.detail == "genai_config.json is not that of this bundle"
 
 
+@pytest.mark.genai
 def test_what_the_engine_does_not_run(bundle: Path, sample_bundle: Path) -> None:
     with pytest.raises(InputError, match="has no genai_config"):
         verify_engine(sample_bundle, GenaiEngine())

@@ -47,7 +47,7 @@ def said_by(python: Path | str, name: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "genai", "transformers"])
+@pytest.mark.parametrize("name", ["onnxruntime", pytest.param("genai", marks=pytest.mark.genai), "transformers"])
 def test_python(name: str, model: Path) -> None:
     said = said_by(sys.executable, f"{name}/generate.py", model, PROMPT, str(NUM_TOKENS))
     assert said == text_of(model, PROMPT) + "\n"
