@@ -51,15 +51,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-# Made in seconds for the tests of one module, which therefore go to one worker.
-GROUPED_BY = {"pristine", "program", "saved", "wheel"}
+# Fixtures that take seconds, once in a module or, the last, once in a process: tests that share one go to one worker.
+OF_A_MODULE = {"llama", "model", "model_bundle", "pristine", "program", "sample_model", "saved", "wheel"}
+OF_A_PROCESS = "llama_pair"
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for name in GROUPED_BY.intersection(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(name))
+        names = set(getattr(item, "fixturenames", ()))
+        if OF_A_PROCESS in names or names & OF_A_MODULE:
+            item.add_marker(pytest.mark.xdist_group(OF_A_PROCESS if OF_A_PROCESS in names else item.path.stem))
     for marker, reason in (("gpu", _why_no_gpu()), ("triton", _why_no_triton()), ("genai", _why_no_genai())):
         for item in items:
             if reason is not None and marker in item.keywords:

@@ -28,6 +28,9 @@ from tests.support.manifests import fields_of, reached, set_to, signed_again
 from tests.support.models import decoder_weights, make_decoder
 from tests.support.pairwise import rest_is_slow
 
+# They share bundles, for which a second worker would wait.
+pytestmark = pytest.mark.xdist_group("test_manifest_fields")
+
 GONE = "a key that is not there"
 
 # Fields that may say something else, and why nothing goes wrong then.

@@ -25,6 +25,9 @@ from tests.support.pairwise import rest_is_slow
 SMALL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=72, cases=1)
 
 
+pytestmark = pytest.mark.xdist_group("test_genai")  # a second worker would wait for the bundle
+
+
 @pytest.fixture(scope="module", params=rest_is_slow(["ort", "standard"]))
 def bundle(request: pytest.FixtureRequest, bundles: BundleCache) -> Path:
     return bundles.bundle(read_model(SAMPLE), replace(SMALL, onnx_flavor=request.param))

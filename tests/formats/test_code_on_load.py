@@ -302,6 +302,7 @@ def test_guards_compare_sizes_of_inputs() -> None:
     assert not is_guard("L[f()].size()[0] == 1")
 
 
+@pytest.mark.xdist_group("compile")  # whose bundle a second worker would wait for
 @pytest.mark.parametrize("name", ["aoti", "compile"])
 def test_formats_that_run_code_ask_for_trust(
     name: str, format_bundle: FormatBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -330,6 +331,7 @@ def test_formats_that_run_code_ask_for_trust(
     load("bundle", trust=True).close()
 
 
+@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize("name", rest_is_slow(["compile", "aoti"]))
 def test_the_key_of_its_signer_is_trust(
     name: str, format_bundle: FormatBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
