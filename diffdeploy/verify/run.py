@@ -1,7 +1,7 @@
 """Verification of a bundle: the exact formula, the eager block and the artifact on every case; contract, properties."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +83,9 @@ def verify_bundle(
     if save_inputs is not None:
         write_inputs(save_inputs, chosen, spec)
     # Opened first: its process loads the artifact while this process reads the contract.
-    with open_artifact(bundle.path, run_options) as artifact, half_the_threads():
+    # The artifact of a model computes for a small part of the time that the formula takes.
+    sharing = nullcontext() if isinstance(manifest.config, DecoderConfig) else half_the_threads()
+    with open_artifact(bundle.path, run_options) as artifact, sharing:
         say = progress or (lambda *_: None)
         found = _examine(bundle, artifact, chosen, yardsticks, seed, say, first_failure_only=first_failure_only)
     return Report(
