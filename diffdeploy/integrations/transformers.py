@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers import PreTrainedModel as _PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from diffdeploy.bundle import Bundle
@@ -23,6 +23,8 @@ from diffdeploy.runtime import Runtime, eos_of, load
 __all__ = ["DiffDeployConfig", "DiffDeployForCausalLM"]
 
 _GENERATION_CONFIG = "generation_config.json"
+# The name of the cache in outputs and arguments, which transformers 5.24 changed.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 # Outputs that callers may request from a model of transformers, but that no graph returns.
 _NOT_GIVEN = ("inputs_embeds", "labels", "output_attentions", "output_hidden_states")
 
@@ -134,6 +136,7 @@ class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        cache: DynamicCache | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Compute logits, with the arguments of transformers' models.
@@ -146,6 +149,7 @@ class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[
             use_cache: true to create a cache if none is given.
             logits_to_keep: number of last positions whose logits are returned; 0 for all.
             return_dict: false to return a tuple.
+            cache: ``past_key_values`` by the name that it has since transformers 5.24.
             **others: other arguments of transformers, which must not change the result.
 
         Returns:
@@ -159,6 +163,9 @@ class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[
             # Compared by identity, since a tensor has no truth value.
             if others.get(name) is not None and others[name] is not False:
                 raise InputError(f"{name} is not an input or output of a bundle; omit it")
+        if unknown := [name for name, value in others.items() if isinstance(value, Cache)]:
+            raise InputError(f"{unknown[0]} is a cache by another name; accepted: past_key_values, cache")
+        past_key_values = past_key_values if cache is None else cache
         if input_ids is None:
             raise InputError("input_ids is missing; give int64 [batch, tokens]")
         past_key_values = DynamicCache(config=self.config) if past_key_values is None and use_cache else past_key_values
@@ -178,7 +185,7 @@ class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[
         outputs = self.runtime(**given)
         self._keep(past_key_values, outputs)
         logits = outputs["logits"][:, -logits_to_keep:] if logits_to_keep else outputs["logits"]
-        found = CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        found = CausalLMOutputWithPast(**{"logits": logits, _CACHE: past_key_values})
         return found.to_tuple() if return_dict is False else found
 
     def _require_logits(self, wanted: int, length: int) -> None:

@@ -99,6 +99,17 @@ def test_caches_are_handed_on_as_transformers_does(pair: tuple[Any, Any]) -> Non
     assert torch.equal(pair[0](IDS, MASK, logits_to_keep=2).logits, whole[:, -2:])
 
 
+def test_a_cache_has_two_names_and_no_third(pair: tuple[Any, Any]) -> None:
+    """transformers 5.24 renamed it; by a name that is not known it would be ignored, and tokens would be others."""
+    first, second = DynamicCache(config=pair[0].config), DynamicCache(config=pair[0].config)
+    for end in (4, 9):
+        rest = slice(0 if end == 4 else 4, end)
+        logits = pair[0](IDS[:, rest], MASK[:, :end], past_key_values=first).logits
+        assert torch.equal(logits, pair[0](IDS[:, rest], MASK[:, :end], cache=second).logits)
+    with pytest.raises(InputError, match="kept is a cache by another name; accepted: past_key_values, cache"):
+        pair[0](IDS, MASK, kept=first)
+
+
 def test_pipelines_and_streamers_write_text(writer: tuple[Any, Any]) -> None:
     model, tokenizer = writer
     written = pipeline("text-generation", model=model, tokenizer=tokenizer, device=model.device)
