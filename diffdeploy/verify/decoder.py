@@ -10,7 +10,7 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.config import POLYNORM_EPS, AnyModel, DecoderConfig, LayerConfig, MlpConfig
 from diffdeploy.graphs import DType, GraphSpec, clear_padding
-from diffdeploy.verify.oracle import oracle, with_stored_streams
+from diffdeploy.verify.oracle import oracle, times, with_stored_streams
 
 __all__ = [
     "below",
@@ -154,12 +154,9 @@ def _rms_norm(x: Array, weight: Array | float, eps: float) -> Array:
 
 
 def _mlp(config: MlpConfig, w: Mapping[str, Array], x_BSD: Array) -> Array:
-    # The rows of a batch in one product, since a product for each of them would read the weight again.
-    x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
-    gate, up = (x_ND @ _wide(w[f"{n}_proj.weight"]).T + _bias(w, f"{n}_proj.bias") for n in ("gate", "up"))
-    product: Array = _activation(config, w, gate) * up
-    down: Array = product @ _wide(w["down_proj.weight"]).T + _bias(w, "down_proj.bias")
-    return down.reshape(x_BSD.shape)
+    gate, up = (times(x_BSD, _wide(w[f"{n}_proj.weight"])) + _bias(w, f"{n}_proj.bias") for n in ("gate", "up"))
+    down: Array = times(_activation(config, w, gate) * up, _wide(w["down_proj.weight"])) + _bias(w, "down_proj.bias")
+    return down
 
 
 def _bias(w: Mapping[str, Array], name: str) -> Array | float:

@@ -14,7 +14,7 @@ from diffdeploy.config import AnyConfig, RopeConfig
 from diffdeploy.exact import key_head, lambda_of_heads, rope_tables
 from diffdeploy.graphs import DType
 
-__all__ = ["exact_and_stored", "oracle", "with_stored_streams"]
+__all__ = ["exact_and_stored", "oracle", "times", "with_stored_streams"]
 
 Store = Callable[[Array], Array]
 
@@ -171,14 +171,14 @@ def _formula(
             for b in range(len(x_BSD))
         ]
         joined = np.stack([row.joined for row in rows], axis=1)
-        outputs = [_times(heads, w["out_proj.weight"]) + w.get("out_proj.bias", 0.0) for heads in joined]
+        outputs = [times(heads, w["out_proj.weight"]) + w.get("out_proj.bias", 0.0) for heads in joined]
     present = {}
     if "past_key_values.key" in inputs:
         present = {f"present.{side}": np.stack([getattr(row, side) for row in rows]) for side in ("key", "value")}
     return [{"output": output, **present} for output in outputs]
 
 
-def _times(x: Array, weight: Array) -> Array:
+def times(x: Array, weight: Array) -> Array:
     """``x @ weight.T``, as one product: a product for each row of a batch would read the weight again."""
     product: Array = x.reshape(-1, x.shape[-1]) @ weight.T
     return product.reshape(*x.shape[:-1], len(weight))
@@ -186,7 +186,7 @@ def _times(x: Array, weight: Array) -> Array:
 
 def _projected(config: AnyConfig, w: Mapping[str, Array], name: str, x_BSD: Array, width: int) -> Array:
     """Queries, keys or values ``[B, heads, S, width]``, normalised where the config says so."""
-    flat = _times(x_BSD, w[f"{name}_proj.weight"]) + w.get(f"{name}_proj.bias", 0.0)
+    flat = times(x_BSD, w[f"{name}_proj.weight"]) + w.get(f"{name}_proj.bias", 0.0)
     side: Array = np.swapaxes(flat.reshape(*x_BSD.shape[:2], -1, width), 1, 2)
     if config.qk_norm_eps is None or name == "v":
         return side
