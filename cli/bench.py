@@ -37,7 +37,7 @@ def bench(
     impl: Annotated[
         str,
         typer.Option(
-            help="Implementations of the eager block, and softmax: comma-separated names, all or none.",
+            help="Implementations of the eager block, softmax, softmax-compiled: comma-separated names, all or none.",
             autocompletion=complete_impls,
         ),
     ] = "all",

@@ -54,7 +54,7 @@ def complete_impls(incomplete: str) -> list[str]:
     """Complete comma-separated implementations."""
     from diffdeploy.ops.impl import Impl
 
-    return _of_list((*Impl, "softmax", "all", "none"), incomplete)
+    return _of_list((*Impl, "softmax", "softmax-compiled", "all", "none"), incomplete)
 
 
 def complete_layout(incomplete: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, get_args
@@ -11,6 +10,7 @@ from diffdeploy import __version__
 from diffdeploy.cli import console
 from diffdeploy.cli.progress import activity
 from diffdeploy.cli.shared_options import AsJson
+from diffdeploy.toolchain import compiler_path
 
 if TYPE_CHECKING:
     from diffdeploy.formats import Device, Format
@@ -106,8 +106,7 @@ def env(as_json: AsJson = False) -> int:
         threads, device = _torch()
         matrix = _matrix()
     versions = _versions()
-    # Found in the same way as in inductor.
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    compiler = compiler_path()
     if as_json:
         console.print_json(
             {

@@ -1,6 +1,5 @@
 """AOTInductor: a compiled package for Python or C++ with libtorch; nothing is traced or compiled when it is loaded."""
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +17,7 @@ from diffdeploy.formats.aoti.backend import MODEL
 from diffdeploy.formats.aoti.constants import read_library
 from diffdeploy.graphs import GraphSpec
 from diffdeploy.modules import AnyModule
+from diffdeploy.toolchain import compiler
 
 __all__ = ["lower", "scratch_for_all_programs"]
 
@@ -69,7 +69,7 @@ def _require_shared_cpp_library(package: Path) -> None:
     if b"libstdc++.so.6" in library or b"libc++.so.1" in library:
         return
     raise ExportError(
-        f"{os.environ.get('CXX', 'g++')} links libstdc++ statically, and such a package crashes when it is loaded; "
+        f"{compiler()} links libstdc++ statically, and such a package crashes when it is loaded; "
         "set CXX to a compiler that does not, such as the g++ of your distribution"
     )
 

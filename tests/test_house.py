@@ -18,6 +18,7 @@ FLOORS = [
     "versions",
     "exclusive",
     "processes",
+    "toolchain",
     "config",
     "exact",
     "ops",

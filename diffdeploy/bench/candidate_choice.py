@@ -4,22 +4,23 @@ from collections.abc import Iterable, Sequence
 
 from diffdeploy.bench.block_source import BlockSource
 from diffdeploy.bench.models.plan import ModelCandidate
-from diffdeploy.bench.plan import SOFTMAX, Candidate, Size
+from diffdeploy.bench.plan import SOFTMAX_BLOCKS, SOFTMAX_COMPILED, Candidate, Size
 from diffdeploy.bundle import Bundle
 from diffdeploy.config import AnyConfig
-from diffdeploy.errors import DiffDeployError, InputError
+from diffdeploy.errors import DiffDeployError, InputError, UnavailableError
 from diffdeploy.formats import RunOptions
 from diffdeploy.graphs import DType
 from diffdeploy.ops import Impl
 from diffdeploy.ops.registry import implementation
 from diffdeploy.ops.request import Request
 from diffdeploy.runtime import require_runnable, require_trusted
+from diffdeploy.toolchain import compiler, compiler_path
 
 __all__ = ["choose_baseline", "choose_names", "eager_candidates", "given_candidates"]
 
 _NAIVE = Impl.NAIVE.value
 # `auto` follows the implementations from which it chooses.
-_EAGER = (*(impl.value for impl in Impl if impl != Impl.AUTO), Impl.AUTO.value, SOFTMAX)
+_EAGER = (*(impl.value for impl in Impl if impl != Impl.AUTO), Impl.AUTO.value, *SOFTMAX_BLOCKS)
 
 
 def choose_names(what: str, given: Sequence[str], accepted: Iterable[str]) -> list[str]:
@@ -71,14 +72,16 @@ def eager_candidates(given: Sequence[str], config: AnyConfig, *, device: str, dt
 
 
 def _require_runnable_impl(name: str, config: AnyConfig, device: str, dtype: DType) -> None:
-    if name == SOFTMAX and config.streams_share_keys:
+    if name in SOFTMAX_BLOCKS and config.streams_share_keys:
         raise InputError("softmax is compared with blocks of the first version, but this one is of the second")
-    if name == SOFTMAX and config.value_dim != 2 * config.head_dim:
+    if name in SOFTMAX_BLOCKS and config.value_dim != 2 * config.head_dim:
         raise InputError(
             f"softmax is compared with blocks whose values are {2 * config.head_dim} wide, twice the width of a "
             f"stream, but those of this one are {config.value_dim}"
         )
-    if name not in (SOFTMAX, Impl.AUTO):
+    if name == SOFTMAX_COMPILED and compiler_path() is None:
+        raise UnavailableError(f"{name} compiles C++, but {compiler()} is not found; install it or set CXX")
+    if name not in (*SOFTMAX_BLOCKS, Impl.AUTO):
         reason = implementation(Impl(name)).why_not(_one_token(config, device, dtype))
         if reason is not None:
             raise reason

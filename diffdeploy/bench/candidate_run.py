@@ -5,7 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from diffdeploy.arrays import to_tensor
-from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
+from diffdeploy.bench.plan import SOFTMAX_COMPILED, Candidate, Plan, Size
 from diffdeploy.config import AnyConfig
 from diffdeploy.formats import RunOptions
 from diffdeploy.graphs import GraphSpec, graph_spec, run_graph
@@ -45,9 +45,13 @@ def open_candidate(plan: Plan, candidate: Candidate, weights: Mapping[str, "Tens
         runtime = open_runtime(candidate.bundle, RunOptions(device=plan.device, threads=plan.threads, trust=True))
         return lambda inputs: runtime(**inputs)
     dtype = getattr(torch, plan.dtype)
-    if candidate.impl == SOFTMAX:
+    if candidate.is_softmax:
         softmax = SoftmaxAttention(plan.config, weights, max_positions=plan.max_positions, dtype=dtype)
-        return partial(run_graph, softmax.to(plan.device).eval())
+        softmax = softmax.to(plan.device).eval()
+        if candidate.impl == SOFTMAX_COMPILED:
+            # Once per size, as if it were made for that size alone: no exported format is compared with less.
+            softmax.compile(dynamic=False, fullgraph=True)
+        return partial(run_graph, softmax)
     assert candidate.impl is not None
     block = block_class(plan.config).from_weights(
         plan.config, weights, impl=candidate.impl, max_positions=plan.max_positions, dtype=dtype
@@ -59,7 +63,7 @@ def formula_of(
     plan: Plan, candidate: Candidate, weights: Mapping[str, "Tensor"]
 ) -> tuple[AnyConfig, Mapping[str, "Tensor"]]:
     """Config and weights with which the oracle computes the formula of a candidate."""
-    if candidate.impl != SOFTMAX:
+    if not candidate.is_softmax:
         return plan.config, weights
     return as_second_version(plan.config, weights)
 
@@ -67,7 +71,7 @@ def formula_of(
 def weight_bytes(candidate: Candidate, weights: Mapping[str, "Tensor"]) -> int:
     """Size of a candidate's weights alone."""
     # The softmax block has only the projections.
-    counted = [tensor for name, tensor in weights.items() if candidate.impl != SOFTMAX or name.endswith("_proj.weight")]
+    counted = [tensor for name, tensor in weights.items() if not candidate.is_softmax or name.endswith("_proj.weight")]
     return sum(tensor.numel() * tensor.element_size() for tensor in counted)
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from diffdeploy.bench.plan import SOFTMAX, Candidate, Size
+from diffdeploy.bench.plan import Candidate, Size
 from diffdeploy.config import AnyConfig
 
 __all__ = ["FORMULA", "attention_flop", "block_flop", "num_pairs", "num_scores", "projection_flop"]
@@ -52,4 +52,4 @@ def projection_flop(config: AnyConfig, size: Size) -> int:
 
 def block_flop(config: AnyConfig, size: Size, candidate: Candidate) -> int:
     """Operations of a candidate's whole block."""
-    return projection_flop(config, size) + attention_flop(config, size, softmax=candidate.impl == SOFTMAX)
+    return projection_flop(config, size) + attention_flop(config, size, softmax=candidate.is_softmax)

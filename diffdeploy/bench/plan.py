@@ -10,10 +10,11 @@ from diffdeploy.config import AnyConfig
 from diffdeploy.graphs import DType, Variant
 from diffdeploy.records import Record
 
-__all__ = ["SOFTMAX", "Candidate", "Plan", "Size"]
+__all__ = ["SOFTMAX", "SOFTMAX_BLOCKS", "SOFTMAX_COMPILED", "Candidate", "Plan", "Size"]
 
-# Name of the plain softmax-attention block among the implementations.
-SOFTMAX = "softmax"
+# Names of the plain softmax-attention block among the implementations.
+SOFTMAX, SOFTMAX_COMPILED = "softmax", "softmax-compiled"
+SOFTMAX_BLOCKS = (SOFTMAX, SOFTMAX_COMPILED)
 # The minimum that `graph_spec` accepts for every variant: below it, an axis would not be dynamic.
 _LEAST_BATCH, _LEAST_LENGTH = 2, 4
 
@@ -55,7 +56,7 @@ class Candidate(Record):
 
     Attributes:
         name: name in tables, and for choosing the baseline.
-        impl: implementation of the eager block, or ``softmax``; ``None`` for a bundle.
+        impl: implementation of the eager block, ``softmax`` or ``softmax-compiled``; ``None`` for a bundle.
         format: format of a bundle.
         bundle: directory of a bundle.
         bundle_impl: implementation in a bundle's graph.
@@ -72,6 +73,11 @@ class Candidate(Record):
         """The eager block with an implementation, or the plain softmax block."""
         return cls(name=impl, impl=impl)
 
+    @property
+    def is_softmax(self) -> bool:
+        """Whether this is the plain softmax block, eager or compiled."""
+        return self.impl in SOFTMAX_BLOCKS
+
     @classmethod
     def of_bundle(cls, name: str, path: Path) -> "Candidate":
         """A bundle, as its manifest describes it."""
@@ -85,7 +91,7 @@ class Plan(Record):
     """Everything that the measuring processes need.
 
     Attributes:
-        config: config of the block that all candidates but ``softmax`` compute.
+        config: config of the block that all candidates but the softmax blocks compute.
         weights: file with its canonical weights, in ``dtype``.
         graph: ``plain``, ``masked`` (the last row of the batch is padded on its left half) or ``cached``.
         dtype: dtype of weights and inputs.

@@ -4,6 +4,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffdeploy.bench.plan import SOFTMAX_BLOCKS
 from diffdeploy.bench.results import BenchReport, Row
 from diffdeploy.errors import InputError, UnavailableError
 
@@ -107,7 +108,7 @@ def _draw(axes: "Axes", report: BenchReport, batch_size: int) -> None:
 
 def _draw_limit(axes: "Axes", report: BenchReport, rows: list[Row], cached: bool) -> None:
     """Draw the time of a block whose every operation runs at the rate of the machine's matrix products."""
-    differential = sorted({(_length(row, cached), row.block_gflop) for row in rows if row.impl != "softmax"})
+    differential = sorted({(_length(row, cached), row.block_gflop) for row in rows if row.impl not in SOFTMAX_BLOCKS})
     if differential:
         rate = report.environment.matmul_gflop_per_second
         limits = [1e3 * gflop / rate for _, gflop in differential]

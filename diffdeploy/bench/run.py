@@ -16,7 +16,7 @@ from diffdeploy.bench.machine import Machine
 from diffdeploy.bench.measuring_process import MeasuringProcess
 from diffdeploy.bench.medians import estimate, rounded, times
 from diffdeploy.bench.operations import attention_flop, block_flop
-from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
+from diffdeploy.bench.plan import Candidate, Plan, Size
 from diffdeploy.bench.results import BenchReport, Block, Row
 from diffdeploy.runtime.machine import free_bytes
 
@@ -135,7 +135,7 @@ class Bench(Collected):
     def _row(self, size: Size, candidate: Candidate, environment: Machine) -> Row:
         key = size.id, candidate.name
         verdict, memory, samples = self._verdicts[key], self._memory.get(key), self._samples[key]
-        config, softmax = self.plan.config, candidate.impl == SOFTMAX
+        config, softmax = self.plan.config, candidate.is_softmax
         flop = block_flop(config, size, candidate)
         status = "wrong" if not verdict["passed"] else "measured" if samples else "unmeasured"
         return Row(

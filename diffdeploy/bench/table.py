@@ -2,7 +2,7 @@
 
 from diffdeploy.bench.machine import Machine
 from diffdeploy.bench.operations import FORMULA
-from diffdeploy.bench.plan import SOFTMAX, Size
+from diffdeploy.bench.plan import SOFTMAX_BLOCKS, Size
 from diffdeploy.bench.results import BenchReport, Row
 
 __all__ = ["HEADINGS", "describe_block", "describe_size", "figures", "legend", "machine", "machine_rows"]
@@ -50,7 +50,7 @@ def describe_size(report: BenchReport, size: Size) -> str:
     """Heading of a size: the input, and its number of operations."""
     rows = report.rows_of(size)
     # The heading counts the differential block; softmax needs fewer operations.
-    counted = next((row for row in rows if row.impl != SOFTMAX), rows[0])
+    counted = next((row for row in rows if row.impl not in SOFTMAX_BLOCKS), rows[0])
     what = f"sequence length {size.sequence_length}"
     if size.past_sequence_length:
         what = f"one token after a past of {size.past_sequence_length}"

@@ -17,7 +17,7 @@ from diffdeploy.bench.candidate_run import Run, formula_of, inputs_of, load_weig
 from diffdeploy.bench.correctness import expected_outputs, judge_candidate
 from diffdeploy.bench.machine import Machine, OtherLoad, matmul_gflop_per_second
 from diffdeploy.bench.memory import peak_bytes
-from diffdeploy.bench.plan import SOFTMAX, Candidate, Plan, Size
+from diffdeploy.bench.plan import Candidate, Plan, Size
 from diffdeploy.bundle import open_bundle
 from diffdeploy.errors import DiffDeployError
 from diffdeploy.formats import require_format
@@ -72,7 +72,7 @@ def _right_ones(
     formulas: dict[bool, tuple[Inputs, Expected]] = {}
     for candidate in plan.candidates:
         # Softmax has another exact result and another shape of cache; all others share theirs.
-        formula = candidate.impl == SOFTMAX
+        formula = candidate.is_softmax
         if formula not in formulas:
             send("phase", text=f"{size.id}: exact result")
             formulas[formula] = _inputs_and_expected(plan, candidate, size, weights)

@@ -1,7 +1,5 @@
 """`Format`: everything that other code asks of a deployment format, as typed methods of one class."""
 
-import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -24,6 +22,7 @@ from diffdeploy.formats.artifact import (
 )
 from diffdeploy.formats.options import Device, ExportOptions, RunOptions, RuntimeName
 from diffdeploy.graphs import Cache, DType, GraphSpec, Padding, Variant
+from diffdeploy.toolchain import compiler, compiler_path
 
 if TYPE_CHECKING:
     from diffdeploy.modules import AnyModule
@@ -90,10 +89,8 @@ class Format(ABC):
         # Searched but not imported, since importing takes torch a second or more.
         if missing := [name for name in ("torch", *self.export_packages) if find_spec(name) is None]:
             return f"format {self.name} needs {' and '.join(missing)}, which is not installed"
-        # The compiler that inductor would choose, see torch._inductor.config.cpp.cxx.
-        compiler = os.environ.get("CXX", "g++")
-        if self.compiles and shutil.which(compiler) is None:
-            return f"format {self.name} compiles C++, but {compiler} is not found; install it or set CXX"
+        if self.compiles and compiler_path() is None:
+            return f"format {self.name} compiles C++, but {compiler()} is not found; install it or set CXX"
         if self.compiles and device != "cpu":
             import torch
 

@@ -20,7 +20,7 @@ def test_what_is_measured_is_chosen_by_name(block: Checkpoint) -> None:
     with pytest.raises(InputError, match="format 'c' is not known; accepted: a, b, all or none"):
         choose_names("format", ["a", "c"], ("a", "b"))
     found = eager_candidates(["all"], block.config, device="cpu", dtype="float32")
-    assert [candidate.name for candidate in found] == [*IMPLEMENTATIONS, "auto", "softmax"]
+    assert [candidate.name for candidate in found] == [*IMPLEMENTATIONS, "auto", "softmax", "softmax-compiled"]
     with pytest.raises(UnavailableError, match="flash2 runs on CUDA only"):
         eager_candidates(["flash2"], block.config, device="cpu", dtype="float16")
     second = DiffAttentionV2Config(embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4)

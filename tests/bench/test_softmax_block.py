@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffdeploy.bench import SOFTMAX, Size
+from diffdeploy.bench import SOFTMAX_BLOCKS, Size
 from diffdeploy.bench.candidate_run import formula_of, inputs_of, open_candidate
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.graphs import Variant
@@ -16,11 +16,12 @@ from tests import oracles
 from tests.support.benchmarks import make_plan
 
 
+@pytest.mark.parametrize("impl", SOFTMAX_BLOCKS)
 @pytest.mark.parametrize("graph", ["plain", "masked", "cached"])
-def test_the_softmax_block_is_plain_attention(graph: Variant, block: Checkpoint, tmp_path: Path) -> None:
+def test_the_softmax_block_is_plain_attention(graph: Variant, impl: str, block: Checkpoint, tmp_path: Path) -> None:
     """Its output, and the exact result that it is held against, are what loops over heads and rows give."""
     size = Size(batch_size=2, sequence_length=5, past_sequence_length=4 if graph == "cached" else 0)
-    plan = make_plan(block, tmp_path, size, graph=graph, impls=(SOFTMAX,))
+    plan = make_plan(block, tmp_path, size, graph=graph, impls=(impl,))
     config, weights = formula_of(plan, plan.candidates[0], block.weights)
     inputs = inputs_of(plan, config, size)
     expected = _plain_attention(block, {name: tensor.double().numpy() for name, tensor in inputs.items()})
