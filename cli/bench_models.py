@@ -133,7 +133,7 @@ def _legend(report: "ModelReport") -> list[tuple[str, str]]:
         *machine_rows(report.environment, report.dtype),
         (
             "ms",
-            "median over rounds of all candidates, per prompt or per token; ± half the distance between the quartiles",
+            "median over rounds of all candidates, per prompt or per token; ± half the interquartile range",
         ),
         ("ratio", f"median of the ratios to {report.baseline} in the same round, with its 95 % confidence interval"),
         ("generate overhead", "extra time of generate, relative to the runtime calls that it makes"),

@@ -28,7 +28,7 @@ def page(target: Path, files: list[Path]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        f"Written by `python scripts/benchmarks_page.py {os.path.relpath(target)} {named}` from files of "
+        f"`python scripts/benchmarks_page.py {os.path.relpath(target)} {named}` wrote this page from files of "
         "`diffdeploy bench --save`.",
         "",
         "A whole block is measured: hidden states in, output out. `softmax` is a plain attention block of the same "

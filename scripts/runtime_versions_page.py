@@ -11,7 +11,7 @@ __all__ = ["Row", "Verdict", "page", "table"]
 
 INTRODUCTION = """# Versions of the runtimes that compute bundles correctly
 
-Written by
+This command wrote the page:
 
     python scripts/measure_runtime_versions.py {arguments}
 
@@ -25,7 +25,7 @@ and numpy {numpy}; CUDA was not measured.
 - refuses: the version does not load the artifact
 - no import: the version cannot be imported here, in most cases because of this numpy
 
-All versions from the one under "right from" on are ok. "least" is the version that `Format.least_versions` returns,
+The version under "right from" and all later ones are ok. "least" is the version that `Format.least_versions` returns,
 that manifests record and that `load` requires; it is never older than "right from", and is newer where
 `Format.least_versions` distinguishes fewer cases than this table.
 """

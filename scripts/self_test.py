@@ -20,13 +20,13 @@ from diffdeploy.selftest import FaultResult, SelfTest, all_faults, self_test
 
 INTRODUCTION = """# Faults with which the verification is tested
 
-Written by `python scripts/self_test.py {formats} --output docs/faults.md`: each fault is introduced into a copy of a
-correct bundle (layer 1 of the sample, graph `cached`, or `masked` for `onnx-ort`, which has no `cached`; float32, at
-most 4 rows and 70 positions), and the copy is verified.
+`python scripts/self_test.py {formats} --output docs/faults.md` wrote this page. It introduces each fault into a copy of
+a correct bundle (layer 1 of the sample, graph `cached`, or `masked` for `onnx-ort`, which has no `cached`; float32, at
+most 4 rows and 70 positions), and verifies the copy.
 `diffdeploy verify BUNDLE --self-test` does the same with your bundle.
 
 The cells show what failed: checks by name, then the first case. The stage that was named is in brackets if it is not
-the guilty one. An empty cell means that the format cannot have the fault, or that a fault in the block would need a
+the faulty one. An empty cell means that the format cannot have the fault, or that a fault in the block would need a
 compilation; `make slow` introduces those into `aoti`, too.
 """
 
@@ -132,7 +132,8 @@ def faults_of_blocks(tests: dict[str, SelfTest]) -> list[str]:
                 f"| `{fault.name}` | {fault.place} | {fault.breaks} | {fault.stage or ''} | {' | '.join(cells)} |"
             )
     others = [fault.name for fault in all_faults() if not any(fault.name in faults for faults in found.values())]
-    lines += ["", f"Faults of other blocks, which this one cannot have: {', '.join(f'`{name}`' for name in others)}."]
+    listed = ", ".join(f"`{name}`" for name in others)
+    lines += ["", f"These faults of other blocks cannot occur in this one: {listed}."]
     return lines
 
 

@@ -55,8 +55,8 @@ def describe_size(report: BenchReport, size: Size) -> str:
     if size.past_sequence_length:
         what = f"one token after a past of {size.past_sequence_length}"
     return (
-        f"{what}, batch {size.batch_size}: {counted.block_gflop:.3g} GFLOP, {counted.attention_gflop:.3g} of them in "
-        f"the attentions{_captured(rows)}"
+        f"{what}, batch {size.batch_size}: {counted.block_gflop:.3g} GFLOP, {counted.attention_gflop:.3g} of it in "
+        f"attention{_captured(rows)}"
     )
 
 
@@ -107,7 +107,7 @@ def machine_rows(environment: Machine, dtype: str) -> list[tuple[str, str]]:
 def legend(baseline: str) -> list[tuple[str, str]]:
     """Explanation of the columns, as names and lines; a name is empty if a line continues the previous one."""
     return [
-        ("latency", "median over rounds, with all candidates in turn; ± half the distance between the quartiles;"),
+        ("latency", "median over rounds, in which candidates take turns; ± half the interquartile range;"),
         ("", "freed memory is kept, so that no page is mapped again, as in a process that serves similar calls"),
         ("ratio", f"median of the ratios to {baseline} in the same round, with its 95 % confidence interval"),
         ("memory", "peak while it runs, with the weights, and without them"),
