@@ -86,7 +86,7 @@ class DiffAttention(AttentionBlock):
         return value if value.ndim == 0 else value[None, :, None, None].expand(1, -1, hidden_states.shape[1], 1)
 
     def normalise(self, heads: Tensor) -> Tensor:
-        """RMS norm over each head, times ``1 - lambda_init`` (section 2.1, equation 3), in models that have the two."""
+        """RMS norm over each head, times ``1 - lambda_init`` (section 2.1, equation 3), where the model has them."""
         normalised: Tensor = heads if self.subln is None else self.subln(heads)
         return normalised * self.config.output_scale if self.config.has_head_step else heads
 

@@ -20,16 +20,16 @@ __all__ = ["AttentionBlock", "KeyValueCache", "Rotation"]
 Rotation = Callable[[Tensor], Tensor]
 
 
-# Keys ``[B, h_kv, P, 2d]`` after rotary embedding, with both streams of a head side by side (``[B, h_kv, P, d]`` in the
-# second version, where both streams share them), and values ``[B, h_kv, P, e]`` of past tokens, each stored once. Side
-# by side, they can be read in place by ordinary grouped-query attention. Every exporter supports a plain tuple.
+# Keys and values of past tokens, each stored once. Keys ``[B, h_kv, P, 2d]`` are rotated, with both streams of a head
+# side by side, so that ordinary grouped-query attention can read them in place; in the second version, both streams
+# share keys ``[B, h_kv, P, d]``. Values are ``[B, h_kv, P, e]``. Every exporter supports a plain tuple.
 KeyValueCache = tuple[Tensor, Tensor]
 
 
 class AttentionBlock(nn.Module):
     """Base class of both versions: projections, rotary embedding, cache, masks and the operator.
 
-    The formula is computed in public steps, which exporters reuse and faults replace, in this order:
+    The formula is computed in public steps, which exporters reuse and the self-test's faults replace, in this order:
     `normalise_queries`, `normalise_keys`, `rotate_queries`, `rotate_keys`, `append` to the cache or `write` into it,
     `key_mask`, `lambda_`, `attend`, `normalise`, `join`, `project`.
 
@@ -178,7 +178,7 @@ class AttentionBlock(nn.Module):
         )
 
     def normalise(self, heads: Tensor) -> Tensor:
-        """The norm over the last axis, each head's ``e`` channels, and the factor after it, if the model has them."""
+        """Normalise the ``e`` channels of each head and multiply them by a constant factor, where the model does so."""
         return heads
 
     def join(self, heads_BHSe: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class AttentionBlock(nn.Module):
             Output ``[B, S, D]`` of the same dtype; with ``past_key_values``, also the `KeyValueCache` of ``T`` tokens.
 
         Raises:
-            InputError: shapes do not fit, a past comes without a mask, or positions exceed ``max_positions``.
+            InputError: shapes do not fit, a cache is given without a mask, or positions exceed ``max_positions``.
         """
         past_length = 0
         if past_key_values is not None:
@@ -247,8 +247,8 @@ class AttentionBlock(nn.Module):
             total_length: length ``T``, if ``past_key_values`` are buffers that are updated in place, see `write`.
 
         Returns:
-            Output ``[B, S, D]``, and the keys and values that were attended to; without a past, the keys are those of
-            the streams, ``[B, 2 h_kv, S, d]``.
+            Output ``[B, S, D]``, and the keys and values that were attended to; without ``past_key_values``, the keys
+            are not paired: ``[B, 2 h_kv, S, d]``.
 
         Raises:
             InputError: the shapes do not fit.

@@ -176,7 +176,7 @@ class DiffTransformer(nn.Module):
         Args:
             input_ids: token ids ``[B, S]``, int64.
             attention_mask: padding mask ``[B, T]``, integer or boolean, 1 for tokens and 0 for padding on either side.
-            position_ids: integer positions ``[B, S]``; ``P .. P + S - 1`` by default, whatever the mask.
+            position_ids: integer positions ``[B, S]``; ``P .. P + S - 1`` by default, regardless of the mask.
             past_key_values: keys and values of each layer, from an earlier call; ``P`` may be 0.
             last_only: true to return only the logits of the last position.
             in_place: true if ``past_key_values`` are buffers ``[B, h_kv, capacity, w]`` that begin with the past, into
@@ -187,7 +187,7 @@ class DiffTransformer(nn.Module):
             tokens of each layer.
 
         Raises:
-            InputError: shapes do not fit, a past comes without a mask, or positions exceed ``max_positions``.
+            InputError: shapes do not fit, a cache is given without a mask, or positions exceed ``max_positions``.
         """
         past_length, total_length = 0, None
         if past_key_values is not None:

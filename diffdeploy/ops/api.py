@@ -56,7 +56,8 @@ def diff_attention(
         lam: lambda, a scalar or ``[B or 1, h, S, 1]``; rounded once to the dtype of ``q``.
         causal: true if query ``i`` of ``S`` attends only to keys up to ``T - S + i``.
         attn_mask: boolean (``True`` keeps a key) or additive mask, broadcastable to ``[B, 1 or h or 2h, S, T]``.
-        sliding_window: maximum number of keys, the most recent ones, that a query attends to; requires ``causal``.
+        sliding_window: size of the window: a query attends to at most this many of the most recent keys; requires
+            ``causal``.
         gqa_layout: map from query streams to key streams when ``h_kv < h``; see `DiffAttentionConfig`.
         scale: factor of the scores; ``d ** -0.5`` by default.
         impl: name of the implementation; ``auto`` selects the fastest one by its measured cost.

@@ -1,8 +1,8 @@
 """FlashAttention-2 from the ``flash-attn`` package, in eager mode on CUDA.
 
-It requires queries, keys and values of equal width. Up to 128 channels, where its kernels are fast, one call takes
-both streams as ``2h`` zero-padded heads over keys ``[k1 | k2]``, see `diffdeploy.ops.rows`. Wider values (``2d``) take
-one call per stream with zero-padding to ``2d``, or two with the values split into halves.
+It requires queries, keys and values of equal width. Up to 128 channels, where its kernels are fast, one call computes
+both streams as ``2h`` zero-padded heads over keys ``[k1 | k2]``, see `diffdeploy.ops.rows`. For wider values (``2d``),
+each stream takes one call with zero-padding to ``2d``, or two calls with the values split into halves.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 The package's own layout has heads after positions: ``[B, S, H, d]``.
@@ -53,7 +53,7 @@ def road_for(width: int, value_width: int, *, shares_keys: bool) -> Road:
 
 
 def num_calls(width: int, value_width: int, *, shares_keys: bool) -> int:
-    """Number of attentions that `flash2` runs."""
+    """Number of attention calls that `flash2` makes."""
     return _NUM_CALLS[road_for(width, value_width, shares_keys=shares_keys)]
 
 
@@ -69,7 +69,8 @@ def unsupported(request: Request) -> DiffDeployError | None:
     width = max(request.width, request.value_width // 2 if splits else request.value_width)
     if width > _MAX_WIDTH or request.width % 8 or request.value_width % 8:
         return InputError(
-            f"flash2 has kernels for head widths that are multiples of 8 up to {_MAX_WIDTH}, but this one is {width}"
+            f"flash2 needs widths that are multiples of 8 and at most {_MAX_WIDTH} in each call, but streams and "
+            f"values are {request.width} and {request.value_width} wide"
         )
     return unsupported_mask(request)
 
@@ -80,8 +81,8 @@ def unsupported_mask(request: Request) -> InputError | None:
     if mask is None or is_key_padding(mask, request.q.shape[0], key_length):
         return None
     return InputError(
-        f"flash2 takes masks that hide the same keys from all queries, boolean [B, 1, 1, {key_length}], but this one "
-        f"is {mask.dtype} {list(mask.shape)}"
+        "flash2 supports only masks that hide the same keys from all queries; accepted: boolean "
+        f"[B, 1, 1, {key_length}], but this one is {mask.dtype} {list(mask.shape)}"
     )
 
 
@@ -94,7 +95,7 @@ def _road(request: Request) -> Road:
 def flash2(request: Request, *, road: Road | None = None) -> Tensor:
     """Compute with ``flash_attn_func`` or, if there is padding, with ``flash_attn_with_kvcache``, which skips it.
 
-    The package supports padding before the tokens only; `paired` computes batches with padding elsewhere.
+    The package supports only left padding; `paired` computes batches with padding elsewhere.
 
     Args:
         request: a request that `unsupported` does not reject.
@@ -119,7 +120,7 @@ def flash2(request: Request, *, road: Road | None = None) -> Tensor:
 
 
 def _padding_before(request: Request) -> Tensor | None:
-    """Number of keys before the tokens of each row, int32 ``[B]``; ``None`` if there is padding after a token."""
+    """Number of left-padding keys in each row, int32 ``[B]``; ``None`` if there is padding after a token."""
     assert request.attn_mask is not None
     mask_BT = request.attn_mask.reshape(-1, request.key_length).expand(request.q.shape[0], request.key_length)
     if bool((mask_BT[:, :-1] & ~mask_BT[:, 1:]).any()):

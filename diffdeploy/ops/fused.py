@@ -1,4 +1,4 @@
-"""Both attentions, lambda and difference in one Triton kernel, which reads keys and values once.
+"""Both attentions and their difference, weighted by lambda, in one Triton kernel that reads keys and values once.
 
 `diffdeploy.ops.kernels` holds the kernels. The first call imports it, since it needs ``triton``, which comes with torch
 for CUDA. With ``TRITON_INTERPRET=1`` Triton runs them on a CPU, slowly.
@@ -96,8 +96,8 @@ def _unsupported_mask(request: Request) -> InputError | None:
     if mask is None or is_key_padding(mask, request.q.shape[0], request.key_length):
         return None
     return InputError(
-        f"fused takes masks that hide the same keys from all queries, boolean [B, 1, 1, {request.key_length}], but "
-        f"this one is {mask.dtype} {list(mask.shape)}"
+        "fused supports only masks that hide the same keys from all queries; accepted: boolean "
+        f"[B, 1, 1, {request.key_length}], but this one is {mask.dtype} {list(mask.shape)}"
     )
 
 
@@ -112,8 +112,8 @@ def _is_hopper(device: torch.device | None) -> bool:
 
 
 def _cost(request: Request) -> float:
-    # docs/fused.md: the fastest at every measured size on an H100. Some graphs would need this package where they are
-    # loaded, so `auto` does not choose it while tracing.
+    # `fused` is the fastest at every measured size on an H100 (docs/fused.md). `auto` does not choose it while tracing,
+    # since some graphs with it could be loaded only where diffdeploy is installed.
     return 0.05 if not request.traced and request.q.is_cuda and _is_hopper(request.q.device) else 2.0
 
 
@@ -123,8 +123,8 @@ def fused(request: Request, *, norm: HeadNorm | None = None) -> Tensor:
 
     Keys are always divided for 16 queries or fewer.
 
-    Softmax, lambda and difference are computed in fp32 and rounded once; if values are wider than 128, the result of
-    the first stream is rounded, too. See `diff_attention` for shapes.
+    The softmax, the product with lambda and the difference are computed in fp32 and rounded once; if values are wider
+    than 128, the result of the first stream is also rounded. See `diff_attention` for shapes.
 
     Args:
         request: a request that `unsupported` does not reject.

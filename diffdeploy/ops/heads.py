@@ -28,7 +28,7 @@ JOINED_AXES_BECOME_GUARDS = torch.__version__ < "2.13"  # TorchVersion compares 
 
 
 def pair_streams(k_BHTd: Tensor) -> Tensor:
-    """Join keys ``[B, 2 h_kv, T, d]``, stream ``s`` of head ``j`` at ``2j + s``, to pairs ``[B, h_kv, T, 2d]``."""
+    """Join keys ``[B, 2 h_kv, T, d]``, stream ``s`` of head ``j`` at ``2j + s``, into pairs ``[B, h_kv, T, 2d]``."""
     return torch.unflatten(k_BHTd, 1, (-1, 2)).transpose(2, 3).flatten(3)
 
 
@@ -61,9 +61,10 @@ def stream_heads(
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of one stream, ``n`` heads of each; query head ``i`` reads head ``i // (h / n)``.
 
-    With ``g = h / h_kv``, canonical streams take every second key head, or half of each pair, and nothing is copied. In
-    the legacy layout, query half head ``m = 2i + s`` reads key half head ``m // g``. For even ``g`` that is
-    ``i // (g / 2)``, so each stream reads all ``2 h_kv`` key heads in place; for odd ``g`` the keys are gathered.
+    In the canonical layout, each stream reads every second key head, or half of each pair, and nothing is copied. In
+    the legacy layout, with ``g = h / h_kv``, query half head ``m = 2i + s`` reads key half head ``m // g``. For even
+    ``g`` that is ``i // (g / 2)``, so each stream reads all ``2 h_kv`` key heads in place; for odd ``g`` the keys are
+    gathered.
 
     Args:
         k_BHTd: ``2 h_kv`` key heads, stream ``s`` of head ``j`` at ``2j + s``; or ``h_kv`` pairs of twice the width; or
@@ -89,12 +90,12 @@ def stream_heads(
     return k_BHTd.index_select(1, read), repeat_heads(v_BHTe, group_size)
 
 
-# Rows of one position are adjacent, so that only axes of known size are merged, after an unconditional copy. In a
-# trace, any other order would add a guard on whether the strides allow merging heads and positions in place.
+# Rows of one position are adjacent, so that only axes of known size have to be merged. The data are always copied
+# first. In a trace, any other order would add a guard on whether heads and positions can be merged in place.
 
 
 def as_rows(q_BHSe: Tensor, num_kv_heads: int) -> Tensor:
-    """Turn the heads ``[B, H, S, e]`` that read one key/value head into its rows, ``[B, h_kv, S H / h_kv, e]``."""
+    """Turn heads ``[B, H, S, e]`` into rows of the key/value heads that they read, ``[B, h_kv, S H / h_kv, e]``."""
     grouped = torch.unflatten(q_BHSe, 1, (num_kv_heads, -1)).transpose(2, 3)
     return grouped.clone(memory_format=torch.contiguous_format).flatten(2, 3)
 

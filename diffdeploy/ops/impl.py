@@ -6,7 +6,7 @@ __all__ = ["Impl"]
 
 
 class Impl(StrEnum):
-    """Name of an implementation, the way in which the two attentions of a differential head are computed."""
+    """Name of an implementation: of a way to compute the two attentions of a differential head."""
 
     AUTO = "auto"
     NAIVE = "naive"

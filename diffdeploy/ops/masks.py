@@ -1,4 +1,4 @@
-"""Combination of causal, window and user masks into one mask, with fully masked queries kept apart.
+"""Combination of causal, window and user masks into one mask, with fully masked queries marked separately.
 
 Shape suffixes: B batch, H heads, S query length, T key length.
 """
@@ -26,7 +26,7 @@ class Visibility:
         is_causal: true for the square causal mask, which kernels apply without a tensor.
         dead: fully masked rows, ``[..., S, 1]``, whose result is 0; ``None`` if there can be none.
         offset: query ``i`` attends only to keys up to ``i + offset``; ``None`` for no such limit.
-        window: maximum number of keys, the last ones up to that limit, that a query attends to; ``None`` for all.
+        window: size of the window: a query attends to at most this many keys, ending at that limit; ``None`` for all.
     """
 
     mask: Tensor | None = None
@@ -64,7 +64,7 @@ class Visibility:
         return Visibility(change(self.mask), self.is_causal, None if dead is None else change(dead))
 
     def of_rows(self, q_BHSd: Tensor, num_kv_heads: int) -> "Visibility":
-        """Mask for query heads reshaped into rows of the ``num_kv_heads`` heads that they read: ``[B, H, S rows, T]``.
+        """Mask ``[B, H, S * rows, T]`` for query heads that are reshaped into rows of the key/value heads they read.
 
         Rows of one query are adjacent. ``H`` is 1, or ``num_kv_heads`` if the mask has an entry for each head. If
         there are more rows than queries, the square causal mask must become a tensor.
@@ -115,10 +115,11 @@ def visibility(
         k_BHTd: keys.
         causal: true if query ``i`` of ``S`` attends only to keys up to ``T - S + i``.
         attn_mask: boolean (``True`` keeps a key) or additive mask, broadcastable to ``[B, 1 or h or 2h, S, T]``.
-        sliding_window: maximum number of keys, the most recent ones, that a query attends to.
+        sliding_window: size of the window: a query attends to at most this many of the most recent keys.
 
     Raises:
-        InputError: the mask is neither boolean nor floating point or does not fit, or a window lacks ``causal``.
+        InputError: the mask is neither boolean nor floating point or does not fit, or a window is given without
+            ``causal``.
     """
     length, key_length = q_BHSd.shape[2], k_BHTd.shape[2]
     offset = key_length - length if causal else None
@@ -154,7 +155,7 @@ def require_window_to_slide(sliding_window: int | None, *, causal: bool) -> None
         InputError: a window is given without ``causal``.
     """
     if sliding_window is not None and not causal:
-        raise InputError("a sliding window needs a causal operator: without causality, nothing sets its last key")
+        raise InputError("a sliding window requires causal attention: without causality, its last key is undefined")
 
 
 def is_key_padding(mask: Tensor, batch: int, key_length: int) -> bool:
@@ -167,7 +168,7 @@ def is_key_padding(mask: Tensor, batch: int, key_length: int) -> bool:
 
 
 def kernel_mask(q_BHSd: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Mask in the form that fused kernels take: additive for half precision that may run on CUDA, else unchanged.
+    """Mask in the form that fused kernels take: additive in half precision if it may run on CUDA, else unchanged.
 
     Before it calls cuDNN, torch replaces hidden entries of a boolean mask with a finite number, so that hidden keys
     with scores above about 3e5 become visible: 30 to 50 % of the queries were wrong on an H100 with torch 2.11.

@@ -1,6 +1,6 @@
 """The table of implementations, in which each module of `diffdeploy.ops` registers its own.
 
-A new implementation is one more module that calls `register`, and a row in `diffdeploy.ops.api`, which imports it.
+A new implementation is a module that calls `register`, and an entry in `diffdeploy.ops.api.IMPLEMENTATION_MODULES`.
 """
 
 import math
@@ -33,8 +33,8 @@ class Implementation:
             choice of the implementation raises. ``None`` if every request is supported.
         cost: estimated time as a ratio to `naive` for the same request. For a traced request, it may depend only on
             widths, dtype and device.
-        num_attentions: number of softmax attentions in a graph with this implementation, counted as operators if they
-            are fused.
+        num_attentions: number of fused attention operators in a graph with this implementation; number of softmaxes if
+            attentions are decomposed.
     """
 
     impl: Impl

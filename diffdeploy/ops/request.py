@@ -1,4 +1,4 @@
-"""One call of the operator: implementations decide from it whether they support it, and run on it.
+"""One call of the operator, which implementations check for support and then compute.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """

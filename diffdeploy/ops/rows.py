@@ -3,9 +3,9 @@
 With keys ``[k1 | k2]``, differential attention is ordinary grouped-query attention of ``2h`` heads of width ``2d`` with
 queries ``[q1 | 0]`` and ``[0 | q2]`` and scale ``d ** -0.5``. This is exact for finite keys, since the zeros add
 nothing, but 0 times infinity is NaN. If one half of a pair is infinite, as after an overflow of float16, the other
-stream becomes NaN as well, which two separate products would avoid. There is no guard against that: it would copy the
-keys, and the head, the difference of both streams, is lost anyway, unless every query that sees this key has a score of
-minus infinity there.
+stream becomes NaN as well, which two separate products would avoid. There is no guard against that, since a guard would
+copy the keys. The head, which is the difference of both streams, is lost in any case, unless every query that sees the
+infinite key has a score of minus infinity for it.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -20,24 +20,24 @@ from diffdeploy.ops.request import Keys, Request
 
 __all__ = ["attend_rows", "padded_queries"]
 
-# Heads and rows are merged with the positions as an outer axis, so that their strides are numbers. With the positions
-# inside, the strides of heads contain the length, and merging them adds a guard in torch.export before 2.13, which does
-# not know that min(6 s, 12 s) is 6 s.
+# Heads and rows are merged while the positions are an outer axis, so that their strides are constants. If positions
+# were an inner axis, the strides of heads would contain the length, and merging them would add a guard in torch.export
+# before 2.13, which does not know that min(6 s, 12 s) is 6 s.
 
 
 def padded_queries(request: Request) -> Tensor:
     """Queries of all ``2h`` half heads in natural order, zero-padded for paired keys: ``[B, 2h, S, 2d]``.
 
-    Each canonical stream occupies its own half. In the legacy key map, half head ``m = 2i + s`` reads key half head
-    ``m // g``, which is half ``(m // g) % 2`` of pair ``m // (2g)``: among the ``2g`` half heads of a group, the first
-    ``g`` occupy the first half. Shared keys have no halves, and their queries stay unchanged.
+    In the canonical key map, each stream occupies its own half. In the legacy map, half head ``m = 2i + s`` reads key
+    half head ``m // g``, which is half ``(m // g) % 2`` of pair ``m // (2g)``: among the ``2g`` half heads of a group,
+    the first ``g`` occupy the first half. Shared keys have no halves, and their queries stay unchanged.
     """
     if request.keys == Keys.SHARED:
         return request.q
     inner = request.group_size if request.permutes_key_streams else 1
     halves = torch.unflatten(request.q.transpose(1, 2), 2, (-1, 2, inner))
-    # A product with 0 and 1 is one pass, while padding each half and joining them is three; and onnxruntime's kernel
-    # for padding took half of the time of a whole prompt on a GPU.
+    # Multiplying by 0 and 1 takes one pass, while padding each half and joining them takes three. Moreover,
+    # onnxruntime's padding kernel took half of the total time for a prompt on a GPU.
     place = torch.eye(2, dtype=halves.dtype, device=halves.device)[:, None, :, None]
     return (halves.unsqueeze(5) * place).contiguous().flatten(5).flatten(2, 4).transpose(1, 2)
 

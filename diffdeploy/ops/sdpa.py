@@ -1,4 +1,4 @@
-"""Decompositions into ``scaled_dot_product_attention``, which fused kernels and exporters understand.
+"""Decompositions into ``scaled_dot_product_attention``, which has fused kernels and is supported by exporters.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width (2d in the paper, d in the
 second version, or as the model defines it).
@@ -81,7 +81,7 @@ def two_call(request: Request) -> Tensor:
 def _padded_cost(request: Request) -> float:
     if request.device == "cuda":
         return 0.15
-    # Padding copies the keys of a cache, or reads paired keys twice, which takes most of the time of one token.
+    # Padding copies the keys of a cache, or reads paired keys twice, which dominates the time per token.
     return 1.8 if request.phase == Phase.DECODE else 0.7
 
 
@@ -170,9 +170,9 @@ def _stacked_wide_cost(request: Request) -> float:
 def stacked_wide(request: Request) -> Tensor:
     """Compute `two_call` as one call of ``2h`` heads. Values are copied, once per stream, unless keys are shared.
 
-    Keys are not copied, but paired keys are separated. Query heads are ordered so that heads reading the same key head
-    are neighbours: by key head, stream and member of the group in the canonical layout; in natural order in the legacy
-    layout and for shared keys. See `diff_attention` for shapes.
+    Keys are not copied, unless they are paired: then they are separated first. Query heads are ordered so that heads
+    reading the same key head are neighbours: by key head, stream and member of the group in the canonical layout; in
+    natural order in the legacy layout and for shared keys. See `diff_attention` for shapes.
     """
     q_BHSd, k_BHTd, v_BHTe, lam = request.q, request.k, request.v, request.lam
     num_heads, num_kv_heads = request.num_heads, request.num_kv_heads

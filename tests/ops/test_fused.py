@@ -325,7 +325,7 @@ def test_auto_takes_it_on_hopper_where_it_can() -> None:
 
 @pytest.mark.triton
 def test_a_window_needs_causality() -> None:
-    with pytest.raises(DiffDeployError, match="needs a causal operator"):
+    with pytest.raises(DiffDeployError, match="requires causal attention"):
         diff_attention(*inputs(4, 2, 5, 5), torch.tensor(0.4), causal=False, sliding_window=2, impl=Impl.FUSED)
 
 

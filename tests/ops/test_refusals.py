@@ -16,7 +16,7 @@ from tests.support.operator_inputs import random_inputs
         ({"attn_mask": torch.ones(3, 3, dtype=torch.bool)}, "accepted: shapes that broadcast to"),
         ({"attn_mask": torch.ones(5, 5, dtype=torch.int64)}, "accepted: boolean"),
         ({"attn_mask": torch.ones(1, 1, 1, 5, 5, dtype=torch.bool)}, "at most 4 axes"),
-        ({"sliding_window": 2, "causal": False}, "needs a causal operator"),
+        ({"sliding_window": 2, "causal": False}, "requires causal attention"),
         ({"impl": "flash2"}, "flash2 runs on CUDA only, but the tensors are on cpu"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),

@@ -12,8 +12,8 @@ __all__ = ["Call", "Tile"]
 
 # Maximum number of queries for which keys are always split among programs.
 _FEW = 16
-# Minimum number of keys for which splitting pays off for more queries, too, if 3/4 of the device would be idle; also
-# the minimum number of queries for which separate programs per stream pay off.
+# Minimum number of keys for which splitting pays off even for more than `_FEW` queries, if 3/4 of the device would be
+# idle otherwise; also the minimum number of queries for which separate programs per stream pay off.
 _LONG = 1024
 # Minimum number of rows and of columns of a matrix product.
 _LEAST_OF_MATRIX_UNITS = 16
@@ -154,10 +154,10 @@ class Call:
         return _SMALL if fast or self._has_few_tiles() else _LARGE
 
     def by_length(self) -> "list[Call]":
-        """Calls of which one runs, by the number of queries: one per tile size of `split`, and one for more.
+        """Calls for ranges of the number of queries, of which one runs: one per tile size of `split`, and one beyond.
 
-        There is only one if that number is known, or if there are as many keys: then no cache is read, and
-        splitting the keys does not pay off.
+        There is only one call if the number of queries is known, or if it equals the number of keys: then no cache is
+        read, and splitting the keys does not pay off.
         """
         length = self.q.shape[2]
         if isinstance(length, int) or statically_known_true(length == self.k.shape[2]):
@@ -180,7 +180,7 @@ class Call:
         return count * (reaches - exceeds)
 
     def _has_few_tiles(self, times: int = 1) -> bool:
-        """True if ``times`` programs per large tile are fewer than the multiprocessors; false if sizes are symbols."""
+        """True if ``times`` programs per large tile would leave multiprocessors idle; false if sizes are symbols."""
         tiles = self.q.shape[0] * self.num_heads * -(-self.q.shape[2] // _LARGE.rows)
         return isinstance(tiles, int) and times * tiles < _multiprocessors(self.q.device)
 
@@ -198,10 +198,10 @@ class Call:
         return all(step * self.k.element_size() % 16 == 0 for step in steps)
 
     def heads_at_once(self) -> int:
-        """Number of heads whose tiles are computed before those of the next heads: two waves of programs or more.
+        """Number of heads in a group, which is computed before the next group; it has two waves of programs or more.
 
-        Keys and values of these heads stay in the L2 cache, where all of their tiles read them. The sets of heads are
-        about equally large.
+        Keys and values of a group stay in the L2 cache, where all of its tiles read them. The groups are about equally
+        large.
         """
         elements = self.v.shape[2] * (self.v.shape[3] + (1 if self.shares_keys else 2) * self.q.shape[3])
         cached = self.group_size * _CACHED_BYTES // (elements * self.v.element_size())
@@ -211,7 +211,7 @@ class Call:
         return -(-heads // groups)
 
     def num_splits(self) -> int:
-        """Number of parts into which keys are split: whole tiles, and no more parts than fill the device."""
+        """Number of parts of whole tiles into which keys are split; no more than are needed to fill the device."""
         batch, kv_heads, key_length, _ = self.v.shape
         others = batch * kv_heads * -(-self.num_rows // self.tile.rows)
         wanted = _larger(1, _multiprocessors(self.q.device) // others)

@@ -23,7 +23,7 @@ def split(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDING: tl.constexpr,
     LEGACY: tl.constexpr, SHARED: tl.constexpr,
 ):
-    """Compute sums ``[B, h_kv, splits, rows, e]`` over a part of the keys; maxima and totals, ``[.., rows]``."""
+    """Compute sums ``[B, h_kv, splits, rows, e]``, maxima and totals ``[.., rows]`` over a part of the keys."""
     scale = tl.cast(scale, tl.float32)
     num_rows = 2 * G * S
     row_tiles = tl.cdiv(num_rows, BLOCK_M)
@@ -136,7 +136,7 @@ def combine(
     stride_ob, stride_oh, stride_os, stride_lb, stride_lh, stride_ls,
     VALUE_WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr,
 ):
-    """Compute one head at one position: combine the parts of both streams, then lambda, difference and norm."""
+    """Compute one head at one position: combine the parts, subtract the second stream times lambda, and normalise."""
     eps, factor = tl.cast(eps, tl.float32), tl.cast(factor, tl.float32)
     head = tl.program_id(0) % H
     position = tl.program_id(0) // H % S

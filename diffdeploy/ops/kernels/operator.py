@@ -18,7 +18,7 @@ _LOG2_E = 1.4426950408889634
 
 
 def _launcher(kernel: Any) -> Any:
-    """A kernel that a graph can hold; torch refuses the functions of Triton's interpreter, which no graph holds."""
+    """Wrap a kernel for use in graphs; functions of Triton's interpreter, which torch rejects, stay unchanged."""
     return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 

@@ -162,7 +162,7 @@ def _ranges(
 
 @triton.jit
 def _place(S, H, heads_at_once, BLOCK_M: tl.constexpr, APART: tl.constexpr):
-    """Batch, head, stream and first query of a program. There is one axis, since the others are limited to 65,535.
+    """Batch, head, stream and first query of a program. The grid has one axis, since the others are limited to 65,535.
 
     Programs process one group of heads, whose keys and values stay in the L2 cache, before the next. Within a group,
     the same tile of all heads comes before the next tile, and tiles with the most keys come first, which fills the

@@ -14,7 +14,10 @@ __all__ = ["finish", "not_padding", "read", "softmax_step", "visible"]
 def read(
     base, first, length, stride, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Load rows ``first .. first + BLOCK`` of ``[length, WIDTH]``, 0 beyond; ``WHOLE`` tiles end before ``length``."""
+    """Load rows ``first .. first + BLOCK`` of ``[length, WIDTH]``, with zeros beyond its bounds.
+
+    With ``WHOLE``, all rows are below ``length``.
+    """
     rows = first + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_W)
     at = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
@@ -32,7 +35,7 @@ def read(
 
 @triton.jit
 def not_padding(padding, first, T, BLOCK_N: tl.constexpr, PADDING: tl.constexpr):
-    """Load which keys of a tile are tokens, before the scores are computed, so that nothing waits for it."""
+    """Load the token mask of a tile, before the scores are computed, so that they need not wait for it."""
     tokens = True
     if PADDING:
         columns = first + tl.arange(0, BLOCK_N)
