@@ -154,7 +154,7 @@ NodeKind = Literal["attention", "projection", "layout", "sizes", "other"]
 
 @dataclass(frozen=True)
 class GraphNode:
-    """A node of an artifact's graph, as far as a drawing shows it.
+    """A node of an artifact's graph, with the properties that drawings show.
 
     Attributes:
         operator: name of the operator, without its domain.

@@ -50,20 +50,20 @@ class Format(ABC):
         dtypes: dtypes of its graphs.
         runs: dtypes in which its backend computes attention, by kind of device.
         compiles: true if it compiles machine code, with a C++ compiler, for one kind of device.
-        machine: names of the facts of `diffdeploy.runtime.machine.this_machine` that this code depends on.
+        machine: names of the facts of `diffdeploy.runtime.machine.this_machine` that its artifacts depend on.
         torch_allocates: true if its memory on CUDA comes from torch's allocator, whose peak can be measured.
         holds_ranges: true if the artifact itself contains the declared ranges, so that a manifest that promises more is
             detected.
         caches: kinds of caches that graphs of models can have, see `GraphSpec`.
         opsets: ONNX operator sets that it writes; empty for other formats.
-        executes: description of the parts of a bundle that run as code when it is loaded, for which a foreign bundle
-            must be trusted; ``None`` if loading runs no code from the bundle.
+        executes: description of the parts of a bundle that run as code when it is loaded; the user must then
+            trust bundles that somebody else exported. ``None`` if loading runs no code from the bundle.
         triton: settings for Triton; ``None`` if Triton has no backend for its artifacts.
     """
 
     name: ClassVar[str]
     flavors: ClassVar[tuple[str, ...]] = ()
-    # Implementations that write two fused attentions, which contracts count.
+    # Each of these implementations results in two fused attentions, which contracts count.
     impls: ClassVar[tuple[str, ...]] = ("two_call", "padded")
     package: ClassVar[str] = "torch"
     distributions: ClassVar[tuple[str, ...]] = ()
@@ -86,7 +86,7 @@ class Format(ABC):
         """Reason why the format cannot be exported here for a kind of device; ``None`` if it can."""
         if reason := self.why_not_made_for(device, dtype):
             return reason
-        # Searched but not imported, since importing takes torch a second or more.
+        # Looked up but not imported, since importing torch takes a second or more.
         if missing := [name for name in ("torch", *self.export_packages) if find_spec(name) is None]:
             return f"format {self.name} needs {' and '.join(missing)}, which is not installed"
         if self.compiles and compiler_path() is None:
@@ -130,7 +130,7 @@ class Format(ABC):
         return None
 
     def least_versions(self, manifest: Manifest) -> dict[str, str]:
-        """Least version of `package` that computes a bundle's artifact correctly, by its name; empty if none is known.
+        """Oldest version of `package` that computes a bundle's artifact correctly, by package; empty if none is known.
 
         Args:
             manifest: manifest of the bundle, whose config, graph and options are relevant.
@@ -158,7 +158,7 @@ class Format(ABC):
         """
 
     def padding(self, variant: Variant, flavor: str | None, config: AnyModel) -> Padding:
-        """Use of the mask in a graph; see `GraphSpec`."""
+        """Kind of padding that a graph supports; see `GraphSpec`."""
         return "anywhere"
 
     def quantises(self, flavor: str | None, graph: GraphSpec) -> bool:
@@ -182,7 +182,7 @@ class Format(ABC):
             raise InputError(f"runtime {options.runtime} runs only ONNX, but the format is {options.format}")
 
     def engine_files(self, manifest: Manifest, directory: Path) -> Mapping[str, bytes]:
-        """Content by name of the files that engines need next to the artifact; contracts compare every byte.
+        """Names and contents of the files that engines need next to the artifact; contracts compare every byte.
 
         Args:
             manifest: manifest of the bundle.
@@ -258,13 +258,16 @@ class Format(ABC):
 
     @abstractmethod
     def facts(self, bundle: Bundle) -> ArtifactFacts:
-        """Read the artifact's description of itself. Errors of its libraries about damaged artifacts pass through."""
+        """Read the artifact's description of itself.
+
+        Errors that libraries raise for damaged artifacts are not caught.
+        """
 
     @abstractmethod
     def contract(self, bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
         """Check the artifact's structure, read from the artifact itself.
 
-        Errors of its libraries about damaged artifacts pass through.
+        Errors that libraries raise for damaged artifacts are not caught.
 
         Args:
             bundle: an opened bundle.

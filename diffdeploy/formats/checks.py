@@ -25,7 +25,7 @@ __all__ = [
 
 _BYTES_OF_HALF = 2
 
-# Weights of which an exporter may fold each number into a constant, such as those of PolyNorm, which are factors.
+# Maximum size of a weight whose numbers an exporter may fold into separate constants, such as PolyNorm's factors.
 _TAKEN_APART = 3
 
 # Formats that store a number in float32 round it by 6e-8 at most.
@@ -62,7 +62,7 @@ def attentions(bundle: Bundle) -> int:
 
 
 def state_checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
-    """Checks of a bundle that runs on the state of the block, which is rebuilt when the bundle is loaded."""
+    """Checks of the parameters and buffers of a block that is rebuilt whenever its bundle is loaded."""
     block = eager_module(bundle, impl=bundle.manifest.options.attention_impl)
     state = {name: to_array(tensor) for name, tensor in (*block.named_parameters(), *block.named_buffers())}
     return [
@@ -164,7 +164,7 @@ def _is_lambda(constant: Array, expected: Array) -> bool:
 
 
 def other_torch(version: str, manifest: Manifest) -> list[str]:
-    """Problem to report if the artifact was written by another torch than the manifest says."""
+    """Problem to report if the version of torch that wrote the artifact is not the one in the manifest."""
     said = manifest.environment.packages.get("torch", "none")
     # The part after the plus is ignored, since a build and its distribution may differ in it.
     same = version.partition("+")[0] == said.partition("+")[0]
@@ -197,7 +197,7 @@ def norm_epsilons(found: Sequence[float], manifest: Manifest) -> Check:
 
 
 def _epsilons_of(config: DecoderConfig) -> list[float]:
-    """Epsilons of all norms of a decoder: around its blocks, of queries, keys and heads, in PolyNorm, and the last."""
+    """Epsilons of all norms of a decoder: around its blocks, inside them, in PolyNorm, and after the last layer."""
     found = [config.norm_eps]
     for layer in config.layers:
         found += [config.norm_eps] * 2
@@ -221,7 +221,7 @@ def rope_constants(constants: Mapping[str, Array], manifest: Manifest) -> Check:
     dtype = np.dtype(spec.dtype)
     problems = []
     for name, table in zip(("cosine", "sine"), rope_tables(rope, attention.head_dim, length), strict=True):
-        # Both tables are rounded from fp64, and rounding numbers up to 1 costs at most half of this.
+        # Both tables are rounded from fp64, which changes numbers up to 1 by at most half of this tolerance.
         tolerance = epsilon(dtype)
         if not any(
             c.dtype == dtype and c.shape == table.shape and np.abs(c - table).max() <= tolerance

@@ -22,7 +22,7 @@ Call = Callable[..., "Sequence[Tensor]"]
 
 
 def buffers_of(spec: GraphSpec, tensors: "Sequence[Tensor]") -> "list[Tensor]":
-    """Inputs of the artifact, in which each past ``[B, h_kv, P, w]`` begins a buffer ``[B, h_kv, capacity, w]``.
+    """Inputs of the artifact, with each past ``[B, h_kv, P, w]`` copied into a buffer ``[B, h_kv, capacity, w]``.
 
     Args:
         spec: interface of the graph, with either kind of cache.

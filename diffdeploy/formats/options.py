@@ -46,7 +46,7 @@ class ExportOptions:
         quantise_head: true to quantise the head, too.
         text: file on which the quantisation loss is measured; by default a module of Python's standard library.
         max_kl: largest accepted divergence from the original model, in nats per token.
-        min_agreement: least accepted share of tokens that remain the most probable ones.
+        min_agreement: smallest accepted share of tokens that remain the most probable ones.
     """
 
     format: str = "onnx"

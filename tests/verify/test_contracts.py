@@ -403,7 +403,7 @@ def test_a_program_must_have_the_declared_ranges(format_bundle: FormatBundle) ->
     spec = opened.manifest.graph
     axes = {**spec.axes, "sequence_length": spec.axes["sequence_length"].model_copy(update={"max": 99})}
     changed = opened.manifest.model_copy(update={"graph": spec.model_copy(update={"axes": axes})})
-    assert "from 1 to 70, but declared is 1 to 99" in failed(Bundle(opened.path, changed))["interface"]
+    assert "from 1 to 70, but declared as 1 to 99" in failed(Bundle(opened.path, changed))["interface"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""AOTInductor packages: the format, how it is opened, its contract, and what of it can be seen and changed."""
+"""AOTInductor packages: the format, its backend, its contract, its constants and its faults."""
 
 from diffdeploy.formats.aoti.format import AotiFormat
 

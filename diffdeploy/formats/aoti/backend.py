@@ -1,4 +1,4 @@
-"""Running a package of AOTInductor."""
+"""The backend for AOTInductor packages."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ MODEL = "model.pt2"
 
 
 class AotiBackend(TorchBackend):
-    """Runs a package of AOTInductor."""
+    """Runs an AOTInductor package."""
 
     @property
     def description(self) -> str:

@@ -1,6 +1,6 @@
-"""Constants of an AOTInductor package: weights and tables stand in its library byte for byte, numbers in its code.
+"""Constants of an AOTInductor package: its library holds weights and tables byte for byte, and numbers in its code.
 
-So a fault in a constant needs no compiler.
+Faults can therefore be introduced into constants without a compiler.
 """
 
 import re
@@ -15,10 +15,10 @@ from diffdeploy.formats.aoti.backend import MODEL
 
 __all__ = ["read", "read_library", "rewrite_member", "write"]
 
-# Vectorised code holds a number many times over (16 times with AVX-512, measured); more than this are not all the same
-# number: zero is there 38,000 times.
+# Maximum number of copies of one constant: vectorised code repeats a number (16 times with AVX-512, measured). More
+# matches than this cannot all be the same constant: zero occurs 38,000 times.
 _MOST_COPIES = 256
-# Steps of float32 away from the exact number. A lambda was found 5 steps away, as the block had computed it.
+# Maximum distance from the exact number in float32 steps (ULPs). A lambda, as its block computed it, was 5 steps away.
 _ROUNDINGS = 8
 
 
@@ -62,11 +62,11 @@ def rewrite_member(path: Path, member: str, content: bytes) -> None:
 
 
 def _written(library: bytes, array: Array) -> list[Array]:
-    """The array in the dtypes and with the last bit that the library holds it with.
+    """Forms of an array, with their dtype and exact bits, that the library contains.
 
-    A number may stand there in both precisions: one that code computes with, one that is handed to a kernel.
+    A number may occur in both precisions: one is used in the code, and the other is passed to a kernel.
     """
-    # An array that is there twice may be two weights, and a change must hit one.
+    # An array that occurs twice may be two weights, but a change must affect only one of them.
     most = _MOST_COPIES if array.ndim == 0 else 1
     found = (
         next((form for form in forms if 0 < library.count(form.tobytes()) <= most), None) for forms in _forms(array)
@@ -75,7 +75,7 @@ def _written(library: bytes, array: Array) -> list[Array]:
 
 
 def _forms(array: Array) -> list[list[Array]]:
-    """Forms of which one is looked for, in each list."""
+    """Lists of forms of an array; in each list, the first form that the library contains counts."""
     if array.dtype != np.float64:
         return [[array]]
     if array.ndim:
@@ -84,7 +84,7 @@ def _forms(array: Array) -> list[list[Array]]:
 
 
 def _near(single: np.float32) -> list[np.float32]:
-    """A number in float32 and its neighbours, nearest first: how it was rounded on its way is not known."""
+    """A number in float32 and its neighbours, nearest first, since its intermediate roundings are unknown."""
     numbers, below, above = [single], single, single
     for _ in range(_ROUNDINGS):
         below, above = np.nextafter(below, np.float32(-np.inf)), np.nextafter(above, np.float32(np.inf))

@@ -1,7 +1,7 @@
 """The contract of an AOTInductor package, read from its files, without loading machine code into this process.
 
-The machine code itself cannot be read; the C++ source that it was compiled from is in the package next to it, and the
-weights stand in the library byte for byte.
+The machine code itself cannot be read. However, the package also contains the C++ source from which it was compiled,
+and the library contains the weights byte for byte.
 """
 
 import json
@@ -21,13 +21,13 @@ from diffdeploy.formats.checks import attentions, declared_facts, make_check, ot
 
 __all__ = ["checks", "facts"]
 
-# A tensor of so few elements is written into the code as numbers (GraphLowering.can_inline_constant of inductor).
+# Tensors with at most this many elements become numbers in the code (GraphLowering.can_inline_constant of inductor).
 _MOST_INLINE = 8
 _NUMBER = re.compile(rb"static_cast<\w+>\(([-+.\de]+)\)")
-# The name of torch's kernel depends on the device and on the mask. Of `fused`, the kernel for any number of queries is
-# in every graph; its definition begins with what it returns.
+# The name of torch's kernel depends on the device and on the mask. Every graph with `fused` calls its kernel for any
+# number of queries; the definition of that function begins with its return type, unlike a call.
 _ATTENTION = re.compile(rb"\baoti_torch_\w*scaled_dot_product_\w+\(|(?<!void )\bcall_prefill_\d+\(")
-# Exponentials of softmaxes that are written out; a sigmoid has the exponential of a negative number.
+# Exponentials of decomposed softmaxes; the exponential in a sigmoid, whose argument is negated, does not match.
 _EXPONENTIAL = re.compile(rb"\bstd::exp\w*\((?!-)|(?<!\.neg\(\))\.exp\w*\(|\baoti_torch_\w*softmax\w*\(")
 
 
@@ -36,7 +36,7 @@ def _member(bundle: Bundle, ending: str) -> bytes:
         with zipfile.ZipFile(bundle.path / MODEL) as package:
             return package.read(next(name for name in package.namelist() if name.endswith(ending)))
     except (zipfile.BadZipFile, StopIteration) as error:
-        raise IntegrityError(f"{MODEL} in {bundle.path} is not a package of AOTInductor: it has no {ending}") from error
+        raise IntegrityError(f"{MODEL} in {bundle.path} is not an AOTInductor package: it lacks {ending}") from error
 
 
 def _attentions(bundle: Bundle) -> int:
@@ -44,8 +44,8 @@ def _attentions(bundle: Bundle) -> int:
 
 
 def _exponentials(bundle: Bundle) -> int:
-    """Number of exponentials, which stand for a softmax besides the fused ones, in the C++ kernels of a CPU."""
-    # For one token, `rows` itself is written out; the source of the kernel of `fused` is among the comments.
+    """Number of exponentials in the C++ kernels for a CPU, which indicate softmaxes outside of the fused attentions."""
+    # Not counted for these: `rows` decomposes the attention for one token, and comments hold the kernel of `fused`.
     if bundle.manifest.options.attention_impl in ("rows", "fused"):
         return 0
     with zipfile.ZipFile(bundle.path / MODEL) as package:
@@ -62,10 +62,10 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     """See `Format.contract`."""
     count, metadata = _attentions(bundle), json.loads(_member(bundle, ".wrapper_metadata.json"))
     exponentials, expected = _exponentials(bundle), (attentions(bundle), 0)
-    found = f"{count} calls of a fused attention and {exponentials} of exp in the source of the package"
+    found = f"{count} fused-attention calls and {exponentials} exp calls in the source of the package"
     odd = [] if (count, exponentials) == expected else [f"{found}; expected {expected[0]} and {expected[1]}"]
     same = metadata.get("weights_sha256") == bundle.manifest.files[WEIGHTS].sha256
-    problems = [] if same else ["the metadata name other weights"]
+    problems = [] if same else ["the digest in the metadata is that of other weights"]
     return [
         make_check("attention", odd, found),
         make_check(
@@ -82,7 +82,7 @@ def _missing_weights(bundle: Bundle, weights: Mapping[str, Array]) -> list[str]:
     held = {name: array for name, array in weights.items() if not is_lambda_vector(name)}
     missing = {name: array for name, array in held.items() if array.tobytes() not in library}
     if any(array.size <= _MOST_INLINE for array in missing.values()):
-        # Printed so that reading them back gives the same float.
+        # The code contains these numbers in a form that is parsed to the same float.
         numbers = {float(number) for number in _NUMBER.findall(_member(bundle, ".kernel.cpp"))}
         missing = {
             name: array

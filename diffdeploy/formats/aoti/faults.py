@@ -15,7 +15,7 @@ __all__ = ["AOTI_FAULTS"]
 
 
 def _edit_metadata(directory: Path, changes: Mapping[str, str]) -> None:
-    """Change what a package says of itself, in every file that says it."""
+    """Change entries in all metadata files of a package."""
     path = directory / MODEL
     with zipfile.ZipFile(path) as package:
         members = [name for name in package.namelist() if name.endswith("_metadata.json")]
@@ -37,13 +37,13 @@ AOTI_FAULTS = [
     FileFault(
         name="aoti_package_of_other_weights",
         place="bundle",
-        breaks="compiled from other weights, by its metadata",
+        breaks="compiled from other weights, according to its metadata",
         edit=partial(_edit_metadata, changes={"weights_sha256": "0" * 64}),
     ),
     FileFault(
         name="aoti_package_of_one_attention",
         place="bundle",
-        breaks="compiled from one attention, by the source in it",
+        breaks="compiled from one attention, according to its source",
         edit=partial(
             _edit_source,
             pattern=rb"(aoti_torch_\w*?)scaled_dot_product|(?<!void )\bcall_prefill(?=_\d+\()",

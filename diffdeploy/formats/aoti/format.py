@@ -29,7 +29,8 @@ class AotiFormat(Format):
     executes = "machine code"
     # Not Python: a package is loaded by libtorch, from C++ as well.
     machine = ("torch", "platform", "isa", "gpu")
-    # Its README (May 2026, Triton 26.05): no batches along the first axis, and names by position.
+    # According to its backend's README (May 2026, Triton 26.05), Triton does not batch requests along the first axis,
+    # and names tensors by position.
     triton = TritonBackend(
         platform="torch_aoti", backend="pytorch", files=("model.pt2",), batches=False, by_position=True
     )

@@ -11,9 +11,9 @@ from diffdeploy.formats.compile.backend import ARTIFACT
 
 __all__ = ["checks", "facts"]
 
-# Inductor's wrapper is Python source inside the artifact; the operator that it calls depends on the device. Its lines
-# name buffers, unlike those of the graphs stored next to it; equal lines are copies of one call. With `fused`, every
-# graph holds the kernel for any number of queries; its calls are deeper inside functions than a trial of it.
+# Inductor's wrapper is Python source inside the artifact; the operator that it calls depends on the device. Unlike the
+# lines of the graphs stored next to it, its lines contain names of buffers; equal lines are copies of one call. With
+# `fused`, every graph calls the kernel for any number of queries; calls are indented further than trial runs of it.
 _ATTENTION = re.compile(
     rb"\b\w*buf\d+ = torch\.ops\.aten\._scaled_dot_product_\w+\.default\([^\n\\]*"
     rb"| {8}prefill_\d+\.run\([^\n\\]*"
@@ -32,6 +32,6 @@ def facts(bundle: Bundle) -> ArtifactFacts:
 def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     """See `Format.contract`."""
     count = _attentions(bundle)
-    found, expected = f"{count} calls of a fused attention", attentions(bundle)
+    found, expected = f"{count} fused-attention calls", attentions(bundle)
     problems = [] if count == expected else [f"{found}; expected {expected}"]
     return [make_check("attention", problems, found), *state_checks(bundle, weights)]

@@ -1,4 +1,4 @@
-"""Eager FlashAttention-2: the format, how it is opened, its contract, and what of it can be seen and changed."""
+"""Eager FlashAttention-2: the format, its backend and its contract."""
 
 from diffdeploy.formats.flash2.format import Flash2Format
 

@@ -1,4 +1,4 @@
-"""The contract of a ``flash2`` bundle: the block's state, and the calls that its widths lead to."""
+"""The contract of a ``flash2`` bundle: the block's state, and the number of calls, which follows from its widths."""
 
 from collections.abc import Mapping
 

@@ -27,7 +27,7 @@ class Flash2Format(Format):
     package = "flash_attn"
     distributions = ("flash-attn",)
     devices = ("cuda",)
-    # FlashAttention-2 has kernels for these two, and on CUDA alone.
+    # FlashAttention-2 has kernels for these two dtypes only, and only on CUDA.
     dtypes = ("float16", "bfloat16")
     runs: ClassVar[Mapping[str, tuple[DType, ...]]] = {"cuda": ("float16", "bfloat16")}
 
@@ -36,7 +36,7 @@ class Flash2Format(Format):
         return "flash2"
 
     def check_options(self, options: ExportOptions) -> None:
-        """Refuse what the format does not have.
+        """Reject whole models, and options that the format does not have.
 
         Raises:
             InputError: a whole model, or an option of another format.

@@ -177,7 +177,7 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
             settings.profile_file_prefix = str(Path(folder) / "profile")
             self._session = self._start(settings)
             if _CUDA not in self._session.get_providers():
-                # onnxruntime only logs the reason, and goes on without.
+                # onnxruntime only logs the reason, and continues without CUDA.
                 raise ExportError(
                     f"onnxruntime {onnxruntime.__version__} could not start its CUDA provider, which needs the "
                     "libraries of the CUDA version that it was built for, and a driver for them"
@@ -210,7 +210,7 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
         return "cuda", int(self.device.partition(":")[2] or 0)
 
     def buffers(self, batch_size: int, capacity: int, fill: float) -> CacheBuffers | None:
-        """See `OnnxRuntimeBackend.buffers`; onnxruntime makes none of bfloat16 on a device from arrays."""
+        """See `OnnxRuntimeBackend.buffers`; onnxruntime cannot copy bfloat16 arrays into buffers on a device."""
         return None if self.spec.dtype == "bfloat16" else super().buffers(batch_size, capacity, fill)
 
     def run(self, inputs: Sequence[Any], *, as_torch: bool) -> Sequence[Any]:

@@ -40,7 +40,7 @@ _STANDARD_DOMAIN = {"", "ai.onnx"}
 _EXPONENTIALS = ("Softmax", "LogSoftmax", "Exp", "ReduceLogSumExp")
 # Additional dtypes: those of sums, of sizes and positions, and of masks.
 _ELSE = ("FLOAT", "INT64", "INT32", "BOOL")
-# Attributes of operators that may round more than their inputs and outputs do.
+# Attributes that set the precision in which an operator computes, which may be lower than that of its tensors.
 _COMPUTES_IN = ("stash_type", "softmax_precision")
 # Producer name that torch's exporter writes.
 _PRODUCER = "pytorch"
@@ -77,7 +77,7 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
     ]
     # Last, since it loads weights from their separate file into the model.
     constants = {t.name: onnx.numpy_helper.to_array(t, str(bundle.path)) for t in model.graph.initializer}
-    # In that flavor, blocks are written stream by stream.
+    # The flavor ort writes blocks stream by stream.
     by_stream = manifest.options.flavor == ORT and manifest.graph.variant != "model"
     stream_width = manifest.config.attention.head_dim if by_stream else None
     quantisation = manifest.options.quantisation
@@ -127,7 +127,7 @@ def _standard_operators(model: "onnx.ModelProto", manifest: Manifest, others: li
     if opsets != [manifest.options.opset]:
         problems.append(f"opset {', '.join(map(str, opsets))}, but the manifest says {manifest.options.opset}")
     fine = (
-        f"{' and '.join(sorted(allowed))} of onnxruntime, else the standard domain" if own else "standard domain only"
+        f"{' and '.join(sorted(allowed))} of onnxruntime, otherwise standard domain" if own else "standard domain only"
     )
     return make_check("operators", problems, f"{fine}, opset {_opset(model)}")
 

@@ -1,7 +1,8 @@
 """The external weight files that a model names, checked before onnx or onnxruntime opens any of them.
 
-The model itself contains these names, and a name may lead anywhere. Machines that only run bundles lack onnx to parse
-the model, so this module follows the few fields that lead to a name through the bytes of the file.
+The model itself contains these names, and a name may lead anywhere. Machines that only run bundles do not have onnx,
+which could parse the model, so this module finds the names in the bytes of the file, through the few fields that lead
+to them.
 
 Source: the encoding of protocol buffers, and the field numbers in ``onnx.proto`` of onnx 1.23.
 """

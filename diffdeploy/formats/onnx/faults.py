@@ -34,7 +34,7 @@ def _stale_external_data(directory: Path) -> None:
     import onnx
 
     model = load_model(directory)
-    # Every tensor with more than a few dozen numbers is moved to the file, which includes the weights.
+    # Every tensor with more than a few dozen numbers is moved to the file, including the weights.
     onnx.save(model, directory / MODEL, save_as_external_data=True, location=EXTERNAL_DATA, size_threshold=256)
     data = np.fromfile(directory / EXTERNAL_DATA, dtype=np.float32)
     (np.where(np.isfinite(data), data * np.float32(1.01), data)).astype(np.float32).tofile(directory / EXTERNAL_DATA)
@@ -56,7 +56,7 @@ def _freeze_the_batch_inside(model: "onnx.ModelProto") -> None:
     for node in model.graph.node:
         span = {attribute.name: attribute.i for attribute in node.attribute}
         if node.op_type == "Shape" and (span.get("start", 0), span.get("end")) == (0, 1):
-            # If the size was read from the input, a constant is used.
+            # The node that read the size from the input now returns a constant.
             node.op_type = "Identity"
             del node.attribute[:]
             node.input[0] = "frozen_batch"
@@ -114,7 +114,7 @@ def _rename_the_output(model: "onnx.ModelProto") -> None:
 
 
 def _break_the_types(model: "onnx.ModelProto") -> None:
-    # A node with as many inputs that accepts only booleans.
+    # `And` has as many inputs as `Sub`, but accepts only booleans.
     next(node for node in model.graph.node if node.op_type == "Sub").op_type = "And"
 
 
@@ -126,7 +126,7 @@ def _exchange_operands(model: "onnx.ModelProto") -> None:
 
 ONNX_FAULTS = [
     _fault("onnx_batch_axis_fixed", "the declared batch is 2", _fix_the_batch),
-    _fault("onnx_batch_frozen_inside", "shapes inside take the batch for 2", _freeze_the_batch_inside),
+    _fault("onnx_batch_frozen_inside", "shapes inside the graph assume a batch of 2", _freeze_the_batch_inside),
     _fault("onnx_third_softmax", "a softmax after the output", _add_a_softmax),
     _fault("onnx_foldable_node", "a node that does not depend on the input", _add_a_foldable_node),
     _fault("onnx_unused_constant", "a constant that nothing reads", _leave_an_unused_constant),

@@ -17,7 +17,7 @@ def nodes(directory: Path) -> list[GraphNode]:
     """All nodes, in the order of the graph.
 
     Args:
-        directory: of the bundle.
+        directory: directory of the bundle.
 
     Raises:
         ExportError: the model cannot be read.
@@ -27,7 +27,7 @@ def nodes(directory: Path) -> list[GraphNode]:
     except Exception as error:
         raise ExportError(str(error)) from error
     operators = {node.op_type for node in graph.node}
-    # Below operator set 23 attentions are written out around a softmax.
+    # Before operator set 23, attention is decomposed into operators around a softmax.
     attention = {"Attention", ORT_ATTENTION} & operators or {"Softmax"}
     constants = {tensor.name for tensor in graph.initializer}
     sizes: set[str] = set()
@@ -36,10 +36,10 @@ def nodes(directory: Path) -> list[GraphNode]:
         takes = tuple(name for name in node.input if name and name not in constants)
         kind: NodeKind = "attention" if node.op_type in attention else "layout" if node.op_type in _LAYOUT else "other"
         own = tuple(name for name in node.input if name in constants and "." in name)
-        # Below operator set 23 the scores are products, too, but not with weights.
+        # Before operator set 23, the scores are products, too, but not with weights.
         if node.op_type in _PRODUCTS and len(takes) < len(node.input):
             kind = "projection"
-        # Computed from shapes alone, and not a part of a table.
+        # Nodes that read only sizes compute sizes, unless they look up a part of a table.
         if node.op_type in ("Shape", "Size") or (takes and not own and sizes.issuperset(takes)):
             kind = "sizes"
             sizes |= set(node.output)

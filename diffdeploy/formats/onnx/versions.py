@@ -1,4 +1,4 @@
-"""The least version of onnxruntime that computes a graph correctly, in one table from measurements.
+"""The oldest version of onnxruntime that computes a graph correctly, from a table of measurements.
 
 ``scripts/measure_runtime_versions.py`` measures every released version again and compares this table with the results,
 which are in ``docs/runtime-versions.md``.
@@ -14,10 +14,10 @@ __all__ = ["least_onnxruntime"]
 
 
 class _Row(NamedTuple):
-    """The least version for some graphs.
+    """The oldest correct version for some graphs.
 
     Attributes:
-        least: least version.
+        least: that version.
         opset: first operator set that the row applies to.
         flavor: flavor that the row applies to; ``None`` for both.
         masked: true if the row applies only to graphs with an attention mask.
@@ -70,7 +70,7 @@ _TABLE = (
 
 
 def least_onnxruntime(manifest: Manifest) -> str:
-    """Least version of onnxruntime that computes the graph of a bundle correctly.
+    """Oldest version of onnxruntime that computes the graph of a bundle correctly.
 
     Args:
         manifest: manifest of the bundle.

@@ -12,7 +12,7 @@ from diffdeploy.formats.pt2.backend import MODEL, load_program
 
 __all__ = ["read", "save", "write"]
 
-# Names that the exporter gives to them, after the path of the block's module.
+# Names that the exporter gives to these constants, after the path of the block's module.
 _BUFFERS = {"lambda": "block._frozen_lambda", "rope.cos": "block.rotary.cos", "rope.sin": "block.rotary.sin"}
 _ARGUMENTS = {"norm_eps": "rms_norm", "output_scale": "mul", "softmax_scale": "scaled_dot_product_attention"}
 

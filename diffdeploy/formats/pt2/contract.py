@@ -107,7 +107,7 @@ def _axis(program: "ExportedProgram", spec: GraphSpec, name: str, axis: int | st
     if (int(bounds.lower), int(bounds.upper)) == (declared.min, declared.max):
         return []
     return [
-        f"{axis} of {name} goes from {bounds.lower} to {bounds.upper}, but declared is {declared.min} to {declared.max}"
+        f"{axis} of {name} is from {bounds.lower} to {bounds.upper}, but declared as {declared.min} to {declared.max}"
     ]
 
 

@@ -27,7 +27,7 @@ class Pt2Format(Format):
 
     def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
         """See `Format.fastest_impl`."""
-        # As in the format aoti, but with two attentions for a cache, too, as this format promises.
+        # As in the format aoti, except that graphs with a cache use it, too: this format promises two attentions.
         return "padded"
 
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:

@@ -84,7 +84,7 @@ def _module(directory: Path) -> torch.fx.GraphModule:
 def _run(module: torch.fx.GraphModule, tensors: list[Tensor]) -> Iterator[tuple[torch.fx.Node, Any]]:
     """Run every node and yield it with its result."""
     interpreter = torch.fx.Interpreter(module)
-    # Settings that `run`, which returns only outputs, would make.
+    # `Interpreter.run` would set this, but it returns only the outputs.
     interpreter.args_iter = iter(tensors)
     last_use = _last_uses(module)
     with torch.no_grad():

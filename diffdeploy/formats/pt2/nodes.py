@@ -22,10 +22,10 @@ def nodes(directory: Path) -> list[GraphNode]:
     """All calls, in the order of the program.
 
     Args:
-        directory: of the bundle.
+        directory: directory of the bundle.
 
     Raises:
-        IntegrityError: it holds something that could run code when it is loaded.
+        IntegrityError: the program contains something that could run code when it is loaded.
         ExportError: the program cannot be read.
     """
     try:
@@ -51,7 +51,7 @@ def nodes(directory: Path) -> list[GraphNode]:
 
 
 def _kind(node: torch.fx.Node) -> NodeKind:
-    # Numbers and checks of them, and no tensors.
+    # These nodes compute or check numbers, not tensors.
     if not isinstance(node.meta.get("val"), torch.Tensor | tuple | list):
         return "sizes"
     name = _operator(node)
@@ -59,6 +59,6 @@ def _kind(node: torch.fx.Node) -> NodeKind:
 
 
 def _operator(node: torch.fx.Node) -> str:
-    """Such as ``mul`` of ``aten.mul.Tensor``."""
+    """Name of a node's operator without its overload, such as ``mul`` for ``aten.mul.Tensor``."""
     said = getattr(node.target, "overloadpacket", node.target)
     return str(getattr(said, "__name__", said)).rpartition(".")[2]
