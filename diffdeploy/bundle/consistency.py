@@ -30,7 +30,7 @@ def require_consistent(manifest: Manifest, weights: Path) -> None:
     for axis, most in _MOST.items():
         given = spec.axes[axis].max if axis in spec.axes else 0
         if not 1 <= given <= most:
-            raise IntegrityError(f"manifest.json has up to {given} for {axis}; accepted: 1 to {most}")
+            raise IntegrityError(f"manifest.json has {given} as the maximum of {axis}; accepted: 1 to {most}")
     try:
         implied = graph_spec(
             spec.variant,

@@ -115,7 +115,7 @@ class Manifest(Record):
         graph: interface of the graph.
         options: export options.
         made_for: features of the machine that a compiled artifact needs; see `diffdeploy.runtime.machine`.
-        requires: least version of each package that computes the artifact correctly, by import name; ``None`` if the
+        requires: oldest version of each package that computes the artifact correctly, by import name; ``None`` if the
             manifest is older than this field. See `diffdeploy.runtime.least_versions`.
         verified: true if the bundle passed verification when it was made.
         environment: versions of the software that made the bundle.

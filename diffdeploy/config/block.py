@@ -102,10 +102,10 @@ class DiffAttentionConfig:
             embedding; ``None`` for no such norm.
         qkv_bias: true if the q, k and v projections have biases.
         out_bias: true if the output projection has a bias.
-        gqa_layout: index of the key stream, of ``2 h_kv``, that stream ``s`` of query head ``i`` reads; with
-            ``g = h / h_kv``, it is ``2 (i // g) + s`` for ``canonical`` (Microsoft's flash modules) and
-            ``(2i + s) // g`` for ``legacy`` (Microsoft's naive module and multihead-sdpadiff). The two agree when
-            ``g`` is 1.
+        gqa_layout: map from streams of queries to the ``2 h_kv`` streams of keys. With ``g = h / h_kv``, stream ``s``
+            of query head ``i`` reads key stream ``2 (i // g) + s`` if it is ``canonical`` (Microsoft's flash modules),
+            and ``(2i + s) // g`` if it is ``legacy`` (Microsoft's naive module and multihead-sdpadiff). The two agree
+            when ``g`` is 1.
         sliding_window: number of keys that a position attends to, including its own; ``None`` for all. Requires
             ``causal``.
         version: 1, the block of the paper.

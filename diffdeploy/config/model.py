@@ -95,7 +95,7 @@ class DecoderConfig:
             require(layer.attention.causal, f"causal of layer {number}", False, "True: a decoder sees no later token")
             if difference := _difference(first, layer.attention):
                 raise InputError(
-                    f"layer {number} has another {difference} than layer 0; a decoder has layers of one kind, and "
+                    f"layer {number} differs from layer 0 in its {difference}; a decoder has layers of one kind, and "
                     "--layer exports one of them"
                 )
 

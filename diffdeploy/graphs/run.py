@@ -1,4 +1,4 @@
-"""Calls of an eager block by the names of its graph, and zero inputs of chosen sizes."""
+"""Calls of an eager block with tensors named as in its graph, and zero inputs of chosen sizes."""
 
 from collections.abc import Mapping
 from typing import Any

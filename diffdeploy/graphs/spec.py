@@ -218,7 +218,7 @@ def _axes(max_batch_size: int, max_sequence_length: int, *, has_past: bool) -> d
         ("max sequence length", max_sequence_length, smallest),
     ):
         if size < least:
-            raise InputError(f"{name} is {size}; accepted: {least} or more, since the axis is dynamic from size 1 on")
+            raise InputError(f"{name} is {size}; accepted: {least} or more, since smaller axes cannot be dynamic")
     axes = {
         "batch_size": Range(min=1, max=max_batch_size),
         "sequence_length": Range(min=1, max=max_sequence_length),

@@ -72,7 +72,7 @@ class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[
         runtime: runtime of a bundle that holds a whole model.
 
     Attributes:
-        runtime: the runtime that computes.
+        runtime: the runtime that computes logits and caches.
 
     Raises:
         InputError: the bundle holds a block.
@@ -144,12 +144,12 @@ class DiffDeployForCausalLM(_PreTrainedModel, GenerationMixin):  # type: ignore[
         Args:
             input_ids: new token ids ``[B, S]``, int64.
             attention_mask: mask ``[B, T]``, 0 for padding; no padding by default.
-            position_ids: positions ``[B, S]``; by default those after the cache, whatever the mask.
+            position_ids: positions ``[B, S]``; by default those after the cache, regardless of the mask.
             past_key_values: cache of earlier tokens, to which the new ones are added.
             use_cache: true to create a cache if none is given.
             logits_to_keep: number of last positions whose logits are returned; 0 for all.
             return_dict: false to return a tuple.
-            cache: ``past_key_values`` by the name that it has since transformers 5.24.
+            cache: ``past_key_values`` under the name that it has had since transformers 5.24.
             **others: other arguments of transformers, which must not change the result.
 
         Returns:
@@ -240,7 +240,7 @@ def _layer(cache: DynamicCache | None, number: int) -> DynamicLayer | None:
     # Exactly this class: some of its subclasses hold only a part of the tokens.
     if number >= len(cache.layers) or type(cache.layers[number]) is not DynamicLayer or cache.offloading:
         raise InputError(
-            f"the cache is a {type(cache).__name__}, or one with parts of the past; accepted: a whole DynamicCache"
+            f"the cache is a {type(cache).__name__}, or holds only part of the past; accepted: a whole DynamicCache"
         )
     return cache.layers[number]
 

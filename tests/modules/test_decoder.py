@@ -174,7 +174,7 @@ def test_the_second_version_makes_a_decoder_too() -> None:
 def test_layers_of_other_kinds_are_refused_by_name() -> None:
     config = make_decoder()
     odd = LayerConfig(attention=make_config(norm_eps=1e-3, rope=ROPE), mlp=config.layers[0].mlp)
-    with pytest.raises(InputError, match="layer 3 has another norm_eps than layer 0"):
+    with pytest.raises(InputError, match="layer 3 differs from layer 0 in its norm_eps"):
         replace(config, layers=(*config.layers, odd))
     with pytest.raises(InputError, match="causal of layer 0"):
         make_decoder(attention=make_config(causal=False, rope=None))
