@@ -37,7 +37,7 @@ def bench(
     impl: Annotated[
         str,
         typer.Option(
-            help="Implementations of the eager block, softmax, softmax-compiled: comma-separated names, all or none.",
+            help="Implementations to run eagerly, softmax and softmax-compiled: comma-separated names, all or none.",
             autocompletion=complete_impls,
         ),
     ] = "all",
@@ -65,7 +65,7 @@ def bench(
         int | None, typer.Option(min=1, help="Differential heads of a random block.", show_default="8")
     ] = None,
     num_kv_heads: Annotated[
-        int | None, typer.Option(min=1, help="Key/value heads of a random block.", show_default="as --num-heads")
+        int | None, typer.Option(min=1, help="Key/value heads of a random block.", show_default="same as --num-heads")
     ] = None,
     head_dim: Annotated[
         int | None,

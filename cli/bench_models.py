@@ -29,7 +29,8 @@ def refuse_options_of_blocks(given: dict[str, Any]) -> None:
         InputError: one was given.
     """
     if others := [name for name, value in given.items() if value is not None]:
-        raise InputError(f"{', '.join(others)} is only for blocks, but a bundle of a whole model is given; omit it")
+        pronoun = "it" if len(others) == 1 else "them"
+        raise InputError(f"{', '.join(others)} cannot be used with a bundle of a whole model; omit {pronoun}")
 
 
 def bench_models(

@@ -26,10 +26,12 @@ def _options(
     ] = None,
     prefix: Annotated[
         str | None,
-        typer.Option(help="Prefix of the keys of the block.", show_default="that of the only block, or of --layer"),
+        typer.Option(
+            help="Prefix of the keys of the block.", show_default="that of the block at --layer, or of the only block"
+        ),
     ] = None,
     depth: Annotated[
-        int | None, typer.Option(help="0-based layer index that sets lambda_init.", show_default="as the keys say")
+        int | None, typer.Option(help="0-based layer index that sets lambda_init.", show_default="taken from the keys")
     ] = None,
     lambda_init: Annotated[
         float | None, typer.Option(help="Constant part of lambda, given directly.", show_default="derived from --depth")
@@ -43,15 +45,18 @@ def _options(
     ] = None,
     sliding_window: Annotated[
         int | None,
-        typer.Option(min=0, help="Number of keys per position; 0 for all.", show_default="as config.json says"),
+        typer.Option(min=0, help="Keys that each position attends to; 0 for all.", show_default="from config.json"),
     ] = None,
     norm: Annotated[
         Literal["rms", "layer", "none"] | None,
-        typer.Option(help="Norm of the heads; layer subtracts their mean.", show_default="as in the layout"),
+        typer.Option(
+            help="Norm of the heads; layer is LayerNorm, which also subtracts the mean.",
+            show_default="as in the layout",
+        ),
     ] = None,
     norm_eps: Annotated[
         float | None,
-        typer.Option(help="Epsilon of the norm of the heads.", show_default="as config.json says, or 1e-5"),
+        typer.Option(help="Epsilon of the norm of the heads.", show_default="from config.json, or 1e-5"),
     ] = None,
     qk_norm_eps: Annotated[
         float | None,
@@ -60,17 +65,17 @@ def _options(
     rope: Annotated[
         Literal["interleaved", "half", "half-reversed", "none"] | None,
         typer.Option(
-            help="Rotary embedding: interleaved, half, half-reversed (by the negative angle) or none.",
+            help="Rotary embedding: interleaved, half, half-reversed (half with the negative angle) or none.",
             metavar="KIND",
-            show_default="as config.json says",
+            show_default="from config.json",
         ),
     ] = None,
     rope_theta: Annotated[
-        float | None, typer.Option(help="Base of the rotary frequencies.", show_default="as config.json says")
+        float | None, typer.Option(help="Base of the rotary frequencies.", show_default="from config.json")
     ] = None,
     gqa_layout: Annotated[
         Literal["canonical", "legacy"] | None,
-        typer.Option(help="Which key stream a query stream reads.", show_default="as config.json says"),
+        typer.Option(help="Assignment of key streams to query streams.", show_default="from config.json"),
     ] = None,
     names: Annotated[
         Path | None,
@@ -94,7 +99,7 @@ def _table(path: Path | None) -> str | None:
 
 
 def takes_checkpoint_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Replace the keyword parameter ``reading`` of a command by all of these options, and pass their values in it."""
+    """Replace the keyword parameter ``reading`` of a command by all of these options; it receives their values."""
     added = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in signature(_options).parameters.values()]
     parameters: list[Parameter] = []
     for own in signature(command).parameters.values():

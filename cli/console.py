@@ -125,7 +125,7 @@ def warn(message: str) -> None:
 
 def _say(text: str) -> None:
     sys.stderr.write(on_one_line(text) + "\n")
-    # Flushed, since the log may be read during the work, from a pipe that another library has wrapped.
+    # Flushed, since a log may be read while the command runs, and another library may have wrapped standard error.
     sys.stderr.flush()
 
 
@@ -197,7 +197,7 @@ def _figures(headings: Sequence[str], rows: Sequence[Sequence[str]], shown: int)
 
 
 def _width(table: "Table") -> int:
-    """Width of a table without a limit."""
+    """Width that a table takes if nothing limits it."""
     from rich.console import Console
 
     return Console(width=_UNLIMITED).measure(table).maximum

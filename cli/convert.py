@@ -1,4 +1,4 @@
-"""``diffdeploy convert``: from any checkpoint to one for transformers and the tools that read its directories."""
+"""``diffdeploy convert``: converts any checkpoint to a directory that transformers and other tools can read."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal

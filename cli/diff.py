@@ -22,12 +22,12 @@ _SHOWN = 0.01
 _MOST_FIGURES = 8
 # Enough to read most values; shapes of caches are the longest of them.
 _WIDTH = 60
-# Property of a tensor or a range; readers look for the tensor.
+# Suffix for a property of a tensor or a range; the properties are merged, since users look for the tensor.
 _PART = re.compile(r"\.(dtype|shape|min|max|values\.min|values\.max)$")
 
 
 def diff(
-    one: Annotated[Path, typer.Argument(help="A bundle, or a report of verify --save-report.", metavar="A")],
+    one: Annotated[Path, typer.Argument(help="A bundle, or a report that verify --save-report wrote.", metavar="A")],
     other: Annotated[Path, typer.Argument(help="The bundle or report to compare it with.", metavar="B")],
     as_json: Annotated[bool, typer.Option("--json", help="Result as one JSON object.")] = False,
 ) -> int:
@@ -69,7 +69,7 @@ def _files(changes: "Sequence[Difference]") -> list[tuple[str, str]]:
 
 
 def _sentences(changes: "Sequence[Difference]") -> list[str]:
-    """One sentence per change of a value; names with the same change share one, and so do the parts of a new entry."""
+    """One sentence per change; names with the same change are merged, and so are properties of an entry on one side."""
     merged: dict[str, list[str]] = {}
     for c in changes:
         if c.before is not None and c.after is not None:
@@ -84,7 +84,7 @@ def _sentences(changes: "Sequence[Difference]") -> list[str]:
     ):
         parts: dict[str, str] = {}
         for name, value in only.items():
-            # For example inputs.position_ids, of which values.min is a part.
+            # In inputs.position_ids.values.min, for example, the owner is inputs.position_ids.
             owner = _PART.sub("", name)
             between = " to " if name.endswith(".max") else ", "
             parts[owner] = parts[owner] + between + _short(value) if owner in parts else _short(value)
@@ -98,7 +98,7 @@ def _figures(changes: "Sequence[Difference]") -> list[tuple[str, str]]:
     moved = sorted((change for change in both if _moved(change) >= _SHOWN), key=_moved, reverse=True)
     rows = [f"{c.name}: {_share(c.before)} -> {_share(c.after)}" for c in moved[:_MOST_FIGURES]]
     for words, count in (
-        ("more moved, each by less", len(moved[_MOST_FIGURES:])),
+        ("more changed, each by less than those above", len(moved[_MOST_FIGURES:])),
         (f"changed by less than {_SHOWN:.0%} of the budget", len(both) - len(moved)),
         # Cases of another sweep are only counted, since listing them would hide the changes.
         ("only in A", sum(change.after is None for change in changes)),

@@ -28,7 +28,7 @@ text { font: 11px system-ui, sans-serif; fill: #1b1f24; text-anchor: middle; } .
 
 @dataclass
 class _Box:
-    """One node, or a chain of nodes that only move numbers."""
+    """One node, or a chain of nodes that only rearrange data."""
 
     labels: list[str]
     kind: str
@@ -67,13 +67,13 @@ def _around(nodes: "Sequence[GraphNode]", attention: range) -> "list[GraphNode]"
     found = [number for number, node in enumerate(nodes) if node.kind == "attention"]
     start = [found[number] for number in attention]
     chosen = _reach(start, before, nodes) | _reach(start, after, nodes)
-    # Nodes that prepare a constant for a node belong to it.
+    # Nodes without inputs prepare constants; they are drawn with the nodes that read the constants.
     chosen |= {other for number in chosen for other in before[number] if not nodes[other].takes}
     return [nodes[number] for number in sorted(chosen)]
 
 
 def _reach(start: Iterable[int], edges: Sequence[Sequence[int]], nodes: "Sequence[GraphNode]") -> set[int]:
-    """Nodes that can be reached without passing a projection or another attention; these projections are included."""
+    """Nodes that can be reached without going beyond a projection, or into another attention operator."""
     found = set(start)
     waiting = list(found)
     while waiting:
@@ -85,7 +85,7 @@ def _reach(start: Iterable[int], edges: Sequence[Sequence[int]], nodes: "Sequenc
 
 
 def _boxes(nodes: "Sequence[GraphNode]", sizes: set[str]) -> list[_Box]:
-    """Create boxes with their edges, for inputs and nodes; a chain of nodes that only move numbers shares one box."""
+    """Create boxes with their edges, for inputs and nodes; a chain of nodes that only rearrange data shares one box."""
     boxes: list[_Box] = []
     makers: dict[str, int] = {}
     uses = _uses(nodes)

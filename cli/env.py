@@ -1,4 +1,4 @@
-"""``diffdeploy env``: what this machine can export, run and verify, and why not the rest."""
+"""``diffdeploy env``: what this machine can export, run and verify, and what prevents the rest."""
 
 import os
 import platform
@@ -80,7 +80,7 @@ def _summary(matrix: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _matrix_rows(matrix: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """One line for each format, device and answer: the dtypes that share it, what can be done, and why not the rest."""
+    """One line per format, device and result: the dtypes with that result, what works, and what prevents the rest."""
     grouped: dict[tuple[str, str, str, str], list[str]] = {}
     for row in matrix:
         able = [verb for verb in ("export", "run", "verify") if row[verb]]
@@ -101,7 +101,7 @@ def _torch() -> tuple[int | None, str | None]:
 
 
 def env(as_json: AsJson = False) -> int:
-    """Show what this machine can export, run and verify, and why not the rest."""
+    """Show what this machine can export, run and verify, and what prevents the rest."""
     with activity("examining this machine", stages=False):
         threads, device = _torch()
         matrix = _matrix()
@@ -139,5 +139,5 @@ def env(as_json: AsJson = False) -> int:
     ]
     console.print_rows(rows)
     console.print_text("")
-    console.print_table(("format", "device", "dtypes", "can", "why not the rest"), _matrix_rows(matrix))
+    console.print_table(("format", "device", "dtypes", "can", "what prevents the rest"), _matrix_rows(matrix))
     return 0

@@ -53,7 +53,7 @@ def export(
     layer: Annotated[
         str | None,
         typer.Option(
-            help="0-based layer whose block to export, or all.",
+            help="0-based layer to export as a block, or all.",
             show_default="the whole model, or the only block",
             autocompletion=complete_layer,
         ),
@@ -69,12 +69,12 @@ def export(
     ] = None,
     logits: Annotated[
         Literal["all", "last"] | None,
-        typer.Option(help="Positions that a model gives logits for: all new ones, or the last.", show_default="all"),
+        typer.Option(help="Positions for which a model returns logits: all new ones, or the last.", show_default="all"),
     ] = None,
     cache: Annotated[
         Literal["growing", "in-place"] | None,
         typer.Option(
-            help="Key/value cache of a model: returned with new tokens, or updated in place; aoti and pt2 have both.",
+            help="Key/value cache of a model: returned with new tokens appended, or updated in place (aoti and pt2).",
             show_default="growing",
         ),
     ] = None,
@@ -102,7 +102,7 @@ def export(
         ),
     ] = None,
     attention_impl: Annotated[
-        str, typer.Option(help="Implementation of the two attentions, among those that the format ships; or auto.")
+        str, typer.Option(help="Attention implementation: one of those that the format includes, or auto.")
     ] = "auto",
     runtime: Annotated[
         Literal["native", "reference"],
@@ -112,7 +112,7 @@ def export(
     cases: Cases = None,
     weights: Annotated[
         Literal["int8", "int4"] | None,
-        typer.Option(help="Quantise the matrices of a model; needs --onnx-flavor ort.", show_default="as --dtype says"),
+        typer.Option(help="Quantise the matrices of a model; needs --onnx-flavor ort.", show_default="not quantised"),
     ] = None,
     block_size: Annotated[int | None, typer.Option(help="Number of weights per scale.", show_default="32")] = None,
     quantise_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the output head, too.")] = False,
@@ -157,7 +157,7 @@ def export(
         "--min-agreement": min_agreement,
     }
     if weights is None and (lonely := [option for option, given in of_weights.items() if given is not None]):
-        raise InputError(f"{', '.join(lonely)} is for quantised weights; give --weights int8 or int4, too")
+        raise InputError(f"{', '.join(lonely)} cannot be used without quantised weights; give --weights int8 or int4")
     if no_verify:
         of_checks = {"--cases": cases, "--runtime": None if runtime == "native" else runtime, "--seed": seed or None}
         refuse_together("--no-verify", "runs nothing", of_checks)

@@ -111,7 +111,7 @@ class Job:
         from diffdeploy.bundle import check_output, default_output
 
         layer = self.reading.layer
-        # Without --layer, the layer of a block, which is part of the default output, is known only from the keys.
+        # The default output contains the layer of a block, which without --layer is known only after reading the keys.
         if output is None and layer is None and self.options.graph != "model":
             return
         check_output(output or default_output(self.name, layer, self.options.format), force=self.force)

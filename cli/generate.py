@@ -37,7 +37,11 @@ def generate(
     ] = None,
     min_new_tokens: Annotated[int, typer.Option(help="Smallest number of new tokens.")] = 0,
     temperature: Annotated[
-        float | None, typer.Option(help="Sample tokens, with logits divided by this.", show_default="the most probable")
+        float | None,
+        typer.Option(
+            help="Sample tokens, with logits divided by this number.",
+            show_default="no sampling; 1 with --top-k, --top-p or --seed",
+        ),
     ] = None,
     top_k: Annotated[
         int | None, typer.Option(help="Sample from this many of the most probable tokens.", show_default="all")
@@ -49,7 +53,7 @@ def generate(
         ),
     ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Penalty for tokens that occurred already; 1 for none.")
+        float, typer.Option(help="Penalty for tokens that have already occurred; 1 for none.")
     ] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
     seed: Annotated[
@@ -173,7 +177,7 @@ class _Run:
         """Print the end of the text, and the speed."""
         first, decode = self._rates
         console.print_text("")
-        rate = "" if decode is None else f", {_figure(decode)} tokens/s after it"
+        rate = "" if decode is None else f", then {_figure(decode)} new tokens/s"
         console.note(f"{num_prompt} prompt tokens at {_figure(num_prompt / first)} tokens/s{rate}")
 
 

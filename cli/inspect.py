@@ -29,7 +29,7 @@ def inspect(
         ),
     ] = None,
     draw: Annotated[
-        Path | None, typer.Option(help="Also draw the graph around the attentions of one layer: an .svg file.")
+        Path | None, typer.Option(help="Also draw the graph around the attention of one layer, as an .svg file.")
     ] = None,
     layer: Annotated[
         int | None, typer.Option(min=0, help="0-based layer of a model that --draw shows.", show_default="the first")
@@ -78,7 +78,9 @@ def inspect(
     also = f"; {', '.join(found.also)} has the same keys" if found.also else ""
     console.print_text(f"checkpoint {path}: {len(found.blocks)} differential-attention blocks")
     if is_model:
-        console.print_text("with a token embedding: export takes the whole model, and --layer one of the blocks")
+        console.print_text(
+            "it has a token embedding: export packages the whole model, and export --layer one of its blocks"
+        )
     console.print_text(f"layout {found.layout} (version {found.version}), recognised by {found.why}{also}")
     for block in found.blocks:
         console.print_text("")
@@ -90,7 +92,7 @@ def _check_drawing(target: Path) -> None:
     from diffdeploy.files import check_writable
 
     if target.suffix != ".svg":
-        raise InputError(f"{target} is not a figure that can be drawn; accepted: names that end in .svg")
+        raise InputError(f"--draw is {target}; accepted: file names that end in .svg")
     check_writable(target)
 
 
@@ -98,7 +100,7 @@ def _draw(bundle: "Bundle", layer: int, target: Path) -> None:
     """Draw the attention part of a layer.
 
     Raises:
-        InputError: the format has no graph that can be read, or the graph no such layer.
+        InputError: the format has no readable graph, or the graph has no such layer.
     """
     from diffdeploy.cli.drawing import draw
     from diffdeploy.files import write_whole
@@ -113,7 +115,7 @@ def _draw(bundle: "Bundle", layer: int, target: Path) -> None:
         )
     num_layers = len(manifest.config.blocks)
     if layer >= num_layers:
-        raise InputError(f"--layer is {layer}; the graph has {num_layers}, counted from 0")
+        raise InputError(f"--layer is {layer}; the graph has {num_layers} layers, counted from 0")
     each = sum(node.kind == "attention" for node in nodes) // num_layers
     title = f"{bundle.path.name}: {manifest.format}, {manifest.graph.variant}, attention of layer {layer}"
     write_whole(target, draw(nodes, range(layer * each, (layer + 1) * each), title))
@@ -203,7 +205,7 @@ def _quantisation_rows(bundle: "Bundle") -> list[tuple[str, str]]:
 def _heads(num_heads: int | None, num_kv_heads: int | None, head_dim: int | None, value_dim: int | None) -> str:
     """Sizes of heads, in the same words for a bundle and for the checkpoint that it came from."""
     values = f"{num_kv_heads} key/value heads with values of width {value_dim}"
-    return f"{num_heads} of two streams of width {head_dim}, {values}"
+    return f"{num_heads} with two streams of width {head_dim} each, {values}"
 
 
 def _window(block: "BlockSummary") -> str:

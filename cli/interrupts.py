@@ -19,7 +19,7 @@ def ended_by_interrupts(command: Callable[..., int]) -> Callable[..., int]:
         try:
             return command(*arguments, **options)
         except KeyboardInterrupt as interrupt:
-            # Code that knows what was kept raises the interrupt again with that sentence.
+            # Code that knows what was kept raises the interrupt again, with a sentence about it as its argument.
             said = "; ".join(("interrupted", *map(str, interrupt.args)))
             raise console.Ended(console.INTERRUPTED, said) from interrupt
 
@@ -38,7 +38,7 @@ def keeping(target: Path) -> Iterator[None]:
 
 
 def _identity(path: Path) -> int | None:
-    # A rename puts another directory there.
+    # A directory that a rename has moved into place has a different inode than the one before.
     return path.stat().st_ino if path.exists() else None
 
 

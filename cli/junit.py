@@ -44,7 +44,7 @@ def of_self_test(result: "SelfTest") -> list[Verdict]:
             f"faults: {fault.family}",
             fault.name,
             None if fault.caught or not fault.provable else f"was not caught: {fault.breaks}",
-            f"caught by {', '.join(fault.by)}" if fault.caught else "" if fault.provable else "cannot be proved",
+            f"caught by {', '.join(fault.by)}" if fault.caught else "" if fault.provable else "seen only by chance",
         )
         for fault in result.faults
     ]

@@ -110,7 +110,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
 
 
 def _wanted_end(error: BaseException) -> console.Ended | None:
-    """End of a command for errors whose traceback is useless, even with --debug; ``None`` for other errors."""
+    """Exit code and message for an error whose traceback would not help, even with --debug; ``None`` for others."""
     if isinstance(error, console.Ended):
         return error
     if isinstance(error, KeyboardInterrupt | typer.Abort):

@@ -19,7 +19,7 @@ _READING = (
 _OPEN, _OUTPUT, _HOW_RUN = "What the checkpoint leaves open", "Result", "How it runs"
 _TRUST = "Trust"
 
-# Names of parameters, by command and group; within a group, the order is that of the command.
+# Names of parameters, by command and group, in the order in which help shows them.
 PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "export": {
         "What is exported": ("format_name", "layer", "graph", "logits", "cache"),

@@ -59,7 +59,7 @@ class Activity:
 
         Args:
             done: number of steps done.
-            total: number of all steps; if ``done`` has reached it, work that is not counted follows.
+            total: number of all steps; if ``done`` equals it, the work that follows is not counted in steps.
             name: name of the step.
         """
         if done == 0:
@@ -97,7 +97,7 @@ def duration(seconds: float) -> str:
 def activity(text: str, *, stages: bool = True) -> Iterator[Activity]:
     """Show progress on standard error while the ``with`` block runs.
 
-    A terminal has a spinner with one line that changes. A log gets a line with the duration of each finished
+    A terminal shows a spinner and one changing line. A log gets a line with the duration of each finished
     stage, and one every ten seconds that names the current step. A stage that fails prints only the error.
 
     Args:

@@ -136,7 +136,7 @@ def ranges(coverage: "Sequence[Coverage]") -> str:
     parts: list[str] = []
 
     def x(size: int) -> float:
-        # One more, since a past may have no positions.
+        # Plus one, since the size of a past may be 0, which has no logarithm.
         return left + (_WIDTH - left - 44) * math.log(size + 1) / math.log(largest + 1)
 
     for number, part in enumerate(coverage):

@@ -23,7 +23,7 @@ class ReportFiles:
     html: Path | None
 
     def check(self) -> None:
-        """Check, before the verification, which takes minutes, that all files can be written.
+        """Check that all files can be written, before the verification takes minutes.
 
         Raises:
             InputError: a file cannot be written.

@@ -74,7 +74,7 @@ def report_fields(report: "Report", subject: Path) -> dict[str, Any]:
             # The excluded fields are elsewhere in the result, or describe how a report is stored.
             **report.model_dump(mode="json", exclude={"format", "graph", "schema_version", "loss"}),
         },
-        # Next to the verdict, since it is not part of it.
+        # Outside of `verification`, since the loss does not affect the verdict.
         **({} if report.loss is None else {"loss": loss_fields(report.loss)}),
     }
 

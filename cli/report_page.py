@@ -122,8 +122,9 @@ def _errors(cases: "Sequence[CaseReport]") -> list[str]:
         return []
     return [
         _section("Errors against the budget"),
-        "<p>Each point is one case. Its error against the formula in fp64 is a share of the allowed error: that of a "
-        "correct computation in this dtype, times a factor, plus a floor. Crosses are failed cases.</p>",
+        "<p>Each point is one case. It shows the error against the formula in fp64, as a share of the allowed error. "
+        "The allowed error is the error of a correct computation in this dtype, times a factor, plus a floor. Crosses "
+        "are failed cases.</p>",
         by_case(cases),
         _section("By length and kind"),
         "<p>The largest share of the budget that a case of this kind and sequence length used.</p>",

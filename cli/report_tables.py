@@ -39,15 +39,15 @@ def print_report(report: "Report") -> None:
 
 
 def print_faults(faults: "Sequence[FaultResult]") -> None:
-    """Print the table of a self-test to standard error: each fault, what caught it, and the stage that was named."""
+    """Print the table of a self-test to standard error: each fault, what caught it, and the reported stage."""
     wide = _is_wide()
-    table = _table(("fault", "", "caught by", "stage that was named"), (), whole=("fault", "caught by"))
+    table = _table(("fault", "", "caught by", "reported stage"), (), whole=("fault", "caught by"))
     for fault in faults:
         said = fault.stage or "none"
         named = "-" if fault.located is None else said if fault.located else f"{said}, not {fault.expected_stage}"
         table.add_row(
             _name(fault.name, wide=wide),
-            _mark(fault.caught, "caught", "NOT SEEN") if fault.provable or fault.caught else "cannot be proved",
+            _mark(fault.caught, "caught", "NOT SEEN") if fault.provable or fault.caught else "seen only by chance",
             _name(", ".join(fault.by), wide=wide),
             named if fault.located is None else _mark(fault.located, named),
         )
@@ -58,7 +58,7 @@ def print_families(families: "Sequence[Family]") -> None:
     """Print the numbers of injected and caught faults by family to standard error."""
     table = _table(("family", ""), ("injected", "caught"))
     for family in families:
-        said = _mark(family.caught == family.injected, "all", "NOT ALL") if family.provable else "cannot be proved"
+        said = _mark(family.caught == family.injected, "all", "NOT ALL") if family.provable else "seen only by chance"
         table.add_row(family.name, said, str(family.injected), str(family.caught))
     _print(table)
 
@@ -78,8 +78,8 @@ def _case_table(report: "Report", *, wide: bool) -> "Table":
     numbers = ["cases", *(["rmse", "eager rmse"] if wide else []), "budget\nused", "k\nneeded"]
     table = _table(("inputs", "", "worst case"), numbers, whole=("worst case",))
     table.caption = (
-        f"budget used: error over the allowed error, which is k = {report.budget.k:g} times that of a correct "
-        "computation, plus a floor\nk needed: the smallest k with which the case would pass"
+        f"budget used: error divided by the allowed error, which is k = {report.budget.k:g} times the error of a "
+        "correct computation, plus a floor\nk needed: the smallest k with which the case would pass"
     )
     groups: dict[str, list[CaseReport]] = {}
     for case in report.cases:
@@ -133,7 +133,7 @@ def _failure_table(failed: "Sequence[tuple[str, OutputReport]]", *, wide: bool) 
 
 
 def _stage_table(finding: "Finding", *, wide: bool) -> "Table":
-    """Table of a failure's location: all stages that the artifact shows, or one sentence if it shows none."""
+    """Table that locates a failure: all stages whose values the artifact exposes, or one sentence if there are none."""
     table = _table(("stage", "", "where"), ("rmse", "eager\nrmse", "ratio"), whole=("stage", "where"))
     for stage in finding.stages:
         figures = (stage.rmse, stage.eager_rmse, stage.amplification)

@@ -23,7 +23,7 @@ def run_self_test(bundle: Path, run_options: "RunOptions", files: ReportFiles, *
         The exit code: 0 only if every fault was caught.
 
     Raises:
-        DiffDeployError: there is no bundle, or it fails without any fault.
+        DiffDeployError: there is no bundle, or it fails verification even without a fault.
     """
     files.check()
     with activity("verifying the bundle as it is") as doing:

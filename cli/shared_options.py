@@ -52,7 +52,8 @@ Trust = Annotated[
 PublicKey = Annotated[
     Path | None,
     typer.Option(
-        help="Public key (PEM) that must have signed the bundle, which is then trusted.", show_default="any bundle"
+        help="Public key (PEM) that must have signed the bundle, which is then trusted.",
+        show_default="signatures are not checked",
     ),
 ]
 Cases = Annotated[
@@ -62,7 +63,7 @@ _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the resu
 
 
 def with_parameters(command: Callable[..., int], parameters: Iterable[Parameter]) -> Callable[..., int]:
-    """Set the signature of a function with arbitrary arguments, from which typer makes options."""
+    """Set the signature that typer reads, for a function that takes arbitrary arguments."""
     parameters = list(parameters)
     # typer reads both.
     command.__signature__ = Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
@@ -87,7 +88,7 @@ def refuse_together(option: str, why: str, others: Mapping[str, object]) -> None
     """Refuse options that cannot be combined.
 
     Args:
-        option: the option, or the kind of command that results from it.
+        option: the option, or a command without one, such as ``verify without --engine``.
         why: the rest of a sentence about it.
         others: values by names of options; ``None`` for those that were not given.
 

@@ -21,7 +21,8 @@ def sign(
 ) -> int:
     """Sign every file of a bundle, in the format of OpenSSF model-signing, without going online.
 
-    Anyone with the public key can check it with --public-key of verify, run, generate and bench, or in load().
+    Anyone with the public key can check the signature: verify, run, generate and bench take the key as --public-key,
+    and load() takes it as public_key.
     """
     from diffdeploy.bundle import MANIFEST, open_bundle, sign_bundle
 

@@ -1,4 +1,4 @@
-"""``diffdeploy verify``: repeats the verification that accepted a bundle, or a part of it, from the bundle alone."""
+"""``diffdeploy verify``: repeats all or part of the verification that accepted a bundle, from the bundle alone."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -77,7 +77,9 @@ def verify(
     ] = None,
     k: Annotated[
         float | None,
-        typer.Option("--k", min=0.0, help="Factor on the error of a correct computation, with --from-report."),
+        typer.Option(
+            "--k", min=0.0, help="Allowed multiple of the error of a correct computation, with --from-report."
+        ),
     ] = None,
     save_report: Annotated[Path | None, typer.Option(help="Write the report, for --from-report and diff.")] = None,
     junit: Annotated[
@@ -98,12 +100,13 @@ def verify(
 
     The exact result is computed in fp64 from the weights in the bundle; the checkpoint is not needed.
 
-    With --checkpoint, its block is read again as for the export, and must give the same weights bit for bit.
+    With --checkpoint, the checkpoint is read again with the options of the export, and must have the same weights, bit
+    for bit.
 
     With --public-key, the signature is checked first, before anything in the bundle is used.
 
-    With --engine genai or vllm, the engine continues prompts, and its log-probabilities and tokens are compared. With
-    openvino or reference, only the runtime of the artifact differs.
+    With --engine genai or vllm, the engine continues prompts, and its log-probabilities and tokens are compared with
+    the exact ones. With openvino or reference, the bundle is verified as usual, but in that runtime.
 
     With --self-test, the verification itself is tested: it must reject every faulty copy of the bundle.
     """
@@ -133,7 +136,7 @@ def verify(
         files.check()
         report = _judged_again(from_report, bundle, k)
         return _end(report, bundle or from_report, files, as_json=as_json, warn_only=warn_only)
-    refuse_together("verify without --from-report", "judges by its own table", {"--k": k})
+    refuse_together("verify without --from-report", "uses the k of the dtype", {"--k": k})
     if bundle is None:
         raise InputError("no bundle was given; give a directory that diffdeploy exported, or --from-report")
     from diffdeploy.formats import RunOptions
@@ -170,11 +173,11 @@ def _verified(bundle: Path, inputs: _Inputs | None, options: "RunOptions", check
         from diffdeploy.verify import verify_bundle, verify_golden
 
         if options.public_key is not None:
-            # Checked before a checkpoint is read with options from the bundle.
+            # The signature comes first, since the checkpoint is read with options that the bundle contains.
             open_bundle(bundle, options.public_key)
             checks.append(_signature(options.public_key))
         if checkpoint is not None:
-            # Compared before the sweep, which takes minutes and would be lost without such a checkpoint.
+            # Compared before the sweep, which takes minutes that would be lost if the checkpoint cannot be read.
             checks.append(_origin(bundle, checkpoint))
         doing.phase("verifying")
         if inputs is None:
@@ -195,7 +198,7 @@ def _verified(bundle: Path, inputs: _Inputs | None, options: "RunOptions", check
 
 
 def _runtime_of(engine: str | None, runtime: "Name") -> "Name":
-    """Runtime of the artifact; openvino and reference are runtimes, which run the same sweep as any other."""
+    """Runtime of the artifact; the engines openvino and reference are runtimes, and run the same sweep as native."""
     if engine not in ("openvino", "reference"):
         return runtime
     refuse_together(

@@ -27,7 +27,7 @@ def run_engine(
 ) -> int:
     """Verify a model on an engine, print the verdict, and return the exit code."""
     if path is None:
-        raise InputError("no model was given; give a directory that the engine runs")
+        raise InputError("no model was given; give the directory of a model")
     from diffdeploy.engines import require_engine
 
     engine = require_engine(name)

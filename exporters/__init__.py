@@ -1,4 +1,4 @@
-"""Exporters: the steps of an export and of a conversion, and one module per format that lowers."""
+"""Exporters: the steps of an export and of a conversion, and a module for each format that needs lowering."""
 
 from diffdeploy.exporters.convert import Conversion, convert_model
 from diffdeploy.exporters.export import Export, export_bundle, lower_block, settled_length

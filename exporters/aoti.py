@@ -44,7 +44,7 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, device: str) -> No
 
 @contextmanager
 def _without_vector_instructions() -> Iterator[None]:
-    """Use no vector instructions in the code that only launches kernels, so that it runs on all of its architecture.
+    """Use no vector instructions in code that only launches kernels, so that any processor of its architecture runs it.
 
     To detect vector instructions, inductor starts Python with torch once for each kind: ten times on a processor with
     AVX-512 and AMX, which took 40 of the 68 seconds of an export.
@@ -59,10 +59,10 @@ def _without_vector_instructions() -> Iterator[None]:
 
 
 def _require_shared_cpp_library(package: Path) -> None:
-    """Refuse a package that contains the C++ library: `std::regex` mixes it with torch's, and crashes on loading.
+    """Refuse a package with its own copy of the C++ library: `std::regex` would mix it with torch's copy, and crash.
 
     Raises:
-        ExportError: the package contains one.
+        ExportError: the package contains such a copy.
     """
     _, library = read_library(package)
     # Names of shared libraries, as the linker writes them: either one is enough, that of GCC or that of clang.

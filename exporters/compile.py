@@ -21,7 +21,7 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, device: str) -> No
     The weights are arguments of the artifact, and stay in ``weights.safetensors``.
 
     Raises:
-        ExportError: the traced graph has other arguments than the block has weights.
+        ExportError: the arguments of the traced graph are not the weights of the block.
     """
     from torch._inductor import config, standalone_compile
 

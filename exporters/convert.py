@@ -49,7 +49,7 @@ class ConversionRecord(Record):
 
     @property
     def worst(self) -> CaseReport:
-        """The case that used most of its budget."""
+        """The case that used the largest share of its budget."""
         return max(self.cases, key=lambda case: case.severity)
 
 

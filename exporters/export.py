@@ -80,7 +80,7 @@ def _checked_format(options: ExportOptions) -> Format:
     """Format of an export, after the checks that need no weights."""
     found = require_format(options.format)
     device = found.device_of(options)
-    # First, errors that hold on every machine: the user can correct those, unlike those of the machine.
+    # Errors that occur on every machine come first: the user can correct those, unlike what this machine lacks.
     if reason := found.why_not_made_for(device, options.dtype):
         raise InputError(reason)
     if reason := found.why_not_export(device, options.dtype):
@@ -132,8 +132,8 @@ def _write_weights(config: AnyModel, weights: ShippedWeights, spec: GraphSpec, s
 
     computed = {name: to_array(tensor) for name, tensor in weights.computed.items()}
     # Golden vectors use the cast and quantised weights: the artifact must compute with the weights that it was given,
-    # not with those of the checkpoint. Serialised first, since the file writer of safetensors hides the reason when a
-    # disk is full.
+    # not with those of the checkpoint. Both files are serialised in memory, since the file writer of safetensors hides
+    # the reason when a disk is full.
     (staging / WEIGHTS).write_bytes(safetensors.numpy.save(dict(weights.stored)))
     (staging / GOLDEN).write_bytes(safetensors.numpy.save(golden_arrays(config, spec, computed, seed)))
 
@@ -274,7 +274,7 @@ def _lower(
 
 
 def _reason(error: Exception) -> str:
-    """Essence of a long message of torch: the violation and its first detail, else the last line."""
+    """Shorten an error message of torch to the violation and its first detail, or to the last line without details."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # Dynamo describes the error in a paragraph with this heading, before advice to developers.
     for line in lines:

@@ -1,4 +1,4 @@
-"""Lowering to ONNX: standard operators, two attentions per layer, and no node that does not depend on the input."""
+"""Lowering to ONNX: standard operators, one attention per stream, and only nodes that depend on the input."""
 
 import logging
 from pathlib import Path
@@ -46,7 +46,7 @@ def lower(
         block: frozen block in the dtype of the graph.
         spec: interface of the graph.
         directory: existing directory.
-        opset: operator set; from 23 on, attentions are ``Attention`` nodes, and below they are decomposed.
+        opset: operator set; from 23 on, attention is exported as ``Attention`` nodes; below 23, it is decomposed.
         flavor: ``standard`` or ``ort``.
         quantisation: quantisation of the matrices in the directory's weights file.
 
@@ -68,7 +68,7 @@ def lower(
         graph = OrtGraphModule(block, spec)
     with _scores_in_float32(), small_epsilons_kept(block, opset):
         program = _export(graph.eval(), spec, names, opset)
-    # Named while they are outputs; the verification reads the values between layers.
+    # Outputs of layers were outputs of the graph only to get their names, by which the verification finds them.
     del program.graph.outputs[len(spec.outputs) :]
     if isinstance(block, DiffTransformer) and block.config.tied:
         tie_head(program, block.config.vocab_size, block.config.embed_dim)
@@ -103,7 +103,8 @@ def _scores_in_float32() -> TorchFunctionMode:
 
     onnxruntime's CPU provider keeps scores in the dtype of the queries. With outliers, as in activations of language
     models, some scores exceed 65504, and infinity minus infinity is NaN, even if a mask hides that score from the
-    query. It has no float16 product either, so the casts cost nothing: 28.5 ms and 28.1 ms at 512 positions of 8 heads.
+    query. The provider has no float16 matrix product either, so the casts cost nothing: 28.5 ms and 28.1 ms at 512
+    positions of 8 heads.
     """
     attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -128,8 +129,8 @@ def _require_ort(config: AnyConfig) -> None:
         )
     if config.value_dim < config.head_dim:
         raise InputError(
-            "onnxruntime's GroupQueryAttention needs values that are as wide as queries, but those of this block are "
-            f"narrower, {config.value_dim} and {config.head_dim}; omit --onnx-flavor"
+            "onnxruntime's GroupQueryAttention needs values at least as wide as queries, but in this block values have "
+            f"width {config.value_dim}, and queries {config.head_dim}; omit --onnx-flavor"
         )
 
 

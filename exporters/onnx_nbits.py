@@ -1,4 +1,4 @@
-"""Products with quantised matrices: each ``MatMul`` becomes an operator of onnxruntime on the bundle's own blocks."""
+"""Products with quantised matrices: ``MatMul`` becomes onnxruntime's ``MatMulNBits``, with the blocks in the bundle."""
 
 import hashlib
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _OPERATOR_SET = 1
 def quantise_products(
     model: "onnx_ir.Model", stored: Mapping[str, Array], config: AnyModel, quantisation: Quantisation
 ) -> None:
-    """Replace products with dequantised matrices in the model by ``MatMulNBits``.
+    """Turn each ``MatMul`` whose weight is a dequantised matrix into ``MatMulNBits``.
 
     Args:
         model: model that was exported with the dequantised weights, with products ``[B, S, K] x [K, N]``.
@@ -32,7 +32,7 @@ def quantise_products(
         quantisation: quantisation of its matrices.
 
     Raises:
-        ExportError: the graph has no plain product with a matrix.
+        ExportError: the graph has no ``MatMul`` with one of the matrices.
     """
     packed, shapes = packed_weights(stored), config.weight_shapes()
     # Equal matrices share one constant of the graph, and one of them represents all.
@@ -50,7 +50,7 @@ def quantise_products(
         _replace(model.graph, node, name, packed[name], shapes[name][1], quantisation)
         found.add(digest)
     if missing := [name for name, digest in wanted.items() if digest not in found]:
-        raise ExportError(f"the graph has no plain product with {missing[0]}, so it cannot be quantised")
+        raise ExportError(f"the graph has no MatMul with {missing[0]}, so this matrix cannot be quantised")
     model.graph.opset_imports.setdefault(ORT_DOMAIN, _OPERATOR_SET)
 
 

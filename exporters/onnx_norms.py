@@ -22,7 +22,7 @@ _SMALL = 1e-7
 
 
 class _ScaledNorm(nn.Module):
-    """An equivalent norm of numbers ``c`` times as large, with ``c ** 2`` times the epsilon, which is then near 1.
+    """An equivalent norm that multiplies its input by ``c``, and epsilon by ``c ** 2``, so that epsilon is near 1.
 
     ``c`` is a power of 2, so that no rounding changes.
     """

@@ -55,7 +55,7 @@ class OrtGraphModule(nn.Module):
         block, config = self.block, self.block.config
         v_BSHe = _heads(block.v_proj(x_BSD), config.value_dim)
         seen_bias, dead = _bias(x_BSD, inputs.get("attention_mask"), config)
-        # Once for both streams, since a weight that two products read is transposed at run time.
+        # Projected once for both streams, since a weight that two MatMul nodes read is transposed at run time.
         all_keys = None if self.keys is not None else block.normalise_keys(_heads(block.k_proj(x_BSD), config.head_dim))
         streams = []
         for stream in (0, 1):
@@ -183,7 +183,7 @@ def _bias(x_BSD: Tensor, attention_mask: Tensor | None, config: AnyConfig) -> tu
     smallest = torch.finfo(x_BSD.dtype).min
     bias = torch.zeros((), dtype=x_BSD.dtype).masked_fill(~seen.mask, smallest / 2)
     if x_BSD.dtype == torch.float16:
-        # The operator keeps scores in float32, and outliers make some as large as half of the smallest float16; keys of
-        # padding score 0 here, so the bias is not added to a larger negative score.
+        # The operator keeps scores in float32, where outliers can make a score as large as the bias above. Padding gets
+        # twice that bias, which is never added to a large negative score: padded keys score 0 here.
         bias = bias.masked_fill(~seen.mask & (attention_mask == 0)[:, None, None], smallest)
     return bias, seen.dead.transpose(1, 2)

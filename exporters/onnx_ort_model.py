@@ -1,8 +1,8 @@
 """A model in onnxruntime's own operators: one ``GroupQueryAttention`` per layer, for both streams of all heads.
 
 The operator counts the tokens of each row, and appends the new ones to the past: in another buffer, or in place if past
-and present are bound to the same one. As everywhere, keys are stored as ``[k1 | k2]`` after the rotary embedding, which
-is therefore a separate operator: inside the attention, it would require the halves of a pair to be interleaved.
+and present are bound to the same one. As in all formats, keys are stored as ``[k1 | k2]`` after the rotary embedding.
+The embedding is therefore a separate operator: the attention operator would need the halves of a pair interleaved.
 
 Shape suffixes: B batch, H heads, S new tokens, P past tokens, T = P + S, d stream width, e value width.
 """
@@ -91,7 +91,7 @@ class _Steps:
     """The steps of a block that the operator replaces: appending to the cache, and attention.
 
     Attributes:
-        rows: number of tokens of each row minus one ``[B]``, and that of the longest ``[1]``, both int32.
+        rows: two int32 tensors: number of tokens of each row minus one ``[B]``, and length of the mask ``[1]``.
         present: keys and values including the new tokens, after `attend` was called.
     """
 

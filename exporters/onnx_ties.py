@@ -1,4 +1,4 @@
-"""A tied head that shares the embedding's constant: the exporter would fold a transposed copy of it."""
+"""A tied head that shares the embedding's constant: the exporter would store a transposed copy instead."""
 
 from typing import TYPE_CHECKING
 

@@ -57,7 +57,7 @@ class ShippedWeights:
 
 
 def check_quantisation(checkpoint: "Checkpoint | ModelCheckpoint", options: ExportOptions) -> None:
-    """Reject options of quantised weights without quantisation, and a loss that cannot be measured.
+    """Reject quantisation options if nothing is quantised, and loss options if the loss cannot be measured.
 
     Raises:
         InputError: such an option was given.
@@ -69,7 +69,7 @@ def check_quantisation(checkpoint: "Checkpoint | ModelCheckpoint", options: Expo
     if options.weights is None and alone:
         raise InputError(f"{alone[0]} needs quantised weights, but there are none; give --weights int8 or int4")
     if given and TOKENIZER not in _companions(checkpoint):
-        raise InputError(f"{given[0]} needs a text, but the checkpoint has no {TOKENIZER} to read one with; omit it")
+        raise InputError(f"{given[0]} needs a tokenizer, but the checkpoint has no {TOKENIZER}; omit it")
     if options.max_kl is not None and not 0 <= options.max_kl < math.inf:
         raise InputError(f"max kl is {options.max_kl}; accepted: a number of nats, 0 or more")
     if options.min_agreement is not None and not 0 <= options.min_agreement <= 1:

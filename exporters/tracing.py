@@ -30,7 +30,7 @@ class GraphModule(nn.Module):
 
 
 def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Tensors to trace with, and the dynamic ones of their axes.
+    """Tensors to trace with, and the dynamic axes of each.
 
     Sizes of 0 and 1 would become constants in the trace; the verification shows that the graph supports them.
     """
@@ -59,8 +59,8 @@ def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tu
 def _with_conditions_forgotten() -> Iterator[None]:
     """Forget what dynamo compiled for `torch.cond` in the ``with`` block.
 
-    Its guards inspect the buffers of which caches are views, and would fail in the trace of a later model whose caches
-    are not views.
+    The compiled code has guards that inspect the buffers that the caches are views of. These guards would fail when a
+    later model is traced whose caches are not views.
     """
     try:
         yield

@@ -35,7 +35,7 @@ class RandomSizes:
         """Create the block; by default ``D`` is 1024, ``h`` is 8, ``h_kv = h`` and ``d = D / 2h``, as in the paper.
 
         Raises:
-            InputError: the sizes do not fit each other.
+            InputError: the sizes are inconsistent.
         """
         embed_dim, num_heads = self.embed_dim or 1024, self.num_heads or 8
         if self.head_dim is None and embed_dim % (2 * num_heads):
@@ -133,10 +133,12 @@ def open_sources(
     bundles = tuple(open_bundle(path, public_key) for path in paths if is_bundle(path))
     checkpoints = [path for path in paths if not is_bundle(path)]
     if len(checkpoints) > 1:
-        raise InputError(f"{checkpoints[0]} and {checkpoints[1]} are two checkpoints; give one, and bundles of it")
+        raise InputError(
+            f"{checkpoints[0]} and {checkpoints[1]} are two checkpoints; give one, and bundles made from it"
+        )
     if paths and sizes.given:
         raise InputError(f"sizes are for a random block, but {paths[0]} has its own; omit one of them")
-    # Such options would have no effect, which the user must know.
+    # Refused and not ignored, so that the user learns that such options have no effect.
     if public_key is not None and not bundles:
         raise InputError("--public-key is for checking bundles, but no bundle is given")
     if not checkpoints and reading.given():

@@ -73,11 +73,11 @@ def eager_candidates(given: Sequence[str], config: AnyConfig, *, device: str, dt
 
 def _require_runnable_impl(name: str, config: AnyConfig, device: str, dtype: DType) -> None:
     if name in SOFTMAX_BLOCKS and config.streams_share_keys:
-        raise InputError("softmax is compared with blocks of the first version, but this one is of the second")
+        raise InputError("softmax can be compared only with blocks of the first version, but this one is of the second")
     if name in SOFTMAX_BLOCKS and config.value_dim != 2 * config.head_dim:
         raise InputError(
-            f"softmax is compared with blocks whose values are {2 * config.head_dim} wide, twice the width of a "
-            f"stream, but those of this one are {config.value_dim}"
+            f"softmax can be compared only with blocks whose values are {2 * config.head_dim} wide, twice the width of "
+            f"a stream, but in this block they are {config.value_dim} wide"
         )
     if name == SOFTMAX_COMPILED and compiler_path() is None:
         raise UnavailableError(f"{name} compiles C++, but {compiler()} is not found; install it or set CXX")
@@ -128,7 +128,7 @@ def _require_range(bundle: Bundle, name: str, size: Size) -> None:
     ):
         most = axes[axis].max
         if given > most:
-            raise InputError(f"bundle {name} is made for {axis} up to {most}, but {option} leads to {given}")
+            raise InputError(f"bundle {name} is made for {axis} up to {most}, but {option} needs {given}")
 
 
 def choose_baseline(given: str | None, candidates: Sequence[Candidate] | Sequence[ModelCandidate]) -> str:

@@ -56,7 +56,7 @@ def require_comparable(old: BenchReport, plan: Plan, block: Block) -> None:
         ("graph", old.graph, plan.graph),
         ("dtype", old.dtype, plan.dtype),
         ("baseline", old.baseline, plan.baseline),
-        # The machines may differ, since ratios are taken within a run, but not the numbers of threads.
+        # The machines may differ, since ratios are taken within a run; the numbers of threads may not.
         ("number of threads", old.environment.threads, plan.threads),
     )
     planned = {(candidate.name, size) for candidate in plan.candidates for size in plan.sizes}

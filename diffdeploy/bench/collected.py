@@ -49,7 +49,7 @@ class Collected:
                 self._samples[event["size"], event["name"]].append(event["latency_ms"])
 
     def _status(self, rows: Iterable[_Row]) -> Status:
-        # Unfinished measurements do not count as wrong, since they might have become correct.
+        # A run that did not finish is reported as interrupted, even if a candidate is wrong.
         if not self._finished:
             return "interrupted"
         return "wrong" if any(row.status == "wrong" for row in rows) else "measured"

@@ -3,7 +3,7 @@
 The criterion is that of `diffdeploy.verify.metrics`: the error against the exact result may be a few times that of the
 eager block in the same dtype. If all heads together have at most ``2^27`` scores (one row of 4096 tokens and 8 heads),
 the exact result is the formula in numpy fp64, and the yardstick is ``naive``. Above that, both come from the eager
-block with ``impl="padded"``, in fp64 and in the dtype, whose memory does not grow with the square of the length.
+block with ``impl="padded"``, run in fp64 and in the dtype; its memory does not grow with the square of the length.
 Correct implementations use 10 to 25 % of the budget in both regimes; at sizes where both are possible, these agree
 within 3 points (float32 and float16, lengths 256 to 2048, inputs of N(0, 1) and N(0, 16)).
 """

@@ -140,10 +140,10 @@ def _phase_of(name: str, phase: Say, text: str) -> None:
 
 
 def _options_of(target: Target, options: ExportOptions) -> ExportOptions:
-    """Options for a target; those that it does not have apply only to the format that they were given for."""
+    """Options for a target; those specific to the requested format are omitted for the others."""
     if target.format.name == options.format:
         return options if target.name == options.format else replace(options, onnx_flavor=target.flavor)
-    # The first flavor is the default without the option, which some formats do not have.
+    # The first flavor is the default, so it needs no --onnx-flavor, an option that some formats do not accept.
     others = target.format.flavors[1:]
     flavor = target.flavor if target.flavor in others else None
     return replace(options, format=target.format.name, opset=None, onnx_flavor=flavor, runtime="native")

@@ -34,7 +34,7 @@ class Machine(Record):
         num_cpus: number of CPUs that this process may use.
         threads: number of threads of every candidate.
         device: ``cpu``, or the name of the CUDA device.
-        gpu: clocks and power of the CUDA device before and right after the first products; ``None`` if unknown.
+        gpu: clocks and power of the CUDA device before and right after the first matrix products; ``None`` if unknown.
         packages: versions of the packages that run the candidates.
         load_average: load average of the minute before the run.
         other_load: average number of cores that other processes kept busy during the measurement, which adds noise;
@@ -82,7 +82,7 @@ class Machine(Record):
             num_cpus=len(os.sched_getaffinity(0)),
             threads=threads,
             device=torch.cuda.get_device_name() if device == "cuda" else device,
-            gpu=None if before is None else f"{before} before, {_clocks_and_power()} after products",
+            gpu=None if before is None else f"{before} before, {_clocks_and_power()} after matrix products",
             packages=installed_versions(distributions()),
             load_average=round(load_average, 2),
             matmul_gflop_per_second=round(rate, 1),
@@ -95,7 +95,7 @@ class Machine(Record):
 
 
 class OtherLoad:
-    """Number of cores that other processes keep busy since its construction (Linux; man 5 proc_stat)."""
+    """Number of cores that other processes have kept busy since its construction (Linux; man 5 proc_stat)."""
 
     def __init__(self) -> None:
         self._start = self._now()

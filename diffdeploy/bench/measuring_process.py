@@ -58,6 +58,6 @@ class MeasuringProcess:
                 kind: type[DiffDeployError] = getattr(errors, event["kind"], ExportError)
                 raise kind(event["message"])
             yield event
-        # A worker that was killed, for example because of its memory, sends no event.
+        # A worker that was killed, for example because it used too much memory, sends no event.
         if self._process.wait():
-            raise ExportError(f"the process that measures ({self._name}) {self._process.obituary()}")
+            raise ExportError(f"the measuring process ({self._name}) {self._process.obituary()}")

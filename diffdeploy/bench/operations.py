@@ -10,7 +10,7 @@ __all__ = ["FORMULA", "attention_flop", "block_flop", "num_pairs", "num_scores",
 # Lines below every table.
 FORMULA = (
     "counted by formula, a multiply-add as 2: the projections, plus 12 d per query-key pair and head",
-    "(two attentions, values of width 2d; softmax: 8 d, for two heads with values of width d);",
+    "(attention in two streams, values of width 2d; softmax: 8 d, for two heads with values of width d);",
     "causal pairs of S tokens after a past of P: S (S + 1) / 2 + S P",
 )
 
@@ -32,7 +32,7 @@ def num_scores(config: AnyConfig, size: Size) -> int:
 
 
 def attention_flop(config: AnyConfig, size: Size, *, softmax: bool = False) -> int:
-    """Operations of the attentions of all heads.
+    """Operations of attention in all heads.
 
     A stream takes ``2 d`` per pair for a score and ``2 e`` for its share of the values, where ``e`` is their width: two
     streams with ``e = 2d`` take ``12 d`` per pair and head. The softmax block of equal size has two heads with

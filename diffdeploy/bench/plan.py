@@ -34,7 +34,7 @@ class Size(Record):
 
     @classmethod
     def of_length(cls, length: int, *, batch_size: int, graph: Variant) -> Self:
-        """A sequence of that length or, with a cache, one token after a past of it."""
+        """A sequence of that length or, with a cache, one token after a past of that length."""
         if graph == "cached":
             return cls(batch_size=batch_size, sequence_length=1, past_sequence_length=length)
         return cls(batch_size=batch_size, sequence_length=length)

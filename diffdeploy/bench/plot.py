@@ -30,7 +30,7 @@ def require_plot(path: Path) -> None:
     from importlib.util import find_spec
 
     if path.suffix not in SUFFIXES:
-        raise InputError(f"{path} is not a figure that can be written; accepted: names that end in .svg or .png")
+        raise InputError(f"the figure cannot be written to {path}; accepted: file names that end in .svg or .png")
     if find_spec("matplotlib") is None:
         raise UnavailableError("a plot needs matplotlib, which is not installed; pip install 'diffdeploy[plot]'")
 

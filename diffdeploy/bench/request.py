@@ -65,7 +65,7 @@ class BenchRequest:
         """Command that repeats the measurement."""
         usual = {"impl": ["all"], "batch": [1], "device": "cpu"}
         words = ["diffdeploy", "bench", *map(str, self.sources)]
-        # Without the sources, which are arguments and come first, and the checkpoint's own options.
+        # The sources are arguments, which come first; the options for reading the checkpoint are added below.
         given = {field.name: getattr(self, field.name) for field in fields(self)[1:] if field.name != "reading"}
         for name, value in {**given, **self.reading.given()}.items():
             option = f"--{name.replace('_', '-')}"
@@ -89,8 +89,8 @@ def prepare(
         compare_with: an earlier run to compare the result with.
 
     Raises:
-        InputError: options do not fit each other, a file cannot be read, or the runs cannot be compared.
-        UnavailableError: this machine lacks a device, a package or the memory.
+        InputError: options contradict each other, a file cannot be read, or the runs cannot be compared.
+        UnavailableError: this machine lacks a device, a package or memory.
         ExportError: a format could not be exported.
     """
     _set_up_torch(request)

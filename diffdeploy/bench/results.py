@@ -40,7 +40,7 @@ class Row(Record):
         weight_bytes: memory of the weights alone.
         extra_bytes: ``peak_bytes`` minus ``weight_bytes``.
         block_gflop: counted operations of the block, in 10^9.
-        attention_gflop: counted operations of its attentions, in 10^9.
+        attention_gflop: counted operations of its attention alone, in 10^9.
         gflop_per_second: ``block_gflop`` over the latency.
         matmul_share: share of the machine's matrix-product rate.
     """

@@ -25,12 +25,12 @@ __all__ = ["STEADY_MALLOC", "Bench", "Progress"]
 # Description of the current step, and the seconds left if known.
 Progress = Callable[[str, float | None], None]
 
-# Assumed durations until the first of a kind has been seen.
+# Assumed durations of one size and of one memory measurement, for the estimate of the remaining time.
 _SECONDS_PER_SIZE, _SECONDS_PER_MEMORY = 20.0, 3.0
 # Settings of glibc's allocator (man 3 mallopt). For times, freed memory is kept, as it is after a while in a process
-# that serves similar calls; by default that depends on what other candidates have freed, and ratios change by 30 % from
-# run to run. For memory, larger tensors are returned to the system when they are freed, so that only live memory is
-# resident.
+# that serves similar calls; by default, how much is kept depends on what other candidates have freed, and ratios change
+# by 30 % from run to run. For memory, larger tensors are returned to the system when they are freed, so that only live
+# memory is resident.
 # To measure times: never use mmap, keep up to 16 GiB, and grow by 64 MiB at a time.
 STEADY_MALLOC = {
     "MALLOC_MMAP_MAX_": "0",

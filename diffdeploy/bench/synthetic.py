@@ -7,7 +7,7 @@ __all__ = ["random_checkpoint"]
 
 
 def random_checkpoint(*, embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int, seed: int = 0) -> Checkpoint:
-    """Create a causal block of the paper's kind (rotary embedding, norm, the first layer's lambda) as a checkpoint.
+    """Create the checkpoint of a causal block as in the paper: rotary embedding, norm, lambda of the first layer.
 
     Projections are N(0, 1/D), so that N(0, 1) inputs give N(0, 1) queries and scores; the norm's weights are near 1.
 
@@ -19,7 +19,7 @@ def random_checkpoint(*, embed_dim: int, num_heads: int, num_kv_heads: int, head
         seed: random seed for the weights.
 
     Raises:
-        InputError: the sizes do not fit each other.
+        InputError: the sizes are inconsistent.
     """
     config = DiffAttentionConfig(
         embed_dim=embed_dim,
@@ -31,7 +31,7 @@ def random_checkpoint(*, embed_dim: int, num_heads: int, num_kv_heads: int, head
         # As in the paper's code and experiments.
         rope=RopeConfig(style="interleaved", theta=10000.0),
     )
-    # After the config, which checks sizes before torch is loaded.
+    # Imported after the config has checked the sizes, so that errors do not wait for torch.
     import torch
 
     generator = torch.Generator().manual_seed(seed)

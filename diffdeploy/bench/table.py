@@ -10,7 +10,7 @@ __all__ = ["HEADINGS", "describe_block", "describe_size", "figures", "legend", "
 HEADINGS = ("candidate", "ms", "±", "ratio", "95 %", "GFLOP/s", "of matmul", "peak MiB", "extra MiB")
 
 _MIB = 2**20
-# Number of decimals below a bound, for three significant digits: the intervals are seldom narrower.
+# Number of decimals of values below a bound, for three significant digits: confidence intervals are seldom narrower.
 _DECIMALS = ((1, 3), (10, 2), (100, 1))
 # Number of busy cores above which the spread of repeated runs grows.
 _QUIET = 0.1
@@ -110,6 +110,6 @@ def legend(baseline: str) -> list[tuple[str, str]]:
         ("latency", "median over rounds, in which candidates take turns; ± half the interquartile range;"),
         ("", "freed memory is kept, so that no page is mapped again, as in a process that serves similar calls"),
         ("ratio", f"median of the ratios to {baseline} in the same round, with its 95 % confidence interval"),
-        ("memory", "peak while it runs, with the weights, and without them"),
+        ("memory", "peak during a call, with the weights (peak) and without them (extra)"),
         *(("" if number else "operations", line) for number, line in enumerate(FORMULA)),
     ]

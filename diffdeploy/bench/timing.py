@@ -37,7 +37,7 @@ def _cpu_ms(call: Call, threads: int) -> float:
 def _cuda_ms(call: Call) -> float:
     import torch
 
-    # This call also serves as the one that does not count.
+    # The call that `seconds_per_call` makes is the first one, which does not count.
     count = max(3, int(_SECONDS_PER_SAMPLE / seconds_per_call(call, device="cuda")))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     # Events enclose all calls, since events around each would time the launches of short kernels, not the kernels.
@@ -102,7 +102,7 @@ def seconds_per_call(call: Call, *, device: str) -> float:
 
 
 def num_rounds(seconds: Mapping[str, float]) -> tuple[int, float]:
-    """Number of rounds, 9 to 31, that fit into the time of a size, and the duration of one.
+    """Number of rounds, 9 to 31, that fit into the time allowed for one size, and the duration of one round.
 
     Args:
         seconds: duration of a call of each candidate.

@@ -43,7 +43,7 @@ def _time(plan: Plan, send: Send) -> None:
     other_load = OtherLoad()
     for size in plan.sizes:
         _time_size(plan, size, runs, weights, send)
-        # Before the matrix products, which are not part of the times.
+        # Read before the matrix products, which are not among the timed calls.
         busy = other_load()
         rate = matmul_gflop_per_second(plan.dtype, device=plan.device, threads=plan.threads)
         send("machine", other_load=busy, matmul_gflop_per_second=rate)
@@ -71,7 +71,7 @@ def _right_ones(
     seconds: dict[str, float] = {}
     formulas: dict[bool, tuple[Inputs, Expected]] = {}
     for candidate in plan.candidates:
-        # Softmax has another exact result and another shape of cache; all others share theirs.
+        # Softmax has a different exact result and a different cache shape; all other candidates share theirs.
         formula = candidate.is_softmax
         if formula not in formulas:
             send("phase", text=f"{size.id}: exact result")
@@ -85,7 +85,7 @@ def _right_ones(
         send("verdict", size=size.id, name=candidate.name, captured=graph is not None, **vars(verdict))
         if verdict.passed:
             calls[candidate.name] = graph or call
-            # The second call, since the first one may compile or pack.
+            # By now the candidate has been called once, which may have compiled code or packed weights.
             seconds[candidate.name] = timing.seconds_per_call(calls[candidate.name], device=plan.device)
     return calls, seconds
 

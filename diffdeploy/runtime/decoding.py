@@ -22,9 +22,9 @@ __all__ = ["Decoding"]
 class Decoding:
     """The cache of a batch of sequences, which grows with each call.
 
-    If the backend updates caches in place and counts tokens, the tokens of a row are contiguous in its buffers, without
-    padding. A token that a later mask hides, such as the filling of a finished row, must therefore be the last one, and
-    the next token overwrites it.
+    If the backend updates caches in place, and its graph counts the tokens of a row instead of reading where padding
+    is, the tokens of a row are contiguous in its buffers, without padding. A token that a later mask hides, such as the
+    filling of a finished row, must therefore be the last one, and the next token overwrites it.
 
     Args:
         runtime: runtime of a model.
@@ -121,7 +121,7 @@ class Decoding:
             # The operator supports several new tokens after a past only for one row.
             for place in range(length):
                 logits = self._call(buffers, tokens_BS[:, place : place + 1], before_B, np.ones_like(before_B))
-                # Rows with fewer tokens were written beyond their end, where their next token goes.
+                # A row with fewer tokens got an entry beyond its end, which its next token will overwrite.
                 before_B = before_B + new_BS[:, place]
             return logits
         order = np.argsort(~new_BS, axis=1, kind="stable")
@@ -147,7 +147,7 @@ class Decoding:
         """Keys and values of all tokens so far ``[B, h_kv, T, w]``, by the names of the graph's cache outputs.
 
         Args:
-            mask_BT: mask of the last call. If tokens are counted, entries of padding are set to 0.
+            mask_BT: mask of the last call. If the graph counts tokens, entries of padding are set to 0.
         """
         if self.buffers is None:
             return {self._spec.caches[name]: array for name, array in self._caches.items()}

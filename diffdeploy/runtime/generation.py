@@ -110,7 +110,7 @@ class Context:
         return cls(nothing, nothing, nothing.astype(bool), Decoding(runtime, batch))
 
     def extended(self, input_ids: Array, mask: Array) -> tuple[Array, Array, Array]:
-        """Tokens, mask and filling after appending a prompt; the filling of earlier rows becomes padding."""
+        """Tokens, mask and filling after appending a prompt; the filling of rows that ended becomes padding."""
         return (
             np.concatenate((self.tokens, input_ids), axis=1),
             np.concatenate((np.where(self.filling, 0, self.mask), mask), axis=1),
@@ -251,9 +251,10 @@ def _checked(
     capacity, length = spec.axes["total_sequence_length"].max, before + input_ids.shape[1]
     # The last token is returned, but not added to the cache.
     if length + max_new_tokens - 1 > capacity:
-        said = f"the prompt has {input_ids.shape[1]} tokens" + (f" after {before}" if before else "")
+        said = f"the prompt has {input_ids.shape[1]} tokens" + (f" after {before} earlier ones" if before else "")
         raise InputError(
-            f"{said} and {max_new_tokens} will follow; the bundle was exported for {capacity} (--max-sequence-length)"
+            f"{said} and {max_new_tokens} will follow; the bundle was exported for {capacity} tokens "
+            "(--max-sequence-length)"
         )
     mask = np.ones_like(input_ids) if attention_mask is None else np.asarray(attention_mask).astype(np.int64)
     if mask.shape != input_ids.shape:

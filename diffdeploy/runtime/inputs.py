@@ -26,7 +26,7 @@ def _is_boolean_mask(spec: TensorSpec, value: Any) -> bool:
 
 
 def _one(value: Any) -> Any:
-    """1 as an int64 that converts booleans to integers: numpy's own, or a number, which torch treats as int64."""
+    """Factor 1 that turns booleans into int64: a numpy scalar for arrays, or a Python number for torch tensors."""
     return np.int64(1) if isinstance(value, np.ndarray) else 1
 
 

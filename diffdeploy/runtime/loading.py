@@ -40,7 +40,7 @@ def require_runnable(manifest: Manifest, options: RunOptions) -> None:
             old to compute the artifact correctly, or the artifact was compiled for another machine.
     """
     found = _format_of(manifest)
-    # Errors that hold on every machine come before those of this machine.
+    # Errors that occur on every machine come before those that are specific to this one.
     found.check_run_options(manifest, options)
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads is {options.threads}; accepted: 1 or more")
@@ -89,10 +89,10 @@ def _format_of(manifest: Manifest) -> Format:
 
 
 def least_versions(manifest: Manifest) -> dict[str, str]:
-    """Least version of each package that computes an artifact correctly, by import name.
+    """Lowest version of each package that computes an artifact correctly, by import name.
 
     Args:
-        manifest: manifest of the bundle; the higher of its requirements and those of its format's tables applies.
+        manifest: manifest of the bundle; if it and the tables of its format differ, the higher version applies.
     """
     found = find_format(manifest.format)
     known = {} if found is None else found.least_versions(manifest)

@@ -1,4 +1,4 @@
-"""Adaptation of padding for graphs that count the tokens of a row, which must precede all padding.
+"""Calls of graphs that only count the tokens of a row, so that the tokens have to precede all padding.
 
 Callers may pad anywhere: tokens are moved to the front, and results back to the positions of their tokens; results at
 padded positions are 0. Without padding, nothing is moved. onnxruntime's operator supports several new tokens after a
@@ -36,8 +36,8 @@ def run_right_padded(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Arr
     past_length = tokens_BT.shape[1] - length
     if spec.padding == "contiguous" and (row := _first_with_holes(tokens_BT)) is not None:
         raise InputError(
-            f"attention_mask has padding between the tokens of row {row}; a sliding window over counted tokens allows "
-            "it only before and after them"
+            f"attention_mask has padding between the tokens of row {row}; with a sliding window, this graph "
+            "supports padding only before and after the tokens"
         )
     if past_length and length > 1:
         rows = [
@@ -66,7 +66,7 @@ def _one_row(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Array]:
 
 
 def _moved(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Array]:
-    """Run all rows together: prompts, or one token each after pasts of different lengths."""
+    """Run all rows together: prompts, or one new token per row, where the number of past tokens may differ."""
     mask_BT = inputs["attention_mask"] == 1
     past_length = mask_BT.shape[1] - inputs[spec.main_input].shape[1]
     fed = dict(inputs)

@@ -15,7 +15,7 @@ TOKENIZER = "tokenizer.json"
 _UNFINISHED = "\ufffd"
 # A UTF-8 character has at most four bytes, and a token at least one.
 _MOST_BYTES = 4
-# Number of prompt tokens kept before new text, whose first token may have a space that is dropped at a text's start.
+# Number of prompt tokens that are decoded before the new ones: at the start of a text, tokenizers may drop a space.
 _NUM_CONTEXT = 5
 
 
@@ -105,7 +105,7 @@ class TextDecoder:
         certain = len(text.rstrip(_UNFINISHED))
         settled = len(self._ids)
         if certain < len(text):
-            # Later tokens cannot change text before the last three characters: it is valid, or never will be.
+            # Later tokens cannot complete a character that began before the last three tokens, so that text is final.
             settled = max(self._read, settled - _MOST_BYTES + 1)
             if settled > self._read:
                 certain = max(certain, len(self._decode(self._ids[:settled])))
@@ -118,7 +118,7 @@ class TextDecoder:
     def _slide(self, settled: int, num_left: int) -> None:
         """Drop the context, and turn the new tokens up to index ``settled`` into the context of later ones."""
         ahead = self._decode(self._ids[self._read :])
-        # After a special token, which has no text, a space would be treated as the beginning of a text.
+        # Special tokens have no text; with no other context, a space would be dropped as at the start of a text.
         if ahead:
             self._ids, settled = self._ids[self._read :], settled - self._read
             self._shown = len(ahead) - num_left

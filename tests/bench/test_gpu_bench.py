@@ -34,7 +34,7 @@ def test_the_machine_tells_clocks_and_power() -> None:
     found = Machine.current(dtype="bfloat16", device="cuda", threads=1).gpu
     assert found is not None
     assert found.count("MHz") == 4
-    assert found.endswith("W after products")
+    assert found.endswith("W after matrix products")
 
 
 def test_decoding_is_timed_as_graphs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def test_one_length_has_its_limit_across_the_figure(tmp_path: Path, drawn: list[
 
 
 def test_figures_that_cannot_be_drawn_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"names that end in \.svg or \.png"):
+    with pytest.raises(InputError, match=r"file names that end in \.svg or \.png"):
         require_plot(tmp_path / "figure.pdf")
     with pytest.raises(InputError, match="no candidate has a latency"):
         plot(make_report({"naive": 1.0}, results=[]), tmp_path / "figure.svg")

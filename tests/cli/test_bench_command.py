@@ -199,7 +199,7 @@ def test_progress_says_what_runs_and_how_long_it_takes(saved: Path) -> None:
         (["--batch", "0"], "--batch is '0'; accepted: comma-separated positive integers", 2),
         (["--seq", "1000000", "--impl", "naive", "--format", "none"], "naive at B1-S1000000 needs about", 3),
         (["--impl", "naive", "--format", "none", "--baseline", "onnx"], "baseline 'onnx' is not among", 2),
-        (["--plot", "figure.pdf"], "accepted: names that end in .svg or .png", 2),
+        (["--plot", "figure.pdf"], "accepted: file names that end in .svg or .png", 2),
         (["--save", "nowhere/run.json"], "nowhere/run.json cannot be written", 2),
         (["--compare", "nowhere.json"], "nowhere.json is not a result of diffdeploy bench", 2),
         (["nowhere.pt"], "nowhere.pt does not exist", 2),
@@ -222,7 +222,7 @@ def test_a_bundle_that_does_not_fit_the_rest_is_refused(
 ) -> None:
     bundle = str(sample_bundle)
     for arguments, message in (
-        ([bundle, "--seq", "512"], "bundle bundle is made for sequence_length up to 256, but --seq leads to 512"),
+        ([bundle, "--seq", "512"], "bundle bundle is made for sequence_length up to 256, but --seq needs 512"),
         ([bundle, "--dtype", "float16"], "--dtype is float16, but bundle bundle has float32"),
         ([bundle, "--graph", "cached"], "--graph is cached, but bundle bundle has plain"),
         ([bundle, "--embed-dim", "64"], "sizes are for a random block"),

@@ -1,4 +1,4 @@
-"""``inspect --draw``: the graph around the attentions of one layer."""
+"""``inspect --draw``: the graph around the attention of one layer."""
 
 from collections import Counter
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_one_layer_of_a_model(model_bundle: Path, capsys: pytest.CaptureFixture[
         assert said.count("_frozen_lambda") == 1
     capsys.readouterr()
     message = refused(["inspect", str(model_bundle), "--draw", "x.svg", "--layer", "4"], capsys)
-    assert "--layer is 4; the graph has 4, counted from 0" in message
+    assert "--layer is 4; the graph has 4 layers, counted from 0" in message
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_what_cannot_be_drawn_is_refused(sample_bundle: Path, capsys: pytest.Cap
     assert "format flash2 has no graph that can be read" in refused(["inspect", "flash2", "--draw", "x.svg"], capsys)
     assert "export it first" in refused(["inspect", str(SAMPLE), "--draw", "x.svg"], capsys)
     bundle = str(sample_bundle)
-    assert "names that end in .svg" in refused(["inspect", bundle, "--draw", "x.png"], capsys)
+    assert "accepted: file names that end in .svg" in refused(["inspect", bundle, "--draw", "x.png"], capsys)
     assert "there is no folder nowhere" in refused(["inspect", bundle, "--draw", "nowhere/x.svg"], capsys)
     assert "give --draw, too" in refused(["inspect", bundle, "--layer", "0"], capsys)
 

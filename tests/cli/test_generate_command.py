@@ -92,7 +92,7 @@ def test_a_chat_template_makes_the_prompt(chatty: str, capsys: pytest.CaptureFix
         (["--stop", "", "--prompt", "a"], "stop contains an empty text"),
         (["--min-new-tokens", "-1", "--prompt", "a"], "min_new_tokens is -1"),
         (["--repetition-penalty", "0", "--prompt", "a"], "repetition_penalty is 0.0; accepted: a number above 0"),
-        (["--prompt", "a" * 60], "the prompt has 60 tokens and 1 will follow; the bundle was exported for 48"),
+        (["--prompt", "a" * 60], "the prompt has 60 tokens and 1 will follow; the bundle was exported for 48 tokens"),
         ([], "give one of --prompt, --prompt-file and --input-ids"),
         (["--prompt", "a", "--input-ids", "1"], "give one of --prompt, --prompt-file and --input-ids"),
         (["--prompt", ""], "the prompt is empty"),
@@ -191,6 +191,6 @@ def test_layers_that_differ_are_told_apart() -> None:
 
 def test_a_checkpoint_says_that_it_is_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(SAMPLE)]) == 0
-    assert "export takes the whole model, and --layer one of the blocks" in capsys.readouterr().out
+    assert "export packages the whole model, and export --layer one of its blocks" in capsys.readouterr().out
     assert main(["inspect", str(SAMPLE), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["whole_model"] is True

@@ -175,8 +175,8 @@ def test_what_does_not_go_together_is_refused(
     def said(*arguments: str) -> str:
         return refused(["bench", *arguments], capsys)
 
-    assert "--graph is only for blocks, but a bundle of a whole model is given" in said(model, "--graph", "cached")
-    assert "--plot is only for blocks" in said(model, "--plot", "x.svg")
+    assert "--graph cannot be used with a bundle of a whole model; omit it" in said(model, "--graph", "cached")
+    assert "--plot cannot be used with a bundle of a whole model" in said(model, "--plot", "x.svg")
     assert "does not hold the model of" in said(model, str(llama / "bundle"))
     assert "does not hold the model of" in said(model, str(llama / "checkpoint"))
     assert "holds a block" in said(model, str(sample_bundle))

@@ -111,7 +111,7 @@ def test_sampling_follows_its_seed(sample_model: Path) -> None:
         (
             [[1] * 40],
             {"max_new_tokens": 20},
-            "the prompt has 40 tokens and 20 will follow; the bundle was exported for 48",
+            "the prompt has 40 tokens and 20 will follow; the bundle was exported for 48 tokens",
         ),
         ([[1, 256]], {}, "input_ids holds numbers from 1 to 256; accepted: 0 to 255"),
         ([[1, 2]], {"max_new_tokens": 0}, "max_new_tokens is 0"),

@@ -77,7 +77,11 @@ def test_a_refused_turn_leaves_no_trace(llama_pair: tuple[Path, Any]) -> None:
         session.generate(TURNS[0], **NEW)
         for ids, options, message in (
             (TURNS[1][:1], {}, "the session has 2 rows, but input_ids has 1"),
-            (TURNS[1], {"max_new_tokens": 36}, "the prompt has 1 tokens after 13 and 36 will follow; .* for 48"),
+            (
+                TURNS[1],
+                {"max_new_tokens": 36},
+                "the prompt has 1 tokens after 13 earlier ones and 36 will follow; .* for 48 tokens",
+            ),
             (TURNS[1] + 96, {}, "input_ids holds numbers from"),
             (TURNS[1][:, :0], {}, "the prompt is empty"),
             ([[1, 2]], {}, "input_ids is a list; accepted: a torch tensor or a numpy array"),

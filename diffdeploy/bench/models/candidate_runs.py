@@ -1,7 +1,8 @@
 """Loading of a candidate as calls that can be timed: the prompt, and the tokens after it, one by one.
 
 Decoding with a bundle does the same as `Runtime.generate`, with a cache that is updated in place if possible. The eager
-model and transformers pass on their caches, and choose tokens in the same way, without the overhead of their libraries.
+model and transformers pass their caches from call to call, and choose tokens in the same way, without the overhead of
+their libraries.
 
 Shape suffixes: B batch, S prompt, P past, N new tokens, V vocabulary.
 """
@@ -35,7 +36,7 @@ class Decoder(NamedTuple):
     Attributes:
         logits: logits ``[B, V]`` after the past and one more token.
         call: function that generates `NEW_TOKENS` tokens.
-        bare_call: the runtime's call for one of them, halfway; ``None`` if there is no such call.
+        bare_call: the runtime's call for the middle one of these tokens; ``None`` if there is no such call.
     """
 
     logits: Array
@@ -67,7 +68,7 @@ class _BundleRun(ModelRun):
         ones = np.ones((batch, length - 1 + NEW_TOKENS), np.int64)
         past, last = np.ascontiguousarray(tokens_BS[:, :-1]), np.ascontiguousarray(tokens_BS[:, -1:])
         decoding = Decoding(runtime, batch)
-        # Space for everything that is generated, as in generation.
+        # Reserves space for all new tokens at once, as `Runtime.generate` does.
         decoding.reserve(ones.shape[1])
         decoding.feed(past, ones[:, : length - 1])
 
@@ -94,7 +95,7 @@ class _BundleRun(ModelRun):
 
 
 class _TorchRun(ModelRun):
-    """A torch model with a cache that is passed on."""
+    """A torch model whose cache is passed from call to call."""
 
     def prefill(self, tokens_BS: Array) -> Array:
         import torch

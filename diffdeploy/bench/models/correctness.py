@@ -1,8 +1,8 @@
 """Check that a candidate computes the model, on the tokens with which it is timed, by the logits after the last one.
 
-The criterion is that of the verification. If the formula takes at most ``2e11`` products, it gives the exact result in
-numpy fp64, and the yardstick is the eager model with the formula as the paper writes it; above that, both come from the
-eager model with ``impl="padded"``, in fp64 and in the dtype, as for blocks.
+The criterion is that of the verification. If the formula takes at most ``2e11`` multiplications, the exact result is
+the formula in numpy fp64, and the yardstick is the eager model with the formula as the paper writes it. Above that,
+both come from the eager model with ``impl="padded"``, in fp64 and in the dtype, as for blocks.
 
 Shape suffixes: B batch, S tokens, V vocabulary.
 """

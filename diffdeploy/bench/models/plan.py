@@ -61,7 +61,7 @@ class ModelCandidate(Record):
     Attributes:
         name: name in tables, and for choosing the baseline.
         kind: a bundle, the eager model of this library, or transformers' own.
-        choice: format of a bundle, implementation of the eager model's operator, or attention of transformers.
+        choice: format of a bundle, implementation of the eager model's operator, or that of attention in transformers.
         path: path of a bundle, or of the checkpoint that transformers reads.
     """
 

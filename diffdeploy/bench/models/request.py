@@ -83,7 +83,9 @@ def prepare_models(request: ModelBenchRequest, note: Say) -> ModelBench:
     bundles = [open_bundle(path, request.public_key) for path in request.sources if is_bundle(path)]
     checkpoints = [path for path in request.sources if not is_bundle(path)]
     if len(checkpoints) > 1:
-        raise InputError(f"{checkpoints[0]} and {checkpoints[1]} are two checkpoints; give one, and bundles of it")
+        raise InputError(
+            f"{checkpoints[0]} and {checkpoints[1]} are two checkpoints; give one, and bundles made from it"
+        )
     config = _agreed(bundles)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
@@ -111,10 +113,10 @@ def _agreed(bundles: Sequence[Bundle]) -> DecoderConfig:
     for bundle in bundles:
         config = bundle.manifest.config
         if not isinstance(config, DecoderConfig):
-            raise InputError(f"{bundle.path} holds a block, but {first.path} a model; measure them separately")
+            raise InputError(f"{bundle.path} holds a block, but {first.path} holds a model; measure them separately")
         if config != first.manifest.config or bundle.manifest.files[WEIGHTS] != first.manifest.files[WEIGHTS]:
             raise InputError(
-                f"{bundle.path} does not hold the model of {first.path} in its dtype; measure them in separate runs"
+                f"{bundle.path} does not hold the model of {first.path} in the same dtype; measure them separately"
             )
     config = first.manifest.config
     assert isinstance(config, DecoderConfig)
@@ -146,7 +148,7 @@ def _implementations(given: Sequence[str]) -> list[str]:
 
 
 def _of_transformers(checkpoints: Sequence[Path], bundle: Bundle, note: Say) -> list[ModelCandidate]:
-    """Candidates for transformers' own model of a DiffLlama directory, with both of its CPU attentions."""
+    """Candidates for transformers' own model of a DiffLlama directory, with both attention implementations for CPUs."""
     if not checkpoints:
         note("transformers is left out: no checkpoint is given; give the DiffLlama directory that was exported")
         return []
@@ -181,7 +183,7 @@ def _require_same(path: Path, bundle: Bundle) -> None:
 
 
 def _sizes(request: ModelBenchRequest, bundles: Sequence[Bundle]) -> tuple[ModelSize, ...]:
-    """Prompts, then pasts, in ascending order; by default those that all bundles support."""
+    """Sizes for prefill, then for decoding, in ascending order; by default those that all bundles support."""
     axes = [bundle.manifest.graph.axes for bundle in bundles]
     capacity = min(each["total_sequence_length"].max for each in axes)
     most_rows = min(each["batch_size"].max for each in axes)

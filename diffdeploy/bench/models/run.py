@@ -14,7 +14,7 @@ from diffdeploy.bench.run import STEADY_MALLOC, Progress
 
 __all__ = ["ModelBench"]
 
-# Assumed duration of a step until one has been seen.
+# Assumed duration of one size, for the estimate of the remaining time.
 _SECONDS_PER_SIZE = 20.0
 
 

@@ -35,7 +35,7 @@ def _time(plan: ModelPlan, send: Send) -> None:
     other_load = OtherLoad()
     for size in plan.sizes:
         _time_size(plan, size, runs, send)
-        # Before the matrix products, which are not part of the times.
+        # Read before the matrix products, which are not among the timed calls.
         busy = other_load()
         send(
             "machine",
