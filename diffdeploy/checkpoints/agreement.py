@@ -74,7 +74,7 @@ def _never(_: BlockSettings) -> bool:
     return False
 
 
-# Some code bases count differential heads, others the softmax heads of equal size; both follow from the shapes.
+# Some code bases count differential heads, others count each stream as a head; both follow from the shapes.
 _COUNTS = tuple(
     _Fact(
         (name,),
@@ -152,7 +152,7 @@ _FACTS = (
         _as_it_is,
         lambda settings: settings.options.norm is not None,
     ),
-    # Without rotary embedding, the field states nothing.
+    # Without a rotary embedding, the field states nothing.
     _Fact(
         ("partial_rotary_factor",),
         "from the rotary embedding",

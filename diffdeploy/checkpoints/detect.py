@@ -91,9 +91,10 @@ def find_blocks(keys: list[str], fields: Fields, layout_name: str | None, path: 
     if named:
         why = f"its keys, and model_type {shortened(model_type)} in config.json"
         return Found(named[0], why, (), fitting[named[0]])
-    # Layouts with a model_type order rows of equal shapes differently, so they are never tried without it.
+    # Layouts with a model_type have tensors of equal shapes with rows in different orders, so such a layout is never
+    # tried unless config.json states its model_type.
     unnamed = [layout for layout in fitting if not layout.model_types]
-    # If one layout ignores a tensor that another reads, the keys decide.
+    # A layout that reads every tensor of the blocks is preferred to one that ignores some.
     unnamed = [each for each in unnamed if _reads_all(each, fitting[each], present)] or unnamed
     if unnamed:
         return Found(unnamed[0], "its keys", tuple(unnamed[1:]), fitting[unnamed[0]])
@@ -107,7 +108,7 @@ def find_blocks(keys: list[str], fields: Fields, layout_name: str | None, path: 
 
 
 def _of_another(path: Path, keys: set[str], layout: Layout) -> InputError | None:
-    """Error for keys that no block of the layout has, if those are all that rules the layout out."""
+    """Error for keys that no block of the layout has, if nothing else about the checkpoint rules the layout out."""
     for prefix in _anchored(layout, sorted(keys)):
         strange = [prefix + name for name in layout.absent if prefix + name in keys]
         if strange and all(prefix + name in keys for name in layout.required_keys()):

@@ -62,25 +62,26 @@ def diffllama_config(config: DecoderConfig) -> DecoderConfig:
 def _facts(number: int, layer: LayerConfig, config: DecoderConfig) -> Iterator[tuple[bool, str, str]]:
     """Facts of a layer, each as a triple: true if DiffLlama shares it, the layer's value, and DiffLlama's."""
     block, mlp = layer.attention, layer.mlp
-    # Checked first, since a block of the second version has none of the other facts.
+    # Checked first, since a block of the second version lacks the attributes that the other checks read.
     if isinstance(block, DiffAttentionV2Config):
         yield False, "differential attention of the second version", "that of the first"
         return
     yield block.lambda_kind == "layer", _LAMBDAS[block.lambda_kind], "one for each layer, from vectors"
     init = lambda_init_at(number)
-    yield _alike(block.lambda_init, init), f"lambda_init {block.lambda_init:g}", f"{init:g} there, which is the paper's"
+    yield _alike(block.lambda_init, init), f"lambda_init {block.lambda_init:g}", f"the paper's value, {init:g}"
     yield not block.permutes_key_streams, "the legacy key map", "the canonical one"
     window = block.sliding_window
     yield window is None, f"a sliding window of {window} keys", "none"
     pair = 2 * block.head_dim
     yield block.value_dim == pair, f"values of width {block.value_dim}", f"values of {pair}, twice as wide as a stream"
     scale = float(block.head_dim**-0.5)
-    yield _alike(block.scale, scale), f"a softmax scale of {block.scale:g}", f"{scale:g}, that of the stream width"
+    yield _alike(block.scale, scale), f"a softmax scale of {block.scale:g}", f"{scale:g}, as the stream width implies"
     yield block.qk_norm_eps is None, "norms of queries and keys", "none"
     yield from _rope_facts(block)
     eps = config.norm_eps
     yield block.has_norm, "no norm of the heads", "an RMS norm"
-    yield block.norm_eps == eps, f"epsilon {block.norm_eps} in the norm of the heads and {eps} around it", "one epsilon"
+    given_eps = f"epsilon {block.norm_eps} in the norm of the heads and {eps} in the other norms"
+    yield block.norm_eps == eps, given_eps, "one epsilon"
     yield mlp.kind == "swiglu", "an MLP with PolyNorm", "SwiGLU"
     yield not mlp.bias, "biases in its MLP", "none"
     width, first = mlp.hidden_dim, config.layers[0].mlp.hidden_dim
@@ -208,8 +209,8 @@ def _config_fields(found: ModelCheckpoint, target: DecoderConfig, dtype: str, fi
     assert isinstance(block, DiffAttentionConfig)
     assert block.rope is not None
     counts = {field: (factor or 1) * getattr(block, name) for field, (name, factor) in streams.items()}
-    # If they were omitted, the class would use its own default tokens, so they are omitted only if the source's class
-    # is the same and the source omits them.
+    # Without these fields, the class would use its own default tokens, so they are omitted only if the source's class
+    # is the same and the source omits them, too.
     inherits = fields.get("model_type") == _LAYOUT
     tokens = {name: fields.get(name) for name in _SPECIAL_TOKENS if name in fields or not inherits}
     return {

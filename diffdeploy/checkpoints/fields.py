@@ -63,7 +63,8 @@ def typed_field(fields: Fields, name: str, kind: type[_Value]) -> _Value | None:
     # JSON does not distinguish 10000 from 10000.0; and for Python, unlike JSON, true is an int.
     accepted = (int, float) if kind is float else (kind,)
     if value is not None and (not isinstance(value, accepted) or isinstance(value, bool)):
-        raise InputError(f"{name} in config.json is {shortened(value)}; accepted: a {kind.__name__}")
+        article = "an" if kind is int else "a"
+        raise InputError(f"{name} in config.json is {shortened(value)}; accepted: {article} {kind.__name__}")
     if kind is float and value is not None and not math.isfinite(_as_float(cast(float, value))):
         raise InputError(f"{name} in config.json is {shortened(value)}; accepted: a finite number")
     return cast(_Value | None, value)

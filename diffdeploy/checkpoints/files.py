@@ -224,5 +224,5 @@ def _in_directory(directory: Path) -> Path:
     # The newest or largest file is not a safe choice: it may be an optimizer state or another epoch.
     if len(found) != 1:
         names = listed(p.name for p in found) or "none"
-        raise InputError(f"{directory} must hold one .safetensors or .pt file, but there are: {names}; give the file")
+        raise InputError(f"{directory} must hold one .safetensors or .pt file, but holds {names}; give the path of one")
     return found[0]

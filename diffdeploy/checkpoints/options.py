@@ -16,7 +16,7 @@ __all__ = ["CheckpointOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """Facts that a state dict does not contain. ``None`` takes the fact from the key or from ``config.json``.
+    """Facts that a state dict does not contain. With ``None``, a fact is taken from the keys or from ``config.json``.
 
     Attributes:
         layout: name of a layout, which is recognised by default.
@@ -67,12 +67,12 @@ class CheckpointOptions:
         """Invert `given`.
 
         Raises:
-            InputError: a name or a value is not that of an option.
+            InputError: there is no option of such a name, or its value is not accepted.
         """
         try:
-            # Validated as JSON, in which strict mode rejects a string for a number but still builds an object from its
+            # Validated as JSON: strict mode then rejects a string for a number, but still builds an object from its
             # fields.
             return TypeAdapter(cls).validate_json(json.dumps(dict(given)), strict=True)
         except ValidationError as error:
             name = error.errors()[0]["loc"][0]
-            raise InputError(f"{name} is {given.get(str(name))!r}, which is not an option of a checkpoint") from error
+            raise InputError(f"{name} is {given.get(str(name))!r}, which is not a valid checkpoint option") from error

@@ -33,7 +33,7 @@ def layer_numbers(prefixes: Iterable[str], keys: Iterable[str]) -> dict[str, int
 
 
 def _numbers_by_place(keys: Iterable[str]) -> dict[str, set[str]]:
-    """Numbers that occur after the same text, over all keys."""
+    """For each text that precedes a number in some key, all numbers that follow it in the keys."""
     seen: dict[str, set[str]] = {}
     for key in keys:
         for match in _NUMBER.finditer(key):

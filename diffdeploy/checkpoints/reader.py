@@ -87,7 +87,7 @@ class BlockReader:
             self.tensors.number,
             has_norm_weight="subln.weight" in self.tensors.sources,
         )
-        # Before the sizes: a cross-attention layer has no keys, and the error would blame its shapes.
+        # Checked before the sizes: a cross-attention layer has no key projection, and `read_sizes` would blame shapes.
         reason = self.layout.refuse(self.tensors.names, fields, self.layer)
         if reason is not None:
             raise InputError(f"{prefix.rstrip('.') or file.path.name} cannot be deployed: {reason}")

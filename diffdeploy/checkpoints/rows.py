@@ -29,7 +29,7 @@ def _part_rows(source: Source, sizes: Sizes) -> list[int]:
 
 
 def _has_halves(name: str, source: Source, sizes: Sizes) -> bool:
-    # Values as wide as one stream have one row of heads, whatever the order of queries and keys.
+    # Values as wide as one stream are not split into halves, whatever the order of queries and keys.
     return source.halves and (not name.startswith("v") or sizes.value_dim != sizes.head_dim)
 
 
@@ -115,7 +115,7 @@ def centred_values(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Ten
 
 
 def turned_back(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-    """Weights whose queries and keys, rotated by an angle, have the scores of the given ones rotated by its negative.
+    """Weights with which rotating by an angle gives the scores that the given ones give with the negative angle.
 
     Rotate-half rotates the pairs ``(x[j], x[j + d/2])``; negating the second channel of each pair reverses the angle.
     This is exact and its own inverse, and has no effect on norms of queries and keys.
@@ -130,7 +130,7 @@ def turned_back(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor
 
 
 def by_halves(weights: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
-    """Weights whose queries and keys, rotated by halves, have the scores of the given ones rotated interleaved.
+    """Weights that give the same scores with rotate-half rotation as the given ones with interleaved rotation.
 
     Interleaved rotation uses the pairs ``(x[2j], x[2j + 1])`` of a stream, rotate-half ``(x[j], x[j + d/2])``, with the
     same angles; scores do not depend on the order of channels. This is exact.
@@ -156,7 +156,7 @@ def from_canonical(layout: Layout, weights: Mapping[str, Tensor], sizes: Sizes) 
     """
     sources = {**layout.sources, **layout.optional}
     scalars = [name for name, source in layout.sources.items() if source.scalar]
-    # The vector that `to_canonical` added next to a scalar's is a unit vector and has no key.
+    # The partner that `to_canonical` adds to the vector of a scalar is a unit vector and has no key.
     carried = {name.replace("_q", "_k") for name in scalars}
     if missing := sorted(weights.keys() - sources.keys() - carried):
         raise InputError(f"layout {layout.name} has no place for {', '.join(missing)}")

@@ -24,8 +24,8 @@ _ROPE = "--rope interleaved|half|half-reversed|none"
 _MISSING = {
     "--causal or --no-causal": "the keys do not show whether the block attends to later positions",
     "--norm-eps": "the epsilon of the norm is not in the weights, so it cannot be guessed (most code bases use 1e-5)",
-    "--output-scale": "without a norm, nothing shows whether heads have a factor (1 for none; in the paper, "
-    "1 - lambda_init follows the norm)",
+    "--output-scale": "without a norm, nothing shows by which factor the heads are multiplied (1 for none; in the "
+    "paper, the factor after the norm is 1 - lambda_init)",
     "--depth": "lambda_init depends on the layer index, which neither the keys nor the weights contain",
     _ROPE: "the weights are the same for every rotary style, so it cannot be guessed, and there is no config.json "
     "next to them that states it",

@@ -1,4 +1,4 @@
-"""Safetensors files of checkpoints, named as by transformers' ``save_pretrained``, with an index for several."""
+"""Safetensors files of checkpoints, named as by transformers' ``save_pretrained``; several files get an index."""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -75,18 +75,19 @@ def _unpack_rows(rows: dict[str, int], tensors: BlockTensors, layout: Layout) ->
     order = layout.sources["k_proj.weight"].order
     if not order:
         return
-    # Parts of queries are as wide as the columns of the output projection: a whole head if values are pairs, else one
-    # stream. Keys and values share the remaining rows equally.
+    # A query part has as many rows as the output projection has columns: both streams if values are twice as wide as a
+    # stream, else one stream. Keys and values share the remaining rows equally.
     total, queries = rows["k"], [part for part in order if part[0] == "q"]
     columns = tensors.shape("out_proj.weight", _MATRIX)[1]
     of_keys, of_values = (sum(part[0] == letter for part in order) for letter in "kv")
     one = (total - columns * len(queries)) // (of_keys + of_values)
-    # The only layout with a part for each stream has no groups; without this check, it would accept ordinary attention.
+    # The only layout with a part for each stream has no grouped key/value heads; without this check, it would accept
+    # ordinary attention.
     alike = len(queries) <= 1 or one == columns
     if one < 1 or not alike or columns * len(queries) + one * (of_keys + of_values) != total:
         raise InputError(
-            f"{tensors.key('k_proj.weight')} has {total} rows; accepted: those of {', '.join(order)}, where each "
-            f"part of queries has {columns}, the columns of {tensors.key('out_proj.weight')}"
+            f"{tensors.key('k_proj.weight')} has {total} rows; accepted: the rows of {', '.join(order)}, where "
+            f"each query part has {columns}, the number of columns of {tensors.key('out_proj.weight')}"
         )
     if queries:
         rows["q"] = columns * len(queries)
@@ -110,6 +111,6 @@ def _count(tensors: BlockTensors, name: str, rows: int, width: int) -> int:
     """Number of heads in the rows of a projection."""
     if width == 0 or rows % width:
         raise InputError(
-            f"{tensors.key(name)} has {rows} rows; accepted: a multiple of {width}, as the shapes of lambda say"
+            f"{tensors.key(name)} has {rows} rows; accepted: a multiple of {width}, to match the shapes of lambda"
         )
     return rows // width

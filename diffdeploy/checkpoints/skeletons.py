@@ -21,7 +21,7 @@ class Skeleton:
         embedding: key of the token embedding.
         layer: prefix of the keys of a layer, in which ``{}`` stands for its number.
         block: prefix of the keys of its attention, after ``layer``.
-        parts: names of the other tensors of a layer, after ``layer``, by their canonical names.
+        parts: keys of the other tensors of a layer, which follow ``layer``, by canonical name.
         norm: key of the final norm.
         head: key of the output head.
     """
@@ -86,7 +86,7 @@ SKELETONS = (
 )
 
 
-# Names in a table of the user's own; every tensor of the MLP but its biases and PolyNorm's weights has to be there.
+# Names in a user's table, which must contain every part of a layer except biases and PolyNorm's weights.
 _PLACES = ("embedding", "layer", "attention", "norm", "head")
 _REQUIRED_PARTS = [name for name in LLAMA.parts if not name.endswith(".bias") and ".act." not in name]
 
@@ -96,7 +96,7 @@ def find_skeleton(keys: Collection[str], names: str | None = None) -> Skeleton |
 
     Args:
         keys: keys of the checkpoint.
-        names: a table of the user's own, see `skeleton_of`, which replaces the families.
+        names: a user's table of names, see `skeleton_of`, which replaces the families.
 
     Raises:
         InputError: ``names`` is not such a table, or its embedding is not among the keys.
@@ -114,8 +114,9 @@ def skeleton_of(names: str) -> Skeleton:
 
     Args:
         names: JSON object with ``embedding``, ``norm`` and ``head``, which are keys; ``layer``, the prefix of a layer
-            with ``{}`` for its number; ``attention``, the prefix of a block after it; and, after ``layer``, the names
-            of the layer's other tensors by their canonical names, such as ``ffn.gate_proj.weight``.
+            with ``{}`` for its number; ``attention``, the prefix of the block, which follows the layer's; and the keys
+            of the layer's other tensors, without the layer's prefix, by their canonical names, such as
+            ``ffn.gate_proj.weight``.
 
     Raises:
         InputError: it is not such an object.

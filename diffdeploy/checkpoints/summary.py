@@ -141,7 +141,7 @@ def _lambda_value(lambda_init: float, layout: Layout, tensors: BlockTensors) -> 
 
 
 def _learned_lambda(tensors: BlockTensors) -> float:
-    """``exp(lq1 . lk1) - exp(lq2 . lk2)``, or the same of two numbers that replace the products."""
+    """``exp(lq1 . lk1) - exp(lq2 . lk2)``, or ``exp(a) - exp(b)`` if the checkpoint stores two numbers instead."""
 
     def exponent(pair: int) -> float:
         # In fp64, as in the oracle from which the verification reports lambda.

@@ -53,7 +53,7 @@ class BlockTensors:
             if absent and len(absent) < len(known):
                 found = listed(self.key(name) for name in known if name in self.sources)
                 missing = listed(self.prefix + key for key in dict.fromkeys(absent))
-                raise InputError(f"{self.file.path} has {found}, but lacks {missing}; such tensors come together")
+                raise InputError(f"{self.file.path} has {found}, but lacks {missing}; a block has all of these or none")
 
     @property
     def unread(self) -> list[str]:
@@ -70,7 +70,7 @@ class BlockTensors:
         if unread := self.unread:
             raise InputError(
                 f"layout {layout.name} does not know {listed(unread)}, and the block would compute something else "
-                "without these tensors; give another --layout, or remove them if nothing computes with them"
+                "without these tensors; give another --layout, or remove them if nothing uses them"
             )
 
     @property
@@ -146,4 +146,4 @@ class BlockTensors:
         for name, wanted in expected.items():
             given = list(self.file.shape(self.prefix + name))
             if given != wanted:
-                raise InputError(f"{self.prefix}{name} has shape {given}; accepted: {wanted}, as the other shapes say")
+                raise InputError(f"{self.prefix}{name} has shape {given}; accepted: {wanted}, to match other shapes")

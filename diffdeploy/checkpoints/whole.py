@@ -1,4 +1,4 @@
-"""Reading of a whole decoder from a checkpoint: its config at once, its weights one layer at a time."""
+"""Reading of a whole decoder from a checkpoint: its config immediately, its weights one layer at a time."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -158,7 +158,7 @@ class _Reader:
         self.defaults: dict[str, str] = {}
 
     def checkpoint(self) -> ModelCheckpoint:
-        """Read the whole model, with all checks that need no weights."""
+        """Read the config and run all checks that need no weights, which are read on request."""
         self._require_known_fields()
         blocks = [self._block(number) for number in range(self._num_layers())]
         attention = [block.config() for block in blocks]
@@ -299,10 +299,8 @@ class _Reader:
         shapes = config.weight_shapes()
         for name, key in plain.items():
             if (shape := self.file.shape(key)) != shapes.get(name):
-                wanted = "nothing of that name" if name not in shapes else str(list(shapes[name]))
-                raise InputError(
-                    f"{key} in {self.file.path} has shape {list(shape)}; the rest of the model has {wanted}"
-                )
+                wanted = f"requires {list(shapes[name])}" if name in shapes else "does not use this tensor"
+                raise InputError(f"{key} in {self.file.path} has shape {list(shape)}; the rest of the model {wanted}")
 
     def _require_all_read(self, read: set[str]) -> None:
         dropped = sorted(key for key in self.keys - read if not self._irrelevant(key))

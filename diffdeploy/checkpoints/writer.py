@@ -35,7 +35,8 @@ def write_checkpoint(
     chosen = LAYOUTS[layout]
     if chosen.version != config.version:
         raise InputError(f"layout {layout} has version {chosen.version}, but the block has version {config.version}")
-    # No key shows this: the file would be read back with the layout's setting, and compute something else.
+    # No key shows whether a block is causal: it would be read back with the layout's setting, and compute something
+    # else.
     if chosen.causal is not None and chosen.causal != config.causal:
         raise InputError(f"layout {layout} is {'causal' if chosen.causal else 'not causal'}, unlike the block")
     for name in ("lambda_init", "output_scale"):
@@ -70,8 +71,8 @@ def _require_same_kind(layout: Layout, config: AnyConfig) -> None:
     norms = {"rms": True, "none": False, "weighted": config.norm_affine}
     facts: list[tuple[str, Any, Any]] = [
         ("lambda_kind", layout.lambda_kind, config.lambda_kind),
-        ("values of width", widths[layout.values], config.value_dim),
-        ("a norm of the heads", norms[layout.norm], config.has_norm),
+        ("width of values", widths[layout.values], config.value_dim),
+        ("has_norm", norms[layout.norm], config.has_norm),
     ]
     if "softmax_scale" not in layout.numbers:
         facts.append(("softmax_scale", config.head_dim**-0.5, config.scale))
@@ -81,7 +82,7 @@ def _require_same_kind(layout: Layout, config: AnyConfig) -> None:
         facts.append(("rope", None if rope is None else (rope.style, rope.rotary_dim), has))
     for name, wanted, given in facts:
         if wanted != given:
-            raise InputError(f"layout {layout.name} has {name} {wanted}, but the block has {given}")
+            raise InputError(f"{name} is {wanted} in layout {layout.name}, but {given} in the block")
 
 
 def _number(config: AnyConfig, fact: str, layout: str) -> Tensor:

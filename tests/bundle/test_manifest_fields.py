@@ -270,9 +270,9 @@ def test_what_cannot_be_said_of_a_format(
         (("defaults",), {"norm_eps": "1"}, 1, "the manifest has defaults {'norm_eps': '1'}, but the checkpoint has {}"),
         (("files", "model.safetensors", "size"), 1, 1, "the manifest has sizes of files {'model.safetensors': 1}"),
         (("files", "model.safetensors", "sha256"), "0" * 64, 0, "manifest names other files"),
-        (("options",), {"layer": 1, "layers": 2}, 5, "layers is 2, which is not an option of a checkpoint"),
-        (("options",), {"layer": 1, "gqa_layout": "x"}, 5, "gqa_layout is 'x', which is not an option"),
-        (("options",), {"layer": 1, "norm_eps": "1"}, 5, "norm_eps is '1', which is not an option"),
+        (("options",), {"layer": 1, "layers": 2}, 5, "layers is 2, which is not a valid checkpoint option"),
+        (("options",), {"layer": 1, "gqa_layout": "x"}, 5, "gqa_layout is 'x', which is not a valid checkpoint option"),
+        (("options",), {"layer": 1, "norm_eps": "1"}, 5, "norm_eps is '1', which is not a valid checkpoint option"),
     ],
     ids=said,
 )

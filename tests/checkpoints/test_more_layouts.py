@@ -326,7 +326,9 @@ def test_stable_audio(tmp_path: Path) -> None:
 
 
 def test_ordinary_attention_is_not_taken_for_stable_audio(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"to_qkv.weight has 288 rows; accepted: those of q, k, v, q_noise, k_noise"):
+    with pytest.raises(
+        InputError, match=r"to_qkv.weight has 288 rows; accepted: the rows of q, k, v, q_noise, k_noise"
+    ):
         read(tmp_path, random_state({**STABLE_AUDIO, "to_qkv.weight": (288, 96)}))
 
 
@@ -344,7 +346,7 @@ def test_heads_without_a_norm(scale: float, tmp_path: Path) -> None:
         return formulas.without_norm(x, w, num_heads=3, lam=lam) * scale
 
     compare(found, state, "blocks.1.attn.", formula)
-    with pytest.raises(InputError, match="layout microsoft has a norm of the heads True, but the block has False"):
+    with pytest.raises(InputError, match="has_norm is True in layout microsoft, but False in the block"):
         write_checkpoint(replace(found.config, causal=True), found.weights, "microsoft")
 
 

@@ -101,4 +101,4 @@ def test_half_of_what_belongs_together_is_bad_input(
     assert main(["export", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert f"lacks {LAYER}{missing}" in said
-    assert "such tensors come together" in said
+    assert "a block has all of these or none" in said

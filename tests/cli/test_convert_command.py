@@ -69,8 +69,8 @@ def test_what_cannot_be_held_is_refused_in_one_sentence(capsys: pytest.CaptureFi
     motif(Path("motif"))
     message = refused(["convert", "motif"], capsys)
     assert message == (
-        "error: DiffLlama cannot represent this model: layer 0 has lambda_init -0.00991528, but DiffLlama has 0.2 "
-        "there, which is the paper's"
+        "error: DiffLlama cannot represent this model: layer 0 has lambda_init -0.00991528, but DiffLlama has the "
+        "paper's value, 0.2"
     )
     assert "does not exist" in refused(["convert", "nowhere"], capsys)
     assert "'gguf'" in refused(["convert", "--to", "gguf"], capsys)

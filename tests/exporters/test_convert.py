@@ -236,7 +236,7 @@ REFUSED: dict[str, tuple[DecoderConfig, str]] = {
     ),
     "mlp-bias": (paper(rope=HALF, mlp=MlpConfig(hidden_dim=40, bias=True)), "has biases in its MLP"),
     "window": (paper(rope=HALF, sliding_window=4), "has a sliding window of 4 keys, but DiffLlama has none"),
-    "eps": (paper(rope=HALF, norm_eps=1e-6), "has epsilon 1e-05 in the norm of the heads and 1e-06 around it"),
+    "eps": (paper(rope=HALF, norm_eps=1e-6), "has epsilon 1e-05 in the norm of the heads and 1e-06 in the other norms"),
     "no-norm": (paper(rope=HALF, head_norm_eps=None, norm_affine=False), "has no norm of the heads"),
     "no-rope": (paper(rope=None), "has no rotary embedding"),
     "partial": (
@@ -249,7 +249,7 @@ REFUSED: dict[str, tuple[DecoderConfig, str]] = {
     "values": (paper(rope=HALF, value_head_dim=10), "has values of width 10, but DiffLlama has values of 12"),
     "by-head": (paper(rope=HALF, lambda_kind="head"), "has a lambda for each head"),
     "fixed": (paper(rope=HALF, lambda_kind="fixed"), "has a fixed lambda"),
-    "lambda-init": (make_decoder(), r"layer 1 has lambda_init 0.3, but DiffLlama has 0.355509 there"),
+    "lambda-init": (make_decoder(), r"layer 1 has lambda_init 0.3, but DiffLlama has the paper's value, 0.355509"),
     "second": (
         make_decoder(attention=DiffAttentionV2Config(embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, rope=HALF)),
         "layer 0 has differential attention of the second version",

@@ -1,4 +1,4 @@
-"""Definition of a layout: a table from canonical weights to the keys and rows of a code base, and some facts."""
+"""Definition of a layout: where a code base stores each canonical weight, and what its blocks have in common."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -29,9 +29,9 @@ class Source:
 
     Attributes:
         key: key without the prefix of the block.
-        parts: parts that belong to this weight if one tensor packs several projections, whose rows follow each other in
-            `order`; the first letter of each part names its projection.
-        order: order of all parts in the tensor; empty if the tensor is not packed.
+        parts: parts of the tensor that belong to this weight, if the tensor packs several projections; the first letter
+            of each part names its projection.
+        order: order in which the rows of all parts follow each other in the tensor; empty if it is not packed.
         halves: true if the heads of stream 1 precede those of stream 2; in the canonical order they form pairs.
         scalar: true if the tensor is a number that replaces the inner product of two vectors.
     """
@@ -70,7 +70,7 @@ class Layout:
 
     Attributes:
         name: name of the layout, for ``--layout``.
-        what: description of the code base, for people.
+        what: human-readable description of the code base.
         sources: canonical weights that every block has.
         optional: canonical weights that a block may have.
         absent: keys that no block of this layout has.
@@ -80,7 +80,7 @@ class Layout:
         depth_offset: difference between the depth in ``lambda_init`` and the layer index.
         gqa_layout: key map; ``None`` if both maps occur with the same keys.
         causal: true for causal blocks; ``None`` if both kinds occur with the same keys.
-        causal_by_prefix: true or false for blocks whose prefix begins with a name, which overrides `causal`.
+        causal_by_prefix: value that overrides `causal` for blocks whose prefix begins with the given text.
         lambda_init: constant of every layer, if it does not follow from the depth.
         lambda_kind: form of lambda, see `DiffAttentionConfig`; ``token`` in the second version.
         numbers: facts that a block stores as a tensor of one number, ``lambda_init`` or ``softmax_scale``, with the key
@@ -100,8 +100,8 @@ class Layout:
         eos_token_id: token that ends texts by default in that class; ``None`` if there is none.
         norm_eps_field: field with the norm's epsilon, which is 1e-5 if the field is absent.
         qk_norm_eps: epsilon of the optional norms of queries and keys.
-        head_fields: fields that must agree with the shapes, with the multiple of ``num_heads`` or ``num_kv_heads``;
-            ``None`` for the width of a head's values in streams.
+        head_fields: fields that must agree with the shapes, each with ``num_heads`` or ``num_kv_heads`` and the factor
+            by which that number is multiplied; ``None`` stands for the value width divided by the stream width.
         sliding_window: function from the fields and the layer to the window; raises `UnknownWindowError` if the fields
             do not determine it.
         refuse: function from the keys, the fields and the layer to the reason why a block cannot be deployed.
@@ -143,7 +143,7 @@ class Layout:
 
     @property
     def streams_share_keys(self) -> bool:
-        """True if both streams of a head read the same keys, and values of the same width."""
+        """True if both streams of a head read the same keys, which are as wide as the values."""
         return self.version != 1
 
     @property
@@ -212,7 +212,7 @@ def huggingface_rope(fields: Fields, theta: float | None, default_theta: float |
         raise InputError(f"rope_type is {shortened(kind)}; accepted: default, linear, llama3 and yarn")
     if typed_field(parameters, "factor", float) is None:
         raise InputError(f"rope_type is {kind}, which needs a factor in config.json")
-    # transformers keeps fields of other kinds in the same object; the other defaults are those of `RopeScaling`.
+    # transformers keeps fields of other kinds in the same object; absent fields get the defaults of `RopeScaling`.
     known = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
     numbers: dict[str, Any] = {
         name: value for name in known if (value := typed_field(parameters, name, float)) is not None

@@ -1,6 +1,6 @@
 """DiffCLIP: Microsoft's rows with biases, another name for the norm, and one lambda_init for all layers.
 
-Source: hammoudhasan/DiffCLIP; arXiv 2503.06626. The vision tower is not causal, the text tower is.
+Source: hammoudhasan/DiffCLIP; arXiv 2503.06626. The vision tower is not causal, but the text tower is.
 """
 
 from diffdeploy.checkpoints.layouts.base import Layout, Source, lambda_sources, no_rope

@@ -1,7 +1,7 @@
 """Models of the transformers family: DiffLlama and Motif, with ``o_proj`` and rotate-half embedding.
 
 Source: transformers 5.23 ``DiffLlamaForCausalLM``; Motif-Technologies/Motif-2.6B. DiffLlama stores the heads of
-stream 1 before those of stream 2, in q, k and v alike; Motif stores pairs and uses depths that are 1 less.
+stream 1 before those of stream 2, in q, k and v alike. Motif stores pairs, and its depth is the layer index minus 1.
 """
 
 from functools import partial
@@ -30,7 +30,7 @@ DIFFLLAMA = Layout(
         **{f"{name}_proj.bias": Source(f"{name}_proj.bias", halves=True) for name in "qkv"},
         "out_proj.bias": Source("o_proj.bias"),
     },
-    # Its norm has no weight; with one, the same keys are Motif's or axolotl's, whose rows are ordered differently.
+    # Its norm has no weight. Keys with one are those of Motif or axolotl, whose rows are ordered differently.
     absent=("subln.weight", "lambda_init"),
     irrelevant=ROTARY_BUFFERS,
     model_types=("diffllama",),
@@ -77,12 +77,12 @@ MOTIF = Layout(
         "subln.weight": Source("subln.weight"),
     },
     optional={f"{name}_proj.bias": Source(f"{'o' if name == 'out' else name}_proj.bias") for name in (*"qkv", "out")},
-    # With a stored lambda_init, the same keys are axolotl's.
+    # Keys with a stored lambda_init are those of axolotl.
     absent=("lambda_init",),
     irrelevant=ROTARY_BUFFERS,
-    # Ports of it to other runtimes write it in lower case.
+    # Ports to other runtimes write the name in lower case.
     model_types=("motif", "Motif"),
-    # Its code subtracts 1 from an index that is already 0-based. The weights were trained so, and must be read so.
+    # Its code subtracts 1 from an index that is already 0-based. The weights were trained that way.
     depth_offset=-1,
     rope=huggingface_rope,
     # Not rms_norm_eps, which belongs to the norms between the blocks.
@@ -97,8 +97,9 @@ AXOLOTL = Layout(
     name="axolotl",
     what="axolotl-ai-cloud/diff-transformer, with split heads or doubled projections",
     sources={
-        # With split heads, half of the file's heads are noise, and their values are halves as well; with doubled
-        # projections, all of the file's heads are differential heads, with values as wide as one stream.
+        # With split heads, two heads of the file form one differential head, one of them for the noise, and their
+        # values are its halves; with doubled projections, all of the file's heads are differential heads, with values
+        # as wide as one stream.
         **{f"{name}_proj.weight": Source(f"{name}_proj.weight", halves=True) for name in "qkv"},
         **_OUTPUT,
         **lambda_sources(),
