@@ -86,7 +86,7 @@ def page(tests: dict[str, tuple[SelfTest, float]]) -> str:
     """Create the whole page."""
     lines = [
         INTRODUCTION.format(formats=" ".join(tests)),
-        "| format | put in | caught | with a stage | located | seconds |",
+        "| format | introduced | caught | with a stage | located | seconds |",
     ]
     lines.append("|---|---|---|---|---|---|")
     for name, (test, seconds) in tests.items():

@@ -113,7 +113,7 @@ def _golden_output_off(target: FaultTarget) -> None:
 
 
 def _edit_manifest(target: FaultTarget, manifest: Manifest) -> None:
-    # `write_manifest` is not used here, since it follows every fault with new digests.
+    # `write_manifest` is not used here, since it is called after these faults to write new digests.
     (target.path / MANIFEST).write_bytes(manifest.to_bytes())
 
 
@@ -145,7 +145,7 @@ def _artifact_holds_ranges(target: FaultTarget) -> bool:
 BUNDLE_FILE_FAULTS = [
     _fault(
         "byte_changed",
-        "one bit of the artifact, with the old digests",
+        "one bit of the artifact is flipped, but the digests are the old ones",
         _change_a_byte,
         new_digests=False,
         of_models=True,
@@ -161,10 +161,10 @@ BUNDLE_FILE_FAULTS = [
         new_digests=False,
         of_models=True,
     ),
-    _fault("artifact_truncated", "half of the artifact", _truncate, of_models=True),
+    _fault("artifact_truncated", "only the first half of the artifact is left", _truncate, of_models=True),
     _fault(
         "weights_file_off_by_one_bit",
-        "one weight in weights.safetensors is the next number",
+        "one weight in weights.safetensors is changed to the next representable number",
         _one_bit_in_the_weights_file,
         of_models=True,
     ),
@@ -182,7 +182,7 @@ BUNDLE_FILE_FAULTS = [
     ),
     _fault(
         "manifest_of_another_layer",
-        "the manifest says another lambda_init",
+        "the manifest states another lambda_init",
         # About the difference that one layer makes at a depth of 4.
         _names_config(lambda config: replace(config, lambda_init=config.lambda_init + 0.05)),
         version_1,
@@ -190,14 +190,14 @@ BUNDLE_FILE_FAULTS = [
     ),
     _fault(
         "manifest_of_another_eps",
-        "the manifest says ten times the epsilon",
+        "the manifest states ten times the epsilon",
         _names_config(lambda config: replace(config, norm_eps=10 * config.norm_eps)),
         has_norm,
         stage=Stage.NORM,
     ),
     _fault(
         "manifest_of_another_theta",
-        "the manifest says twice the rotary base",
+        "the manifest states twice the rotary base",
         _names_config(_other_theta),
         has_rope,
         several_pairs,
@@ -205,7 +205,7 @@ BUNDLE_FILE_FAULTS = [
     ),
     _fault(
         "manifest_of_another_key_map",
-        "the manifest says the other key map of grouped queries",
+        "the manifest states the other key map of grouped queries",
         _names_config(
             lambda config: replace(config, gqa_layout="legacy" if config.gqa_layout == "canonical" else "canonical")
         ),
@@ -215,7 +215,7 @@ BUNDLE_FILE_FAULTS = [
     ),
     _fault(
         "manifest_promises_longer_sequences",
-        "the manifest says twice the longest sequence",
+        "the manifest states twice the maximum sequence length",
         _promise_longer_sequences,
         has_rope,
         _artifact_holds_ranges,

@@ -28,7 +28,7 @@ __all__ = [
     "without_window",
 ]
 
-# Length above which faults of long sequences apply: most lengths of the sweep are shorter, and the next is just above.
+# Length above which faults of long sequences apply: most lengths of the sweep are shorter, and the next one is 65.
 LONG = 64
 # Channels of a stream that has only one pair to rotate.
 _ONE_PAIR = 2
@@ -63,12 +63,12 @@ def has_norm(target: FaultTarget) -> bool:
 
 
 def several_heads(target: FaultTarget) -> bool:
-    """Heads can be confused."""
+    """There are several heads, so one can be mistaken for another."""
     return target.config.num_heads > 1
 
 
 def several_kv_heads(target: FaultTarget) -> bool:
-    """Key/value heads can be confused."""
+    """There are several key/value heads, so one can be mistaken for another."""
     return target.config.num_kv_heads > 1
 
 
@@ -79,7 +79,7 @@ def grouped(target: FaultTarget) -> bool:
 
 
 def has_rope(target: FaultTarget) -> bool:
-    """The block has rotary embedding."""
+    """The block has a rotary embedding."""
     return target.config.rope is not None
 
 

@@ -1,4 +1,4 @@
-"""Registration of faults in an artifact's constants, and the changes of arrays that several of them share."""
+"""Registration of faults in an artifact's constants, and the changes to arrays that several of them share."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -99,6 +99,6 @@ def next_bit(array: Array) -> Array:
     """Move the largest element to the next number of its dtype, towards zero."""
     changed = array.copy()
     bits: np.ndarray[Any, Any] = changed.view(f"uint{8 * array.dtype.itemsize}").reshape(-1)
-    # The largest element is not 0, whose bits would wrap around; towards zero, no number becomes infinite.
+    # The bits of 0 would wrap around, but the largest element is not 0. A step towards zero gives no infinite number.
     bits[int(np.argmax(np.abs(array.astype(np.float64))))] -= 1
     return changed

@@ -62,7 +62,7 @@ class FaultTarget:
         return self.manifest.graph
 
 
-# True if something would be a fault of that bundle at all.
+# Function that returns true if a change would be a fault in that bundle.
 When = Callable[[FaultTarget], bool]
 
 
@@ -84,14 +84,14 @@ class Fault:
         name: words joined by underscores.
         place: place into which the fault is introduced.
         breaks: description of the fault, one clause.
-        stage: the stage that is wrong, or the layer of a model; ``None`` for a fault of the whole.
+        stage: the stage that is wrong, or the layer of a model; ``None`` if the fault belongs to no single one.
         inject: function that introduces the fault into a copy of a bundle.
         change: function that returns the changed constants by their names in a block, for a fault in constants.
         applies: function that returns true if a bundle can have the fault.
         wrap: wrapper around the calls of a loaded runtime, for faults outside the files.
         stand_in: substitute for a loaded runtime of a model, for faults outside the files.
         new_digests: true if the manifest is written again afterwards, so that digests do not reveal the fault.
-        family: kind of inputs or of damage that shows the fault; its place by default.
+        family: kind of the damage, or of the inputs that reveal the fault; its place by default.
         of_models: true if a whole model can have the fault as well as a block.
         provable: true if a sweep should detect it; a fault that a single exact value triggers is detected by chance.
     """

@@ -118,7 +118,7 @@ _LAMBDAS = [
 
 
 def _lambda_init_after(value: float, layers: int) -> float:
-    """``lambda_init`` of a later layer than the one that has ``value``; a tenth more if the depth is unknown."""
+    """``lambda_init`` some layers after the one that has ``value``; 0.1 more per layer if the depth is unknown."""
     # The inverse of `lambda_init_at`; a lambda_init of 0.8 in all layers, as in DiffCLIP, belongs to no depth.
     share = (0.8 - value) / 0.6
     if not 0.0 < share <= 1.0:
@@ -131,7 +131,7 @@ def _tables(target: FaultTarget, change: Callable[[RopeConfig], RopeConfig]) -> 
     """Tables of another rotary embedding."""
     rope = target.config.rope
     assert rope is not None
-    # As long as the correct tables, which they replace.
+    # The same length as that of the correct tables, which they replace.
     length = target.spec.axes["sequence_length"].max
     tables = rope_tables(change(rope), target.config.head_dim, length)
     return {f"rope.{name}": table for name, table in zip(("cos", "sin"), tables, strict=True)}
@@ -224,7 +224,7 @@ _SCALES = [
     constant_fault(
         "softmax_scale_of_the_value_width",
         _SIGNAL,
-        "scores divided by the root of 2d",
+        "scores divided by the square root of 2d",
         # The default of an attention operator whose queries are padded to the width of the values.
         lambda s: scalar("softmax_scale", (2 * s.config.head_dim) ** -0.5),
     ),

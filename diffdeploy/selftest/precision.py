@@ -76,7 +76,7 @@ _PRECISION: list[Fault] = [
         constant_fault(
             f"{side}_weight_off_by_one_bit",
             stage,
-            f"one weight of {side}_proj is the next number",
+            f"one weight of {side}_proj is changed to the next representable number",
             partial(_last_bit, name=f"{side}_proj.weight"),
         )
         for side, stage in (("q", _Q), ("k", _K), ("v", _V), ("out", _OUT))
@@ -84,7 +84,7 @@ _PRECISION: list[Fault] = [
     constant_fault(
         "gamma_off_by_one_bit",
         Stage.NORM,
-        "one weight of the norm is the next number",
+        "one weight of the norm is changed to the next representable number",
         partial(_last_bit, name="subln.weight"),
         partial(_names_weight, name="subln.weight"),
     ),

@@ -15,14 +15,14 @@ class FaultResult(Record):
     Attributes:
         name: name of the fault.
         place: place into which it was introduced.
-        family: kind of inputs or of damage that shows it.
+        family: kind of the damage, or of the inputs that reveal the fault.
         provable: true if a sweep should detect it.
         breaks: description of the fault.
         caught: true if the verification failed.
         by: checks that failed, and the first case that did.
         reason: message of the first of them.
         stage: stage that was named.
-        expected_stage: stage that is wrong; ``None`` for a fault of the whole.
+        expected_stage: stage that is wrong; ``None`` if the fault belongs to no single one.
         located: true if both stages agree; ``None`` if there is none to name.
         found_by: evidence by which the stage was found.
     """
@@ -76,7 +76,7 @@ class FaultResult(Record):
             reason=reason,
             stage=stage,
             expected_stage=fault.stage,
-            # Faults of the whole, such as a missing file, have no stage to name.
+            # Faults that belong to no single stage, such as a missing file, have none to name.
             located=None if fault.stage is None else stage == fault.stage,
             found_by=found_by,
         )

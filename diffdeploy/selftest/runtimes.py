@@ -125,7 +125,7 @@ def _padding_leaks(inputs: Arrays, outputs: Arrays) -> Arrays:
 
 
 def _cache_shifted(inputs: Arrays, outputs: Arrays) -> Arrays:
-    # The output is correct, and only the input of a next step is wrong.
+    # The output is correct, and only the input of the next step is wrong.
     return {**outputs, "present.key": np.roll(outputs["present.key"], 1, axis=2)}
 
 

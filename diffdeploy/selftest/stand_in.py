@@ -1,4 +1,4 @@
-"""`StandIn`: a runtime of a model in finer steps, one of which a fault replaces; without a fault, it is the runtime.
+"""`StandIn`: a runtime of a model in finer steps, one of which a fault replaces; the others do what the runtime does.
 
 Shape suffixes: B batch, S new tokens, P past tokens, T = P + S.
 """
@@ -46,10 +46,10 @@ class StandIn(Runtime):
         return inputs
 
     def spoil(self, caches: Mapping[str, Array], newest_B: Array, past_length: int) -> None:
-        """Change caches ``[B, h_kv, T or capacity, w]`` after a call, by the names of the cache inputs.
+        """Change the caches ``[B, h_kv, T or capacity, w]`` in place after a call.
 
         Args:
-            caches: caches after the call.
+            caches: caches after the call, by the names of the cache inputs.
             newest_B: index of the last token of each row.
             past_length: number of tokens before the call, 0 for the first one.
         """

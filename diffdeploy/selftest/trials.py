@@ -81,7 +81,7 @@ class Trials:
         """
         with tempfile.TemporaryDirectory(prefix="diffdeploy-fault-") as folder:
             copy = Path(folder) / "bundle"
-            # A separate copy for each fault, which must not remain when the next one is tried.
+            # A separate copy for each fault, so that no fault remains when the next one is tried.
             shutil.copytree(self._target.path, copy)
             self._inject(fault, replace(self._target, path=copy))
             return self._verify(fault, copy)
@@ -136,7 +136,7 @@ def self_test(
     Args:
         path: directory of the bundle, which is not changed.
         run_options: see `Trials`.
-        progress: callback that receives the faults done, the faults in total, and the name of the next one.
+        progress: callback that receives the number of faults done, the total number, and the name of the next fault.
 
     Raises:
         DiffDeployError: see `Trials`.
@@ -158,7 +158,7 @@ def _why_not_export(target: FaultTarget) -> str | None:
     found = target.format
     # The same program before compilation has its own format, whose trials take seconds.
     if found.compiles:
-        return f"each takes a compilation; export --format pt2 for the program that {found.name} compiles"
+        return f"it requires a compilation; export with --format pt2 to test the program that {found.name} compiles"
     return found.why_not_export(found.device_of(ExportOptions(device=target.manifest.options.device)))
 
 

@@ -66,7 +66,13 @@ class ModuloHeads(Steps):
         return q_BHSd[:, stream::2], k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1)
 
 
-@faulty("modulo_values", "correct keys, but values by ``i % h_kv``", Stage.SIGNAL, grouped, several_kv_heads)
+@faulty(
+    "modulo_values",
+    "the keys are correct, but the values are chosen by ``i % h_kv``",
+    Stage.SIGNAL,
+    grouped,
+    several_kv_heads,
+)
 class ModuloValues(Steps):
     """The keys are correct, but the values are chosen by ``i % h_kv``."""
 
@@ -106,11 +112,11 @@ class NoiseReadsOneHalf(Steps):
 
 @faulty(
     "scaled_by_value_width",
-    "scores divided by the root of the value width, as a kernel for equal widths would",
+    "scores divided by the square root of the value width, as a kernel for equal widths would",
     Stage.SIGNAL,
 )
 class ScaledByValueWidth(Steps):
-    """Scores are divided by the root of the value width, as in a kernel for equal widths."""
+    """Scores are divided by the square root of the value width, as in a kernel for equal widths."""
 
     def softmax_attention(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> Tensor:
         return super().softmax_attention(q_BHSd * 2**-0.5, k_BHTd, v_BHTe, seen)

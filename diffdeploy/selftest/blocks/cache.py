@@ -29,7 +29,7 @@ class PastComesLast(Steps):
         return super().append(new, past)
 
 
-@faulty("past_reversed", "the past in reverse order of its tokens", Stage.CACHE, cached)
+@faulty("past_reversed", "the tokens of the past are in reverse order", Stage.CACHE, cached)
 class PastReversed(Steps):
     """The tokens of the past are in reverse order."""
 

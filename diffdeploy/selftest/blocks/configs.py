@@ -1,4 +1,4 @@
-"""Correct blocks of another config than the bundle's."""
+"""Correct blocks whose config differs from the bundle's."""
 
 from dataclasses import replace
 from typing import Any
@@ -35,7 +35,7 @@ config_fault(
 config_fault(
     "rope_of_the_other_style",
     Stage.ROPE,
-    "halves instead of pairs, or pairs instead of halves",
+    "channels are rotated in halves instead of pairs, or in pairs instead of halves",
     _of_the_other_style,
     has_rope,
     several_pairs,
@@ -65,7 +65,7 @@ config_fault("window_missing", Stage.SIGNAL, "no sliding window", lambda config:
 config_fault(
     "window_off_by_one",
     Stage.SIGNAL,
-    "a sliding window with one key more",
+    "a sliding window with one more key",
     lambda config: replace(config, sliding_window=config.sliding_window and config.sliding_window + 1),
 )
 config_fault(

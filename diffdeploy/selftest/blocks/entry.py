@@ -1,4 +1,4 @@
-"""Registration of faulty blocks in the table: each is exported with the correct weights, as its bundle was."""
+"""Registration of faulty blocks in the table: each is exported with the weights and the options of a correct bundle."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -47,7 +47,7 @@ def faulty(name: str, breaks: str, stage: Stage | None, *conditions: When, famil
 def config_fault(
     name: str, stage: Stage | None, breaks: str, change: Callable[[Any], AnyConfig], *conditions: When
 ) -> None:
-    """Register a correct block of another config."""
+    """Register a correct block with another config."""
 
     def inject(target: FaultTarget) -> None:
         _export(target, block_class(target.config), change(target.config))

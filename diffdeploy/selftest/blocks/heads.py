@@ -161,7 +161,7 @@ class HalfPrecisionProjection(Steps):
 
 @faulty("nan_at_length_one", "a division that is 0 / 0 at length 1", None)
 class NanAtLengthOne(Steps):
-    """The result is divided by 0 / 0 at length 1."""
+    """The result is multiplied by 0 / 0 at length 1."""
 
     def project(self, joined: Tensor) -> Tensor:
         others = torch.ones(joined.shape[1]).sum() - 1

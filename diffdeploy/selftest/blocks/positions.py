@@ -52,7 +52,7 @@ class KeysTurnedTwice(Steps):
 
 @faulty("noise_not_turned", "rotary embedding of the signal stream only", Stage.ROPE, has_rope, version_1)
 class NoiseNotTurned(Steps):
-    """Only the signal stream has rotary embedding."""
+    """Only the signal stream has a rotary embedding."""
 
     def rotate_queries(self, q_BHSd: Tensor, rotate: Rotation) -> Tensor:
         return _signal_only(rotate(q_BHSd), q_BHSd)
@@ -192,14 +192,14 @@ class HiddenRowsAreNan(Steps):
 
 @faulty(
     "window_of64",
-    "sees only the last 64 keys, which shorter sequences do not show",
+    "queries see only the last 64 keys, which has no effect on shorter sequences",
     Stage.SIGNAL,
     causal,
     window_above_64,
     longer_than_64,
 )
 class WindowOf64(Steps):
-    """Queries see only the last 64 keys, which shorter sequences do not show."""
+    """Queries see only the last 64 keys, which has no effect on shorter sequences."""
 
     def seen(self, q_BHSd: Tensor, k_BHTd: Tensor, mask: Tensor | None) -> Visibility:
         return visibility(q_BHSd, k_BHTd, causal=True, attn_mask=mask, sliding_window=64)

@@ -1,4 +1,4 @@
-"""The block's attention and cache in finer steps, one of which a fault replaces; without a fault, it is the block.
+"""The block's attention and cache in finer steps, one of which a fault replaces; the others do what the block does.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -21,9 +21,10 @@ _SPLIT = 8193.0
 
 
 class Steps(AttentionBlock):
-    """Base class to put before a block's class; each fault overrides one step, of these or of the block's own.
+    """First base class of a faulty block, before the block's class; a fault overrides one step of either class.
 
-    The graph has as many attentions as that of the block, so that a fault is detected by its numbers.
+    The graph has as many attentions as the block's graph, so that a fault is detected by its results, not by their
+    number.
     """
 
     def compute(
@@ -62,7 +63,7 @@ class Steps(AttentionBlock):
         return seen
 
     def heads_of(self, stream: int, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of one stream, with ``h`` query heads and a divisor of ``h`` key and value heads."""
+        """Queries, keys and values of one stream: ``h`` query heads; the number of key/value heads divides ``h``."""
         config = self.config
         k_BHTd, v_BHTe = stream_heads(
             k_BHTd,
@@ -75,7 +76,7 @@ class Steps(AttentionBlock):
         return q_BHSd[:, stream::2], k_BHTd, v_BHTe
 
     def streams(self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, seen: Visibility) -> tuple[Tensor, Tensor]:
-        """Attentions of both streams: two, or one with twice as many heads if the block has one."""
+        """Attentions of both streams, in two calls, or in one with twice as many heads if the block makes one call."""
         parts = [self.heads_of(stream, q_BHSd, k_BHTd, v_BHTe) for stream in (0, 1)]
         masks = [self.seen_by(stream, seen) for stream in (0, 1)]
         impl = Impl(self.impl)
@@ -105,7 +106,7 @@ class Steps(AttentionBlock):
 
 
 def _by_stream(masks: list[Visibility], num_heads: int) -> Visibility:
-    """Concatenate the masks of both streams; masks of graphs have no entries per head."""
+    """Concatenate the masks of both streams; a mask in a graph is the same for all heads."""
     first, second = masks
     if first is second or first.mask is None or second.mask is None:
         return first
@@ -120,7 +121,7 @@ def _by_stream(masks: list[Visibility], num_heads: int) -> Visibility:
 
 
 def to_half_precision(side: Tensor) -> Tensor:
-    """Round float32 to the 11 bits of float16, without its range.
+    """Round float32 to the 11 bits of float16, but keep the range of float32.
 
     This is done by arithmetic (Dekker's splitting), since inductor removes pairs of casts that cancel.
     """

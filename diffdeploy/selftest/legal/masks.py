@@ -1,4 +1,4 @@
-"""Faults that only some masks and positions show: of one row, of little or much padding, of single positions."""
+"""Faults that only some masks and positions show, such as masks of single rows, or with little or much padding."""
 
 from collections.abc import Callable
 
@@ -37,7 +37,7 @@ def _all_rows(mask: Array) -> Array:
 
 
 def _shows_some(mask: Array) -> Array:
-    """Rows with a token; a row without one would gain some from anything."""
+    """Rows with a token; in a row without one, all padding would become visible."""
     some: Array = mask.max(axis=1) > 0
     return some
 
@@ -58,7 +58,7 @@ def _filled(mask: Array) -> Array:
 
 
 def _pushed_right(mask: Array) -> Array:
-    """Mask with as many tokens, all at the end, as in a graph that uses only the number of tokens."""
+    """Mask with the same number of tokens, all at the end, as in a graph that uses only that number."""
     return np.sort(mask, axis=1)
 
 
@@ -106,7 +106,7 @@ MASKS_FAULTS = [
     of_inputs(
         "masks",
         "little_padding_seen",
-        "padding of less than a quarter is seen",
+        "padding of less than a quarter of a row is seen",
         _mask_where(lambda mask: _share(mask) < 0.25, np.ones_like),
         masked,
     ),
@@ -182,7 +182,7 @@ MASKS_FAULTS = [
     of_places(
         "masks",
         "rows_of_unequal_padding_off",
-        "off where two rows hide different numbers of tokens, both more than none",
+        "off where two rows hide different numbers of tokens, neither of which is 0",
         lambda inputs: len({*np.sum(inputs["attention_mask"] == 0, axis=1)} - {0}) > 1,
         masked,
         rows_above(1),
@@ -205,7 +205,7 @@ POSITIONS_FAULTS = [
     of_inputs(
         "positions",
         "positions_below_the_number_of_tokens",
-        "positions end with the number of tokens",
+        "positions are limited to less than the length of the mask",
         lambda inputs: {"position_ids": np.minimum(inputs["position_ids"], inputs["attention_mask"].shape[1] - 1)},
         has_positions,
     ),
@@ -227,7 +227,7 @@ POSITIONS_FAULTS = [
     of_inputs(
         "positions",
         "positions_counted_from_the_first",
-        "the first position of a row, counted on",
+        "positions are counted on from the first one of a row",
         _counted_on,
         has_positions,
     ),

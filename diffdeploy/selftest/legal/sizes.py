@@ -49,7 +49,7 @@ BATCHES_FAULTS = [
     of_inputs(
         "batches",
         "past_of_two_rows_for_all",
-        "rows above two read the past of the second",
+        "rows after the second read the past of the second",
         _past_of_second_row,
         cached,
         rows_above(2),
@@ -57,7 +57,7 @@ BATCHES_FAULTS = [
     of_inputs(
         "batches",
         "padding_of_two_rows",
-        "padding of rows above two is seen",
+        "padding is seen in rows after the second",
         _mask_of_first_two,
         masked,
         rows_above(2),
@@ -65,7 +65,7 @@ BATCHES_FAULTS = [
     of_inputs(
         "batches",
         "past_of_the_row_before",
-        "in batches above two, every row reads the past of the previous one",
+        "in batches of more than two rows, every row reads the past of the previous one",
         _rolled("past_key_values.value", lambda inputs: num_rows_of(inputs) > 2),
         cached,
         rows_above(2),
@@ -87,7 +87,7 @@ BATCHES_FAULTS = [
     of_places(
         "batches",
         "rows_above_eight_off",
-        "off in the ninth row and later, after more than one position",
+        "off in the ninth row and later if there is more than one position",
         lambda inputs: (row_numbers(inputs) >= 8) & (length_of(inputs) > 1),
         rows_above(8),
     ),
@@ -146,7 +146,7 @@ LENGTHS_FAULTS = [
     of_places(
         "lengths",
         "padding_off_when_long",
-        "off in rows with padding of more than 100 positions",
+        "off in padded rows of more than 100 positions",
         lambda inputs: (inputs["attention_mask"] == 0).any(axis=1, keepdims=True) & (length_of(inputs) > 100),
         masked,
         longer_than(120),

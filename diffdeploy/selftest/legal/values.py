@@ -1,4 +1,4 @@
-"""Faults that only some numbers in the inputs show, and faults of a single exact value, which nothing can prove."""
+"""Faults that only some numbers in the inputs show, and faults of a single exact value, found only by chance."""
 
 from collections.abc import Callable
 

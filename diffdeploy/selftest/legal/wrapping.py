@@ -1,4 +1,4 @@
-"""Registration of faults that only some legal inputs show: the artifact computes other inputs, or is off in places.
+"""Registration of faults that only some legal inputs show: the artifact reads other inputs, or is off in places.
 
 Each wraps a runtime, so that every format can have it without another export.
 """
@@ -20,7 +20,7 @@ _OFF = 1.05
 
 
 def of_inputs(family: str, name: str, breaks: str, change: Callable[[Arrays], Arrays], *conditions: When) -> Fault:
-    """Create a fault in which the artifact computes the correct result of inputs that ``change`` modifies."""
+    """Create a fault in which the artifact computes the correct result for inputs that ``change`` has modified."""
 
     def wrap(run: Run) -> Run:
         return lambda inputs: run({**inputs, **change(inputs)})
@@ -37,7 +37,10 @@ def of_places(
     factor: float = _OFF,
     provable: bool = True,
 ) -> Fault:
-    """Create a fault in which the output is multiplied where ``where`` is true, broadcastable to ``[B, S]``."""
+    """Create a fault in which the output is multiplied by ``factor`` where ``where`` is true.
+
+    The result of ``where`` must be broadcastable to ``[B, S]``.
+    """
 
     def wrap(run: Run) -> Run:
         def wrong(inputs: Arrays) -> Arrays:

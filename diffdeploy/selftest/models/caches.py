@@ -22,7 +22,7 @@ CACHE_FAULTS: list[Fault] = []
 Kind = TypeVar("Kind", bound=type[StandIn])
 Inputs = dict[str, Any]
 
-# Number of tokens that a false window shows of the cache, fewer than most pasts in the sweep have.
+# Number of cached tokens that a wrong window leaves visible, fewer than most pasts in the sweep have.
 _WINDOW = 8
 
 
@@ -117,9 +117,9 @@ class SidesShifted(StandIn):
             values[:, :, 1:] = values[:, :, :-1].copy()
 
 
-@_faulty("cache_window", "a token sees only the last 8 of the cache")
+@_faulty("cache_window", "a token sees only the last 8 tokens of the cache")
 class Window(StandIn):
-    """A token sees only the last 8 of the cache, though there is no window: older ones are masked or lost."""
+    """A token sees only the last 8 tokens of the cache, though there is no window: older ones are masked or lost."""
 
     def given(self, inputs: Inputs, past_length: int) -> Inputs:
         if past_length <= _WINDOW or not self.spec.caches.keys() <= inputs.keys():
@@ -165,9 +165,9 @@ class RowsShareABuffer(StandIn):
             array[1:] = array[:1]
 
 
-@_faulty("cache_memory_reused", "the cache of a call uses the memory of an earlier one of its shape")
+@_faulty("cache_memory_reused", "the cache of a call reuses the memory of an earlier cache of the same shape")
 class MemoryReused(StandIn):
-    """The cache of a call uses the memory of an earlier one of its shape, which may still be in use."""
+    """The cache of a call reuses the memory of an earlier cache of the same shape, which may still be in use."""
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(runtime)

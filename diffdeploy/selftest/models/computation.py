@@ -118,15 +118,15 @@ def computation_faults(config: DecoderConfig) -> list[Fault]:
     last, middle = config.num_layers - 1, config.num_layers // 2
     traced = is_traced
     found = [
-        _fault("final_norm_eps", "the epsilon of the final norm a hundred times as large", HEAD, _large_final_epsilon),
+        _fault("final_norm_eps", "the epsilon of the final norm is 100 times too large", HEAD, _large_final_epsilon),
         _fault("head_of_another_embedding", "the tied head has the rows of neighbouring tokens", HEAD, _another_head,
                _is_tied),
         _fault("embedding_for_head", "the head is the embedding, though it has weights of its own", HEAD,
                _embedding_as_head, lambda target: not _is_tied(target)),
-        _fault("norm_eps_of_one_layer", "the epsilon before one attention a hundred times as large", f"layer {middle}",
+        _fault("norm_eps_of_one_layer", "the epsilon of one attention norm is 100 times too large", f"layer {middle}",
                _norm_of(middle, "attention_norm")),
         _fault("mlp_scaled", "one MLP returns 1 % too much", f"layer {last}", _scaled_mlp(last)),
-        _fault("softmax_scale_of_one_layer", "one layer divides its scores by the root of 2d", f"layer {middle}",
+        _fault("softmax_scale_of_one_layer", "one layer divides its scores by the square root of 2d", f"layer {middle}",
                _with_config(middle, softmax_scale=config.layers[middle].attention.scale * 2**-0.5), version_1),
         _fault("window_of_one_layer", "a sliding window in one layer", f"layer {last}",
                _with_config(last, sliding_window=_WINDOW), causal_without_window),

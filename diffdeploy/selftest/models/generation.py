@@ -17,7 +17,7 @@ _FAMILY = "generation"
 
 @entered(GENERATION_FAULTS, _FAMILY, "generates_the_wrong_row", "each row continues the previous one", rows_above(1))
 class WrongRow(StandIn):
-    """Each prompt is continued in the way of the previous one."""
+    """Each prompt is continued with the tokens of the previous one."""
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
         found = super().generate(input_ids, attention_mask, **options)
@@ -46,7 +46,9 @@ class SeesPadding(StandIn):
         return super().generate(input_ids, None, **options)
 
 
-@entered(GENERATION_FAULTS, _FAMILY, "generation_a_token_late", "every token is one step late, the first one twice")
+@entered(
+    GENERATION_FAULTS, _FAMILY, "generation_a_token_late", "every token is one step late, and the first occurs twice"
+)
 class ATokenLate(StandIn):
     """Every token is one step late, and the first one occurs twice."""
 

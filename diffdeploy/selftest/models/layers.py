@@ -21,7 +21,7 @@ from diffdeploy.verify.decoder import below
 
 __all__ = ["layer_faults"]
 
-# Names of constants by their names in the model.
+# Function that returns the changed constants by their names in the model.
 Change = Callable[[FaultTarget], Mapping[str, Array]]
 
 HEAD = "head"
@@ -96,7 +96,7 @@ def _of_block(fault: Fault, number: int) -> Fault:
 def _of_layer(
     name: str, breaks: str, number: int, weight: str, edit: Callable[[Array], Array], *, after: int = 0
 ) -> Fault:
-    """Create a fault in one weight of a layer: its own, edited, or that of the layer ``after`` layers later."""
+    """Create a fault in one weight of a layer: ``edit`` of that weight in the layer ``after`` layers later."""
 
     def change(target: FaultTarget) -> Mapping[str, Array]:
         assert target.decoder is not None
@@ -119,7 +119,7 @@ def _lambda_of_another_layer(number: int, other: int) -> Fault:
 
 
 def _swapped(name: str, breaks: str, one: int, other: int, ending: str) -> Fault:
-    """Create a fault that swaps the constants of two layers whose names have an ending."""
+    """Create a fault that swaps, between two layers, the constants whose names end in ``ending``."""
 
     def change(target: FaultTarget) -> Mapping[str, Array]:
         held = target.constants
@@ -159,7 +159,8 @@ def layer_faults(config: DecoderConfig) -> list[Fault]:
     found = [
         _of_layer("ffn_weight_scaled", "down_proj of one MLP is 1 % too large", last,
                   "ffn.down_proj.weight", times(1.01)),
-        _of_layer("ffn_weight_off_by_one_bit", "one weight of gate_proj is the next number", middle,
+        _of_layer("ffn_weight_off_by_one_bit", "one weight of gate_proj is changed to the next "
+                  "representable number", middle,
                   "ffn.gate_proj.weight", next_bit),
         _of_layer("ffn_norm_missing", "the weight of the norm before an MLP is 1", 0, "ffn_norm.weight", np.ones_like),
         _around("final_norm_missing", "the weight of the final norm is 1", HEAD, "norm.weight", np.ones_like),
