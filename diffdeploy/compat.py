@@ -136,7 +136,7 @@ class MultiheadDiffAttn(_Multihead):
     """Microsoft's naive module."""
 
     _impl = Impl.NAIVE
-    # It repeats the key heads first, so it pairs other keys with the same weights than Microsoft's flash modules do.
+    # It repeats the key heads first, so with the same weights, it pairs other keys than Microsoft's flash modules do.
     _gqa_layout: GqaLayout = "legacy"
 
 

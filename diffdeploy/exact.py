@@ -14,7 +14,7 @@ __all__ = ["key_head", "lambda_of_heads", "lambda_value", "rope_tables"]
 
 
 def rope_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, Array]:
-    """Cosines and sines of ``position * theta ** (-2j / r)``, each scaled and ``[length, r/2]``, float64."""
+    """Scaled cosines and sines of ``position * theta ** (-2j / r)``, each ``[length, r/2]``, float64."""
     width = rope.width(head_dim)
     angles = np.outer(np.arange(length), [_frequency(rope, j, width) for j in range(0, width, 2)])
     factor = 1.0 if rope.scaling is None else rope.scaling.attention_scaling

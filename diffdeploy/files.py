@@ -40,10 +40,10 @@ def check_target(path: Path, *, force: bool = False) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Check that a file can be written or replaced, before the work whose result it takes.
+    """Check that a file can be written or replaced, before starting the work whose result it will hold.
 
     Raises:
-        InputError: a folder that is not there, or that this user may not write to, or a folder in the place.
+        InputError: the folder of the file does not exist or may not be written to, or the path is itself a folder.
     """
     folder = path.absolute().parent
     if not folder.is_dir():

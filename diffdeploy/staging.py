@@ -23,16 +23,16 @@ _YOUNG_S = 60
 
 
 def check_directory(output: Path, *, marker: str, what: str, force: bool) -> None:
-    """Check that a directory can be written or replaced, before the work whose result it takes.
+    """Check that a directory can be written or replaced, before starting the work whose result it will hold.
 
     Args:
         output: the directory.
         marker: see `staged_directory`.
         what: see `staged_directory`.
-        force: replace one that is there.
+        force: true to replace an existing directory.
 
     Raises:
-        InputError: something else is in the place, or a file in that of a parent.
+        InputError: the path holds something that may not be replaced, or a parent is a file or may not be written to.
     """
     if not output.exists():
         parent = next(path for path in output.absolute().parents if path.exists())

@@ -163,7 +163,7 @@ class Engine(ABC):
 
     @abstractmethod
     def open(self, path: Path) -> Subject:
-        """Open the model in a directory in the form in which this engine runs it.
+        """Open the model in a directory, as this engine would run it.
 
         Raises:
             InputError: the engine cannot run the directory.

@@ -1,4 +1,4 @@
-"""The process that runs onnxruntime-genai for a verification; its arguments are the files of request and answer."""
+"""The process that runs onnxruntime-genai for a verification; its arguments are the request and answer files."""
 
 import json
 import os

@@ -75,7 +75,7 @@ def _config(bundle: Bundle, backend: TritonBackend, name: str) -> Iterator[str]:
     for kind, prefix, tensors in (("input", "INPUT", spec.inputs), ("output", "OUTPUT", spec.outputs)):
         yield from _tensors(kind, prefix, tensors, backend)
     if backend.batches:
-        # Joins requests with equal sizes on all other axes, which is the default without a setting for ragged ones.
+        # Joins requests whose other axes have equal sizes, which is the default unless ragged batches are enabled.
         yield "dynamic_batching { }"
     if manifest.options.device is not None:
         # The artifact is compiled for one kind of device, but by default Triton uses a GPU if there is one.

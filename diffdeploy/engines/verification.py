@@ -66,7 +66,7 @@ class EngineReport(Record):
 
     @property
     def worst(self) -> CaseReport | None:
-        """The failed case without figures, else the one that used most of its budget."""
+        """A failed case without figures if there is one, else the case that used the largest share of its budget."""
         return max(self.cases, key=lambda case: case.severity, default=None)
 
 

@@ -55,7 +55,7 @@ class VllmEngine(Engine):
         """Open the checkpoint in a directory.
 
         Raises:
-            InputError: it is not a directory of DiffLlama.
+            InputError: the path is not a DiffLlama directory.
         """
         from diffdeploy.bundle import is_bundle
         from diffdeploy.checkpoints import read_model

@@ -1,8 +1,8 @@
 """``DiffLlamaForCausalLM`` for vLLM, built from its stock layers; vLLM imports it when it serves such a model.
 
-With the paired cache, keys ``[k1 | k2]`` and values of width ``2d``, both streams are grouped-query attention of ``2h``
-query heads of width ``2d``: ``[q1 | 0]`` and ``[0 | q2]``. A key/value head of vLLM is therefore a pair, which tensor
-parallelism, paged and prefix caches, chunked prefill and every backend treat like any other head.
+The paired cache holds keys ``[k1 | k2]`` and values of width ``2d``. Both streams together are then one grouped-query
+attention with ``2h`` query heads of width ``2d``: ``[q1 | 0]`` and ``[0 | q2]``. A key/value head of vLLM is therefore
+a pair, which tensor parallelism, paged and prefix caches, chunked prefill and every backend treat like any other head.
 
 Shape suffixes: N tokens, h heads of this rank, d stream width.
 """
@@ -201,7 +201,7 @@ def _side_by_side(name: str, tensor: Tensor, axis: int | None, num_streams: int)
     if tensor.shape[axis] % num_streams:
         raise ValueError(
             f"{name} has shape {list(tensor.shape)}, so its outputs cannot be separated into {num_streams} streams; "
-            "accepted: quantisations in which groups of outputs do not cross heads"
+            "accepted: quantisation schemes whose groups of outputs do not cross heads"
         )
     before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
     halves = tensor.reshape(*before, 2, num_streams // 2, -1, *after)

@@ -1,4 +1,4 @@
-"""The process that runs vLLM for a verification; its arguments are the files of the request and of the answer."""
+"""The process that runs vLLM for a verification; its arguments are the request and answer files."""
 
 import json
 import os

@@ -35,11 +35,11 @@ class Finding(Record):
 
     Attributes:
         stage: the first stage that deviates; ``None`` if none does.
-        found_by: ``constants`` if a check has named one; ``intermediate values`` of the artifact; ``probes``, inputs
-            for which all but a few stages are known to agree.
+        found_by: evidence: ``constants``, if a check found a wrong one; ``intermediate values`` of the artifact; or
+            ``probes``, which are inputs for which all but a few stages are known to agree.
         node: node of the artifact that computes the stage.
-        detail: one clause for people.
-        stages: errors of all stages that the artifact shows.
+        detail: human-readable explanation, one clause.
+        stages: errors of all stages whose values can be observed in the artifact.
     """
 
     stage: str | None

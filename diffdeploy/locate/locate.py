@@ -29,7 +29,7 @@ def locate(
         inputs: inputs to try until one shows a stage that deviates.
 
     Returns:
-        The finding, or ``None`` without any evidence, if no constant is named and no case failed.
+        The finding; ``None`` if there is no evidence, since no constant is named and no case failed.
     """
     # A named constant is certain evidence; a comparison of values is only approximate.
     if (finding := _by_constants(checks)) is not None or not inputs:
@@ -42,7 +42,7 @@ def locate(
         from diffdeploy.locate.probes import by_probes
 
         return by_probes(bundle, artifact)
-    # The first case distinguishes the stages; a fault that it does not show needs the case that failed.
+    # The first input distinguishes the stages. If the fault has no effect on it, the case that failed is needed.
     for one in inputs:
         finding = by_values(bundle, artifact, one, shown)
         if finding.stage is not None:

@@ -21,8 +21,8 @@ _OUTPUTS = {Stage.CACHE: ("present.key", "present.value"), Stage.OUTPUT_PROJECTI
 # Stages that an artifact may compute for each stream separately.
 _OF_STREAMS = (Stage.Q_PROJECTION, Stage.K_PROJECTION, Stage.ROPE)
 
-# Share of a budget, which is meant for whole blocks over several runs of eager; a stage is compared with one run.
-# Stages of 48 correct exports, in every format that shows them, used up to a third of one budget.
+# Factor on a budget, since budgets are meant for whole blocks and several runs of eager, but a stage is compared with
+# one run. Stages of 48 correct exports, in every format that shows them, used up to a third of one budget.
 _SLACK = 2.0
 
 # In epsilons of the dtype: maximum error of a value that still counts as the stage. Eager stages are off by up to 12;
@@ -51,7 +51,7 @@ class _Wanted:
         """Take the value if it has the right shape and is nearer than the previous ones."""
         for stream in self.streams:
             stream.offer(node, value)
-        # Rows that are not split into heads yet could belong to another projection, so they count only without other
+        # Rows that are not split into heads yet could belong to another projection, so they count only if nothing else
         # matches.
         candidates = [(False, form) for form in _split_forms(value, self.exact.shape)]
         candidates += [(True, form) for form in _joined_forms(value, self.exact.shape)]
@@ -153,7 +153,7 @@ class Matcher:
         # With swapped streams, lambda times the noise is the first value that is missing, though lambda is correct.
         if stage == Stage.LAMBDA and self._within(self._exchanged):
             stage, node = Stage.SIGNAL, None
-        detail = f"it is {_times(guilty)} as far off as eager"
+        detail = _distance(guilty)
         return Finding(stage=stage, found_by="intermediate values", node=node, detail=detail, stages=stages)
 
     def _within(self, wanted: _Wanted) -> bool:
@@ -186,5 +186,7 @@ def _severity(error: StageError) -> float:
     return float("inf") if error.amplification is None else error.amplification
 
 
-def _times(error: StageError) -> str:
-    return "not a number, or infinitely" if error.amplification is None else f"{error.amplification:.3g} times"
+def _distance(error: StageError) -> str:
+    if error.amplification is None:
+        return "its error is not finite, or eager has no error to compare it with"
+    return f"it is {error.amplification:.3g} times as far off as eager"

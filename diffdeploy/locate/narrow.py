@@ -17,8 +17,8 @@ _Verdict = tuple[Stage | None, str]
 
 _LENGTH = 3
 
-# Grid with steps of 0.05. Correct lambdas lie between 0 and 1 or slightly above; the range also includes negated ones,
-# and the inverse of a third, which swapped streams may cause.
+# Grid with steps of 0.05. Correct lambdas lie between 0 and 1 or slightly above; the range also includes negated ones
+# and, since swapped streams invert lambda, the inverses of lambdas from 1/3 on.
 _LARGEST_LAMBDA, _GRID = 3.0, 121
 
 # All steps together cover 3 steps of the grid; the last is 1e-12 wide, below all rounding.
@@ -28,8 +28,8 @@ _REFINEMENTS, _SHRINK = 60, 1.5
 # rounding does.
 _LARGE = 64.0
 
-# Correct explanations used up to half of this many tolerances; the closest of the faults that no explanation fits used
-# 1.1 (a noise of 1e-4 on the outputs).
+# Correct explanations used up to half of this many tolerances. Of the faults that no explanation fits, the closest one,
+# noise of 1e-4 on the outputs, used 1.1 times this many.
 _EXPLAINED = 4.0
 
 
@@ -41,7 +41,7 @@ def narrow_verdict(prober: Prober) -> _Verdict:
     if prober.ask(alone).right and prober.ask(TINY * alone).right:
         return None, "outputs are narrower than the heads, and show only that values and norm are correct"
     if prober.ask(_LARGE * alone).right:
-        return Stage.NORM, "single positions are correct where the norm's epsilon does not count"
+        return Stage.NORM, "single positions are correct where the norm's epsilon has no effect"
     answers = [prober.ask(prober.tokens(_LENGTH)) for _ in range(_num_answers(prober))]
     outputs = np.concatenate([answer.given["output"].reshape(-1, prober.config.embed_dim) for answer in answers])
     joined = np.concatenate([_joined(prober, answer) for answer in answers])
@@ -106,5 +106,5 @@ def _lambda(prober: Prober) -> _Verdict | None:
     weighted, noise = answer.stage(Stage.LAMBDA), answer.stage(Stage.NOISE)
     expected = float(np.median((weighted * noise).sum(-1) / np.square(noise).sum(-1)))
     if prober.same(outputs(middle), given) and abs(middle - expected) > prober.tolerance:
-        return Stage.LAMBDA, f"lambda {middle:.5g} explains the outputs; it is {expected:.5g}"
+        return Stage.LAMBDA, f"lambda {middle:.5g} explains the outputs, but the correct one is {expected:.5g}"
     return None

@@ -36,8 +36,8 @@ _LENGTH, _PAST = 3, 2
 # Number of tolerances that a fitted lambda may be off by; in correct blocks, it was off by less than 0.01 of one.
 _LAMBDA_ROUNDINGS = 2.0
 
-# One lambda explains heads if nearly all of their own ratios are this close to the median. With one lambda, correct or
-# not, 99 of 100 were within 0.0004; if each attention is normalised separately, half were off by a tenth.
+# One lambda explains all heads if nearly all individual ratios are this close to the median. With one lambda, correct
+# or not, 99 of 100 were within 0.0004; if each attention is normalised separately, half were off by a tenth.
 _SPREAD, _SPREAD_SHARE = 0.05, 0.9
 # Lambda may be near 0, where a relative error is meaningless.
 _SMALLEST_LAMBDA = 0.01
@@ -71,7 +71,7 @@ def _verdict(prober: Prober) -> _Verdict:
     if not prober.ask(prober.tokens(1)).right:
         return _behind_attention(prober)
     if not prober.ask(TINY * prober.tokens(1)).right:
-        return Stage.NORM, "single positions are correct, but not where the norm's epsilon counts"
+        return Stage.NORM, "single positions are correct, but not where the norm's epsilon has an effect"
     return _attention(prober)
 
 
@@ -138,7 +138,7 @@ def _lambda(prober: Prober) -> _Verdict | None:
         return Stage.DIFFERENCE, "heads lie between signal and noise, but with more than one lambda"
     if abs(found * expected - 1) < _RECIPROCAL and float(np.median(factors[:, 0])) < 0.0:
         return Stage.SIGNAL, "the streams are swapped: the signal is subtracted"
-    return Stage.LAMBDA, f"heads are signal - {found:.5g} noise; lambda is {expected:.5g}"
+    return Stage.LAMBDA, f"heads are signal - {found:.5g} noise, but the correct lambda is {expected:.5g}"
 
 
 def _behind_attention(prober: Prober) -> _Verdict:
@@ -186,14 +186,14 @@ def _attention(prober: Prober) -> _Verdict:
     if _seen_from_null_space(prober, "q"):
         return Stage.Q_PROJECTION, "queries that their weights map to 0 do not give plain averages"
     if _seen_from_null_space(prober, "k"):
-        return Stage.K_PROJECTION, "a key that its weights map to 0 still counts"
+        return Stage.K_PROJECTION, "a key that its weights map to 0 still has an effect"
     right = [_is_right_alone(prober, stream) for stream in (0, 1)]
     if right == [True, False]:
         return Stage.NOISE, "outputs are correct where the noise is a plain average"
     if right == [False, True]:
         return Stage.SIGNAL, "outputs are correct where the signal is a plain average"
     if prober.config.rope is not None and _is_right_without_distance(prober):
-        return Stage.ROPE, "outputs are correct where no distance between positions counts"
+        return Stage.ROPE, "outputs are correct where distances between positions have no effect"
     return Stage.SIGNAL, "both attentions are wrong, and neither projections nor positions explain it"
 
 

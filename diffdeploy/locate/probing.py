@@ -16,13 +16,14 @@ from diffdeploy.locate.values import stage_values
 
 __all__ = ["EQUATIONS", "INVERTED", "MOST", "TINY", "Answer", "Prober", "Runs", "null_spaces", "same"]
 
-# In multiples of the dtype's spacing, relative to the compared values: smaller differences are rounding through several
-# stages. Correct blocks of random sizes used half of it in float32 and a sixth in half precision; one, with lambda at
-# 0.98, used 1.9 times as much. Wrong steps and weights in float32 are off by 2,000 times as much in the median.
+# In multiples of the dtype's spacing, relative to the compared values: smaller differences are explained by rounding in
+# several stages. Correct blocks of random sizes used half of it in float32 and a sixth in half precision; one, with
+# lambda at 0.98, used 1.9 times as much. Wrong steps and weights in float32 are off by 2,000 times as much in the
+# median.
 _ROUNDINGS = 256
 
 # Condition number of the output projection, the factor by which inverting it loses precision. 1e4 roundings are a third
-# of what `INVERTED` allows; correct blocks with conditions up to 2,300 used a quarter of it.
+# of what `INVERTED` allows; correct blocks with condition numbers up to 2,300 used a quarter of it.
 _WORST_CONDITION = 1e4
 
 # Inverting the output projection multiplies rounding errors: comparisons after it get this many times the tolerance.

@@ -13,7 +13,7 @@ from diffdeploy.verify.worker import Artifact
 
 __all__ = ["capacity_check"]
 
-# Maximum size of a cache beyond the capacity that is created only to be refused, in numbers: 64 MiB in fp32.
+# Maximum number of elements of a cache beyond the capacity, which is created only to be refused: 64 MiB in fp32.
 _MAX_CACHED = 2**24
 
 
@@ -28,7 +28,7 @@ def capacity_check(artifact: Artifact, spec: GraphSpec, seed: int) -> Check:
     capacity = spec.axes["total_sequence_length"].max
     prompt = _inputs(spec, seed, capacity, 0)
     tried: dict[str, Callable[[], object]] = {
-        f"a prompt of {capacity} tokens, and 2 to come": lambda: artifact.generate(prompt, 2),
+        f"a prompt of {capacity} tokens and 2 new ones": lambda: artifact.generate(prompt, 2),
         f"{capacity + 1} tokens in one call": lambda: artifact.run(_inputs(spec, seed, capacity + 1, 0)),
     }
     of_token = sum(prod(size for size in spec.inputs[name].shape if isinstance(size, int)) for name in spec.caches)

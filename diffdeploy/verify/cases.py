@@ -53,7 +53,7 @@ class Case:
         decoded: number of last tokens that are decoded one by one, as in generation; the prompt before them is padded
             on the left or not at all.
         repeats: true if rows after the eighth repeat the first eight in random order; they must give the same results
-            as those, and the formula is computed only for those.
+            as the rows that they repeat, and the formula is computed only for the first eight.
         num_queries: number of positions whose output is compared, spread over the sequence; 0 for all.
         number: index of a random case; 0 for the others.
     """
@@ -130,13 +130,13 @@ class Case:
             return None
         length = self.sequence_length
         ends = [*range(min(_FIRST_QUERIES, length)), *range(max(0, length - _LAST_QUERIES), length)]
-        # One position from each of equal parts, so that no part as long as a kernel's block is left out.
+        # One position from each of many equal parts, so that no stretch as long as a kernel's block is left out.
         parts = np.linspace(0, length, self.num_queries + 1)
         drawn = np.floor(np.random.default_rng([self.seed, length]).uniform(parts[:-1], parts[1:])).astype(np.int64)
         return np.unique(np.concatenate((np.array(ends, dtype=np.int64), drawn)))
 
     def sources(self) -> Array:
-        """Index among the distinct rows for each row."""
+        """For each row, the index of the distinct row with the same inputs."""
         distinct = min(self.batch_size, _DISTINCT_ROWS) if self.repeats else self.batch_size
         again = np.random.default_rng([self.seed, self.batch_size]).integers(0, distinct, self.batch_size - distinct)
         return np.concatenate((np.arange(distinct), again))

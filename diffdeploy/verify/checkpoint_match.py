@@ -19,7 +19,7 @@ __all__ = ["matches_checkpoint"]
 
 
 def matches_checkpoint(bundle: str | Path, checkpoint: str | Path) -> Check:
-    """Check that the weights and the config of a bundle are those of a checkpoint, and so are its claims about it.
+    """Check that a bundle has the weights and the config of a checkpoint, and that its claims about it are true.
 
     Raises:
         InputError: the checkpoint cannot be read with the options of the export.

@@ -64,7 +64,7 @@ def _of_decoder(
     xs_BSD = [exact_embedding(weights, inputs)] * len(stored_as)
     outputs: list[dict[str, Array]] = [{} for _ in stored_as]
     for number, layer in enumerate(config.layers):
-        # Widened once for all, which takes as long as a few tokens do.
+        # Widened once for all dtypes, since widening takes as long as computing a few tokens.
         own = _all_wide(below(weights, f"layers.{number}."))
         given = inputs_of_layer(inputs, number)
         for i, dtype in enumerate(stored_as):
@@ -108,7 +108,7 @@ def exact_layer(
         stored_as: dtype to which the streams are rounded; ``None`` for exact streams.
 
     Returns:
-        Output ``[B, S, D]``, and ``key`` and ``value`` of past and present; float64.
+        Output ``[B, S, D]``, and ``key`` and ``value`` of all tokens, including the past; float64.
     """
     x_BSD = np.asarray(x_BSD, dtype=np.float64)
     given = {"hidden_states": _rms_norm(x_BSD, weights["attention_norm.weight"], norm_eps), **inputs}

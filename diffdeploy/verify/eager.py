@@ -1,4 +1,4 @@
-"""The error of the eager block in the artifact's dtype against the exact result, which is the yardstick of a case."""
+"""The yardstick of a case: the error of the eager block in the artifact's dtype against the exact result."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,7 +29,7 @@ _UP_OR_DOWN = 0.5
 def run_arrays(
     block: "AnyModule", *, device: str = "cpu", dtype: "torch.dtype | None" = None, last_only: bool = False
 ) -> RunArrays:
-    """Turn an eager block into a function of arrays by the names of a graph, without gradients.
+    """Turn an eager block into a function that takes and returns arrays by the names of a graph, without gradients.
 
     Args:
         block: block on the device.
@@ -158,7 +158,7 @@ def eager_errors(
 
 
 def _stacks(inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
-    """Yield the input, then its neighbours, batched where they are small, since calls cost more than numbers."""
+    """Yield the input, then its neighbours, batched where they are small, since the cost of calls dominates there."""
     yield dict(inputs)
     if "hidden_states" not in inputs:  # tokens have no neighbours, but a model has more numbers to average over
         return

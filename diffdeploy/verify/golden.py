@@ -23,8 +23,8 @@ from diffdeploy.verify.sweep import golden_cases
 
 __all__ = ["golden_arrays", "golden_check", "verify_golden"]
 
-# Relative to the largest number, in fp64: other machines sum in other orders, which makes 1e-14 in random blocks; the
-# tolerance must detect outputs of other weights, and budgets begin at 1e-7.
+# Relative to the largest number, in fp64: other machines sum in other orders, which causes errors of 1e-14 in random
+# blocks; the tolerance must detect outputs of other weights, and budgets begin at 1e-7.
 _RELATIVE_ERROR = 1e-10
 
 _WITHOUT_GOLDEN = "run diffdeploy verify without --golden"
@@ -52,7 +52,7 @@ def golden_check(bundle: Bundle, exact_weights: Mapping[str, Array]) -> Check:
             stored[name], fresh[name], rtol=0.0, atol=_RELATIVE_ERROR * scale
         ):
             problems.append(f"{name} differs from the result of the formula")
-    return Check(name="golden", passed=not problems, detail="; ".join(problems) or "stored outputs are the formula's")
+    return Check(name="golden", passed=not problems, detail="; ".join(problems) or "stored outputs match the formula")
 
 
 def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Report:

@@ -43,7 +43,7 @@ def wrong_tokens(exact_NV: Array, tokens_N: Array, allowed: float) -> tuple[Arra
         allowed: allowed error of each of those; two of them may be off in opposite directions.
 
     Returns:
-        Indices of the wrong tokens, and the number of tokens with a larger margin.
+        Indices of the wrong tokens, and the number of tokens whose margin exceeds twice the allowed error.
     """
     second, first = np.sort(exact_NV, axis=-1)[:, -2:].T
     lost = first - exact_NV[np.arange(len(tokens_N)), tokens_N]
@@ -85,5 +85,5 @@ def greedy_tokens(artifact: Artifact, yardsticks: Yardsticks, spec: GraphSpec, s
         row, step = divmod(int(wrong[0]), new)
         detail = f"{len(wrong)} of {total} are not the most probable ones, first in row {row} token {step}"
         return Greedy(Check(name=_NAME, passed=False, detail=detail), checked)
-    detail = f"correct, all {checked} of {total} with a margin that is large enough to tell"
+    detail = f"{checked} of {total} have a margin that is large enough to tell, and all of these are correct"
     return Greedy(Check(name=_NAME, passed=True, detail=detail), checked)

@@ -1,4 +1,4 @@
-"""Verification of each layer of a model on its input in the artifact, by the criterion of blocks, and of the head.
+"""Verification of each layer of a model, and of the head, on its input in the artifact, by the criterion of blocks.
 
 Errors of a layer are not mixed with those of earlier layers, so a fault in one layer is as visible as in a block, and
 the layer is named.
@@ -108,7 +108,7 @@ class _Layers:
 
 
 class _EagerLayer:
-    """One eager layer as a function of arrays by the names of a block's graph."""
+    """One eager layer as a function that takes and returns arrays by the names of a block's graph."""
 
     def __init__(self, model: "DiffTransformer", number: int) -> None:
         self._model, self._number = model, number
@@ -153,5 +153,5 @@ def guilty_layer(reports: list[CaseReport], checks: list[Check]) -> Finding | No
     return Finding(
         stage=guilty.id.replace("layer", "layer "),
         found_by="intermediate values",
-        detail=f"on its input in the artifact, it is off{output}: {guilty.failure}",
+        detail=f"given its input in the artifact, it deviates{output}: {guilty.failure}",
     )

@@ -1,4 +1,4 @@
-"""The loss of a model by quantisation, measured on a text: reported, but not part of the criterion.
+"""The loss that quantisation causes in a model, measured on a text: reported, but not part of the criterion.
 
 Shape suffixes: B batch (1), S tokens of a window, D model width, V vocabulary.
 """
@@ -34,8 +34,8 @@ class Loss(Record):
         agreement: share of the tokens for which both models have the same most probable token.
         kl: mean Kullback-Leibler divergence of the quantised model's probabilities from the original ones, in nats per
             token.
-        layers: root mean square error of each quantised part on its input in the original model, relative to what the
-            part adds there, by the names in reports.
+        layers: root mean square error of each quantised part, by the names in reports; the part gets its input in the
+            original model, and the error is relative to what the original part adds to that input.
     """
 
     text: str
@@ -68,7 +68,8 @@ class Loss(Record):
         if max_kl is not None and not self.kl <= max_kl:
             return f"KL is {self.kl:.4g} nats per token, but the limit is {max_kl:g}"
         if min_agreement is not None and not self.agreement >= min_agreement:
-            return f"the top token is the same for {self.agreement:.4g}, but the limit is at least {min_agreement:g}"
+            share = f"{self.agreement:.4g} of all tokens"
+            return f"the top token is the same for {share}, but the minimum is {min_agreement:g}"
         return None
 
 
@@ -89,7 +90,7 @@ def measure_loss(
         tokens: tokens of the text, at least two.
         text: the text in UTF-8.
         name: name of the text.
-        progress: callback that receives the windows done, the windows in total, and the name of the text.
+        progress: callback that receives the number of windows done, the total number, and the name of the text.
     """
     import hashlib
 
@@ -148,7 +149,7 @@ class _Errors:
 
     @contextmanager
     def watched(self) -> "Iterator[None]":
-        """Count runs of the original model in the ``with`` block."""
+        """Add up the errors for all runs of the original model in the ``with`` block."""
         hooks = [before.register_forward_hook(self._hook(name)) for name, (before, _) in self._parts.items()]
         try:
             yield

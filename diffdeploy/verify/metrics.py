@@ -19,9 +19,9 @@ __all__ = ["Yardstick", "judge", "measure", "rejudge"]
 class Yardstick:
     """Error of the eager block against fp64, over runs that differ in the last bits of their inputs.
 
-    Only elements whose exact value is finite in the dtype count; the others have a kind and no error. Where eager
-    returns another kind (it overflows on the way, or multiplies a hidden NaN by 0), a correct artifact may as well, and
-    the element is not judged.
+    Only elements whose exact value is finite in the dtype count; the others have no error, only a kind: NaN or one of
+    the infinities. Where eager returns another kind (it overflows on the way, or multiplies a hidden NaN by 0), a
+    correct artifact may as well, and the element is not judged.
 
     Args:
         expected: exact result, float64.
@@ -146,8 +146,8 @@ def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: boo
 def _no_yardstick(yardstick: Yardstick) -> str | None:
     """Reason why eager's error cannot serve as a yardstick, if it is larger than rounding explains.
 
-    Where both streams nearly cancel, the error of storing them explains as much of eager's, however large. Results that
-    vanish have no size to which an error could be compared.
+    Where both streams nearly cancel, eager's error may be as large as that of storing them, however large that is.
+    Results that vanish have no size to which an error could be compared.
     """
     exact = yardstick.expected[yardstick.counts]
     size = float(np.sqrt(np.mean(np.square(exact)))) if exact.size else 0.0

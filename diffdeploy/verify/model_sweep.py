@@ -79,7 +79,7 @@ def full_model_cases(spec: GraphSpec, config: DecoderConfig, seed: int) -> list[
         for mask in PADDINGS
     ]
     cases += _pasts(spec, config, seed, drawn)
-    # The last token of every prompt is never padding: after padding only, nothing is generated.
+    # The last token of every prompt is never padding: nothing is generated after a prompt of padding only.
     decoded = [
         Case(batch_size=batch, sequence_length=length, seed=seed, decoded=decoded, mask=mask)
         for batch, length, decoded, mask in _DECODED

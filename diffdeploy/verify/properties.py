@@ -193,7 +193,8 @@ def _nan_stays_in_its_row(artifact: Artifact, spec: GraphSpec, seed: int) -> Che
     kept[0] = False
     for output, where in _everywhere(spec, kept, case.past_length).items():
         if difference := _difference(one[output], other[output], where):
-            return Check(name=name, passed=False, detail=f"{case.id}, in row 0: another row's {output} {difference}")
+            detail = f"{case.id}, in row 0: {output} of another row changed, {difference}"
+            return Check(name=name, passed=False, detail=detail)
     if not np.isnan(other["output"][0, token:].astype(np.float32)).all():
         detail = f"{case.id}: NaN in row 0, position {token}, yields numbers where it is visible"
         return Check(name=name, passed=False, detail=detail)

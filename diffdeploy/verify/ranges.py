@@ -1,4 +1,4 @@
-"""The reach of the sweeps of blocks and of models into the declared ranges, and their distribution there."""
+"""How far the sweeps of blocks and of models reach into the declared ranges, and how they are distributed there."""
 
 from dataclasses import replace
 

@@ -35,7 +35,7 @@ def smallest_failing(case: Case, fails: Callable[[Case], bool]) -> Case:
 def _smaller(case: Case) -> Iterator[Case]:
     """Candidates to replace a case, the smallest first."""
     length, past, batch = case.sequence_length, case.past_length, case.batch_size
-    # Reduced by half first, and by a quarter if the fault begins just below.
+    # Three quarters are tried last, in case the fault begins just below the current size.
     for part in (1 / 8, 1 / 2, 3 / 4):
         if 1 <= (shorter := int(length * part)) < length:
             yield replace(case, sequence_length=shorter)

@@ -32,7 +32,8 @@ class OutputReport(Record):
     Attributes:
         output: name of the output.
         passed: true if the error is within its budget.
-        budget_used: error over allowed error, the larger of the two measures; ``None`` if there is no number.
+        budget_used: error divided by allowed error, root mean square or maximum, whichever is larger; ``None`` if
+            there is no number.
         smallest_k: the smallest `Budget.k` with which it would still pass; ``None`` if none is enough.
         rmse: root mean square error of the artifact against fp64.
         eager_rmse: root mean square error of the eager block in the artifact's dtype.
@@ -89,7 +90,7 @@ class OutputReport(Record):
 
 
 class CaseReport(OutputReport):
-    """One case. The inherited fields are those of its worst output, the one that used most of its budget.
+    """One case. The inherited fields are those of its worst output, which used the largest share of its budget.
 
     Attributes:
         id: name of the case.
@@ -138,8 +139,8 @@ class Report(Record):
         greedy_tokens_checked: number of generated tokens that the exact margin was large enough to judge; ``None`` if
             nothing was generated.
         guilty: stage at which a failed artifact first deviates.
-        loss: loss by quantisation when the bundle was made, which is not part of the verdict; ``None`` if it was not
-            measured.
+        loss: loss that quantisation caused, measured when the bundle was made and not part of the verdict; ``None`` if
+            it was not measured.
     """
 
     schema_version: Literal[2] = 2
@@ -171,12 +172,15 @@ class Report(Record):
 
     @property
     def worst(self) -> CaseReport | None:
-        """The failed case without figures, else the one that used most of its budget; ``None`` without cases."""
+        """A failed case without figures if there is one, else the case that used the largest share of its budget.
+
+        ``None`` if there are no cases.
+        """
         return max(self.cases, key=lambda case: case.severity, default=None)
 
     @property
     def untried(self) -> str | None:
-        """Parts of the declared ranges that no case tried, and elements that were not judged; ``None`` for none."""
+        """Parts of the declared ranges that no case tried, and unjudged elements; ``None`` if there are neither."""
         clauses = [text for part in self.coverage if (text := part.untried_text) is not None]
         if overflowed := sum(any(output.num_unjudged for output in case.outputs) for case in self.cases):
             clauses.append(f"elements of {overflowed} cases for which eager returns NaN or infinity")
@@ -200,8 +204,8 @@ class Report(Record):
         # Symmetric, so that a file that only one of them has is found, too.
         if differing := sorted(name for name, _ in self.files.items() ^ files.items()):
             raise InputError(
-                f"{source} is the report of another bundle than {bundle.path}: {', '.join(dict.fromkeys(differing))} "
-                "differ; give the report of this one, or omit the bundle"
+                f"{source} is not the report of {bundle.path}: {', '.join(dict.fromkeys(differing))} differ; give the "
+                "report of this bundle, or omit the bundle"
             )
 
     def first_failure(self) -> str | None:
@@ -230,7 +234,7 @@ class Report(Record):
             name: name of the file, for the error.
 
         Raises:
-            InputError: the data is not a report, or one of a version with other fields.
+            InputError: the data is not a report, or comes from a version with other fields.
         """
         try:
             return cls.model_validate_json(data)
@@ -250,7 +254,7 @@ def read_report(path: Path) -> Report:
     """Read the report in a file.
 
     Raises:
-        InputError: the file is not a report, or one of a version with other fields.
+        InputError: the file is not a report, or comes from a version with other fields.
     """
     try:
         data = path.read_bytes()

@@ -61,7 +61,7 @@ def verify_bundle(
         cases: see `select_cases`; ``full`` by default, or none if ``load_inputs`` is given.
         load_inputs: file with inputs to verify on, see `read_inputs`.
         save_inputs: file to which the inputs of all cases are written before they run.
-        progress: callback that receives the cases done, the cases in total, and the name of the next step.
+        progress: callback that receives the number of cases done, the total number, and the name of the next step.
         run_options: device and backend that the artifact is run with, and the key that must have signed it.
         open_artifact: function that opens the artifact to run it; by default in a separate process.
         yardsticks: yardsticks for the artifact, if they are already known.
@@ -82,9 +82,10 @@ def verify_bundle(
     chosen, selection = _choose(bundle, seed, cases, load_inputs)
     if save_inputs is not None:
         write_inputs(save_inputs, chosen, spec)
-    # Opened first: its process loads the artifact while this process reads the contract.
-    # The artifact of a model computes for a small part of the time that the formula takes.
+    # The artifact of a model needs only a small part of the time that the formula takes, so the formula keeps all
+    # threads.
     sharing = nullcontext() if isinstance(manifest.config, DecoderConfig) else half_the_threads()
+    # Opened first: its process loads the artifact while this process reads the contract.
     with open_artifact(bundle.path, run_options) as artifact, sharing:
         say = progress or (lambda *_: None)
         found = _examine(bundle, artifact, chosen, yardsticks, seed, say, first_failure_only=first_failure_only)

@@ -34,7 +34,7 @@ _SPECIAL_LENGTHS = (1, 7, 65)
 _MASKED_LENGTHS = (2, 7, 65)
 # Past and present: empty, one step, steps across powers of two, chunks.
 _PASTS = ((0, 1), (0, 7), (1, 1), (5, 1), (64, 1), (63, 2), (31, 33), (128, 1))
-# Kinds like the activations of models, and worse: each at two lengths, so that a scale per token finds narrow ranges.
+# Kinds like the activations of models, and worse: each at two lengths, so that `scales` also hits narrow ranges.
 _KINDS: tuple[Kind, ...] = ("zeros", "repeated", "offset", "outliers", "heavy", "scales", "nan", "infinity")
 _KIND_LENGTHS = (7, 65)
 # Lengths of cases with eight rows each, whose scales go from 1e-6 to 1e4: a factor of 2 from one to the next.
@@ -220,7 +220,7 @@ def _masked(spec: GraphSpec, seed: int) -> list[Case]:
     cases = [
         Case(batch_size=2, sequence_length=length, seed=seed, mask=mask) for mask in PADDINGS for length in lengths
     ]
-    # The last one is the longest with a hidden row: alone, it is a batch of padding only.
+    # The last case is the longest one with a hidden row. With a single row, its batch consists of padding only.
     cases += [replace(cases[-1], batch_size=1), replace(cases[-1], mask="left", kind="constant")]
     mixed = [
         Case(batch_size=min(batch, max_batch), sequence_length=length, seed=seed, mask="mixed")
@@ -249,7 +249,7 @@ def _cached(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
 
 
 def _long_pasts(config: AnyConfig, spec: GraphSpec, seed: int, max_batch: int) -> list[Case]:
-    """Padded pasts of every octave, followed by one token or some."""
+    """Padded pasts of every octave, followed by one token or by several."""
     max_total = spec.axes["total_sequence_length"].max
     longest, drawn = min(max_total, longest_decoding(config)), np.random.default_rng([seed, 2])
     cases: list[Case] = []

@@ -116,7 +116,7 @@ def draw_past(kind: Kind, generator: np.random.Generator, shape: tuple[int, int,
 
 
 def _some_tokens(generator: np.random.Generator, batch_size: int, length: int) -> Array:
-    """Boolean ``[B, S]``, ``True`` for some of the tokens, which differ from row to row, from one to nearly all."""
+    """Boolean ``[B, S]``, ``True`` for some tokens: different ones in each row, from a single one to nearly all."""
     shares = np.linspace(0.0, 0.9, batch_size) if batch_size > 1 else np.full(1, 0.5)
     some: Array = generator.random((batch_size, length)) < shares[:, None]
     if length:
@@ -135,7 +135,7 @@ def _outliers(generator: np.random.Generator, width: int, factors: tuple[float, 
 def _scales(generator: np.random.Generator, count: int, ends: tuple[float, float]) -> Array:
     """Log-uniform scales, one from each of ``count`` equal parts of the range, in random order."""
     low, high = np.log(ends)
-    # Equal parts leave no gaps as wide as those that chance would leave among few rows.
+    # With one scale from each part, gaps are narrower than those that chance would leave among few rows.
     places = (generator.permutation(count) + generator.random(count)) / max(1, count)
     scales: Array = np.exp(low + places * (high - low)).astype(np.float32)
     return scales
@@ -188,7 +188,7 @@ def prompt_inputs(spec: GraphSpec, input_ids_BS: Array, attention_mask_BS: Array
 
 
 def without_holes(tokens_BT: Array) -> Array:
-    """Mask with as many tokens in each row, contiguous from its first token on, or shifted left to fit."""
+    """Mask with unchanged numbers of tokens, contiguous from the first token of each row on, or shifted left to fit."""
     counts, total = tokens_BT.sum(1), tokens_BT.shape[1]
     first = np.minimum(tokens_BT.argmax(1), total - counts)[:, None]
     places = np.arange(total)

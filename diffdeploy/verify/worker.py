@@ -1,4 +1,4 @@
-"""The process that runs an artifact; it did not export it, and uses only the bundle and the public runtime.
+"""The process that runs an artifact. It has not exported the artifact, and uses only the bundle and the public runtime.
 
 Frames on its standard input and output are one line of JSON, with names, dtypes and shapes of arrays, followed by the
 bytes of those arrays. Nothing else is written to standard output; the output of backends is redirected to standard
@@ -30,7 +30,7 @@ __all__ = ["Artifact", "ArtifactProcess", "answered"]
 
 # Number of cache cells beyond the last token.
 _ROOM = 3
-# Exact in every dtype, and far above what keys and values are.
+# Exact in every dtype, and far larger than keys and values are.
 _CONSPICUOUS = 8192.0
 
 
@@ -66,7 +66,7 @@ class Artifact(Protocol):
 
     @property
     def backend(self) -> str:
-        """Backend that runs it; waits until it is loaded."""
+        """Backend that runs the artifact; waits until the artifact is loaded."""
         ...
 
     def start(self, inputs: Mapping[str, Array]) -> None:
@@ -125,11 +125,11 @@ def _decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) -
 
     ids, mask, length = inputs["input_ids"], inputs["attention_mask"], inputs["input_ids"].shape[1]
     # A fill that would show in every result if it were read, and cells beyond the end. Kernels on a GPU read whole
-    # tiles, and multiply what lies beyond the end by weights of 0, so there it is a number.
+    # tiles, and multiply what lies beyond the end by weights of 0, so on a GPU the fill must not be NaN.
     fill = np.nan if runtime.device == "cpu" else _CONSPICUOUS
     decoding = Decoding(runtime, len(ids), fill=fill)
     decoding.reserve(length + _ROOM)
-    # Another batch of sequences alternates with this one; state that both share would show in the second turn.
+    # Another batch of sequences alternates with this one. If the two shared any state, the second turn would show it.
     other, others = Decoding(runtime, len(ids)), np.ascontiguousarray(ids[::-1, ::-1])
     other.reserve(length + _ROOM)
     logits = []
@@ -154,7 +154,7 @@ class ArtifactProcess:
     """
 
     def __init__(self, bundle: Path, options: RunOptions) -> None:
-        given = json.dumps(asdict(options), default=str)  # the key's path
+        given = json.dumps(asdict(options), default=str)  # for the path of the key
         self._process = WorkerProcess(__name__, [str(bundle.absolute()), given], takes_input=True)
         self._backend: str | None = None
 

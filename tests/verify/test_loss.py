@@ -107,7 +107,7 @@ def test_the_same_weights_lose_nothing() -> None:
         (0.2, 0.9, None),
         (0.1, None, None),
         (0.09, None, "KL is 0.1 nats per token, but the limit is 0.09"),
-        (None, 0.96, "the top token is the same for 0.95, but the limit is at least 0.96"),
+        (None, 0.96, "the top token is the same for 0.95 of all tokens, but the minimum is 0.96"),
     ],
 )
 def test_limits(max_kl: float | None, min_agreement: float | None, clause: str | None) -> None:

@@ -21,7 +21,7 @@ class BundleModel(kserve.Model):
     """Adapter through which KServe calls a bundle.
 
     Args:
-        name: name of the model in addresses.
+        name: name of the model in URLs.
         served: the bundle.
     """
 
@@ -88,7 +88,7 @@ class _Server(kserve.ModelServer):
         self._host = host
 
     async def _serve(self) -> None:
-        # Set at the last moment before the server listens, and the first at which this attribute exists.
+        # Set here, just before the server listens, since the attribute does not exist any earlier.
         self._rest_server.config.host = self._host
         await super()._serve()
 

@@ -103,9 +103,9 @@ class Served:
 
         A model generates tokens if ``max_new_tokens`` is among the parameters, or ``text`` among the inputs. Prompts
         are ``input_ids`` ``[B, S]``, padded on the left, with an ``attention_mask`` if there is padding, or ``text``
-        ``[B]``. Other parameters are those of `GenerationOptions`. The outputs are ``output_ids`` ``[B, S + new]``,
-        prompts and new tokens, and, if the bundle has a tokenizer, ``text`` ``[B]``, the new text. Any other request
-        runs the graph.
+        ``[B]``. Other parameters are those of `GenerationOptions`. The output ``output_ids``
+        ``[B, S + new]`` contains prompts and new tokens. If the bundle has a tokenizer, the output ``text`` ``[B]``
+        contains the new text. Any other request runs the graph.
 
         Args:
             inputs: input tensors with unique names.

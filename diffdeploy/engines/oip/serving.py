@@ -41,7 +41,7 @@ class ServeRequest:
     """A bundle to serve, and the address.
 
     Attributes:
-        bundle: directory of the bundle, whose name is that of the model in addresses.
+        bundle: directory of the bundle; its name is also the name of the model in URLs.
         options: options for running the bundle.
         host: address to listen on.
         port: HTTP port.
