@@ -44,7 +44,7 @@ PYTHON = {
     ],
 }
 
-# Packages with public names that only their own room imports.
+# Packages whose public names are imported only within the package that contains them.
 INSIDE = {
     *(f"diffdeploy.formats.{name}" for name in ("aoti", "compile", "flash2", "onnx", "pt2")),
     *(f"diffdeploy.selftest.{name}" for name in ("blocks", "legal", "models")),
@@ -84,7 +84,7 @@ def cli_page() -> str:
 
 
 def python_page(page: str) -> str:
-    """The public names of the page's packages; a name in several is described where it is imported from first."""
+    """The public names of the page's packages; a name that several export is described under the first of them."""
     topic = page.removesuffix(".md").partition("-")[2]
     sections = [f"# Python API: {topic}" if topic else "# Python API"]
     for module in PYTHON[page]:

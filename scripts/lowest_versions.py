@@ -1,4 +1,4 @@
-"""Print the lower bounds of pyproject.toml as constraints for pip, with which `make test-oldest` installs.
+"""Print the lower bounds of pyproject.toml as constraints for pip, which `make test-oldest` uses.
 
 It needs only Python, since it runs before anything is installed.
 """

@@ -1,4 +1,4 @@
-"""Prompts and decoding of whole models on CUDA: eager, compiled and AOTInductor, next to the same model with softmax.
+"""Time prompts and decoding of whole models on CUDA (eager, compiled, AOTInductor), differential and softmax.
 
     python scripts/measure_models.py --model 254m --model 1.5b --output models.json
 
@@ -98,7 +98,7 @@ def in_place(past: KeyValueCache, new: KeyValueCache) -> KeyValueCache:
 
 
 def model_of(name: str, config: DecoderConfig, device: str, positions: int) -> DiffTransformer:
-    """Random weights in bfloat16, the same for each attention."""
+    """Create a model with random weights in bfloat16, the same for each attention."""
     torch.manual_seed(0)
     model = DiffTransformer(config, impl=_IMPL, max_positions=positions, dtype=torch.bfloat16, device=device)
     model.requires_grad_(False).eval().freeze()
@@ -118,7 +118,7 @@ class Prefill(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor) -> Tensor:
-        """``[B, 1, V]``."""
+        """Compute the logits, ``[B, 1, V]``."""
         logits: Tensor = self.model(ids, last_only=True)
         return logits
 
@@ -131,7 +131,7 @@ class Decode(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor, positions: Tensor, caches: Cache) -> Tensor:
-        """``[B, 1, V]``."""
+        """Compute the logits, ``[B, 1, V]``."""
         model = self.model
         turn, x = model.rotation(1, positions, 0), model.embedding(ids)
         for layer, past in zip(model.layers, caches, strict=True):
@@ -163,7 +163,7 @@ def copy_bytes_per_second() -> float:
 
 
 def caches_of(config: DecoderConfig, name: str, batch: int, tokens: int, device: str) -> Cache:
-    """Random, of so many tokens."""
+    """Create random caches of that many tokens."""
     block = config.attention
     heads, width = block.num_kv_heads, block.value_dim
     shape = (batch, heads, tokens, width) if name == _DIFFERENTIAL else (batch, 2 * heads, tokens, block.head_dim)
@@ -222,7 +222,7 @@ class Run:
 
     @property
     def longest(self) -> int:
-        """Positions that models are made for."""
+        """Number of positions that models are created for."""
         return max(*self.prompts, *self.pasts) + 64
 
     def note(self, **fields: Any) -> None:
@@ -251,12 +251,12 @@ class Run:
 
 
 def measure_model(run: Run, size: str, name: str) -> None:
-    """Prompts and decoding, eager and compiled."""
+    """Time prompts and decoding, eager and compiled."""
     config = config_of(size)
     model = model_of(name, config, "cuda", run.longest)
     prefill, decode = Prefill(model), Decode(model)
     ways: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {"eager": (prefill, decode)}
-    if name != _SOFTMAX_FLASH:  # whose operators torch does not know
+    if name != _SOFTMAX_FLASH:  # torch does not know the operators of flash-attn
         ways["compile"] = (torch.compile(prefill, fullgraph=True), torch.compile(decode, fullgraph=True))
         if run.tuned:
             tuned = torch.compile(decode, fullgraph=True, options={"coordinate_descent_tuning": True})
@@ -279,7 +279,7 @@ def measure_model(run: Run, size: str, name: str) -> None:
 
 
 def measure_package(run: Run, size: str) -> None:
-    """A package of the graph that bundles of models hold: with mask, positions and caches that are handed on."""
+    """Time a package of the graph in bundles of models, with a mask, positions and caches that are passed on."""
     config = config_of(size)
     torch.manual_seed(0)
     model = DiffTransformer(config, impl=_IMPL, max_positions=run.longest, dtype=torch.bfloat16)

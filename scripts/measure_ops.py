@@ -2,9 +2,9 @@
 
     python scripts/measure_ops.py [--device cuda] [--lengths 128 512 2048 8192] [--dtypes float32 bfloat16]
 
-All implementations of one size are timed in turns, round by round, so that drift affects all alike. The output has
-medians, and the counted operations per second (12 d per causal pair and head) as a share of the rate of the machine's
-matrix products right before and after.
+All implementations of one size are timed in turns, round by round, so that drift affects all alike. The output
+lists medians, and the number of counted operations per second (12 d per causal pair and head) as a share of the
+machine's rate for matrix products, measured right before and after.
 On a CPU, the extra memory of each is the growth of the peak resident size in a separate process.
 """
 
@@ -62,7 +62,7 @@ def timed(run: Callable[[], Tensor], device: str) -> float:
 
 
 def candidates(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Every implementation that runs here, by name; FlashAttention-2 with each way to equal widths."""
+    """Every implementation that runs here, by name; FlashAttention-2 with each method of making widths equal."""
     runs: dict[str, Callable[[], Tensor]] = {
         impl: partial(diff_attention, q, k, v, lam, causal=True, impl=impl) for impl in [*IMPLEMENTATIONS, "auto"]
     }
@@ -154,7 +154,7 @@ def main() -> None:
         print(peak_extra_bytes(impl, heads, width, length, getattr(torch, dtype)))
         return
     print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads; B 1, causal, MHA")
-    print("| dtype | h, d | S | implementation | ms | of naive | of products | extra MiB |")
+    print("| dtype | h, d | S | implementation | ms | ratio to naive | share of products | extra MiB |")
     print("|---" * 8 + "|")
     for dtype in options.dtypes:
         for heads, width in SHAPES:

@@ -7,7 +7,7 @@ pip installs every version into a separate folder, which precedes this environme
 that run the bundles. Bundles are exported here, with the torch of this environment, and the exact results and budgets
 for the comparison are computed here, as in the verification.
 
-Without a choice of versions, every onnxruntime that pip offers is tried, but no torch, which takes gigabytes each.
+Without a choice of versions, every onnxruntime that pip offers is tried, but no torch, since each takes gigabytes.
 FOLDER keeps everything that was installed, exported and measured, so that an interrupted run can continue; after a
 change of the exporters, give another folder. The exit code is 1 if a version that `Format.least_versions` admits
 computes a bundle incorrectly.

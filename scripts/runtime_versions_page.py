@@ -25,8 +25,8 @@ and numpy {numpy}; CUDA was not measured.
 - refuses: the version does not load the artifact
 - no import: the version cannot be imported here, in most cases because of this numpy
 
-The version under "right from" and all later ones are ok. "least" is the version that `Format.least_versions` returns,
-that manifests record and that `load` requires; it is never older than "right from", and is newer where
+The version under "correct from" and all later ones are ok. "least" is the version that `Format.least_versions` returns,
+that manifests record and that `load` requires; it is never older than "correct from", and is newer where
 `Format.least_versions` distinguishes fewer cases than this table.
 """
 NOTES = {
@@ -134,7 +134,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         for _, span in groupby(rows[0].verdicts, key=lambda version: [row.verdicts[version].kind for row in rows])
     ]
     titles = [span[0] if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans]
-    headings = ["export", "graph", "block", "dtype", *titles, "right from", "least"]
+    headings = ["export", "graph", "block", "dtype", *titles, "correct from", "least"]
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for row in rows:
         cells = [_worst([row.verdicts[version] for version in span]).cell for span in spans]

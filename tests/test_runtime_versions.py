@@ -94,4 +94,4 @@ def test_the_page_agrees_with_the_tables(
         changes = {"format": options.format, "config": config, "graph": spec, "options": recorded}
         manifest: Manifest = sample.model_copy(update=changes)
         assert require_format(options.format).least_versions(manifest) == {package: found["least"]}
-        assert release(found["least"]) >= release(found["right from"])
+        assert release(found["least"]) >= release(found["correct from"])
