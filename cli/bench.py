@@ -135,6 +135,7 @@ def bench(
         impl=_names(impl),
         seq=None if seq is None else _numbers("--seq", seq),
         batch=_numbers("--batch", batch),
+        device=device,
         threads=threads,
         baseline=baseline,
         rounds=rounds,
@@ -149,7 +150,6 @@ def bench(
             "--num-kv-heads": num_kv_heads,
             "--head-dim": head_dim,
             "--dtype": dtype,
-            "--device cuda": None if device == "cpu" else device,
             "--graph": graph,
             "--layer": layer,
             "--plot": plot,
@@ -165,7 +165,6 @@ def bench(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         dtype=dtype,
-        device=device,
         graph=graph,
         reading=CheckpointOptions(layer=layer, **reading),
     )
@@ -188,6 +187,7 @@ class _Shared(TypedDict):
     impl: list[str]
     seq: list[int] | None
     batch: list[int]
+    device: Literal["cpu", "cuda"]
     threads: int | None
     baseline: str | None
     rounds: int | None

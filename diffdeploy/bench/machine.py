@@ -11,15 +11,30 @@ from typing import Any
 
 from diffdeploy import __version__
 from diffdeploy.bench.timing import latency_ms
-from diffdeploy.formats import distributions
+from diffdeploy.errors import UnavailableError
+from diffdeploy.formats import Device, distributions
 from diffdeploy.records import Record
 from diffdeploy.versions import installed_versions
 
-__all__ = ["Machine", "OtherLoad", "matmul_gflop_per_second"]
+__all__ = ["Machine", "OtherLoad", "matmul_gflop_per_second", "set_up_torch"]
 
 _MATMUL_SIZES = (512, 1024, 2048, 4096)
 # Keeps the total at about a second, even on slow machines, since it is measured again after each size.
 _LONGEST_MATMUL_MS = 250.0
+
+
+def set_up_torch(device: Device, threads: int | None) -> None:
+    """Set the number of CPU threads, before anything is exported: AOTInductor compiles it into the code.
+
+    Raises:
+        UnavailableError: the device is not here.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError("--device is cuda, but torch finds no CUDA device here; use --device cpu")
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 class Machine(Record):

@@ -16,6 +16,7 @@ from diffdeploy.bench.candidate_choice import (
 )
 from diffdeploy.bench.changes import require_comparable
 from diffdeploy.bench.estimate import require_memory
+from diffdeploy.bench.machine import set_up_torch
 from diffdeploy.bench.plan import Candidate, Plan, Size
 from diffdeploy.bench.results import BenchReport
 from diffdeploy.bench.run import Bench
@@ -93,7 +94,7 @@ def prepare(
         UnavailableError: this machine lacks a device, a package or memory.
         ExportError: a format could not be exported.
     """
-    _set_up_torch(request)
+    set_up_torch(request.device, request.threads)
     source = _source(request)
     with tempfile.TemporaryDirectory(prefix="diffdeploy-bench-") as folder:
         dtype = source.dtype(request.dtype)
@@ -109,15 +110,6 @@ def prepare(
         plan = _with_exports(plan, request, source, targets, phase, note)
         phase("starting")
         yield Bench(plan, source.block, request.command)
-
-
-def _set_up_torch(request: BenchRequest) -> None:
-    import torch
-
-    if request.device == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("--device is cuda, but torch finds no CUDA device here; use --device cpu")
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)  # AOTInductor compiles the number into the code
 
 
 def _source(request: BenchRequest) -> BlockSource:

@@ -73,7 +73,11 @@ def as_cuda_graph(call: Call) -> Call | None:
         torch.cuda.set_stream(home)
         torch.cuda.synchronize()
         return None
-    return graph.replay
+
+    def replay(_kept: Call = call) -> None:
+        graph.replay()
+
+    return replay  # the graph reads tensors of the call, which it does not keep alive
 
 
 @contextmanager

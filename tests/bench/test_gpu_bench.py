@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from diffdeploy.bench.machine import Machine
 from diffdeploy.bench.timing import as_cuda_graph
+from diffdeploy.checkpoints import read_model
+from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.cli.main import main
+from diffdeploy.exporters import ExportOptions, export_bundle
 
 pytestmark = pytest.mark.gpu
 
@@ -45,3 +49,27 @@ def test_decoding_is_timed_as_graphs(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "timed as CUDA graphs" in capsys.readouterr().out
     saved = json.loads(file.read_text())
     assert [row["captured"] for row in saved["results"]] == [True] * 3
+
+
+def test_a_graph_keeps_what_it_reads() -> None:
+    """The tensors of a call are not freed, and given to others, as long as its graph is there."""
+
+    def captured() -> tuple[Any, torch.Tensor]:
+        x, out = torch.ones(1 << 20, device="cuda"), torch.zeros(1 << 20, device="cuda")
+        return as_cuda_graph(lambda: out.copy_(2 * x)), out
+
+    graph, out = captured()
+    others = [torch.full((1 << 20,), 7.0, device="cuda") for _ in range(20)]
+    graph()
+    assert others
+    assert bool((out == 2).all())
+
+
+def test_models_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bundle of a model, and the eager model."""
+    options = ExportOptions(format="pt2", graph="model", device="cuda", max_batch_size=4, max_sequence_length=48)
+    export_bundle(read_model(SAMPLE), tmp_path / "model", options, verify=False)
+    assert main(["bench", str(tmp_path / "model"), "--device", "cuda", "--seq", "16", "--rounds", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {row["status"] for row in result["results"]} == {"measured"}
+    assert result["environment"]["device"] == torch.cuda.get_device_name()

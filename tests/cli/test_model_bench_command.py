@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import diffdeploy
 from diffdeploy.bench.models import read_model_report
@@ -183,6 +184,8 @@ def test_what_does_not_go_together_is_refused(
     assert "made for 48 tokens, but --seq 41 plus 8 new ones is longer; give up to 40" in said(model, "--seq", "41")
     assert "made for batches up to 4, but --batch is 5" in said(model, "--batch", "5")
     assert "implementation 'fast' is not known" in said(model, "--impl", "fast")
+    if not torch.cuda.is_available():
+        assert "torch finds no CUDA device here" in refused(["bench", model, "--device", "cuda"], capsys, code=3)
     assert "baseline 'other' is not among the candidates" in said(model, "--baseline", "other")
     assert "is not a diffdeploy bench result for a model" in said(
         model, "--compare", str(llama / "bundle/manifest.json")

@@ -95,18 +95,24 @@ class _BundleRun(ModelRun):
 
 
 class _TorchRun(ModelRun):
-    """A torch model whose cache is passed from call to call."""
+    """A torch model whose cache is passed from call to call.
+
+    Attributes:
+        device: device of the model.
+    """
+
+    device: str
 
     def prefill(self, tokens_BS: Array) -> Array:
         import torch
 
-        logits, _ = self._step(torch.from_numpy(tokens_BS), None)
+        logits, _ = self._step(torch.from_numpy(tokens_BS).to(self.device), None)
         return to_array(logits)
 
     def decoder(self, tokens_BS: Array) -> Decoder:
         import torch
 
-        tokens = torch.from_numpy(tokens_BS)
+        tokens = torch.from_numpy(tokens_BS).to(self.device)
         past_length = tokens_BS.shape[1] - 1
         _, cache = self._step(tokens[:, :-1], None)
 
@@ -134,6 +140,7 @@ class _EagerRun(_TorchRun):
 
         from diffdeploy.bundle import frozen_module, read_tensors
 
+        self.device = plan.device
         dtype = getattr(torch, plan.dtype)
         self._model: Any = frozen_module(
             plan.config,
@@ -141,7 +148,7 @@ class _EagerRun(_TorchRun):
             impl=impl,
             max_positions=plan.max_length,
             dtype=dtype,
-        )
+        ).to(plan.device)
 
     def _step(self, tokens: "Tensor", cache: Any) -> tuple["Tensor", Any]:
         import torch
@@ -150,10 +157,10 @@ class _EagerRun(_TorchRun):
         block = self._model.config.attention
         if cache is None:
             dtype = self._model.embedding.weight.dtype
-            empty = [torch.empty(batch, block.num_kv_heads, 0, width, dtype=dtype)
+            empty = [torch.empty(batch, block.num_kv_heads, 0, width, dtype=dtype, device=self.device)
                      for width in (block.key_cache_dim, block.value_dim)]  # fmt: skip
             cache = [tuple(empty)] * self._model.config.num_layers
-        mask = torch.ones(batch, cache[0][0].shape[2] + length, dtype=torch.int64)
+        mask = torch.ones(batch, cache[0][0].shape[2] + length, dtype=torch.int64, device=self.device)
         logits, cache = self._model(tokens, mask, None, cache, last_only=True)
         return logits[:, -1], cache
 
@@ -163,12 +170,17 @@ class _TransformersRun(_TorchRun):
         import torch
         from transformers import AutoModelForCausalLM
 
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            candidate.path,
-            dtype=getattr(torch, plan.dtype),
-            attn_implementation=candidate.choice,
-            local_files_only=True,
-        ).eval()
+        self.device = plan.device
+        self._model: Any = (
+            AutoModelForCausalLM.from_pretrained(
+                candidate.path,
+                dtype=getattr(torch, plan.dtype),
+                attn_implementation=candidate.choice,
+                local_files_only=True,
+            )
+            .to(plan.device)
+            .eval()
+        )
 
     def _step(self, tokens: "Tensor", cache: Any) -> tuple["Tensor", Any]:
         from transformers import DynamicCache
@@ -193,4 +205,4 @@ def open_model(plan: ModelPlan, candidate: ModelCandidate) -> ModelRun:
         return _TransformersRun(plan, candidate)
     assert candidate.path is not None
     # Trust in a bundle was checked when it was chosen.
-    return _BundleRun(open_runtime(candidate.path, RunOptions(device="cpu", threads=plan.threads, trust=True)))
+    return _BundleRun(open_runtime(candidate.path, RunOptions(device=plan.device, threads=plan.threads, trust=True)))

@@ -70,7 +70,8 @@ def _eager(plan: ModelPlan, tokens_BS: Array, impl: Impl, dtype: Any) -> Array:
 
     weights = read_tensors(opened(plan.bundle))
     model: Any = frozen_module(plan.config, weights, impl=impl, max_positions=plan.max_length, dtype=dtype)
-    return to_array(model(torch.from_numpy(tokens_BS), last_only=True)[:, -1])
+    model.to(plan.device)
+    return to_array(model(torch.from_numpy(tokens_BS).to(plan.device), last_only=True)[:, -1])
 
 
 def judge_logits(logits_BV: Array, expected: Yardstick) -> Verdict:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from diffdeploy.bundle import Bundle, open_bundle
 from diffdeploy.config import AnyModel
+from diffdeploy.formats import Device
 from diffdeploy.graphs import DType
 from diffdeploy.records import Record
 
@@ -78,6 +79,7 @@ class ModelPlan(Record):
         config: config of the model.
         bundle: bundle with the weights of the model.
         dtype: dtype of weights and caches.
+        device: ``cpu`` or ``cuda``.
         threads: number of threads of every candidate.
         sizes: sizes in the order in which they are measured.
         candidates: candidates with different names.
@@ -89,6 +91,7 @@ class ModelPlan(Record):
     config: Annotated[AnyModel, Field(discriminator="version")]
     bundle: Path
     dtype: DType
+    device: Device
     threads: int
     sizes: tuple[ModelSize, ...]
     candidates: tuple[ModelCandidate, ...]

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 from diffdeploy.bench.candidate_choice import choose_baseline
+from diffdeploy.bench.machine import set_up_torch
 from diffdeploy.bench.models.plan import NEW_TOKENS, ModelCandidate, ModelPlan, ModelSize, What
 from diffdeploy.bench.models.results import Model
 from diffdeploy.bench.models.run import ModelBench
 from diffdeploy.bundle import WEIGHTS, Bundle, is_bundle, open_bundle
 from diffdeploy.config import DecoderConfig
 from diffdeploy.errors import InputError
-from diffdeploy.formats import RunOptions
+from diffdeploy.formats import Device, RunOptions
 from diffdeploy.ops import Impl
 from diffdeploy.runtime import require_runnable, require_trusted
 from diffdeploy.verify.checkpoint_match import matches_checkpoint
@@ -42,6 +43,7 @@ class ModelBenchRequest:
     impl: Sequence[str]
     seq: Sequence[int] | None
     batch: Sequence[int]
+    device: Device
     threads: int | None
     baseline: str | None
     rounds: int | None
@@ -56,6 +58,7 @@ class ModelBenchRequest:
             ("--impl", ",".join(self.impl), "all"),
             ("--seq", None if self.seq is None else ",".join(map(str, self.seq)), None),
             ("--batch", ",".join(map(str, self.batch)), "1"),
+            ("--device", self.device, "cpu"),
             ("--threads", self.threads, None),
             ("--baseline", self.baseline, None),
             ("--rounds", self.rounds, None),
@@ -80,6 +83,7 @@ def prepare_models(request: ModelBenchRequest, note: Say) -> ModelBench:
     """
     import torch
 
+    set_up_torch(request.device, request.threads)
     bundles = [open_bundle(path, request.public_key) for path in request.sources if is_bundle(path)]
     checkpoints = [path for path in request.sources if not is_bundle(path)]
     if len(checkpoints) > 1:
@@ -87,8 +91,6 @@ def prepare_models(request: ModelBenchRequest, note: Say) -> ModelBench:
             f"{checkpoints[0]} and {checkpoints[1]} are two checkpoints; give one, and bundles made from it"
         )
     config = _agreed(bundles)
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
     candidates = [_of_bundle(bundle, bundles, request) for bundle in bundles]
     candidates += [
         ModelCandidate(name=f"eager-{impl}", kind="eager", choice=impl) for impl in _implementations(request.impl)
@@ -98,6 +100,7 @@ def prepare_models(request: ModelBenchRequest, note: Say) -> ModelBench:
         config=config,
         bundle=bundles[0].path.absolute(),
         dtype=bundles[0].manifest.graph.dtype,
+        device=request.device,
         threads=torch.get_num_threads(),
         sizes=_sizes(request, bundles),
         candidates=tuple(candidates),
@@ -124,7 +127,7 @@ def _agreed(bundles: Sequence[Bundle]) -> DecoderConfig:
 
 
 def _of_bundle(bundle: Bundle, bundles: Sequence[Bundle], request: ModelBenchRequest) -> ModelCandidate:
-    options = RunOptions(device="cpu", trust=bool(request.trust))
+    options = RunOptions(device=request.device, trust=bool(request.trust))
     require_runnable(bundle.manifest, options)
     require_trusted(bundle, options)
     # Bundles of the same name in different folders are distinguished by their paths.
@@ -148,7 +151,7 @@ def _implementations(given: Sequence[str]) -> list[str]:
 
 
 def _of_transformers(checkpoints: Sequence[Path], bundle: Bundle, note: Say) -> list[ModelCandidate]:
-    """Candidates for transformers' own model of a DiffLlama directory, with both attention implementations for CPUs."""
+    """Candidates for transformers' own model of a DiffLlama directory, with both of its attention implementations."""
     if not checkpoints:
         note("transformers is left out: no checkpoint is given; give the DiffLlama directory that was exported")
         return []

@@ -26,7 +26,7 @@ _BARE = "\0"
 
 
 def _time(plan: ModelPlan, send: Send) -> None:
-    environment = Machine.current(dtype=plan.dtype, device="cpu", threads=plan.threads)
+    environment = Machine.current(dtype=plan.dtype, device=plan.device, threads=plan.threads)
     send("environment", environment=environment.model_dump())
     runs: dict[str, ModelRun] = {}
     for candidate in plan.candidates:
@@ -40,7 +40,7 @@ def _time(plan: ModelPlan, send: Send) -> None:
         send(
             "machine",
             other_load=busy,
-            matmul_gflop_per_second=matmul_gflop_per_second(plan.dtype, device="cpu", threads=plan.threads),
+            matmul_gflop_per_second=matmul_gflop_per_second(plan.dtype, device=plan.device, threads=plan.threads),
         )
 
 
@@ -50,7 +50,8 @@ def _time_size(plan: ModelPlan, size: ModelSize, runs: Mapping[str, ModelRun], s
         return
     fitting, round_seconds = timing.num_rounds(seconds)
     count = plan.rounds or fitting
-    for number, name, latency_ms in timing.rounds(calls, count, device="cpu", threads=plan.threads, seed=plan.seed):
+    rounds = timing.rounds(calls, count, device=plan.device, threads=plan.threads, seed=plan.seed)
+    for number, name, latency_ms in rounds:
         candidate, bare, _ = name.partition(_BARE)
         send("sample", size=size.id, name=candidate, latency_ms=latency_ms, bare=bool(bare))
         send(
@@ -79,7 +80,7 @@ def _right_ones(
         send("verdict", size=size.id, name=candidate.name, **vars(verdict))
         if verdict.passed:
             calls |= found
-    return calls, {name: timing.seconds_per_call(call, device="cpu") for name, call in calls.items()}
+    return calls, {name: timing.seconds_per_call(call, device=plan.device) for name, call in calls.items()}
 
 
 def _calls(name: str, run: ModelRun, tokens: Array, *, decodes: bool) -> tuple[Array, dict[str, Call]]:
