@@ -199,6 +199,46 @@ def test_groups_of_heads(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.triton
 @pytest.mark.usefixtures("_poisoned")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["streams", "paired", "shared"])
+@pytest.mark.parametrize("queries", [40, 150])
+def test_streams_apart_for_values_that_are_not_wide(
+    queries: int, form: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffdeploy.ops.kernels import operator
+
+    apart = []
+
+    def subtract(*given: Any) -> None:
+        apart.append(given)
+        unchanged(*given)
+
+    unchanged = operator._subtract
+    monkeypatch.setattr("diffdeploy.ops.kernels.call._LEAST_APART", 1)
+    monkeypatch.setattr(operator, "_subtract", subtract)
+    case = case_of(4, 2, queries, 170, dtype, widths=(32, 64), form=form)
+    check(case, case.run(DEVICE, "fused"), DEVICE)
+    assert len(apart) == 1
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("multiprocessors", [17, 23, 24])
+@pytest.mark.parametrize("width", [32, 128])
+def test_programs_that_share_a_multiprocessor(
+    width: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever order programs come, every tile of every head and stream is computed."""
+    q, k, v = inputs(4, 2, 150, 150, width)
+    # 24 programs, or 48 if the streams are apart: all of them in one wave, some of them second on a multiprocessor.
+    monkeypatch.setattr("diffdeploy.ops.kernels.call._multiprocessors", lambda device: multiprocessors)
+    output = diff_attention(q, k, v, torch.tensor(0.4), causal=True, impl="fused")
+    monkeypatch.setattr("diffdeploy.ops.kernels.call.Call.pairing", lambda call: 0)
+    assert torch.equal(diff_attention(q, k, v, torch.tensor(0.4), causal=True, impl="fused"), output)
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 300])
 def test_a_chunk_behind_many_keys_is_split(window: int | None, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than a tile of the kernel has."""

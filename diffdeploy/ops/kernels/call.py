@@ -13,8 +13,10 @@ __all__ = ["Call", "Tile"]
 # Maximum number of queries for which keys are always split among programs.
 _FEW = 16
 # Minimum number of keys for which splitting pays off even for more than `_FEW` queries, if 3/4 of the device would be
-# idle otherwise; also the minimum number of queries for which separate programs per stream pay off.
+# idle otherwise; also the number of queries from which separate programs per stream pay off for wide values.
 _LONG = 1024
+# The same for other values, if the small tiles of all heads leave multiprocessors idle.
+_LEAST_APART = 512
 # Minimum number of rows and of columns of a matrix product.
 _LEAST_OF_MATRIX_UNITS = 16
 # Both accumulators of a tile fit in the registers up to this width of values.
@@ -46,10 +48,10 @@ class Tile:
         }
 
 
-# Measured on an H100, bfloat16, 256 to 16,384 positions, see docs/fused.md. The small tile leaves room for a second
-# program on a multiprocessor; it is for problems with fewer large tiles than multiprocessors.
+# Measured on an H100 and an H200, bfloat16, 256 to 16,384 positions, see docs/fused.md. Small tiles leave room for a
+# second program on a multiprocessor; they are for problems with fewer large tiles than multiprocessors.
 _LARGE = Tile(128, 64, 8, 3)
-_SMALL = Tile(64, 64, 4, 2)
+_SMALL, _SMALL_OF_ONE_STREAM, _SMALL_OF_WIDE_VALUES = Tile(64, 64, 4, 3), Tile(64, 128, 4, 2), Tile(64, 64, 4, 2)
 # When keys are split, a tile has all rows, up to 64, since every further tile of rows reads the same keys again.
 _MOST_ROWS = 64
 _SPLIT_KEYS, _SPLIT_KEYS_OF_WIDE_VALUES = 64, 32
@@ -139,9 +141,11 @@ class Call:
 
         Both results are read again for the subtraction, which does not pay off for many heads of short sequences.
         """
-        if self.decodes or not self.wide or not self._has_few_tiles():
+        if self.decodes or not self._has_few_tiles():
             return False
-        return self.q.shape[2] >= _LONG or self._has_few_tiles(2)
+        if self.wide:
+            return self.q.shape[2] >= _LONG or self._has_few_tiles(2)
+        return self.q.shape[2] >= _LEAST_APART and self._has_few_tiles(2)
 
     @cached_property
     def tile(self) -> Tile:
@@ -151,7 +155,11 @@ class Call:
             return Tile(rows, _SPLIT_KEYS_OF_WIDE_VALUES if self.wide else _SPLIT_KEYS, 4, 3)
         # Values that do not fill their block are zero-padded when they are loaded, which is slow for small tiles.
         fast = self.wide and self.widths["BLOCK_E"] == self.widths["VALUE_WIDTH"]
-        return _SMALL if fast or self._has_few_tiles() else _LARGE
+        if not fast and not self._has_few_tiles():
+            return _LARGE
+        if self.wide:
+            return _SMALL_OF_WIDE_VALUES
+        return _SMALL_OF_ONE_STREAM if self.apart else _SMALL
 
     def by_length(self) -> "list[Call]":
         """Calls for ranges of the number of queries, of which one runs: one per tile size of `split`, and one beyond.
@@ -209,6 +217,10 @@ class Call:
         heads = self.q.shape[0] * self.num_heads
         groups = _larger(1, heads // _larger(_larger(cached, two_waves), 1))
         return -(-heads // groups)
+
+    def pairing(self) -> int:
+        """Number of multiprocessors if two programs of a causal problem fit on one, otherwise 0."""
+        return _multiprocessors(self.q.device) if self.causal and self.tile.rows < _LARGE.rows else 0
 
     def num_splits(self) -> int:
         """Number of parts of whole tiles into which keys are split; no more than are needed to fill the device."""

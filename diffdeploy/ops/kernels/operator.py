@@ -32,7 +32,10 @@ def scratch(call: Call) -> tuple[Tensor, ...]:
     """Uninitialised buffers: sums, maxima and totals of all parts of the keys; or results of both streams; or none."""
     if call.apart:
         batch, _, length, _ = call.q.shape
-        return (call.q.new_empty(2, batch, length, call.num_heads, call.v.shape[3]),)
+        # Two results of wide values would not stay in the cache in fp32.
+        dtype = call.q.dtype if call.wide else torch.float32
+        shape = (2, batch, length, call.num_heads, call.v.shape[3])
+        return (torch.empty(shape, dtype=dtype, device=call.q.device),)
     if not call.decodes:
         return ()
     batch, kv_heads, _, value_width = call.v.shape
@@ -84,6 +87,7 @@ def _attend_tiles(target: Tensor, call: Call) -> None:
         TURNS=call.wide and not call.apart,
         APART=call.apart,
         TMA=call.tma,
+        MULTIPROCESSORS=call.pairing(),
     )
 
 

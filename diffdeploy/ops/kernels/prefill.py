@@ -161,15 +161,19 @@ def _ranges(
 
 
 @triton.jit
-def _place(S, H, heads_at_once, BLOCK_M: tl.constexpr, APART: tl.constexpr):
+def _place(S, H, heads_at_once, MULTIPROCESSORS: tl.constexpr, BLOCK_M: tl.constexpr, APART: tl.constexpr):
     """Batch, head, stream and first query of a program. The grid has one axis, since the others are limited to 65,535.
 
     Programs process one group of heads, whose keys and values stay in the L2 cache, before the next. Within a group,
     the same tile of all heads comes before the next tile, and tiles with the most keys come first, which fills the
-    last wave of a causal problem.
+    last wave of a causal problem. If all programs run at once, two on each multiprocessor, those that are second there
+    come in the opposite order, so that the longest program shares its multiprocessor with the shortest one.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
+    if MULTIPROCESSORS > 0:
+        second = (program >= MULTIPROCESSORS) & (programs <= 2 * MULTIPROCESSORS)
+        program = tl.where(second, programs - 1 - (program - MULTIPROCESSORS), program)
     stream = program * 0
     if APART:
         stream = program % 2
@@ -192,12 +196,12 @@ def prefill(
     VALUE_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDING: tl.constexpr, LEGACY: tl.constexpr,
     SHARED: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, TURNS: tl.constexpr, APART: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, MULTIPROCESSORS: tl.constexpr,
 ):
     """Compute one tile of queries of one head or, if ``APART``, of one of its streams."""
     # Inductor passes numbers in double precision.
     scale, eps, factor = tl.cast(scale, tl.float32), tl.cast(eps, tl.float32), tl.cast(factor, tl.float32)
-    batch, head, stream, first = _place(S, H, heads_at_once, BLOCK_M, APART)
+    batch, head, stream, first = _place(S, H, heads_at_once, MULTIPROCESSORS, BLOCK_M, APART)
     key1 = 2 * (head // G)
     key2 = key1 + 1
     if LEGACY:
