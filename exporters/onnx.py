@@ -16,7 +16,7 @@ from diffdeploy.exporters.onnx_nbits import quantise_products
 from diffdeploy.exporters.onnx_norms import small_epsilons_kept
 from diffdeploy.exporters.onnx_ort import OrtGraphModule
 from diffdeploy.exporters.onnx_ort_model import OrtModelModule, require_ort_model
-from diffdeploy.exporters.onnx_ties import tie_head
+from diffdeploy.exporters.onnx_ties import store_turned, tie_head
 from diffdeploy.exporters.tracing import GraphModule, example
 from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL, ORT, layer_output
 from diffdeploy.graphs import GraphSpec
@@ -72,6 +72,7 @@ def lower(
     del program.graph.outputs[len(spec.outputs) :]
     if isinstance(block, DiffTransformer) and block.config.tied:
         tie_head(program, block.config.vocab_size, block.config.embed_dim)
+    store_turned(program)
     if quantisation is not None:
         quantise_products(program, read_safetensors(directory / WEIGHTS), block.config, quantisation)
     _name_axes(program, spec)

@@ -1,11 +1,13 @@
 """Whole models: exported, verified, run, and found out where a layer is wrong."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 
@@ -25,6 +27,35 @@ SMALL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=48, c
 @pytest.fixture(scope="module")
 def sample_model(bundles: BundleCache) -> Path:
     return bundles.bundle(read_model(SAMPLE), SMALL)
+
+
+@pytest.mark.parametrize("flavor", ["standard", "ort"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_that_the_exporter_does_not_turn(
+    tied: bool, flavor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves matrices of more than 2 GiB as they are, with a ``Transpose``; here it leaves all."""
+    from onnxscript.optimizer import _constant_folding
+
+    monkeypatch.setattr(_constant_folding, "_DEFAULT_ALWAYS_FOLD_OPS", frozenset())
+    diffllama(tmp_path / "checkpoint", tie_word_embeddings=tied)
+    turned: list[str] = []
+    save = onnx_ir.save
+
+    def look(model: onnx_ir.Model, *given: Any, **named: Any) -> None:
+        turned.extend(
+            node.op_type for node in model.graph if node.op_type == "Transpose" and _is_matrix(node.inputs[0])
+        )
+        save(model, *given, **named)
+
+    monkeypatch.setattr(onnx_ir, "save", look)
+    options = replace(SMALL, onnx_flavor=flavor)
+    export_bundle(read_model(tmp_path / "checkpoint"), tmp_path / "bundle", options)  # verified
+    assert not turned
+
+
+def _is_matrix(value: "onnx_ir.Value | None") -> bool:
+    return value is not None and value.const_value is not None
 
 
 @pytest.fixture(scope="module")
