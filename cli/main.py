@@ -40,7 +40,7 @@ app = typer.Typer(
     # `main` prints an error as one sentence, and --debug shows Python's own traceback.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 passed, 1 verification failed, 2 bad input, 3 this machine lacks something, "
+    epilog="Exit codes: 0 passed, 1 verification failed, 2 bad input, 3 missing package, device or disk space, "
     "4 export failed, 5 damaged bundle.",
 )
 

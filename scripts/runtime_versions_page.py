@@ -9,7 +9,7 @@ from diffdeploy.versions import release
 
 __all__ = ["Row", "Verdict", "page", "table"]
 
-INTRODUCTION = """# Versions of the runtimes that compute bundles correctly
+INTRODUCTION = """# Runtime versions that run bundles correctly
 
 This command wrote the page:
 
@@ -17,13 +17,13 @@ This command wrote the page:
 
 Bundles of small blocks (D 64, h 4, d 16; h_kv 4 if they are not grouped, else 2), exported with torch {torch}, are
 run by each version on {cases} cases of the verification (lengths up to 129, batches up to 8, masks, pasts, values of
-every kind) and compared with fp64 by its budgets. All measurements were made on a CPU ({machine}) with Python {python}
-and numpy {numpy}; CUDA was not measured.
+every kind) and compared with fp64, within the budgets of the verification. All measurements were made on a CPU
+({machine}) with Python {python} and numpy {numpy}; CUDA was not measured.
 
 - ok: every output is within its budget
-- off by 1.8: the error of the worst output is that many times the allowed one; "no number" is NaN, or no output at all
+- off by 1.8: the error of the worst output is 1.8 times the allowed error; "no number" is NaN, or no output at all
 - refuses: the version does not load the artifact
-- no import: the version cannot be imported here, in most cases because of this numpy
+- no import: the version cannot be imported here, in most cases because it needs another version of numpy
 
 The version under "correct from" and all later ones are ok. "least" is the version that `Format.least_versions` returns,
 that manifests record and that `load` requires; it is never older than "correct from", and is newer where
@@ -33,8 +33,9 @@ NOTES = {
     "onnxruntime": """\
 - 1.16 and older refuse the IR version that torch writes, and every version refuses opsets that are newer than it is.
 - In `Attention` of 1.23.0, grouped query heads read the wrong key/value heads.
-- In `GroupQueryAttention` up to 1.23.2, a query attends to one key more than the window allows. A mask hides that key
-  in float32, and in float16 unless its score is that of an outlier. Up to 1.21, the operator has no mask.
+- In `GroupQueryAttention` up to 1.23.2, a query attends to one key more than the window allows. If a mask is
+  given, it hides that key in float32; in float16, it does so unless the key's score is an outlier. Up to 1.21, the
+  operator has no mask.
 - float16 is correct where float32 is, since bundles now compute their attentions in float32. Older bundles do not, and
   outliers make them wrong in every version that was tried: export those again.
 - bfloat16 has no kernels for the CPU, and is refused by 1.19.2, 1.22.1, 1.24.1, 1.28.0, 1.31.1 and 1.32.0.

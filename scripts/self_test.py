@@ -18,16 +18,16 @@ from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.formats import export_targets
 from diffdeploy.selftest import FaultResult, SelfTest, all_faults, self_test
 
-INTRODUCTION = """# Faults with which the verification is tested
+INTRODUCTION = """# Faults used to test the verification
 
 `python scripts/self_test.py {formats} --output docs/faults.md` wrote this page. It introduces each fault into a copy of
 a correct bundle (layer 1 of the sample, graph `cached`, or `masked` for `onnx-ort`, which has no `cached`; float32, at
 most 4 rows and 70 positions), and verifies the copy.
 `diffdeploy verify BUNDLE --self-test` does the same with your bundle.
 
-The cells show what failed: checks by name, then the first case. The stage that was named is in brackets if it is not
-the faulty one. An empty cell means that the format cannot have the fault, or that a fault in the block would need a
-compilation; `make slow` introduces those into `aoti`, too.
+The cells show what failed: checks by name, then the first case. If the verification named a wrong stage, or none, the
+cell shows that in brackets. An empty cell means that the format cannot have the fault, or that the block would have to
+be compiled again to introduce it; `make slow` introduces those faults into `aoti`, too.
 """
 
 
