@@ -74,7 +74,7 @@ def export_formats(job: Job, output: Path | None, *, as_json: bool) -> int:
 
 
 def _verdict(result: "FormatResult") -> str:
-    """One line for a log, as soon as it is known."""
+    """Format the verdict on one format as a line for the log."""
     used = _budget_used(result)
     place = "" if result.bundle is None else f": {result.bundle}"
     cases = "" if result.report is None else f" ({len(result.report.cases)} cases; worst used {used} of its budget)"
@@ -149,15 +149,16 @@ def _print(results: "list[FormatResult]", measured: "BenchReport | None") -> Non
     console.print_figures("one block in every format", headings, rows)
     if measured is not None:
         console.print_text(
-            f"ms: latency, in brackets its ratio to eager ({EAGER}), measured in turns, {measured.environment.threads} "
-            "threads; load s: loading and the first call in a fresh process, without imports"
+            f"ms: latency, with its ratio to eager ({EAGER}) in brackets; all candidates take turns on "
+            f"{measured.environment.threads} threads; load s: time to load and make the first call in a fresh process, "
+            "without imports"
         )
 
 
 def _row(result: "FormatResult", measured: "BenchReport | None") -> list[str]:
     size = "-" if result.bundle is None else f"{_size_bytes(result.bundle) / 2**20:.1f}"
     start = result.startup
-    # Without the import, which is the same for all formats of a package.
+    # Import time is excluded, since it is the same for all formats that one package runs.
     load = "-" if start is None else f"{start.load_seconds + start.first_call_seconds:.2f}"
     # Only bundles that passed were measured.
     cells = [] if measured is None else _cells(f"{result.name} bundle", measured) or ["-"] * len(measured.sizes)

@@ -37,7 +37,7 @@ def bench(
     impl: Annotated[
         str,
         typer.Option(
-            help="Implementations to run eagerly, softmax and softmax-compiled: comma-separated names, all or none.",
+            help="Implementations to run eagerly, or softmax or softmax-compiled: comma-separated names, all or none.",
             autocompletion=complete_impls,
         ),
     ] = "all",
@@ -53,7 +53,7 @@ def bench(
     seq: Annotated[
         str | None,
         typer.Option(
-            help="Sequence lengths, comma-separated; with --graph cached, lengths of the past before one token.",
+            help="Sequence lengths, comma-separated; with --graph cached, cache lengths before one new token.",
             show_default="128,512,2048; 128,512,2048,8192,32768 with --graph cached",
         ),
     ] = None,
@@ -198,7 +198,7 @@ class _Shared(TypedDict):
 def _exit_code(report: "BenchReport | ModelReport", failure: KeyboardInterrupt | DiffDeployError | None) -> int:
     """Print what went wrong below the result, and return the exit code."""
     if isinstance(failure, KeyboardInterrupt):
-        console.fail("interrupted; the measurements up to then are above")
+        console.fail("interrupted; the measurements made so far are above")
         raise console.Ended(console.INTERRUPTED)
     if failure is not None:
         console.fail(str(failure))

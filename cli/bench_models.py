@@ -20,10 +20,10 @@ _HEADINGS = ("candidate", "ms", "±", "ratio", "95 %", "tokens/s", "generate ove
 
 
 def refuse_options_of_blocks(given: dict[str, Any]) -> None:
-    """Refuse options that are for blocks alone.
+    """Refuse options that apply only to blocks.
 
     Args:
-        given: values by names of options; ``None`` for those that were not given.
+        given: value of each option by its name; ``None`` if it was not given.
 
     Raises:
         InputError: one was given.
@@ -43,7 +43,7 @@ def bench_models(
     Args:
         request: the user's request.
         outputs: destinations of the result.
-        measure: function that runs it to the end or to a failure, which it returns.
+        measure: function that runs the benchmark to the end, or returns the failure that stopped it.
 
     Raises:
         DiffDeployError: the request cannot be measured.
@@ -134,7 +134,8 @@ def _legend(report: "ModelReport") -> list[tuple[str, str]]:
         *machine_rows(report.environment, report.dtype),
         (
             "ms",
-            "median over rounds of all candidates, per prompt or per token; ± half the interquartile range",
+            "median over rounds, in which all candidates take turns, per prompt or per token; ± half the interquartile "
+            "range",
         ),
         ("ratio", f"median of the ratios to {report.baseline} in the same round, with its 95 % confidence interval"),
         ("generate overhead", "extra time of generate, relative to the runtime calls that it makes"),

@@ -37,7 +37,7 @@ def _options(
         float | None, typer.Option(help="Constant part of lambda, given directly.", show_default="derived from --depth")
     ] = None,
     output_scale: Annotated[
-        float | None, typer.Option(help="Factor after the norm of the heads.", show_default="1 - lambda_init")
+        float | None, typer.Option(help="Factor that follows the per-head norm.", show_default="1 - lambda_init")
     ] = None,
     causal: Annotated[
         bool | None,
@@ -45,18 +45,20 @@ def _options(
     ] = None,
     sliding_window: Annotated[
         int | None,
-        typer.Option(min=0, help="Keys that each position attends to; 0 for all.", show_default="from config.json"),
+        typer.Option(
+            min=0, help="Number of keys that each position attends to; 0 for all.", show_default="from config.json"
+        ),
     ] = None,
     norm: Annotated[
         Literal["rms", "layer", "none"] | None,
         typer.Option(
-            help="Norm of the heads; layer is LayerNorm, which also subtracts the mean.",
+            help="Per-head norm; layer is LayerNorm, which also subtracts the mean.",
             show_default="as in the layout",
         ),
     ] = None,
     norm_eps: Annotated[
         float | None,
-        typer.Option(help="Epsilon of the norm of the heads.", show_default="from config.json, or 1e-5"),
+        typer.Option(help="Epsilon of the per-head norm.", show_default="from config.json, or 1e-5"),
     ] = None,
     qk_norm_eps: Annotated[
         float | None,
@@ -99,7 +101,7 @@ def _table(path: Path | None) -> str | None:
 
 
 def takes_checkpoint_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Replace the keyword parameter ``reading`` of a command by all of these options; it receives their values."""
+    """Replace a command's keyword parameter ``reading`` with these options; the command gets their values by name."""
     added = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in signature(_options).parameters.values()]
     parameters: list[Parameter] = []
     for own in signature(command).parameters.values():

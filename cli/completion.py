@@ -71,7 +71,7 @@ def complete_engine(incomplete: str) -> list[str]:
 
 def complete_layer(context: typer.Context, incomplete: str) -> list[str]:
     """Complete a layer of the checkpoint on the command line, or ``all``."""
-    # The parser stops at --layer, which has no value yet, and leaves the arguments that it has not yet assigned.
+    # The parser stops at --layer, which has no value yet; arguments that it has not assigned are in `context.args`.
     given = context.params.get("checkpoint") or next((word for word in context.args if not word.startswith("-")), None)
     sample = Path(diffdeploy.__file__).parent / "checkpoints" / "sample"
     layers = {int(found[1]) for key in _keys(Path(given or sample)) if (found := _LAYER.search(key))}

@@ -36,7 +36,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier conversion at --output.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Write a whole model as a checkpoint of transformers, and prove that it has the same logits.
+    """Write a whole model as a transformers checkpoint, and prove that it has the same logits.
 
     Nothing is left at --output unless the written checkpoint, when read back, has the logits of the original in fp64,
     up to the rounding of its dtype. A model that the target cannot represent is refused, with the reason.

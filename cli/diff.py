@@ -69,7 +69,7 @@ def _files(changes: "Sequence[Difference]") -> list[tuple[str, str]]:
 
 
 def _sentences(changes: "Sequence[Difference]") -> list[str]:
-    """One sentence per change; names with the same change are merged, and so are properties of an entry on one side."""
+    """One sentence per change; names with the same change are merged, as are properties of an entry only in A or B."""
     merged: dict[str, list[str]] = {}
     for c in changes:
         if c.before is not None and c.after is not None:

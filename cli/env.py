@@ -68,7 +68,7 @@ def _matrix() -> list[dict[str, Any]]:
 
 
 def _summary(matrix: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Abilities of each format on at least one device in one dtype, with a reason for what is impossible on all."""
+    """What each format can do on at least one device in at least one dtype, and a reason for what it can do on none."""
     verbs = ("export", "run", "verify")
     summary = {}
     for name in dict.fromkeys(row["format"] for row in matrix):

@@ -106,7 +106,9 @@ def export(
     ] = "auto",
     runtime: Annotated[
         Literal["native", "reference"],
-        typer.Option(help="Runtime of the verification: the format's own, or onnx.reference (slow, every dtype)."),
+        typer.Option(
+            help="Runtime for verification: the format's own, or onnx.reference (slow, but supports every dtype)."
+        ),
     ] = "native",
     seed: Annotated[int, typer.Option(help="Seed for the verification inputs.")] = 0,
     cases: Cases = None,
@@ -129,7 +131,8 @@ def export(
         float | None, typer.Option(help="Fail above this KL divergence from the original, in nats per token.")
     ] = None,
     min_agreement: Annotated[
-        float | None, typer.Option(help="Fail below this share, 0 to 1, of top tokens that agree with the original.")
+        float | None,
+        typer.Option(help="Fail if the top token agrees with the original for a smaller share of tokens, 0 to 1."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle at --output.")] = False,
     no_verify: Annotated[
@@ -139,8 +142,8 @@ def export(
 ) -> int:
     """Package a whole model, or a differential-attention block, as a verified bundle.
 
-    Without CHECKPOINT, it exports the trained sample of diffdeploy. A checkpoint with a token embedding is a model;
-    --layer exports a block of it.
+    Without CHECKPOINT, it exports the trained sample model that comes with diffdeploy. A checkpoint with a token
+    embedding is a model; --layer exports a block of it.
 
     Nothing is left at --output unless the artifact passes.
     """
@@ -160,7 +163,7 @@ def export(
         raise InputError(f"{', '.join(lonely)} cannot be used without quantised weights; give --weights int8 or int4")
     if no_verify:
         of_checks = {"--cases": cases, "--runtime": None if runtime == "native" else runtime, "--seed": seed or None}
-        refuse_together("--no-verify", "runs nothing", of_checks)
+        refuse_together("--no-verify", "runs no verification", of_checks)
     checkpoint = SAMPLE if checkpoint is None else checkpoint
     is_model = layer is None and holds_model(checkpoint, reading["names"])
     if is_model and format_name == "all":

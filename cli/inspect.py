@@ -133,7 +133,7 @@ def _bundle_rows(bundle: "Bundle") -> list[tuple[str, str]]:
 
     def tensors(heading: str, specs: Any) -> list[tuple[str, str]]:
         rows = by_layer((name, f"{spec.dtype} [{', '.join(map(str, spec.shape))}]") for name, spec in specs.items())
-        # One on each line, and the heading before the first.
+        # Each tensor has its own line; only the first line has the heading.
         return [("" if number else heading, f"{name} {what}") for number, (name, what) in enumerate(rows)]
 
     layer = "" if source.layer is None else f", layer {source.layer}"
@@ -219,7 +219,7 @@ def _version_rows(blocks: "list[AnyConfig]") -> list[tuple[str, str]]:
     config = blocks[0]
     norms = [] if config.qk_norm_eps is None else [("query, key norms", f"eps {config.qk_norm_eps:g}")]
     if config.lambda_kind == "token":
-        return [("version", "2: lambda per token and head, no norm of the heads"), *norms]
+        return [("version", "2: lambda per token and head, no per-head norm"), *norms]
     kinds = {"layer": "one lambda", "head": "one lambda for each head", "fixed": "which is lambda itself"}
     affine = "with gamma" if config.norm_affine else "without gamma"
     known = [block for block in blocks if block.lambda_kind != "token"]
@@ -263,5 +263,5 @@ def _block_rows(block: "BlockSummary", lambda_kind: "LambdaKind") -> list[tuple[
         ("gqa layout", known(block.gqa_layout, "--gqa-layout")),
         *([] if lambda_kind == "token" else lambdas),
         ("weights", f"{block.num_parameters:,} in {block.dtype}, {block.num_bytes:,} bytes"),
-        *([("unread", ", ".join(block.unread) + ", which keep it from being exported")] if block.unread else []),
+        *([("unread", ", ".join(block.unread) + "; the block cannot be exported with these")] if block.unread else []),
     ]

@@ -38,13 +38,17 @@ def of_cases(cases: "Iterable[CaseReport]") -> list[Verdict]:
 
 
 def of_self_test(result: "SelfTest") -> list[Verdict]:
-    """Test cases for faults, each of which must be caught if that is provable."""
+    """Test cases for faults; each must be caught, unless it can be detected only by chance."""
     return [
         Verdict(
             f"faults: {fault.family}",
             fault.name,
             None if fault.caught or not fault.provable else f"was not caught: {fault.breaks}",
-            f"caught by {', '.join(fault.by)}" if fault.caught else "" if fault.provable else "seen only by chance",
+            f"caught by {', '.join(fault.by)}"
+            if fault.caught
+            else ""
+            if fault.provable
+            else "detectable only by chance",
         )
         for fault in result.faults
     ]

@@ -23,7 +23,7 @@ _TRUST = "Trust"
 PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "export": {
         "What is exported": ("format_name", "layer", "graph", "logits", "cache"),
-        "How": (
+        "How it is exported": (
             *("dtype", "device", "max_batch_size", "max_sequence_length", "opset", "onnx_flavor", "attention_impl"),
         ),
         "Quantised weights": ("weights", "block_size", "quantise_head", "text", "max_kl", "min_agreement"),

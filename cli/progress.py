@@ -55,7 +55,7 @@ class Activity:
         self._show(self._stage + self._left + between + self._step)
 
     def progress(self, done: int, total: int, name: str) -> None:
-        """Begin one of several steps of the stage that take about equally long.
+        """Begin the next step of a stage whose steps all take about the same time.
 
         Args:
             done: number of steps done.

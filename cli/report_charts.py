@@ -19,7 +19,7 @@ _WIDTH = 720
 _LETTER = 6.6
 # Length in the name of a case, such as B2-P5-S1-left-normal or random10-B3-S14-heavy.
 _LENGTH = re.compile(r"(?:^|-)S(\d+)")
-# Share that is drawn for cases without a number; larger shares are written as multiples.
+# Share that is drawn for cases whose error could not be measured; larger shares are written as multiples.
 _NO_NUMBER = 10.0
 # Powers of ten from this exponent on are written with a superscript.
 _LONG = 4
@@ -136,7 +136,7 @@ def ranges(coverage: "Sequence[Coverage]") -> str:
     parts: list[str] = []
 
     def x(size: int) -> float:
-        # Plus one, since the size of a past may be 0, which has no logarithm.
+        # Plus one, since the number of cached tokens may be 0, which has no logarithm.
         return left + (_WIDTH - left - 44) * math.log(size + 1) / math.log(largest + 1)
 
     for number, part in enumerate(coverage):

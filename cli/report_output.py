@@ -48,14 +48,14 @@ def _next_step(report: "Report", subject: Path) -> str:
         return f"run diffdeploy verify {subject} for the whole sweep"
     if any(not case.passed for case in report.cases):
         return (
-            f"diffdeploy verify {subject} --seed {report.seed} --save-inputs inputs.safetensors keeps the inputs that "
-            "it fails on"
+            f"diffdeploy verify {subject} --seed {report.seed} --save-inputs inputs.safetensors saves the inputs "
+            "on which it fails"
         )
     return f"diffdeploy inspect {subject} shows what it was made from"
 
 
 def report_fields(report: "Report", subject: Path) -> dict[str, Any]:
-    """Status, bundle or report, graph and verdict; ``budget_used`` is ``null`` if an output had no number."""
+    """Status, bundle or report, graph and verdict; ``budget_used`` is ``null`` if no error was measured."""
     from diffdeploy.verify import num_judged_layers
 
     worst = report.worst

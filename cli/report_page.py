@@ -165,7 +165,7 @@ def _coverage(coverage: "Sequence[Coverage]") -> list[str]:
         said = ["-" if span is None else f"{span.min} to {span.max}" for span in spans]
         untried = "-" if part.untried_text is None else part.untried_text.removeprefix(f"{part.axis} ")
         rows.append(((part.axis, *said, untried, str(part.num_sizes)), True))
-    headings = ("range", "declared", "compared whole", "compared in part", "not tried", "sizes run")
+    headings = ("range", "declared", "compared in full", "compared in part", "not tried", "sizes run")
     return [
         _section("Verified ranges"),
         "<p>Dark ranges were compared completely, light ones in some positions or rows. White ones were not tried.</p>",

@@ -19,6 +19,7 @@ __all__ = ["print_families", "print_faults", "print_report"]
 # Minimum width of a terminal for all columns; narrower ones show the most important columns.
 _WIDE = 110
 _NARROW_NAME = 24
+_BY_CHANCE = "detectable only by chance"
 
 
 def print_report(report: "Report") -> None:
@@ -47,7 +48,7 @@ def print_faults(faults: "Sequence[FaultResult]") -> None:
         named = "-" if fault.located is None else said if fault.located else f"{said}, not {fault.expected_stage}"
         table.add_row(
             _name(fault.name, wide=wide),
-            _mark(fault.caught, "caught", "NOT SEEN") if fault.provable or fault.caught else "seen only by chance",
+            _mark(fault.caught, "caught", "NOT SEEN") if fault.provable or fault.caught else _BY_CHANCE,
             _name(", ".join(fault.by), wide=wide),
             named if fault.located is None else _mark(fault.located, named),
         )
@@ -58,7 +59,7 @@ def print_families(families: "Sequence[Family]") -> None:
     """Print the numbers of injected and caught faults by family to standard error."""
     table = _table(("family", ""), ("injected", "caught"))
     for family in families:
-        said = _mark(family.caught == family.injected, "all", "NOT ALL") if family.provable else "seen only by chance"
+        said = _mark(family.caught == family.injected, "all", "NOT ALL") if family.provable else _BY_CHANCE
         table.add_row(family.name, said, str(family.injected), str(family.caught))
     _print(table)
 
@@ -112,7 +113,7 @@ def _name(name: str, *, wide: bool) -> str:
 
 
 def _coverage_table(report: "Report") -> "Table":
-    words = ("range", "declared", "compared\nwhole", "compared\nin part", "not tried")
+    words = ("range", "declared", "compared\nin full", "compared\nin part", "not tried")
     table = _table(words, ("sizes\nrun",), whole=("range", "declared"))
     for part in report.coverage:
         ranges = (part.declared, part.compared_whole, part.compared_in_part)

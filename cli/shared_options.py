@@ -37,7 +37,8 @@ Threads = Annotated[int | None, typer.Option(help="Number of CPU threads.", show
 RuntimeName = Annotated[
     Literal["native", "reference", "openvino"],
     typer.Option(
-        "--runtime", help="Runtime: the format's own; for ONNX, also openvino or onnx.reference (slow, every dtype)."
+        "--runtime",
+        help="Runtime: the format's own; for ONNX, also openvino, or onnx.reference (slow, but supports every dtype).",
     ),
 ]
 Recompile = Annotated[
@@ -52,7 +53,7 @@ Trust = Annotated[
 PublicKey = Annotated[
     Path | None,
     typer.Option(
-        help="Public key (PEM) that must have signed the bundle, which is then trusted.",
+        help="Public key (PEM) that the bundle's signature must match; the bundle is then trusted.",
         show_default="signatures are not checked",
     ),
 ]
@@ -90,7 +91,7 @@ def refuse_together(option: str, why: str, others: Mapping[str, object]) -> None
     Args:
         option: the option, or a command without one, such as ``verify without --engine``.
         why: the rest of a sentence about it.
-        others: values by names of options; ``None`` for those that were not given.
+        others: value of each option by its name; ``None`` if it was not given.
 
     Raises:
         InputError: one of the others was given.

@@ -68,7 +68,7 @@ def cell(result: FaultResult | None) -> str:
     by = ", ".join(entry.removeprefix("check ").removeprefix("case ") for entry in result.by)
     # Named only if it is wrong, since the correct one has a separate column.
     named = f" ({result.stage or 'none'})" if result.located is False else ""
-    missed = "**not seen**" if result.provable else "seen only by chance"
+    missed = "**not seen**" if result.provable else "detectable only by chance"
     return (by if result.caught else missed) + named
 
 

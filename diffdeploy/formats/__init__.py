@@ -1,6 +1,6 @@
 """Deployment formats: one class each, in its own folder, and the registry that lists them.
 
-The names below are imported on first use, so that listing the formats stays light.
+The names below are imported on first use, so that listing the formats loads nothing heavy.
 """
 
 from importlib import import_module

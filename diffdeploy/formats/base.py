@@ -32,7 +32,8 @@ __all__ = ["EVERY_DTYPE", "Format"]
 EVERY_DTYPE: tuple[DType, ...] = ("float32", "float16", "bfloat16")
 
 # The oldest version that pyproject.toml allows; earlier ones were not tested. Programs exported by torch 2.13.0 are
-# correct in 2.11.0 to 2.14.1, and those of 2.11.0 and 2.14.1 in each other; see docs/runtime-versions.md.
+# correct in 2.11.0 to 2.14.1. Programs exported by 2.11.0 are correct in 2.14.1, and vice versa. See
+# docs/runtime-versions.md.
 _LEAST_TORCH = "2.11.0"
 
 
@@ -88,7 +89,8 @@ class Format(ABC):
             return reason
         # Looked up but not imported, since importing torch takes a second or more.
         if missing := [name for name in ("torch", *self.export_packages) if find_spec(name) is None]:
-            return f"format {self.name} needs {' and '.join(missing)}, which is not installed"
+            verb = "is" if len(missing) == 1 else "are"
+            return f"format {self.name} needs {' and '.join(missing)}, which {verb} not installed"
         if self.compiles and compiler_path() is None:
             return f"format {self.name} compiles C++, but {compiler()} is not found; install it or set CXX"
         if self.compiles and device != "cpu":
@@ -325,5 +327,5 @@ def _why_no_cuda(device: str) -> str | None:
     if not torch.cuda.is_available():
         return f"device {device} needs a GPU that torch {torch.__version__} can use, but there is none"
     if index >= torch.cuda.device_count():
-        return f"device {device} does not exist; this machine has {torch.cuda.device_count()}"
+        return f"device {device} does not exist; the number of GPUs on this machine is {torch.cuda.device_count()}"
     return None

@@ -31,7 +31,8 @@ _TAKEN_APART = 3
 # Formats that store a number in float32 round it by 6e-8 at most.
 _RELATIVE_ERROR = 1e-6
 
-# In fp32 epsilons, for exp(.) - exp(.) + lambda_init: correct blocks are off by up to 5, for vectors of any size.
+# Allowed error of exp(.) - exp(.) + lambda_init, in fp32 epsilons; correct blocks are off by up to 5, whatever the size
+# of their vectors.
 _ROUNDINGS_OF_LAMBDA = 8
 
 

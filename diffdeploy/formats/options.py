@@ -95,7 +95,7 @@ class RunOptions:
         runtime: runtime that runs the graph; `onnx.reference` is slow and supports every dtype.
         recompile: true to recompile a ``compile`` bundle on a machine other than the one it was made for.
         trust: true to load a bundle that runs code when it is loaded, although this user did not export it here.
-        public_key: file of the key that must have signed the bundle, which is then trusted.
+        public_key: file of the public key that the bundle's signature must match; the bundle is then trusted.
     """
 
     device: str | None = None

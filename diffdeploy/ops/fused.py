@@ -128,7 +128,7 @@ def fused(request: Request, *, norm: HeadNorm | None = None) -> Tensor:
 
     Args:
         request: a request that `unsupported` does not reject.
-        norm: norm of the heads, computed in fp32 on the difference; none by default.
+        norm: per-head norm, computed in fp32 on the difference; none by default.
 
     Raises:
         InputError: a window is given without ``causal``.

@@ -6,7 +6,7 @@ __all__ = ["Impl"]
 
 
 class Impl(StrEnum):
-    """Name of an implementation: of a way to compute the two attentions of a differential head."""
+    """Name of an implementation, which is one way to compute the two attentions of a differential head."""
 
     AUTO = "auto"
     NAIVE = "naive"

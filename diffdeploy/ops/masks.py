@@ -159,7 +159,10 @@ def require_window_to_slide(sliding_window: int | None, *, causal: bool) -> None
 
 
 def is_key_padding(mask: Tensor, batch: int, key_length: int) -> bool:
-    """True if a boolean mask, broadcastable from ``[B or 1, 1, 1, T]``, hides the same keys from all queries."""
+    """True if a mask is boolean and has the shape ``[B or 1, 1, 1, T]``, which hides the same keys from all queries.
+
+    Leading axes of size 1 may be missing.
+    """
     shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
     # Sizes are compared one by one: for symbolic sizes, comparing tuples would look for identical symbols.
     same_batch = shape[0] == 1 or shape[0] == batch

@@ -15,9 +15,10 @@ from diffdeploy.ops.request import Request
 
 __all__ = ["chunked", "naive"]
 
-# Maximum number of queries in a chunk, and maximum number of scores, of both streams, that are computed at once: they
-# take 16 MiB in fp32, which fit into a last-level cache.
+# Maximum number of queries in a chunk.
 _ROWS = 128
+# Maximum number of scores of both streams that are computed at once. In fp32, they take 16 MiB, which fits into a
+# last-level cache.
 _SCORES = 2**22
 
 # Number of queries below which `auto` selects another implementation.

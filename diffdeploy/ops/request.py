@@ -78,7 +78,7 @@ class Request:
         """Create a request and check its shapes; see `diff_attention` for the arguments.
 
         Raises:
-            InputError: the shapes of queries, keys and values do not fit each other.
+            InputError: the shapes of queries, keys and values do not match.
         """
         return Request(
             q=q_BHSd,

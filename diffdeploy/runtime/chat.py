@@ -27,7 +27,7 @@ _SAFE_JINJA = (3, 1, 6)
 class ChatTemplate:
     """The chat template of a bundle: ``chat_template.jinja``, else ``chat_template`` in ``tokenizer_config.json``.
 
-    It is as trustworthy as its checkpoint, so it runs in jinja2's sandbox and has access only to the messages.
+    It is only as trustworthy as its checkpoint, so it runs in jinja2's sandbox and has access only to the messages.
 
     Args:
         bundle: bundle of a model.

@@ -118,7 +118,7 @@ class Decoding:
         length = tokens_BS.shape[1]
         new_BS, before_B = mask_BT[:, -length:] == 1, mask_BT[:, :-length].sum(1)
         if self.num_tokens and len(tokens_BS) > 1:
-            # The operator supports several new tokens after a past only for one row.
+            # If tokens are already cached, the operator supports several new tokens only for one row.
             for place in range(length):
                 logits = self._call(buffers, tokens_BS[:, place : place + 1], before_B, np.ones_like(before_B))
                 # A row with fewer tokens got an entry beyond its end, which its next token will overwrite.

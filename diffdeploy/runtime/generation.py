@@ -55,7 +55,7 @@ class GenerationOptions(TypedDict, total=False):
         repetition_penalty: penalty for tokens that already occur, except padding.
         seed: random seed for the draws.
         eos_token_id: tokens that end a row; by default the model's own, see `eos_of`; ``None`` for none.
-        pad_token_id: token that fills rows after their end; by default the first of those, or 0.
+        pad_token_id: token that fills rows after their end; by default the first of ``eos_token_id``, or 0.
         min_new_tokens: minimum number of new tokens before one of ``eos_token_id`` may end a row.
         stop: texts that end a row. Their tokens are the last ones of the row, but its text ends before them.
     """

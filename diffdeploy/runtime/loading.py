@@ -1,4 +1,4 @@
-"""`load`, which opens a bundle with the backend of its format, and the checks that it can and may run here."""
+"""`load`, which opens a bundle with the backend of its format after checking that it can run here and is trusted."""
 
 import re
 import warnings
@@ -141,7 +141,7 @@ def load(
         runtime: ``reference``, which is `onnx.reference`, or ``openvino`` for an ONNX bundle.
         recompile: true to recompile the block.
         trust: true to run code from a foreign bundle: the machine code or pickles of some formats.
-        public_key: file of the key that must have signed the bundle, which is then trusted.
+        public_key: file of the public key that the bundle's signature must match; the bundle is then trusted.
 
     Raises:
         InputError: there is no bundle, the format does not support an option, or the file is not a key.

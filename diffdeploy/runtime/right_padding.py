@@ -1,8 +1,8 @@
-"""Calls of graphs that only count the tokens of a row, so that the tokens have to precede all padding.
+"""Adaptation of padding for graphs that know only how many tokens a row has, so that tokens must precede padding.
 
 Callers may pad anywhere: tokens are moved to the front, and results back to the positions of their tokens; results at
-padded positions are 0. Without padding, nothing is moved. onnxruntime's operator supports several new tokens after a
-past only for one row, so such a batch is fed row by row.
+padded positions are 0. Without padding, nothing is moved. If tokens are already cached, onnxruntime's operator supports
+several new tokens only for one row, so such a batch is fed row by row.
 
 Shape suffixes: B batch, S new tokens, P past tokens, T = P + S.
 """
@@ -48,7 +48,7 @@ def run_right_padded(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Arr
 
 
 def _one_row(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Array]:
-    """Run one row with several new tokens after a past; the operator must not see padding among them."""
+    """Run one row with several new tokens and cached ones; the operator must not see padding among them."""
     mask_T, length = inputs["attention_mask"][0] == 1, inputs[spec.main_input].shape[1]
     if mask_T.all():
         return run(inputs)

@@ -89,7 +89,7 @@ class Runtime:
         return dict(zip(self.spec.outputs, outputs, strict=True))
 
     def _right_padded(self, backend: Backend, inputs: Mapping[str, Any], *, as_torch: bool) -> dict[str, Any]:
-        """Run a graph that only counts the tokens of a row; if there is padding, arrays are rearranged in numpy."""
+        """Run a graph that knows only how many tokens a row has; if there is padding, numpy rearranges the arrays."""
         arrays = {name: value if isinstance(value, np.ndarray) else to_array(value) for name, value in inputs.items()}
         outputs = run_right_padded(self.spec, arrays, partial(self._run, backend, as_torch=False))
         if not as_torch:

@@ -64,7 +64,7 @@ class Session:
         """Continue all earlier turns, see `diffdeploy.runtime.Runtime.generate`.
 
         Args:
-            input_ids: new tokens of this turn, ``[B, S]``, int64, padded on the left; every turn has the same rows.
+            input_ids: new tokens of this turn, ``[B, S]``, int64, padded on the left; ``B`` is the same in every turn.
             attention_mask: mask ``[B, S]``, 0 for padding; no padding by default.
             max_new_tokens: maximum number of new tokens.
             streamer: object that receives the new prompt and every new token as it is generated.

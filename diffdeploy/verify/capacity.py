@@ -18,7 +18,7 @@ _MAX_CACHED = 2**24
 
 
 def capacity_check(artifact: Artifact, spec: GraphSpec, seed: int) -> Check:
-    """Try one token more than the capacity: in a prompt, after a past, and as the last token to generate.
+    """Try one token more than the capacity: in a prompt, after a full cache, and as the last token to generate.
 
     Args:
         artifact: object that runs a model.

@@ -13,7 +13,9 @@ __all__ = ["feed"]
 
 
 def feed(case: AnyCase, artifact: Artifact, inputs: Mapping[str, Array], spec: GraphSpec) -> dict[str, Array]:
-    """Feed a case and join the outputs of all its calls, by name. A case of one call must have been started.
+    """Feed a case and join the outputs of all its calls, by name.
+
+    If the case consists of a single call, `Artifact.start` must have been called with its inputs.
 
     Raises:
         ExportError: the artifact did not run.

@@ -23,18 +23,19 @@ from diffdeploy.verify.sweep import golden_cases
 
 __all__ = ["golden_arrays", "golden_check", "verify_golden"]
 
-# Relative to the largest number, in fp64: other machines sum in other orders, which causes errors of 1e-14 in random
-# blocks; the tolerance must detect outputs of other weights, and budgets begin at 1e-7.
+# Tolerance in fp64, relative to the largest number. Other machines sum in other orders, which causes errors of 1e-14 in
+# random blocks. Outputs of other weights must still be detected, and budgets begin at 1e-7.
 _RELATIVE_ERROR = 1e-10
 
-# Of the main output of a case: above it, only the last position is stored, as for the logits of a large vocabulary.
+# Maximum size of a main output that is stored completely. Only the last position of a larger one is stored, such as the
+# logits of a large vocabulary.
 _MOST_BYTES = 2**24
 
 _WITHOUT_GOLDEN = "run diffdeploy verify without --golden"
 
 
 def golden_arrays(config: AnyModel, spec: GraphSpec, weights: Mapping[str, Array], seed: int) -> dict[str, Array]:
-    """Inputs and exact outputs of `golden_cases`, named ``CASE.NAME``; of large main outputs, the last position."""
+    """Inputs and exact outputs of `golden_cases` as ``CASE.NAME``; large main outputs have only the last position."""
     arrays: dict[str, Array] = {}
     for case in golden_cases(spec, seed):
         inputs = case.inputs(spec)
@@ -68,7 +69,7 @@ def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Re
 
     Args:
         path: directory of the bundle.
-        run_options: device and backend that the artifact is run with, and the key that must have signed it.
+        run_options: device and backend that the artifact is run with, and the public key that the signature must match.
 
     Raises:
         InputError: there is no bundle, or it was never verified.
@@ -102,8 +103,8 @@ def verify_golden(path: str | Path, run_options: RunOptions | None = None) -> Re
 def _accepting_report(bundle: Bundle) -> Report:
     if REPORT not in bundle.manifest.files:
         raise InputError(
-            f"{bundle.path} was exported without verification, so it has no recorded error of the eager block for its "
-            f"budget; {_WITHOUT_GOLDEN}"
+            f"{bundle.path} was exported without verification, so the error of the eager block, which determines the "
+            f"budget, was not recorded; {_WITHOUT_GOLDEN}"
         )
     report = Report.from_bytes((bundle.path / REPORT).read_bytes(), str(bundle.path / REPORT))
     manifest = bundle.manifest

@@ -40,7 +40,7 @@ def wrong_tokens(exact_NV: Array, tokens_N: Array, allowed: float) -> tuple[Arra
     Args:
         exact_NV: exact logits or log-probabilities from which each token was chosen.
         tokens_N: the chosen tokens.
-        allowed: allowed error of each of those; two of them may be off in opposite directions.
+        allowed: allowed error of each value in ``exact_NV``; two values may be off in opposite directions.
 
     Returns:
         Indices of the wrong tokens, and the number of tokens whose margin exceeds twice the allowed error.

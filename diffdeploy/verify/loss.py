@@ -85,8 +85,8 @@ def measure_loss(
 
     Args:
         original: model with the original weights.
-        quantised: model of the same config with the dequantised weights, which the artifact is verified to compute
-            with.
+        quantised: model of the same config with the dequantised weights; the verification proves that the artifact
+            computes with these.
         tokens: tokens of the text, at least two.
         text: the text in UTF-8.
         name: name of the text.
@@ -172,5 +172,5 @@ class _Errors:
         return add
 
     def relative(self) -> dict[str, float]:
-        """Root mean square errors relative to that of what is added."""
+        """Root mean square error of each part, relative to the root mean square of what the part adds to its input."""
         return {name: math.sqrt(error / size) if size else 0.0 for name, (error, size) in self._squares.items()}

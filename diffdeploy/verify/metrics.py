@@ -156,7 +156,7 @@ def _no_yardstick(yardstick: Yardstick) -> str | None:
         return None
     return (
         f"there is no yardstick: the eager block itself is off by {yardstick.rmse / size:.2g} of the exact result, but "
-        f"{yardstick.dtype} explains at most {ceiling:g}"
+        f"rounding to {yardstick.dtype} explains at most {ceiling:g}"
     )
 
 

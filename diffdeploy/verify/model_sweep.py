@@ -89,7 +89,7 @@ def full_model_cases(spec: GraphSpec, config: DecoderConfig, seed: int) -> list[
 
 
 def _pasts(spec: GraphSpec, config: DecoderConfig, seed: int, drawn: np.random.Generator) -> list[Case]:
-    """One token, and a few, after pasts of every octave."""
+    """Cases of one new token, and of a few, with a cache length from every octave."""
     longest = min(spec.axes["total_sequence_length"].max, _longest_past(config, 1))
     cases = []
     for number, past in enumerate((*octaves(2, longest - 1, drawn), longest - 1)):
@@ -103,7 +103,7 @@ def _pasts(spec: GraphSpec, config: DecoderConfig, seed: int, drawn: np.random.G
 
 
 def random_model_cases(spec: GraphSpec, config: DecoderConfig, seed: int) -> Iterator[Case]:
-    """Endless cases with log-uniform sizes that the formula can reach."""
+    """Yield cases without end, with log-uniform sizes that the formula can reach."""
     choose = np.random.default_rng(seed)
     masks: tuple[Mask, ...] = ("none", *PADDINGS, "mixed")
     kinds: tuple[Kind, ...] = ("normal", *_KINDS)

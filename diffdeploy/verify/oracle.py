@@ -78,8 +78,8 @@ def oracle(
     Args:
         config: config of the block.
         weights: canonical weights, any floating dtype.
-        inputs: inputs by the names of the graph: ``hidden_states [B, S, D]``, and those of ``attention_mask [B, T]``,
-            ``position_ids [B, S]``, ``past_key_values.key`` and ``past_key_values.value`` that the variant has.
+        inputs: inputs by the names of the graph: ``hidden_states [B, S, D]`` and, if the variant has them,
+            ``attention_mask [B, T]``, ``position_ids [B, S]``, ``past_key_values.key`` and ``past_key_values.value``.
         queries: ascending positions whose output is computed, all by default; they determine the cost.
 
     Returns:
@@ -98,7 +98,7 @@ def exact_and_stored(
 ) -> tuple[dict[str, Array], list[Array]]:
     """Compute `oracle`, and its ``output`` if the streams are stored in a dtype on the way.
 
-    Where the two streams nearly cancel, storing them alone costs many times the rounding of the result. Every artifact
+    Where the two streams nearly cancel, merely storing them costs many times the rounding of the result. Every artifact
     stores them, since each is the result of a separate operator. They are stored in two ways, rounded to the nearest
     number and rounded at random: two streams that are almost equal round to the same number here, but in an artifact
     only if both were computed without error.

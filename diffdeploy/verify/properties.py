@@ -57,17 +57,23 @@ def property_checks(artifact: Artifact, config: AnyModel, spec: GraphSpec, seed:
     """
     checks = [
         _check("determinism", artifact, _determinism(spec, seed), "bit-identical outputs for the same input"),
-        _check("batch invariance", artifact, _other_rows(spec, seed), "rows are bit-identical whatever the other rows"),
+        _check(
+            "batch invariance", artifact, _other_rows(spec, seed), "rows are bit-identical, regardless of other rows"
+        ),
     ]
     if spec.main_input == "hidden_states":  # tokens are not numbers
         checks.append(_nan_stays_in_its_row(artifact, spec, seed))
     if config.attention.causal:
         checks.append(
-            _check("causality", artifact, _later_tokens(spec, seed), "bit-identical outputs whatever the later tokens"),
+            _check(
+                "causality", artifact, _later_tokens(spec, seed), "bit-identical outputs, regardless of later tokens"
+            ),
         )
     if spec.variant != "plain":
         checks.append(
-            _check("padding invariance", artifact, _padding(spec, seed), "bit-identical outputs whatever the padding"),
+            _check(
+                "padding invariance", artifact, _padding(spec, seed), "bit-identical outputs, regardless of the padding"
+            ),
         )
     if spec.caches:
         checks.append(_cache_is_handed_on(artifact, spec, seed))

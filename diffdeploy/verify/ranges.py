@@ -34,7 +34,7 @@ MAX_SCORES = 2**25
 MAX_ELEMENTS = 2**25
 # Maximum number of scores in memory in one call of an artifact, 2 GiB in fp32; longer inputs are reported as untried.
 _MAX_SCORES_OF_A_RUN = 2**29
-# Above this many positions, only some are compared: the whole square of scores costs more than it shows.
+# Above this many positions, only some are compared: computing all scores would take long, and reveal little more.
 _COMPARED_WHOLE = 512
 _NUM_QUERIES = 64
 

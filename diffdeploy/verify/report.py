@@ -33,7 +33,7 @@ class OutputReport(Record):
         output: name of the output.
         passed: true if the error is within its budget.
         budget_used: error divided by allowed error, root mean square or maximum, whichever is larger; ``None`` if
-            there is no number.
+            no error was measured.
         smallest_k: the smallest `Budget.k` with which it would still pass; ``None`` if none is enough.
         rmse: root mean square error of the artifact against fp64.
         eager_rmse: root mean square error of the eager block in the artifact's dtype.
@@ -85,7 +85,7 @@ class OutputReport(Record):
 
     @property
     def severity(self) -> float:
-        """Sort key for finding the worst output: the budget used, or infinity if there is no number."""
+        """Sort key for finding the worst output: the budget used, or infinity if no error was measured."""
         return float("inf") if self.budget_used is None else self.budget_used
 
 

@@ -1,4 +1,7 @@
-"""Verification of a bundle: the exact formula, the eager block and the artifact on every case; contract, properties."""
+"""Verification of a bundle: its contract, its properties, and its outputs in every case.
+
+In a case, the exact formula, the eager block and the artifact compute the outputs.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -62,7 +65,7 @@ def verify_bundle(
         load_inputs: file with inputs to verify on, see `read_inputs`.
         save_inputs: file to which the inputs of all cases are written before they run.
         progress: callback that receives the number of cases done, the total number, and the name of the next step.
-        run_options: device and backend that the artifact is run with, and the key that must have signed it.
+        run_options: device and backend that the artifact is run with, and the public key that the signature must match.
         open_artifact: function that opens the artifact to run it; by default in a separate process.
         yardsticks: yardsticks for the artifact, if they are already known.
         first_failure_only: true to stop at the first case that fails.

@@ -34,10 +34,12 @@ _SPECIAL_LENGTHS = (1, 7, 65)
 _MASKED_LENGTHS = (2, 7, 65)
 # Past and present: empty, one step, steps across powers of two, chunks.
 _PASTS = ((0, 1), (0, 7), (1, 1), (5, 1), (64, 1), (63, 2), (31, 33), (128, 1))
-# Kinds like the activations of models, and worse: each at two lengths, so that `scales` also hits narrow ranges.
+# Kinds like the activations of models, and worse. Each has two lengths: with the longer one, the scales of `scales` are
+# close enough together to reveal faults in a narrow range of magnitudes.
 _KINDS: tuple[Kind, ...] = ("zeros", "repeated", "offset", "outliers", "heavy", "scales", "nan", "infinity")
 _KIND_LENGTHS = (7, 65)
-# Lengths of cases with eight rows each, whose scales go from 1e-6 to 1e4: a factor of 2 from one to the next.
+# Lengths of cases with eight rows each. The scales of a case go from 1e-6 to 1e4; those of all four cases together are
+# about a factor of 2 apart.
 _SCALED_LENGTHS = (1, 3, 7, 33)
 _NUM_RANDOM = 12
 _MAX_RANDOM_BATCH, _MAX_RANDOM_TOKENS = 8, 2048
@@ -73,7 +75,7 @@ def select_cases(selection: Selection, config: AnyModel, spec: GraphSpec, seed: 
 
 
 def _parts(config: AnyModel, spec: GraphSpec, seed: int) -> tuple[list[Case], list[Case], Iterator[Case]]:
-    """Quick cases, the additional ones of a full sweep, and endless random ones."""
+    """Quick cases, the additional ones of a full sweep, and an iterator of random ones that never ends."""
     if isinstance(config, DecoderConfig):
         quick, full = quick_model_cases(spec, seed), full_model_cases(spec, config, seed)
         return quick, full, random_model_cases(spec, config, seed)
@@ -267,12 +269,12 @@ def _long_pasts(config: AnyConfig, spec: GraphSpec, seed: int, max_batch: int) -
 
 
 def _steps(config: AnyConfig, spec: GraphSpec, seed: int, batch_sizes: tuple[int, ...]) -> list[Case]:
-    # With padding on the right, earlier steps would lack the later tokens.
+    # Without causality, a token attends to later tokens, which earlier steps do not have.
     return in_chunks(spec, seed, batch_sizes) if config.causal else []
 
 
 def random_cases(config: AnyConfig, spec: GraphSpec, seed: int) -> Iterator[Case]:
-    """Endless cases of any kind, with log-uniform sizes over the declared ranges."""
+    """Yield cases of any kind without end, with log-uniform sizes over the declared ranges."""
     choose = np.random.default_rng(seed)
     kinds, masks = get_args(Kind), get_args(Mask)
     longest = min(spec.axes["sequence_length"].max, longest_run(config))

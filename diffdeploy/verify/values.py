@@ -48,14 +48,14 @@ _SIGMAS = {"tiny": 1e-3, "large": 8.0}
 # their keys have some that are tens of times as large.
 _OUTLIERS, _CHANNELS_PER_OUTLIER = (100.0, 2000.0), 64
 _OUTLIERS_OF_THE_PAST = (10.0, 100.0)
-# From below the square root of every norm's epsilon to the upper end of float16.
+# Range of scales: from below the square root of every norm's epsilon to the upper end of float16.
 _SCALES = (1e-6, 1e4)
 _SCALES_OF_THE_PAST = (1e-3, 30.0)
 _DEGREES_OF_FREEDOM = 2.0
 _OFFSET = 4.0
 # Number of different tokens in a sequence that repeats them.
 _DISTINCT_TOKENS = 3
-# Below the largest float16, the smallest maximum among the dtypes.
+# Maximum magnitude, below the largest number in float16, which is the smallest maximum among the dtypes.
 _LARGEST = 6e4
 
 
@@ -188,7 +188,10 @@ def prompt_inputs(spec: GraphSpec, input_ids_BS: Array, attention_mask_BS: Array
 
 
 def without_holes(tokens_BT: Array) -> Array:
-    """Mask with unchanged numbers of tokens, contiguous from the first token of each row on, or shifted left to fit."""
+    """Make the tokens of each row contiguous without changing their number.
+
+    They begin at the first token of the row, or further left if they would not fit.
+    """
     counts, total = tokens_BT.sum(1), tokens_BT.shape[1]
     first = np.minimum(tokens_BT.argmax(1), total - counts)[:, None]
     places = np.arange(total)

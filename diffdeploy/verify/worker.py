@@ -124,8 +124,8 @@ def _decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) -
     from diffdeploy.runtime.decoding import Decoding
 
     ids, mask, length = inputs["input_ids"], inputs["attention_mask"], inputs["input_ids"].shape[1]
-    # A fill that would show in every result if it were read, and cells beyond the end. Kernels on a GPU read whole
-    # tiles, and multiply what lies beyond the end by weights of 0, so on a GPU the fill must not be NaN.
+    # Cells beyond the end are filled with a value that would change every result if it were read. Kernels on a GPU read
+    # whole tiles, and multiply what lies beyond the end by weights of 0, so on a GPU the fill must not be NaN.
     fill = np.nan if runtime.device == "cpu" else _CONSPICUOUS
     decoding = Decoding(runtime, len(ids), fill=fill)
     decoding.reserve(length + _ROOM)

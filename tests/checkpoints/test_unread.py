@@ -74,7 +74,7 @@ def test_inspect_lists_what_is_not_read(tmp_path: Path, capsys: pytest.CaptureFi
     (found,) = summarise(tmp_path).blocks
     assert found.unread == (f"{LAYER}g_proj.weight", f"{LAYER}sinks")
     assert main(["inspect", str(tmp_path)]) == 0
-    assert f"unread       {LAYER}g_proj.weight, {LAYER}sinks, which keep it from being exported" in (
+    assert f"unread       {LAYER}g_proj.weight, {LAYER}sinks; the block cannot be exported with these" in (
         capsys.readouterr().out
     )
 

@@ -153,7 +153,7 @@ def test_an_interrupt_prints_what_was_measured(
     few = ["--impl", "naive,padded", "--format", "none"]
     assert main(["bench", *TINY, *few, "--save", "part.json", "--json"]) == 130
     said = capsys.readouterr()
-    assert said.err.strip().splitlines()[-1] == "error: interrupted; the measurements up to then are above"
+    assert said.err.strip().splitlines()[-1] == "error: interrupted; the measurements made so far are above"
     report = read_report(Path("part.json"))
     assert report.status == "interrupted"
     assert [(row.sequence_length, row.num_rounds >= 2) for row in report.results] == [

@@ -123,7 +123,7 @@ def test_verify_of_a_wrong_artifact_exits_1(bundle_copy: Path, capsys: pytest.Ca
         r"\d+ of \d+ cases failed, first B1-S1-normal: the error of output is [\d.e+]+ times the allowed one", first
     )
     assert first.endswith(
-        f"diffdeploy verify {bundle_copy} --seed 0 --save-inputs inputs.safetensors keeps the inputs that it fails on"
+        f"diffdeploy verify {bundle_copy} --seed 0 --save-inputs inputs.safetensors saves the inputs on which it fails"
     )
 
 

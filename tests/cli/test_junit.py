@@ -100,5 +100,5 @@ def test_a_fault_that_was_missed_is_a_failure() -> None:
     assert of_self_test(SelfTest.of(faults, [])) == [
         Verdict("faults: graph", "a", None, "caught by check lambda"),
         Verdict("faults: graph", "b", "was not caught: lambda is another"),
-        Verdict("faults: graph", "c", None, "seen only by chance"),
+        Verdict("faults: graph", "c", None, "detectable only by chance"),
     ]

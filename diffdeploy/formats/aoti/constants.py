@@ -18,7 +18,7 @@ __all__ = ["read", "read_library", "rewrite_member", "write"]
 # Maximum number of copies of one constant: vectorised code repeats a number (16 times with AVX-512, measured). More
 # matches than this cannot all be the same constant: zero occurs 38,000 times.
 _MOST_COPIES = 256
-# Maximum distance from the exact number in float32 steps (ULPs). A lambda, as its block computed it, was 5 steps away.
+# Maximum distance from the exact number in float32 steps (ULPs). One lambda that a block had computed was 5 steps off.
 _ROUNDINGS = 8
 
 

@@ -24,8 +24,8 @@ __all__ = ["checks", "facts"]
 # Tensors with at most this many elements become numbers in the code (GraphLowering.can_inline_constant of inductor).
 _MOST_INLINE = 8
 _NUMBER = re.compile(rb"static_cast<\w+>\(([-+.\de]+)\)")
-# The name of torch's kernel depends on the device and on the mask. Every graph with `fused` calls its kernel for any
-# number of queries; the definition of that function begins with its return type, unlike a call.
+# The name of torch's kernel depends on the device and on the mask. With `fused`, every attention has one call of
+# `prefill`, the kernel for any number of queries. Unlike a call, the definition of its function begins with a type.
 _ATTENTION = re.compile(rb"\baoti_torch_\w*scaled_dot_product_\w+\(|(?<!void )\bcall_prefill_\d+\(")
 # Exponentials of decomposed softmaxes; the exponential in a sigmoid, whose argument is negated, does not match.
 _EXPONENTIAL = re.compile(rb"\bstd::exp\w*\((?!-)|(?<!\.neg\(\))\.exp\w*\(|\baoti_torch_\w*softmax\w*\(")
@@ -45,7 +45,8 @@ def _attentions(bundle: Bundle) -> int:
 
 def _exponentials(bundle: Bundle) -> int:
     """Number of exponentials in the C++ kernels for a CPU, which indicate softmaxes outside of the fused attentions."""
-    # Not counted for these: `rows` decomposes the attention for one token, and comments hold the kernel of `fused`.
+    # Not counted for these: `rows` decomposes the attention for one token, and with `fused` comments contain the source
+    # of the kernel.
     if bundle.manifest.options.attention_impl in ("rows", "fused"):
         return 0
     with zipfile.ZipFile(bundle.path / MODEL) as package:

@@ -43,7 +43,7 @@ AOTI_FAULTS = [
     FileFault(
         name="aoti_package_of_one_attention",
         place="bundle",
-        breaks="compiled from one attention, according to its source",
+        breaks="compiled from a graph that lacks one attention, according to its source",
         edit=partial(
             _edit_source,
             pattern=rb"(aoti_torch_\w*?)scaled_dot_product|(?<!void )\bcall_prefill(?=_\d+\()",

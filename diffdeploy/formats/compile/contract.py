@@ -11,9 +11,10 @@ from diffdeploy.formats.compile.backend import ARTIFACT
 
 __all__ = ["checks", "facts"]
 
-# Inductor's wrapper is Python source inside the artifact; the operator that it calls depends on the device. Unlike the
-# lines of the graphs stored next to it, its lines contain names of buffers; equal lines are copies of one call. With
-# `fused`, every graph calls the kernel for any number of queries; calls are indented further than trial runs of it.
+# Inductor's wrapper is Python source inside the artifact; the operator that it calls depends on the device. Graphs are
+# stored next to it as text, but only lines of the wrapper contain names of buffers; equal lines are copies of one call.
+# With `fused`, every attention has one call of `prefill`, the kernel for any number of queries; such calls are indented
+# further than the trial runs of the kernel.
 _ATTENTION = re.compile(
     rb"\b\w*buf\d+ = torch\.ops\.aten\._scaled_dot_product_\w+\.default\([^\n\\]*"
     rb"| {8}prefill_\d+\.run\([^\n\\]*"

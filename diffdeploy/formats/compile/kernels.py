@@ -24,7 +24,7 @@ def _name(source: str) -> str:
 
 @contextmanager
 def recorded(folder: Path) -> Iterator[None]:
-    """Copy every kernel that inductor builds or takes from its cache in the block to ``folder``."""
+    """Copy to ``folder`` every kernel that inductor builds, or takes from its cache, in the ``with`` block."""
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
@@ -54,7 +54,7 @@ def recorded(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def shipped(folder: Path) -> Iterator[None]:
-    """Load kernels from ``folder`` while the block runs; those that are missing are compiled."""
+    """Load kernels from ``folder`` in the ``with`` block; those that are missing are compiled."""
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 

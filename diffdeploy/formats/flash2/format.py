@@ -39,7 +39,7 @@ class Flash2Format(Format):
         """Reject whole models, and options that the format does not have.
 
         Raises:
-            InputError: a whole model, or an option of another format.
+            InputError: a whole model or an option of another format was given.
         """
         super().check_options(options)
         if options.graph == "model":

@@ -20,7 +20,7 @@ _ATTRIBUTES = {"norm_eps": "epsilon", "softmax_scale": "scale"}
 # Attributes are float32, which rounds by 6e-8 at most.
 _RELATIVE_ERROR = 1e-6
 
-# In epsilons of the dtype, for a number that was computed in fp32: nine of ten lambdas are within two.
+# Allowed error of a number that was computed in fp32, in epsilons of the dtype; nine of ten lambdas are within two.
 _ROUNDINGS = 4
 
 

@@ -105,7 +105,8 @@ def _is_valid(path: Path) -> Check:
     import onnx
 
     try:
-        # Checked by path, since a model above 2 GB exceeds one message; the full check infers types and shapes.
+        # Checked by path, since a model above 2 GB does not fit into one protobuf message. The full check infers types
+        # and shapes.
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return Check(name="valid", passed=False, detail=str(error).strip().splitlines()[0])

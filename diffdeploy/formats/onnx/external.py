@@ -34,7 +34,7 @@ _INSIDE = {
 _KEY, _VALUE = 1, 2
 # Wire types of fields: a number, eight bytes, a length with bytes, four bytes.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-# Maximum bytes of a number that is a length or a field, and of any other number.
+# Maximum length in bytes of a varint: of one that encodes a length or a field tag, and of any other.
 _SHORT, _LONG = 5, 10
 
 
@@ -91,7 +91,7 @@ def _locations(data: mmap.mmap) -> Iterator[str]:
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, start and end of each field of a message that is a sequence of bytes."""
+    """Number, start and end of each field of a message whose value is a sequence of bytes; other fields are skipped."""
     while start < end:
         tag, start = _varint(data, start, end, _SHORT)
         size, kind = 0, tag % 8

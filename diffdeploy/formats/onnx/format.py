@@ -1,4 +1,4 @@
-"""ONNX: standard operators for all runtimes of the standard, or flavor ``ort`` for onnxruntime."""
+"""ONNX: standard operators for every ONNX runtime, or flavor ``ort`` for onnxruntime."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec

@@ -23,7 +23,7 @@ def _products(model: "onnx.ModelProto") -> "list[onnx.NodeProto]":
 
 
 def packed_constants(model: "onnx.ModelProto") -> set[str]:
-    """Names of the constants that contain blocks."""
+    """Names of the constants that contain the packed blocks of quantised weights."""
     return {node.input[1] for node in _products(model)}
 
 
@@ -51,7 +51,7 @@ def quantised_products(model: "onnx.ModelProto", constants: Mapping[str, Array],
         # Zero points, an order of columns and a bias would be further inputs, which are rejected.
         name = by_matrix.get(pair) if len(node.input) == _NUM_INPUTS else None
         if name is None:
-            problems.append(f"{node.name} multiplies with blocks and scales that weights.safetensors does not hold")
+            problems.append(f"{node.name} multiplies by blocks and scales that weights.safetensors does not hold")
             continue
         found[pair] += 1
         rows, columns = shapes[name]

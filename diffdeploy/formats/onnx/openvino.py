@@ -21,7 +21,7 @@ class OpenVinoBackend(Backend):
         """Load the model; raises ExportError if that fails."""
         import openvino
 
-        # By default, it computes in bfloat16 on processors that multiply faster in it.
+        # By default, OpenVINO computes in bfloat16 on processors where that is faster.
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if options.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = options.threads

@@ -54,13 +54,13 @@ class _Row(NamedTuple):
 _TABLE = (
     # 1.16 and older reject the IR version 10 that torch writes; 1.17 and 1.18 cannot be imported with numpy 2.
     _Row("1.19.0"),
-    # Versions reject an operator set that is newer than they are.
+    # A version rejects operator sets that were released after it.
     _Row("1.21.0", opset=22),
     _Row("1.23.0", opset=23),
     _Row("1.24.1", opset=24),
     # In Attention of 1.23.0, heads read the wrong key/value heads: off by 440,000 budgets.
     _Row("1.23.1", opset=FIRST_OPSET_WITH_ATTENTION, flavor=STANDARD, grouped=True),
-    # GroupQueryAttention of older versions has no bias input, which masks need, and they reject the model.
+    # In older versions, GroupQueryAttention has no bias input, which masks need, so these versions reject the model.
     _Row("1.22.0", flavor=ORT, masked=True),
     # In GroupQueryAttention up to 1.23.2, a query sees one key too many for the window: off by 220,000 budgets.
     _Row("1.24.1", flavor=ORT, window=True),

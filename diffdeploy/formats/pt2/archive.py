@@ -28,7 +28,7 @@ _PAYLOADS = re.compile(r"data/(weights|constants)/model_\1_config\.json|data/(we
 _PLAIN = re.compile(r"data/(weights/weight|constants/tensor)_\d+|archive_format|archive_version|byteorder|version|"
                     r"\.data/(version|serialization_id)|\.format_version|\.storage_alignment")  # fmt: skip
 
-# All operators that exports of a block call. Each only computes a tensor or a size from tensors and sizes, or writes
+# All operators that an exported block can call. Each only computes a tensor or a size from tensors and sizes, or writes
 # into a tensor within its bounds, as `index_copy_` does for a cache. The last line has operators that only faults of
 # the self-test call: they are accepted here, since verification must find wrong computations by their results.
 _ATEN = frozenset(
@@ -81,7 +81,7 @@ def checked_archive(path: Path) -> io.BytesIO:
             if len({name.partition("/")[0] for name in names}) > 1:
                 raise _refused(path, "it has two folders, of which readers may choose different ones")
             for entry in archive.infolist():
-                # torch stores entries uncompressed; an entry that unpacks to more than the file could fill the memory.
+                # torch stores entries uncompressed; a compressed entry could expand until it fills the memory.
                 if entry.compress_type != zipfile.ZIP_STORED:
                     raise _refused(path, f"{entry.filename} is compressed")
                 kept.writestr(entry.filename, _content(path, entry.filename, archive.read(entry)))

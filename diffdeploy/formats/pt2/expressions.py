@@ -10,7 +10,7 @@ import re
 __all__ = ["is_expression", "is_guard", "is_name"]
 
 _LONGEST = 10_000
-# Everything in sizes that torch prints: symbols, numbers, and sympy's and torch's functions of them.
+# Functions of sympy and torch that torch may print in an expression for a size, besides symbols and numbers.
 _FUNCTIONS = frozenset(
     {
         *("Add", "Mul", "Integer", "Rational", "Float", "Mod", "Min", "Max", "Abs"),

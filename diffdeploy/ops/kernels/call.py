@@ -15,7 +15,8 @@ _FEW = 16
 # Minimum number of keys for which splitting pays off even for more than `_FEW` queries, if 3/4 of the device would be
 # idle otherwise; also the number of queries from which separate programs per stream pay off for wide values.
 _LONG = 1024
-# The same for other values, if the small tiles of all heads leave multiprocessors idle.
+# Minimum number of queries for which separate programs per stream pay off for narrower values, if the small tiles of
+# all heads leave multiprocessors idle.
 _LEAST_APART = 512
 # Minimum number of rows and of columns of a matrix product.
 _LEAST_OF_MATRIX_UNITS = 16
@@ -67,7 +68,7 @@ class Call:
         v: values ``[B, h_kv, T, e]``.
         lam: lambda, a scalar or broadcastable to ``[B, h, S, 1]``.
         key_padding: boolean ``[B or 1, T]``, ``True`` for visible keys; or ``None``.
-        norm: gamma ``[e]`` of the norm of the heads, or ``None``.
+        norm: gamma ``[e]`` of the per-head norm, or ``None``.
         causal: true for a causal mask, aligned bottom-right.
         window: number of keys that a query attends to; ``None`` for all.
         legacy: true if streams read keys according to the legacy key map.
@@ -162,7 +163,9 @@ class Call:
         return _SMALL_OF_ONE_STREAM if self.apart else _SMALL
 
     def by_length(self) -> "list[Call]":
-        """Calls for ranges of the number of queries, of which one runs: one per tile size of `split`, and one beyond.
+        """Calls that each cover a range of query counts, so that exactly one of them runs.
+
+        Each tile size of `split` has a call of its own, and so do all larger numbers of queries together.
 
         There is only one call if the number of queries is known, or if it equals the number of keys: then no cache is
         read, and splitting the keys does not pay off.
@@ -206,7 +209,7 @@ class Call:
         return all(step * self.k.element_size() % 16 == 0 for step in steps)
 
     def heads_at_once(self) -> int:
-        """Number of heads in a group, which is computed before the next group; it has two waves of programs or more.
+        """Number of heads in a group: all of its programs, at least two waves, come before those of the next group.
 
         Keys and values of a group stay in the L2 cache, where all of its tiles read them. The groups are about equally
         large.
@@ -223,7 +226,7 @@ class Call:
         return _multiprocessors(self.q.device) if self.causal and self.tile.rows < _LARGE.rows else 0
 
     def num_splits(self) -> int:
-        """Number of parts of whole tiles into which keys are split; no more than are needed to fill the device."""
+        """Number of parts into which keys are split at tile boundaries; no more than are needed to fill the device."""
         batch, kv_heads, key_length, _ = self.v.shape
         others = batch * kv_heads * -(-self.num_rows // self.tile.rows)
         wanted = _larger(1, _multiprocessors(self.q.device) // others)

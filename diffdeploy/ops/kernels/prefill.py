@@ -166,8 +166,8 @@ def _place(S, H, heads_at_once, MULTIPROCESSORS: tl.constexpr, BLOCK_M: tl.const
 
     Programs process one group of heads, whose keys and values stay in the L2 cache, before the next. Within a group,
     the same tile of all heads comes before the next tile, and tiles with the most keys come first, which fills the
-    last wave of a causal problem. If all programs run at once, two on each multiprocessor, those that are second there
-    come in the opposite order, so that the longest program shares its multiprocessor with the shortest one.
+    last wave of a causal problem. If all programs run at once, two on each multiprocessor, the second programs of
+    the multiprocessors are in the opposite order, so that the longest program runs beside the shortest one.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
