@@ -13,7 +13,8 @@ from diffdeploy.records import Record
 __all__ = ["SOFTMAX", "SOFTMAX_BLOCKS", "SOFTMAX_COMPILED", "Candidate", "Plan", "Size"]
 
 # Names of the plain softmax-attention block among the implementations.
-SOFTMAX, SOFTMAX_COMPILED = "softmax", "softmax-compiled"
+SOFTMAX = "softmax"
+SOFTMAX_COMPILED = "softmax-compiled"
 SOFTMAX_BLOCKS = (SOFTMAX, SOFTMAX_COMPILED)
 # The minimum that `graph_spec` accepts for every variant: below it, an axis would not be dynamic.
 _LEAST_BATCH, _LEAST_LENGTH = 2, 4
