@@ -49,7 +49,9 @@ def open_candidate(plan: Plan, candidate: Candidate, weights: Mapping[str, "Tens
         softmax = SoftmaxAttention(plan.config, weights, max_positions=plan.max_positions, dtype=dtype)
         softmax = softmax.to(plan.device).eval()
         if candidate.impl == SOFTMAX_COMPILED:
-            # Once per size, as if it were made for that size alone: no exported format is compared with less.
+            # Compiled once for each size, the fastest way; by default, torch refuses more than eight.
+            limits = torch.compiler.config
+            limits.recompile_limit = max(limits.recompile_limit, len(plan.sizes))
             softmax.compile(dynamic=False, fullgraph=True)
         return partial(run_graph, softmax)
     assert candidate.impl is not None
