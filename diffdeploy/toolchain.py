@@ -3,7 +3,7 @@
 import os
 import shutil
 
-__all__ = ["compiler", "compiler_path"]
+__all__ = ["compiler", "compiler_path", "why_not_compile"]
 
 
 def compiler() -> str:
@@ -14,3 +14,10 @@ def compiler() -> str:
 def compiler_path() -> str | None:
     """Path of the compiler; ``None`` if it is not found."""
     return shutil.which(compiler())
+
+
+def why_not_compile() -> str | None:
+    """Reason why C++ cannot be compiled here, to follow the name of what compiles it; ``None`` if it can."""
+    if compiler_path() is None:
+        return f"compiles C++, but {compiler()} is not found; install it or set CXX"
+    return None

@@ -14,7 +14,7 @@ from diffdeploy.ops import Impl
 from diffdeploy.ops.registry import implementation
 from diffdeploy.ops.request import Request
 from diffdeploy.runtime import require_runnable, require_trusted
-from diffdeploy.toolchain import compiler, compiler_path
+from diffdeploy.toolchain import why_not_compile
 
 __all__ = ["choose_baseline", "choose_names", "eager_candidates", "given_candidates"]
 
@@ -79,8 +79,8 @@ def _require_runnable_impl(name: str, config: AnyConfig, device: str, dtype: DTy
             f"softmax can be compared only with blocks whose values are {2 * config.head_dim} wide, twice the width of "
             f"a stream, but in this block they are {config.value_dim} wide"
         )
-    if name == SOFTMAX_COMPILED and compiler_path() is None:
-        raise UnavailableError(f"{name} compiles C++, but {compiler()} is not found; install it or set CXX")
+    if name == SOFTMAX_COMPILED and (missing := why_not_compile()):
+        raise UnavailableError(f"{name} {missing}")
     if name not in (*SOFTMAX_BLOCKS, Impl.AUTO):
         reason = implementation(Impl(name)).why_not(_one_token(config, device, dtype))
         if reason is not None:

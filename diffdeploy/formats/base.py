@@ -22,7 +22,7 @@ from diffdeploy.formats.artifact import (
 )
 from diffdeploy.formats.options import Device, ExportOptions, RunOptions, RuntimeName
 from diffdeploy.graphs import Cache, DType, GraphSpec, Padding, Variant
-from diffdeploy.toolchain import compiler, compiler_path
+from diffdeploy.toolchain import why_not_compile
 
 if TYPE_CHECKING:
     from diffdeploy.modules import AnyModule
@@ -91,8 +91,8 @@ class Format(ABC):
         if missing := [name for name in ("torch", *self.export_packages) if find_spec(name) is None]:
             verb = "is" if len(missing) == 1 else "are"
             return f"format {self.name} needs {' and '.join(missing)}, which {verb} not installed"
-        if self.compiles and compiler_path() is None:
-            return f"format {self.name} compiles C++, but {compiler()} is not found; install it or set CXX"
+        if self.compiles and (reason := why_not_compile()):
+            return f"format {self.name} {reason}"
         if self.compiles and device != "cpu":
             import torch
 
