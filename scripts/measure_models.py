@@ -298,7 +298,7 @@ def measure_package(run: Run, size: str) -> None:
         positions = torch.arange(past, past + length, device="cuda")[None]
         sides = [side for pair in caches_of(config, _DIFFERENTIAL, 1, past, "cuda") for side in pair]
         call = partial(package, ids, mask, positions, *sides)
-        if past:  # not captured as a CUDA graph: a package runs on a stream of its own
+        if past:  # without a CUDA graph: capturing a package fails
             needed = read_bytes(config, 1, past + 1)
             run.measure(call, "aoti", what="decode", tokens=past, bytes_read=needed, **fields)
         else:
