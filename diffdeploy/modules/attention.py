@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffdeploy.config import LAMBDA_VECTORS, AnyConfig, DiffAttentionConfig, DiffAttentionV2Config
 from diffdeploy.modules.block import AttentionBlock, KeyValueCache, Rotation
 from diffdeploy.ops import Impl
+from diffdeploy.ops.request import HeadNorm
 
 __all__ = ["AttentionBlock", "DiffAttention", "DiffAttentionV2", "KeyValueCache", "Rotation", "block_class"]
 
@@ -84,6 +85,21 @@ class DiffAttention(AttentionBlock):
         """Lambda: one scalar for all tokens and heads, or one number per head, ``[1, h, S, 1]``."""
         value = self.lambda_value() if self._frozen_lambda is None else self._frozen_lambda
         return value if value.ndim == 0 else value[None, :, None, None].expand(1, -1, hidden_states.shape[1], 1)
+
+    def attend_and_normalise(
+        self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, mask: Tensor | None, *, causal: bool
+    ) -> Tensor:
+        """See `AttentionBlock`; the operator receives the norm, since `fused` computes it in the same kernel."""
+        subln, eps = self.subln, self.config.norm_eps
+        # Either step may be replaced, by a subclass or in this instance alone.
+        replaced = (
+            getattr(self.attend, "__func__", None) is not AttentionBlock.attend
+            or getattr(self.normalise, "__func__", None) is not DiffAttention.normalise
+        )
+        if subln is None or eps is None or replaced:
+            return super().attend_and_normalise(q_BHSd, k_BHTd, v_BHTe, lam, mask, causal=causal)
+        norm = HeadNorm(eps, subln.weight, self.config.output_scale)
+        return self._call_operator(q_BHSd, k_BHTd, v_BHTe, lam, mask, causal=causal, norm=norm)
 
     def normalise(self, heads: Tensor) -> Tensor:
         """RMS norm over each head, times ``1 - lambda_init`` (section 2.1, equation 3), where the model has them."""

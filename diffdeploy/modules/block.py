@@ -14,6 +14,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.modules.rotary import RotaryEmbedding
 from diffdeploy.ops import Impl, diff_attention
 from diffdeploy.ops.heads import pair_streams
+from diffdeploy.ops.request import HeadNorm
 
 __all__ = ["AttentionBlock", "KeyValueCache", "Rotation"]
 
@@ -164,6 +165,19 @@ class AttentionBlock(nn.Module):
         self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, mask: Tensor | None, *, causal: bool
     ) -> Tensor:
         """Differential heads ``[B, h, S, e]``; keys that come from a cache are paired."""
+        return self._call_operator(q_BHSd, k_BHTd, v_BHTe, lam, mask, causal=causal)
+
+    def _call_operator(
+        self,
+        q_BHSd: Tensor,
+        k_BHTd: Tensor,
+        v_BHTe: Tensor,
+        lam: Tensor,
+        mask: Tensor | None,
+        *,
+        causal: bool,
+        norm: HeadNorm | None = None,
+    ) -> Tensor:
         return diff_attention(
             q_BHSd,
             k_BHTd,
@@ -174,8 +188,15 @@ class AttentionBlock(nn.Module):
             sliding_window=self.config.sliding_window,
             gqa_layout=self.config.gqa_layout,
             scale=self.config.scale,
+            norm=norm,
             impl=self.impl,
         )
+
+    def attend_and_normalise(
+        self, q_BHSd: Tensor, k_BHTd: Tensor, v_BHTe: Tensor, lam: Tensor, mask: Tensor | None, *, causal: bool
+    ) -> Tensor:
+        """`attend` and `normalise`, for which a block may use one kernel as long as neither step is replaced."""
+        return self.normalise(self.attend(q_BHSd, k_BHTd, v_BHTe, lam, mask, causal=causal))
 
     def normalise(self, heads: Tensor) -> Tensor:
         """Normalise the ``e`` channels of each head and multiply them by a constant factor, where the model does so."""
@@ -272,8 +293,10 @@ class AttentionBlock(nn.Module):
             _check_key_mask(attention_mask, v_BHTe)
             attention_mask = self.key_mask(attention_mask)[:, None, None]
         causal = config.causal if causal is None else causal
-        heads_BHSe = self.attend(q_BHSd, k_BHTd, v_BHTe, self.lambda_(hidden_states), attention_mask, causal=causal)
-        return self.project(self.join(self.normalise(heads_BHSe))), (k_BHTd, v_BHTe)
+        heads_BHSe = self.attend_and_normalise(
+            q_BHSd, k_BHTd, v_BHTe, self.lambda_(hidden_states), attention_mask, causal=causal
+        )
+        return self.project(self.join(heads_BHSe)), (k_BHTd, v_BHTe)
 
 
 def _split_heads(x_BSD: Tensor, width: int) -> Tensor:

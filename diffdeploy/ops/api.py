@@ -7,7 +7,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.ops import flash2, fused, naive, paired, sdpa
 from diffdeploy.ops.impl import Impl
 from diffdeploy.ops.registry import cheapest, implementation
-from diffdeploy.ops.request import Request
+from diffdeploy.ops.request import HeadNorm, Request
 
 __all__ = ["IMPLEMENTATION_MODULES", "diff_attention", "resolve_impl"]
 
@@ -38,6 +38,7 @@ def diff_attention(
     sliding_window: int | None = None,
     gqa_layout: GqaLayout = "canonical",
     scale: float | None = None,
+    norm: HeadNorm | None = None,
     impl: Impl | str = Impl.AUTO,
 ) -> Tensor:
     """Differential attention of every head (arXiv 2410.05258, equation 1).
@@ -60,6 +61,7 @@ def diff_attention(
             ``causal``.
         gqa_layout: map from query streams to key streams when ``h_kv < h``; see `DiffAttentionConfig`.
         scale: factor of the scores; ``d ** -0.5`` by default.
+        norm: per-head norm of the difference; none by default. ``fused`` computes it in the same kernel, in fp32.
         impl: name of the implementation; ``auto`` selects the fastest one by its measured cost.
 
     Returns:
@@ -79,10 +81,12 @@ def diff_attention(
         sliding_window=sliding_window,
         gqa_layout=gqa_layout,
         scale=scale,
+        norm=norm,
     )
     resolved = resolve_impl(impl)
     chosen = cheapest(request) if resolved == Impl.AUTO else implementation(resolved)
     reason = chosen.why_not(request)
     if reason is not None:
         raise reason
-    return chosen.run(request)
+    heads_BHSe = chosen.run(request)
+    return heads_BHSe if norm is None or chosen.normalises else norm(heads_BHSe)

@@ -7,7 +7,6 @@ Shape suffixes: B batch, H heads, S query length, T key length, d stream width, 
 """
 
 import os
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -20,7 +19,7 @@ from diffdeploy.ops.registry import register
 from diffdeploy.ops.request import Request
 from diffdeploy.ops.target import runs_on_cuda
 
-__all__ = ["HeadNorm", "fused", "is_fastest_here", "key_padding", "unsupported"]
+__all__ = ["fused", "is_fastest_here", "key_padding", "unsupported"]
 
 _WIDEST = 128
 _WIDEST_VALUES = 256
@@ -29,21 +28,6 @@ _SHARED_MEMORY_BYTES = 160 * 1024
 # Major compute capability.
 _HOPPER = 9
 _HAS_TRITON = find_spec("triton") is not None
-
-
-@dataclass(frozen=True)
-class HeadNorm:
-    """The norm after the difference (arXiv 2410.05258, section 2.1), if the kernel is to compute it.
-
-    Attributes:
-        eps: added to the mean square of the ``e`` channels of a head.
-        weight: gamma ``[e]``, or ``None`` for ones.
-        factor: factor after the norm, ``1 - lambda_init`` in the paper.
-    """
-
-    eps: float
-    weight: Tensor | None = None
-    factor: float = 1.0
 
 
 def unsupported(request: Request) -> DiffDeployError | None:
@@ -117,18 +101,17 @@ def _cost(request: Request) -> float:
     return 0.05 if not request.traced and request.q.is_cuda and _is_hopper(request.q.device) else 2.0
 
 
-@register(Impl.FUSED, num_attentions=1, supports=unsupported, cost=_cost)
-def fused(request: Request, *, norm: HeadNorm | None = None) -> Tensor:
+@register(Impl.FUSED, num_attentions=1, supports=unsupported, cost=_cost, normalises=True)
+def fused(request: Request) -> Tensor:
     """Launch one kernel, or two if keys or streams are divided among programs to occupy the GPU.
 
     Keys are always divided for 16 queries or fewer.
 
-    The softmax, the product with lambda and the difference are computed in fp32 and rounded once; if values are wider
-    than 128, the result of the first stream is also rounded. See `diff_attention` for shapes.
+    The softmax, the product with lambda, the difference and the norm are computed in fp32 and rounded once; if values
+    are wider than 128, the result of the first stream is also rounded. See `diff_attention` for shapes.
 
     Args:
         request: a request that `unsupported` does not reject.
-        norm: per-head norm, computed in fp32 on the difference; none by default.
 
     Raises:
         InputError: a window is given without ``causal``.
@@ -138,6 +121,7 @@ def fused(request: Request, *, norm: HeadNorm | None = None) -> Tensor:
     require_window_to_slide(request.sliding_window, causal=request.causal)
     if not request.traced and 0 in (request.q.numel(), request.v.numel()):
         return request.q.new_zeros(request.q.shape[0], request.num_heads, request.length, request.value_width)
+    norm = request.norm
     output: Tensor = torch.ops.diffdeploy.fused_attention.default(
         request.q,
         request.k,

@@ -35,6 +35,7 @@ class Implementation:
             widths, dtype and device.
         num_attentions: number of fused attention operators in a graph with this implementation; number of softmaxes if
             attentions are decomposed.
+        normalises: true if ``run`` also computes the norm of a request.
     """
 
     impl: Impl
@@ -42,6 +43,7 @@ class Implementation:
     supports: Supports | None
     cost: Cost | float
     num_attentions: int
+    normalises: bool
 
     def why_not(self, request: Request) -> DiffDeployError | None:
         """Error that explains why the implementation does not support a request; ``None`` if it does."""
@@ -56,13 +58,18 @@ _TABLE: dict[Impl, Implementation] = {}
 
 
 def register(
-    impl: Impl, *, cost: Cost | float, num_attentions: int, supports: Supports | None = None
+    impl: Impl,
+    *,
+    cost: Cost | float,
+    num_attentions: int,
+    supports: Supports | None = None,
+    normalises: bool = False,
 ) -> Callable[[AnyRun], AnyRun]:
     """Decorate a function to register it as an implementation; see `Implementation` for the arguments."""
 
     def enter(run: AnyRun) -> AnyRun:
         assert impl not in _TABLE
-        _TABLE[impl] = Implementation(impl, run, supports, cost, num_attentions)
+        _TABLE[impl] = Implementation(impl, run, supports, cost, num_attentions, normalises)
         return run
 
     return enter

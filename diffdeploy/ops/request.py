@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffdeploy.config import GqaLayout
@@ -14,7 +15,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.ops.heads import stream_heads
 from diffdeploy.ops.masks import Visibility, visibility
 
-__all__ = ["Keys", "Phase", "Request"]
+__all__ = ["HeadNorm", "Keys", "Phase", "Request"]
 
 
 class Keys(StrEnum):
@@ -30,6 +31,25 @@ class Phase(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """The norm after the difference (arXiv 2410.05258, section 2.1), which some implementations compute themselves.
+
+    Attributes:
+        eps: added to the mean square of the ``e`` channels of a head.
+        weight: gamma ``[e]``, or ``None`` for ones.
+        factor: factor after the norm, ``1 - lambda_init`` in the paper.
+    """
+
+    eps: float
+    weight: Tensor | None = None
+    factor: float = 1.0
+
+    def __call__(self, heads_BHSe: Tensor) -> Tensor:
+        """Normalise the channels of each head, in fp32 inside, and multiply the rounded result by the factor."""
+        return F.rms_norm(heads_BHSe, heads_BHSe.shape[-1:], self.weight, self.eps) * self.factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +68,7 @@ class Request:
         scale: factor of the scores.
         keys: ``streams`` ``[B, 2 h_kv, T, d]``, ``paired`` ``[B, h_kv, T, 2d]`` or ``shared`` ``[B, h_kv, T, d]``.
         traced: true if a graph is being traced, in which sizes are symbols and comparing one would add a guard.
+        norm: norm of the heads, for implementations that compute it, see `Implementation.normalises`.
     """
 
     q: Tensor
@@ -61,6 +82,7 @@ class Request:
     scale: float
     keys: Keys
     traced: bool
+    norm: HeadNorm | None = None
 
     @staticmethod
     def of(
@@ -74,6 +96,7 @@ class Request:
         sliding_window: int | None = None,
         gqa_layout: GqaLayout = "canonical",
         scale: float | None = None,
+        norm: HeadNorm | None = None,
     ) -> "Request":
         """Create a request and check its shapes; see `diff_attention` for the arguments.
 
@@ -92,6 +115,7 @@ class Request:
             scale=float(q_BHSd.shape[-1] ** -0.5) if scale is None else scale,
             keys=_checked_keys(q_BHSd, k_BHTd, v_BHTe),
             traced=torch.compiler.is_compiling(),
+            norm=norm,
         )
 
     @property

@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffdeploy.errors import InputError
-from diffdeploy.modules import block_class
+from diffdeploy.modules import DiffAttention, block_class
 from tests.support.blocks import BLOCK_CONFIGS, empty_cache, make_block, random_states
 from tests.support.operator_inputs import IMPLEMENTATIONS
 from tests.support.pairwise import each_value, pairwise
@@ -161,3 +163,58 @@ def test_compiles_with_inductor(name: str) -> None:
     block = make_block(name)
     x = random_states(2, 7)
     torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x), rtol=0, atol=1e-12)
+
+
+class HalvedNorm(DiffAttention):
+    """Replaces the step after the operator."""
+
+    def normalise(self, heads: Tensor) -> Tensor:
+        return super().normalise(heads) / 2
+
+
+class NoHeads(DiffAttention):
+    """Replaces the operator."""
+
+    def attend(self, *sides: Any, **options: Any) -> Tensor:
+        return super().attend(*sides, **options) * 0
+
+
+@pytest.mark.parametrize("where", ["class", "instance"])
+@pytest.mark.parametrize(("replaced", "factor"), [(HalvedNorm, 0.5), (NoHeads, 0.0)], ids=["normalise", "attend"])
+def test_replaced_steps_are_used(replaced: type[DiffAttention], factor: float, where: str) -> None:
+    """Also where the operator could compute both steps at once."""
+    block, x = make_block("v1"), random_states(2, 5)
+    assert isinstance(block, DiffAttention)
+    expected = block(x) * factor
+    if where == "class":
+        block.__class__ = replaced
+    else:
+        other = make_block("v1")
+        other.__class__ = replaced
+        name = "normalise" if replaced is HalvedNorm else "attend"
+        block.__dict__[name] = getattr(other, name)
+    torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-12)
+
+
+class CalledOperators(TorchDispatchMode):
+    """Names of the operators that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.triton
+def test_fused_computes_the_norm_in_its_kernel() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    block = make_block("v1", "fused").to(device, torch.float16).freeze()
+    x = random_states(2, 5)
+    with torch.no_grad(), CalledOperators() as called:
+        output = block(x.to(device, torch.float16))
+    assert sum("fused_attention" in name for name in called.names) == 1
+    assert not any("norm" in name or "rsqrt" in name for name in called.names)
+    torch.testing.assert_close(output.cpu().double(), make_block("v1")(x), rtol=0, atol=2e-3)

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from diffdeploy.ops import diff_attention
+from diffdeploy.ops.request import HeadNorm
 from diffdeploy.ops.target import traced_for
-from tests.support.operator_inputs import random_inputs
+from tests.support.operator_inputs import IMPLEMENTATIONS, random_inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -35,3 +36,16 @@ def test_graphs_for_cuda_give_float32_kernels_whole_heads(dtype: torch.dtype, gr
     assert [bool(node.kwargs.get("enable_gqa", False)) for node in calls] == [groups, groups]
     expected = Operator()(q, k, v)
     torch.testing.assert_close(program.module()(q, k, v), expected)
+
+
+@pytest.mark.parametrize("gamma", [False, True])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_every_implementation_can_be_followed_by_a_norm(impl: str, gamma: bool) -> None:
+    q, k, v = random_inputs(4, 2, 1 if impl == "rows" else 9, 9)
+    lam = torch.tensor(0.4, dtype=torch.float64)
+    weight = torch.linspace(0.5, 1.5, 8, dtype=torch.float64) if gamma else None
+    heads = diff_attention(q, k, v, lam, causal=True, impl=impl)
+    expected = 0.8 * heads / torch.sqrt(heads.square().mean(-1, keepdim=True) + 1e-3)
+    expected = expected if weight is None else expected * weight
+    actual = diff_attention(q, k, v, lam, causal=True, norm=HeadNorm(1e-3, weight, 0.8), impl=impl)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)

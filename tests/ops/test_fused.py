@@ -14,9 +14,8 @@ from torch import Tensor
 
 from diffdeploy.errors import DiffDeployError, InputError, UnavailableError
 from diffdeploy.ops import Impl, diff_attention
-from diffdeploy.ops.fused import HeadNorm, fused
 from diffdeploy.ops.registry import cheapest
-from diffdeploy.ops.request import Request
+from diffdeploy.ops.request import HeadNorm, Request
 from diffdeploy.ops.target import traced_for
 from tests.support.fused_cases import case_of, check, random_case
 from tests.support.operator_inputs import HEADS, masks, random_inputs
@@ -176,8 +175,8 @@ def test_the_norm_of_the_heads(
     case = case_of(4, 2, queries, 40, "float16", widths=(width, 2 * width))
     q, k, v, lam = (side.to(DEVICE, torch.float16) for side in (case.q, case.k, case.v, case.lam))
     weight = torch.linspace(0.5, 1.5, 2 * width, device=DEVICE).half() if gamma else None
-    request = Request.of(q, k, v, lam, causal=True)
-    actual = fused(request, norm=HeadNorm(eps=1e-5, weight=weight, factor=0.8)).cpu()
+    norm = HeadNorm(eps=1e-5, weight=weight, factor=0.8)
+    actual = diff_attention(q, k, v, lam, causal=True, norm=norm, impl="fused").cpu()
     exact = case.formula()
     exact = 0.8 * exact / np.sqrt(np.square(exact).mean(-1, keepdims=True) + 1e-5)
     exact = exact if weight is None else exact * weight.double().cpu().numpy()
