@@ -91,9 +91,10 @@ class DiffAttention(AttentionBlock):
     ) -> Tensor:
         """See `AttentionBlock`; the operator receives the norm, since `fused` computes it in the same kernel."""
         subln, eps = self.subln, self.config.norm_eps
-        # Either step may be replaced, by a subclass or in this instance alone.
+        # A subclass may replace either step; exporters replace a step, or the norm, of this instance alone.
         replaced = (
-            getattr(self.attend, "__func__", None) is not AttentionBlock.attend
+            type(subln) is not nn.RMSNorm
+            or getattr(self.attend, "__func__", None) is not AttentionBlock.attend
             or getattr(self.normalise, "__func__", None) is not DiffAttention.normalise
         )
         if subln is None or eps is None or replaced:
