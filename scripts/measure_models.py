@@ -3,7 +3,7 @@
     python scripts/measure_models.py --model 254m --model 1.5b --output models.json
 
 Weights are random. Decoding writes its cache in place and is also captured as a CUDA graph, so that kernels are timed
-and not their launches; AOTInductor hands a new cache on, as its graphs do. Models are called without a mask.
+rather than their launches; AOTInductor returns a new cache, as its graphs do. Models are called without a mask.
 """
 
 import argparse
@@ -36,10 +36,13 @@ from diffdeploy.modules.block import KeyValueCache, Rotation
 
 _ROUNDS = 30
 _VOCABULARY = 32_000
-# Layers, width of the model and of its MLPs; heads of d 64, and as many key/value heads.
+# Layers, model width and MLP width; heads have d 64, and there are as many key/value heads as heads.
 _SIZES = {"tiny": (2, 256, 512), "254m": (16, 1024, 2816), "1.5b": (26, 2048, 5632)}
 _DIFFERENTIAL, _SOFTMAX, _SOFTMAX_FLASH = "differential", "softmax", "softmax, flash-attn"
 _IMPL = "fused"
+# Options of inductor: products of one row become reductions, and independent kernels share a launch.
+_TUNED: dict[str, Any] = {"coordinate_descent_tuning": True, "combo_kernels": True, "combo_kernel_allow_mixed_sizes": 1}
+_WAYS = ("eager", "compile", "tuned")
 Call = Callable[[], object]
 Cache = list[KeyValueCache]
 
@@ -155,7 +158,7 @@ def latency_ms(call: Call) -> float:
 
 
 def copy_bytes_per_second() -> float:
-    """Bytes read and written by a copy between buffers of 2 GiB."""
+    """Bytes per second that a copy between buffers of 2 GiB reads and writes."""
     source = torch.empty(2**30, dtype=torch.int16, device="cuda").random_(0, 100)
     target = torch.empty_like(source)
     seconds = latency_ms(lambda: target.copy_(source)) / 1e3
@@ -200,7 +203,7 @@ class Run:
         batches: numbers of rows, when decoding.
         output: file of the results.
         compile_only: true to fill inductor's cache, and measure nothing.
-        tuned: true to decode also with kernels that inductor tunes, which replace products of one row by reductions.
+        ways: names in `_WAYS`; ``tuned`` is for decoding alone.
         bandwidth: bytes per second of a copy.
     """
 
@@ -209,7 +212,7 @@ class Run:
     batches: Sequence[int]
     output: Path | None
     compile_only: bool
-    tuned: bool
+    ways: Sequence[str]
     bandwidth: float = math.nan
 
     def __post_init__(self) -> None:
@@ -242,7 +245,7 @@ class Run:
         self.note(**fields, how=how, ms=ms, share=share)
 
     def decode(self, call: Call, how: str, **fields: Any) -> None:
-        """`measure` a call, and its CUDA graph."""
+        """Measure a call, and its CUDA graph if it can be captured."""
         self.measure(call, how, what="decode", **fields)
         if not self.compile_only:
             graph = as_cuda_graph(call)
@@ -255,17 +258,18 @@ def measure_model(run: Run, size: str, name: str) -> None:
     config = config_of(size)
     model = model_of(name, config, "cuda", run.longest)
     prefill, decode = Prefill(model), Decode(model)
-    ways: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {"eager": (prefill, decode)}
-    if name != _SOFTMAX_FLASH:  # torch does not know the operators of flash-attn
-        ways["compile"] = (torch.compile(prefill, fullgraph=True), torch.compile(decode, fullgraph=True))
-        if run.tuned:
-            tuned = torch.compile(decode, fullgraph=True, options={"coordinate_descent_tuning": True})
-            ways["compile, tuned"] = (prefill, tuned)
-    for how, (run_prefill, run_decode) in ways.items():
-        if run.compile_only and how == "eager":
+    ways: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+        "eager": (prefill, decode),
+        "compile": (torch.compile(prefill, fullgraph=True), torch.compile(decode, fullgraph=True)),
+        "tuned": (prefill, torch.compile(decode, fullgraph=True, options=_TUNED)),
+    }
+    for how in run.ways:
+        # torch.compile does not know the operators of flash-attn.
+        if how != "eager" and name == _SOFTMAX_FLASH:
             continue
+        run_prefill, run_decode = ways[how]
         fields: dict[str, Any] = {"model": size, "attention": name}
-        for length in run.prompts if name != _SOFTMAX_FLASH and not how.endswith("tuned") else ():
+        for length in run.prompts if name != _SOFTMAX_FLASH and how != "tuned" else ():
             ids = torch.randint(0, _VOCABULARY, (1, length), device="cuda")
             run.measure(partial(run_prefill, ids), how, what="prefill", batch=1, tokens=length, **fields)
         for batch in run.batches:
@@ -279,7 +283,7 @@ def measure_model(run: Run, size: str, name: str) -> None:
 
 
 def measure_package(run: Run, size: str) -> None:
-    """Time a package of the graph in bundles of models, with a mask, positions and caches that are passed on."""
+    """Time an AOTInductor package of the graph in model bundles, with a mask, positions and growing caches."""
     config = config_of(size)
     torch.manual_seed(0)
     model = DiffTransformer(config, impl=_IMPL, max_positions=run.longest, dtype=torch.bfloat16)
@@ -314,11 +318,14 @@ def main() -> int:
     parser.add_argument("--past", type=int, action="append")
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--compile-only", action="store_true", help="fill inductor's cache, and measure nothing")
-    parser.add_argument("--tuned", action="store_true", help="also decode with kernels that inductor tunes")
+    parser.add_argument("--way", action="append", choices=_WAYS, help="[default: eager and compile]")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     sizes = given.prompt or [4096], given.past or [4096], given.batch or [1]
-    run = Run(*sizes, given.output, given.compile_only, given.tuned)
+    ways = given.way or ["eager", "compile"]
+    if given.compile_only:
+        ways = [way for way in ways if way != "eager"]
+    run = Run(*sizes, given.output, given.compile_only, ways)
     for size in given.model:
         for name in (_DIFFERENTIAL, _SOFTMAX, _SOFTMAX_FLASH):
             with torch.no_grad(), fastest_backends(name):
