@@ -20,6 +20,7 @@ from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.verify import verify_bundle
 from tests.checkpoints.test_whole_models import diffllama
 from tests.support.bundles import BundleCache
+from tests.support.pairwise import rest_is_slow
 
 SMALL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=48, cases="quick")
 
@@ -29,8 +30,9 @@ def sample_model(bundles: BundleCache) -> Path:
     return bundles.bundle(read_model(SAMPLE), SMALL)
 
 
-@pytest.mark.parametrize("flavor", ["standard", "ort"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("tied", "flavor"), rest_is_slow([(True, "ort"), (True, "standard"), (False, "ort"), (False, "standard")])
+)
 def test_matrices_that_the_exporter_does_not_turn(
     tied: bool, flavor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

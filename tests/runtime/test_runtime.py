@@ -164,11 +164,11 @@ def test_half_precision_compiles(name: str, dtype: DType, sample: Checkpoint, tm
 
 
 def test_bfloat16(sample: Checkpoint, tmp_path: Path) -> None:
-    check_half_precision("pt2", "bfloat16", sample, tmp_path)
+    check_half_precision("pt2", "bfloat16", sample, tmp_path, longest=12)
 
 
-def check_half_precision(name: str, dtype: DType, sample: Checkpoint, tmp_path: Path) -> None:
-    options = ExportOptions(format=name, dtype=dtype, max_batch_size=4, max_sequence_length=70, cases="quick")
+def check_half_precision(name: str, dtype: DType, sample: Checkpoint, tmp_path: Path, *, longest: int = 70) -> None:
+    options = ExportOptions(format=name, dtype=dtype, max_batch_size=4, max_sequence_length=longest, cases="quick")
     done = export_bundle(sample, tmp_path / "out", options)
     assert done.report is not None
     assert done.report.passed
