@@ -1,4 +1,4 @@
-"""``diffdeploy export --format all``: every format this machine supports, reading the checkpoint once, in one table."""
+"""``diffdeploy export --format all``: reads a checkpoint once, exports every supported format, and prints one table."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

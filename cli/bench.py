@@ -108,7 +108,9 @@ def bench(
     public_key: PublicKey = None,
     as_json: AsJson = False,
     csv: Annotated[Path | None, typer.Option(help="Also write the figures to this CSV file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also plot latency over length: an .svg or .png file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also plot latency against length to this .svg or .png file.")
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
     compare: Annotated[
         Path | None, typer.Option(help="Report what changed since the run that --save wrote to this file.")

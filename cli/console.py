@@ -100,7 +100,7 @@ def print_text(text: str) -> None:
 
 def print_part(text: str) -> None:
     """Print part of a text to standard output, with its line breaks and tabs."""
-    # Text from a model may contain control characters, too, but also spaces and joiners that `isprintable` rejects.
+    # A model's text may contain control characters, too, but `isprintable` would also reject some spaces and joiners.
     obeyed = (letter not in "\n\t" and unicodedata.category(letter) == "Cc" for letter in text)
     sys.stdout.write("".join(repr(letter)[1:-1] if bad else letter for letter, bad in zip(text, obeyed, strict=True)))
     sys.stdout.flush()
@@ -204,7 +204,7 @@ def _width(table: "Table") -> int:
 
 
 def cell(text: str) -> str:
-    """Escape a text for rich, which reads brackets as markup, and for terminals."""
+    """Escape text for rich, which reads brackets as markup, and for terminals."""
     from rich.markup import escape
 
     return escape(on_one_line(text))

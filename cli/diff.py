@@ -33,7 +33,7 @@ def diff(
 ) -> int:
     """Show what changed in figures, checks, versions, options, graph and files.
 
-    Exits with 0 whether something changed or not: a difference is not an error in itself.
+    Exits with 0 whether or not something changed: a difference is not an error in itself.
     """
     from diffdeploy.verify.differences import differences, read_described
 
@@ -69,7 +69,7 @@ def _files(changes: "Sequence[Difference]") -> list[tuple[str, str]]:
 
 
 def _sentences(changes: "Sequence[Difference]") -> list[str]:
-    """One sentence per change; names with the same change are merged, as are properties of an entry only in A or B."""
+    """One sentence per change; names with the same change are merged, as are properties of entries in A or B alone."""
     merged: dict[str, list[str]] = {}
     for c in changes:
         if c.before is not None and c.after is not None:

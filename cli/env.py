@@ -68,7 +68,7 @@ def _matrix() -> list[dict[str, Any]]:
 
 
 def _summary(matrix: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What each format can do on at least one device in at least one dtype, and a reason for what it can do on none."""
+    """What each format can do on at least one device in at least one dtype, and a reason if that is not everything."""
     verbs = ("export", "run", "verify")
     summary = {}
     for name in dict.fromkeys(row["format"] for row in matrix):
@@ -85,7 +85,7 @@ def _matrix_rows(matrix: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     for row in matrix:
         able = [verb for verb in ("export", "run", "verify") if row[verb]]
         key = (row["format"], row["device"], ", ".join(able) or "nothing", row["why_not"] or "")
-        # One line per format, device and dtype would be dozens of lines, most of them equal.
+        # One line per format, device and dtype would be dozens of lines, most of them the same.
         grouped.setdefault(key, []).append(row["dtype"])
     return [(name, device, ", ".join(dtypes), able, why) for (name, device, able, why), dtypes in grouped.items()]
 

@@ -35,7 +35,7 @@ def export(
         Path | None,
         typer.Argument(help=".safetensors or .pt file, or a directory with one.", show_default="the bundled sample"),
     ] = None,
-    # Text and a callback, since formats come from the registry and not from a Literal.
+    # Text and a callback, since formats come from the registry rather than from a Literal.
     format_name: Annotated[
         str,
         typer.Option(
@@ -132,7 +132,7 @@ def export(
     ] = None,
     min_agreement: Annotated[
         float | None,
-        typer.Option(help="Fail if the top token agrees with the original for a smaller share of tokens, 0 to 1."),
+        typer.Option(help="Fail if the top token agrees with the original for less than this share of tokens, 0 to 1."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle at --output.")] = False,
     no_verify: Annotated[

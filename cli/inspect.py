@@ -1,4 +1,4 @@
-"""``diffdeploy inspect``: what a bundle or a checkpoint is."""
+"""``diffdeploy inspect``: shows what a bundle or a checkpoint holds."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -38,7 +38,7 @@ def keeping(target: Path) -> Iterator[None]:
 
 
 def _identity(path: Path) -> int | None:
-    # A directory that a rename has moved into place has a different inode than the one before.
+    # A directory that a rename has moved into place has a different inode from the one before.
     return path.stat().st_ino if path.exists() else None
 
 

@@ -131,7 +131,7 @@ def _failure(error: BaseException) -> console.Ended | None:
     if isinstance(error, DiffDeployError):
         return console.Ended(error.exit_code, str(error))
     if isinstance(error, ModuleNotFoundError):
-        # Any other module is one of diffdeploy's own or of its dependencies: a broken installation.
+        # Any other module belongs to diffdeploy or its dependencies, so the installation is broken.
         if error.name not in _EXTRAS:
             return None
         message = f"{error.name} is not installed; pip install 'diffdeploy[{_EXTRAS[error.name]}]'"

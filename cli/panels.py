@@ -1,4 +1,4 @@
-"""The groups in which ``--help`` of the larger commands shows their options."""
+"""The groups into which ``--help`` sorts the options of the larger commands."""
 
 from collections.abc import Callable, Mapping
 from copy import copy

@@ -27,7 +27,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def text(said: str) -> str:
-    """Escape a text, which may contain names from files, for HTML and SVG."""
+    """Escape text, which may contain names from files, for HTML and SVG."""
     return escape(on_one_line(said))
 
 
@@ -55,7 +55,7 @@ def by_case(cases: "Sequence[CaseReport]") -> str:
 
 
 def _power(power: int) -> str:
-    """Format a power of ten, in digits if there are few."""
+    """Format a power of ten, in plain digits if it has only a few."""
     return f"{10.0**power:g}" if abs(power) < _LONG else "10" + str(power).translate(_SUPERSCRIPTS)
 
 

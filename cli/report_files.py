@@ -23,7 +23,7 @@ class ReportFiles:
     html: Path | None
 
     def check(self) -> None:
-        """Check that all files can be written, before the verification takes minutes.
+        """Check that all files can be written, since the verification that follows takes minutes.
 
         Raises:
             InputError: a file cannot be written.

@@ -1,4 +1,4 @@
-"""End of ``export`` and ``verify``: the table, the verdict or its JSON, and the exit code."""
+"""Final output of ``export`` and ``verify``: the table, the verdict or its JSON, and the exit code."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,7 @@ def report_fields(report: "Report", subject: Path) -> dict[str, Any]:
             # The excluded fields are elsewhere in the result, or describe how a report is stored.
             **report.model_dump(mode="json", exclude={"format", "graph", "schema_version", "loss"}),
         },
-        # Outside of `verification`, since the loss does not affect the verdict.
+        # Outside `verification`, since the loss does not affect the verdict.
         **({} if report.loss is None else {"loss": loss_fields(report.loss)}),
     }
 

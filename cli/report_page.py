@@ -87,7 +87,7 @@ def page(report: "Report", subject: Path) -> bytes:
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            # The page may not load anything, whatever names from files contain.
+            # The page must not load anything, no matter what the names from files contain.
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
             f"<title>{text(title)}</title>",
             f"<style>{_STYLE}</style></head><body>",

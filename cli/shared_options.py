@@ -66,7 +66,7 @@ _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the resu
 def with_parameters(command: Callable[..., int], parameters: Iterable[Parameter]) -> Callable[..., int]:
     """Set the signature that typer reads, for a function that takes arbitrary arguments."""
     parameters = list(parameters)
-    # typer reads both.
+    # typer reads both attributes.
     command.__signature__ = Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     return command
@@ -90,7 +90,7 @@ def refuse_together(option: str, why: str, others: Mapping[str, object]) -> None
 
     Args:
         option: the option, or a command without one, such as ``verify without --engine``.
-        why: the rest of a sentence about it.
+        why: rest of a sentence that begins with ``option``.
         others: value of each option by its name; ``None`` if it was not given.
 
     Raises:

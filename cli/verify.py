@@ -116,7 +116,7 @@ def verify(
     sweep |= {"--checkpoint": checkpoint}
     saved = {"--save-report": save_report, "--html": html}
     alone = {"--golden": golden or None, "--self-test": self_test or None}
-    # `or None`, since an option with its default value was not given.
+    # `or None`, since an option that has its default value counts as not given.
     run = {
         "--device": device,
         "--runtime": None if runtime == "native" else runtime,
@@ -177,7 +177,7 @@ def _verified(bundle: Path, inputs: _Inputs | None, options: "RunOptions", check
             open_bundle(bundle, options.public_key)
             checks.append(_signature(options.public_key))
         if checkpoint is not None:
-            # Compared before the sweep, which takes minutes that would be lost if the checkpoint cannot be read.
+            # Compared before the sweep, which takes minutes that would be lost if the checkpoint could not be read.
             checks.append(_origin(bundle, checkpoint))
         doing.phase("verifying")
         if inputs is None:

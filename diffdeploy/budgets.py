@@ -28,20 +28,21 @@ class Budget(Record):
 # k: 3 covers a correct computation that differs from eager in the order of its sums and in its intermediate roundings.
 # Half precision accumulates in fp32, so the rounding of stored values dominates, and the yardstick includes storing the
 # streams: 7,000 outputs of campaigns would have passed with k = 1.41. fp32 accumulates in the dtype that it stores, so
-# the difference amplifies errors of sums that eager never makes. 1 of 25,000 outputs needed k = 8.6: one head on a
-# constant input, where the streams nearly cancel; the formula in torch, computed as two attentions in fp32, had the
-# same error as the export (4.6e-7).
+# subtracting the streams amplifies summation errors, which eager does not have. 1 of 25,000 outputs needed k = 8.6: one
+# head on a constant input, where the streams nearly cancel; the formula in torch, computed as two attentions in fp32,
+# had the same error as the export (4.6e-7).
 # floors: outputs are stored in the dtype, so even a perfect computation is off by up to eps/2 per element; eager sums
 # of equal numbers can be exact in fp32, where the floor covers the roundings of a few additions.
-# What this detects: apart from single weights, the smallest fault of the tests, a rotary base off by 5 %, used 7,000
-# times the fp32 budget when its k was 8. One weight off by a thousandth used 0.7: the contract detects that.
+# What this detects: apart from single wrong weights, the smallest fault in the tests, a rotary base off by 5 %, used
+# 7,000 times the fp32 budget when its k was 8. One weight off by a thousandth used only 0.7 of the budget, but the
+# contract detects it.
 BUDGETS: dict[DType, Budget] = {
     "float32": Budget(k=12.0, rmse_floor=4.0, max_floor=8.0),
     "float16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
     "bfloat16": Budget(k=3.0, rmse_floor=1.0, max_floor=2.0),
 }
 
-# Largest error of eager itself, as a share of the root mean square of the exact result; an eager block that is further
-# off cannot serve as a yardstick, unless storing streams that cancel causes such an error, too. In 43,000 outputs of
-# correct exports on ordinary inputs the largest shares were 1.2e-5, 1.7e-3 and 1.4e-2.
+# Largest error of eager itself, as a share of the root mean square of the exact result. An eager block with a larger
+# error cannot serve as a yardstick, unless storing two streams that nearly cancel causes an error just as large. In
+# 43,000 outputs of correct exports on ordinary inputs, the largest shares were 1.2e-5, 1.7e-3 and 1.4e-2.
 CEILINGS: dict[DType, float] = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}

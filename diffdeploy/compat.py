@@ -1,8 +1,8 @@
 """Drop-in replacements for the public modules: same constructor arguments, state-dict keys and results, one core.
 
 Arguments and keys follow microsoft/unilm, Diff-Transformer (V1: three modules, V2: one), and
-vasqu/multihead-sdpadiff (four variants). Unlike the originals, they accept masks and single tokens, and run on CPUs
-without Triton.
+vasqu/multihead-sdpadiff (four variants). Unlike the originals, the replacements accept masks and single tokens, and run
+on CPUs without Triton.
 """
 
 from typing import Any
@@ -136,7 +136,7 @@ class MultiheadDiffAttn(_Multihead):
     """Microsoft's naive module."""
 
     _impl = Impl.NAIVE
-    # It repeats the key heads first, so with the same weights, it pairs other keys than Microsoft's flash modules do.
+    # It repeats the key heads first, so with the same weights it pairs keys differently from Microsoft's flash modules.
     _gqa_layout: GqaLayout = "legacy"
 
 
@@ -159,7 +159,7 @@ class MultiheadFlashDiffV2(DiffAttentionV2):
         self, use_diff_v2: bool, d_model: int, num_heads: int, num_kv_heads: int | None, head_dim: int
     ) -> None:
         if not use_diff_v2:
-            raise InputError("use_diff_v2 is False; that is plain attention, which this class is not made for")
+            raise InputError("use_diff_v2 is False; that is plain attention, which this class does not implement")
         super().__init__(
             DiffAttentionV2Config(
                 embed_dim=d_model,

@@ -1,4 +1,4 @@
-"""The errors that users meet. Each class is one exit code of the command line."""
+"""The errors that users see. Each class has an exit code on the command line."""
 
 __all__ = [
     "DiffDeployError",
@@ -13,7 +13,7 @@ __all__ = [
 
 
 def on_one_line(text: str) -> str:
-    """Escape a text, which may hold names from files, so that it stays on one line and cannot control a terminal."""
+    """Escape text, which may contain names from files, so that it stays on one line and cannot control a terminal."""
     line = " ".join(text.splitlines())
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 

@@ -1,4 +1,4 @@
-"""Numbers of the formula in numpy fp64, computed from config and weights: lambda, the rotary tables, the key map.
+"""Quantities in the formula, computed in numpy fp64 from config and weights: lambda, rotary tables and key map.
 
 They do not use `diffdeploy.modules`, so that they can serve as an independent reference for exported graphs.
 """

@@ -43,7 +43,7 @@ def check_writable(path: Path) -> None:
     """Check that a file can be written or replaced, before starting the work whose result it will hold.
 
     Raises:
-        InputError: the folder of the file does not exist or may not be written to, or the path is itself a folder.
+        InputError: the folder of the file does not exist or is not writable, or the path is itself a folder.
     """
     folder = path.absolute().parent
     if not folder.is_dir():
@@ -51,7 +51,7 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a file")
     if not os.access(folder, os.W_OK):
-        raise InputError(f"{path} cannot be written: {path.parent} may not be written to")
+        raise InputError(f"{path} cannot be written: {path.parent} is not writable")
 
 
 def read_arrays(path: Path) -> dict[str, Array]:
@@ -69,7 +69,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
         # A pickle inside an .npz file could run code.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return dict(arrays)
-    except Exception as error:  # numpy, zlib and zipfile raise many kinds for truncated, foreign or forged files
+    except Exception as error:  # numpy, zlib and zipfile raise many error types for truncated, foreign or forged files
         raise InputError(f"{path} cannot be read as {path.suffix}; it may be truncated") from error
 
 

@@ -1,4 +1,4 @@
-"""Fresh Python processes that run one module of diffdeploy, and their last words if they died."""
+"""Fresh Python processes that run one module of diffdeploy, and a description of how they ended."""
 
 import os
 import signal
@@ -16,7 +16,9 @@ __all__ = ["WorkerProcess"]
 
 
 class WorkerProcess:
-    """A process running ``python -m module``. At the end of the ``with`` block it is killed on failure, else awaited.
+    """A process running ``python -m module``.
+
+    At the end of the ``with`` block, the process is killed if the block failed; otherwise the block waits for it.
 
     Args:
         module: dotted name of a module of diffdeploy.
@@ -33,7 +35,7 @@ class WorkerProcess:
         environment: Mapping[str, str] | None = None,
         takes_input: bool = False,
     ) -> None:
-        # A file and not a pipe, since a full pipe that nobody reads would block the process.
+        # A file rather than a pipe, since a full pipe that nobody reads would block the process.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         # The process must import the same diffdeploy, even when it runs from a source tree.
         package_root = str(Path(diffdeploy.__file__).parents[1])

@@ -6,7 +6,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 __all__ = ["Record", "Rounded"]
 
-# A person reads four digits; more would make records differ where nothing relevant differs.
+# Four digits are enough for a reader; with more, records would differ where nothing relevant differs.
 Rounded = Annotated[float, AfterValidator(lambda value: float(f"{value:.4g}"))]
 
 

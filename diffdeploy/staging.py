@@ -18,7 +18,7 @@ __all__ = ["check_directory", "staged_directory"]
 
 # The suffix that `tempfile.mkdtemp` adds to a prefix; a user's folder `.out.old-notes` does not match.
 _RANDOM = re.compile(r"[a-z0-9_]{8}")
-# Time in seconds within which the creator of such a folder has locked it.
+# Age in seconds by which the creator of a temporary folder has locked it.
 _YOUNG_S = 60
 
 
@@ -32,12 +32,12 @@ def check_directory(output: Path, *, marker: str, what: str, force: bool) -> Non
         force: true to replace an existing directory.
 
     Raises:
-        InputError: the path holds something that may not be replaced, or a parent is a file or may not be written to.
+        InputError: the path holds something that must not be replaced, or a parent is a file or is not writable.
     """
     if not output.exists():
         parent = next(path for path in output.absolute().parents if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            reason = "may not be written to" if parent.is_dir() else "is a file"
+            reason = "is not writable" if parent.is_dir() else "is a file"
             raise InputError(f"{output} cannot be written, since {parent} {reason}; give another --output")
         return
     if not output.is_dir():
@@ -77,7 +77,7 @@ def _no_space(output: Path) -> UnavailableError:
 
 
 def _clear_remains(output: Path, marker: str) -> None:
-    """Remove what killed writers to the same output left behind, and restore a directory that one had set aside."""
+    """Remove what writers to the same output left when they were killed, and restore a directory that one set aside."""
     alive = False
     for staging in _siblings(output, "new"):
         # A folder that was just created is not locked yet.
@@ -130,7 +130,7 @@ def _staging_beside(output: Path) -> Path:
 def staged_directory(output: Path, *, marker: str, what: str, force: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of ``output`` that is renamed to ``output`` on success, and removed otherwise.
 
-    Siblings that killed writers left behind are removed, too; those of running writers are locked.
+    Siblings left behind by writers that were killed are removed, too; those of running writers are locked.
 
     Args:
         output: the directory to create, along with its parents.
@@ -164,7 +164,7 @@ def staged_directory(output: Path, *, marker: str, what: str, force: bool = Fals
     finally:
         if lock is not None:
             os.close(lock)
-        # Outside an except clause, so that an interrupt also cleans up.
+        # Outside an except clause, so that files are also cleaned up after an interrupt.
         if not finished:
             if staging is not None:
                 # The first error is the one that the user must see.

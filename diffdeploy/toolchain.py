@@ -17,7 +17,10 @@ def compiler_path() -> str | None:
 
 
 def why_not_compile() -> str | None:
-    """Reason why C++ cannot be compiled here, to follow the name of what compiles it; ``None`` if it can."""
+    """Reason why C++ cannot be compiled here; ``None`` if it can.
+
+    The text completes a sentence that begins with the name of whatever needs the compiler.
+    """
     if compiler_path() is None:
         return f"compiles C++, but {compiler()} is not found; install it or set CXX"
     return None

@@ -23,7 +23,7 @@ def imported_version(package: str) -> str:
     """Version that an installed package reports about itself.
 
     Args:
-        package: import name. It may come from one of several distributions; if two are installed over each other,
+        package: import name. It may come from one of several distributions; if two are installed on top of each other,
             only the package itself knows which one is active.
     """
     return str(import_module(package).__version__)

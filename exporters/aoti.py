@@ -34,7 +34,7 @@ def lower(block: AnyModule, spec: GraphSpec, directory: Path, device: str) -> No
     metadata = {"weights_sha256": file_sha256(directory / WEIGHTS), "torch": torch.__version__}
     program = trace(block, spec, device)
     with scratch_for_all_programs(), nullcontext() if device == "cpu" else _without_vector_instructions():
-        # torch has no public name for it.
+        # torch has no public name for this function.
         torch._inductor.aoti_compile_and_package(  # noqa: SLF001
             program, package_path=str(directory / MODEL), inductor_configs={"aot_inductor.metadata": metadata}
         )
@@ -78,7 +78,8 @@ def _require_shared_cpp_library(package: Path) -> None:
 def scratch_for_all_programs() -> Iterator[None]:
     """Make packages allocate memory for the tensor maps of a Triton kernel separately for each of its programs.
 
-    Torch 2.11 allocates it once, so programs overwrite each other's; 2.14 multiplies its size by the grid, as here.
+    Torch 2.11 allocates it only once, so programs overwrite each other's tensor maps; 2.14 multiplies its size by the
+    grid, as is done here.
     """
     from torch._inductor.codegen.cuda.device_op_overrides import CUDADeviceOpOverrides
 

@@ -29,7 +29,7 @@ _LONGEST = 33
 
 
 class ConversionRecord(Record):
-    """Content of ``conversion.json``: the origin of the weights, and the error of the written ones.
+    """Content of ``conversion.json``: the origin of the weights, and the error of the written weights.
 
     Attributes:
         schema_version: version of the schema of this file.
@@ -117,7 +117,7 @@ def _dtype(found: ModelCheckpoint) -> DType:
 
 
 def _compare(found: ModelCheckpoint, written: ModelCheckpoint, dtype: DType) -> list[CaseReport]:
-    """Compare the logits of both in fp64; the allowed difference follows from the cost of rounding in the source."""
+    """Compare the logits of both in fp64; the allowed difference follows from the rounding error of ``found``."""
     import torch
 
     from diffdeploy.modules import DiffTransformer

@@ -103,10 +103,10 @@ def _checked_format(options: ExportOptions) -> Format:
 
 
 def settled_length(options: ExportOptions, checkpoint: "Checkpoint | ModelCheckpoint") -> tuple[int, str | None]:
-    """The longest sequence, and a sentence if it differs from both the request and the checkpoint.
+    """The longest sequence, and an explanation if the default is less than what the checkpoint states.
 
-    By default, it is ``max_position_embeddings`` of ``config.json``, limited to what a verification can handle, or
-    2048.
+    By default, it is ``max_position_embeddings`` of ``config.json``, limited to what a verification can handle, or 2048
+    if the checkpoint does not state it.
     """
     if options.max_sequence_length is not None:
         return options.max_sequence_length, None
@@ -157,7 +157,7 @@ def export_bundle(
         force: true to replace a bundle at ``output``.
         verify: true to run the verification; otherwise the manifest says that the bundle is not verified.
         phase: callback that receives a few words when a phase of the export begins.
-        progress: callback that receives the cases done, the cases in total, and the name of the next one.
+        progress: callback that receives the number of cases done, the total number, and the name of the next case.
 
     Raises:
         InputError: an option, a weight or ``output`` is not acceptable.
@@ -274,7 +274,7 @@ def _lower(
 
 
 def _reason(error: Exception) -> str:
-    """Shorten an error message of torch to the violation and its first detail, or to the last line without details."""
+    """Shorten an error message of torch to the violation and its first detail, or to its last line if it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # Dynamo describes the error in a paragraph with this heading, before advice to developers.
     for line in lines:

@@ -11,7 +11,7 @@ __all__ = ["needed_bytes", "require_memory"]
 
 # Peak memory of the exporting process: torch with its libraries for tracing, and copies of the weights in the dtype of
 # the artifact. 110 M parameters in float32, 0.41 GiB, took 1.68 GiB for ONNX and 1.65 GiB for an exported program, of
-# which 0.41 GiB are the mapped checkpoint, which the system takes back when it has to.
+# which 0.41 GiB are the mapped checkpoint, which the system can reclaim when it has to.
 _LIBRARY_BYTES = 400 * 2**20
 _COPIES = 2.0
 
@@ -23,14 +23,14 @@ def needed_bytes(config: DecoderConfig, dtype: DType) -> int:
 
 
 def require_memory(config: AnyModel, dtype: DType) -> None:
-    """Refuse a model that does not fit; blocks are small.
+    """Refuse a model that does not fit into memory; blocks are small, and are not checked.
 
     Args:
         config: config of the block or model.
         dtype: dtype of the artifact.
 
     Raises:
-        UnavailableError: it needs more memory than this machine has left, swap included.
+        UnavailableError: the export needs more memory than this machine has left, swap included.
     """
     if not isinstance(config, DecoderConfig):
         return

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["lower"]
 
-# A protobuf message is limited to 2 GiB, and readers need it twice in memory; a separate file is mapped.
+# A protobuf message is limited to 2 GiB, and readers need it twice in memory; a separate file is memory-mapped.
 _MAX_INLINE_BYTES = 64 * 2**20
 
 

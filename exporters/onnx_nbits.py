@@ -1,4 +1,4 @@
-"""Products with quantised matrices: ``MatMul`` becomes onnxruntime's ``MatMulNBits``, with the blocks in the bundle."""
+"""Products with quantised matrices: ``MatMul`` becomes ``MatMulNBits``, whose constants are the bundle's blocks."""
 
 import hashlib
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def quantise_products(
         quantisation: quantisation of its matrices.
 
     Raises:
-        ExportError: the graph has no ``MatMul`` with one of the matrices.
+        ExportError: one of the matrices occurs in no ``MatMul`` of the graph.
     """
     packed, shapes = packed_weights(stored), config.weight_shapes()
     # Equal matrices share one constant of the graph, and one of them represents all.
@@ -78,7 +78,7 @@ def _replace(
 
     x, matrix = product.inputs
     assert matrix is not None
-    # The accuracy level is omitted, which means 0: the operator in providers other than the CPU's does not know it.
+    # The accuracy level is omitted, which means 0: only the CPU provider's operator supports this attribute.
     attributes = {
         "K": num_columns,
         "N": len(packed.blocks),

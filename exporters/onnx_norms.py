@@ -1,7 +1,7 @@
 """RMS norms whose epsilon torch's ONNX exporter would drop.
 
 Below opset 23, a norm is decomposed into single operators, and the optimiser that follows the exporter removes an
-addition of anything up to 1e-8 as if it were 0: rows of zeros then return NaN (torch 2.13).
+addition of anything up to 1e-8 as if it were 0: rows of zeros then result in NaN (torch 2.13).
 """
 
 import math
@@ -42,7 +42,7 @@ class _ScaledNorm(nn.Module):
 
 @contextmanager
 def small_epsilons_kept(block: AnyModule, opset: int) -> Iterator[None]:
-    """Replace the block's norms in the ``with`` block by norms that keep their epsilons in the exporter."""
+    """Within the ``with`` statement, replace the block's norms with norms whose epsilons the exporter keeps."""
     replaced: list[tuple[nn.Module, str, nn.RMSNorm]] = []
     if opset < _HAS_OPERATOR:
         for owner in list(block.modules()):

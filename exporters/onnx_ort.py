@@ -157,7 +157,7 @@ def _by_stream(projection: nn.Linear, width: int) -> nn.ModuleList:
 
 
 def _without_padding(k_BSHd: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Keys with padding set to 0 in float16, where the bias that hides padding may be smaller than a score."""
+    """Keys, with those of padding set to 0 in float16, where the bias that hides them may be smaller than a score."""
     if attention_mask is None or k_BSHd.dtype != torch.float16:
         return k_BSHd
     return k_BSHd.masked_fill((attention_mask == 0)[:, :, None, None], 0.0)
@@ -166,7 +166,8 @@ def _without_padding(k_BSHd: Tensor, attention_mask: Tensor | None) -> Tensor:
 def _bias(x_BSD: Tensor, attention_mask: Tensor | None, config: AnyConfig) -> tuple[Tensor | None, Tensor | None]:
     """Bias ``[B, 1, S, S]`` that a padding mask adds to the scores, and the fully masked rows ``[B, S, 1, 1]``.
 
-    Hidden keys get a large finite number, since minus infinity minus itself, in a fully hidden block of keys, is NaN.
+    Hidden keys get a large finite negative number: in a fully hidden block of keys, minus infinity would be subtracted
+    from itself, which gives NaN.
     """
     if attention_mask is None:
         return None, None

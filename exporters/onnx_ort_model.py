@@ -1,8 +1,9 @@
 """A model in onnxruntime's own operators: one ``GroupQueryAttention`` per layer, for both streams of all heads.
 
-The operator counts the tokens of each row, and appends the new ones to the past: in another buffer, or in place if past
-and present are bound to the same one. As in all formats, keys are stored as ``[k1 | k2]`` after the rotary embedding.
-The embedding is therefore a separate operator: the attention operator would need the halves of a pair interleaved.
+The operator counts the tokens of each row, and appends new keys and values to the past: in another buffer, or in place
+if past and present are bound to the same buffer. As in all formats, keys are stored as ``[k1 | k2]`` after the rotary
+embedding, which is therefore a separate operator: that of the attention operator would need the halves of a pair
+interleaved.
 
 Shape suffixes: B batch, H heads, S new tokens, P past tokens, T = P + S, d stream width, e value width.
 """
@@ -24,7 +25,7 @@ from diffdeploy.ops.rows import padded_queries
 
 __all__ = ["OrtModelModule", "require_ort_model"]
 
-# Widths must be multiples of this number for the operator.
+# The operator needs widths that are multiples of this number.
 _WIDTH = 8
 
 
@@ -60,7 +61,7 @@ class OrtModelModule(GraphModule):
         self._steps = [_Steps(layer.self_attn) for layer in model.layers]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Compute the outputs of the graph from its inputs, both in the order of the spec, and those of each layer."""
+        """Compute the outputs of the graph from its inputs, in the order of the spec, then the output of each layer."""
         model = self.block
         assert isinstance(model, DiffTransformer)
         inputs = dict(zip(self.spec.inputs, tensors, strict=True))
@@ -101,7 +102,7 @@ class _Steps:
     def __init__(self, block: AttentionBlock) -> None:
         self._config: AnyConfig = block.config
         self._past: KeyValueCache | None = None
-        # Set as methods of the instance, which the block's own steps call.
+        # Set on the instance, so that the block's own steps call these methods.
         for name, step in (("append", self.append), ("attend", self.attend)):
             setattr(block, name, step)
 
@@ -113,7 +114,7 @@ class _Steps:
     def attend(
         self, q_BHSd: Tensor, k_BHSd: Tensor, v_BHSe: Tensor, lam: Tensor, mask: Tensor | None, *, causal: bool
     ) -> Tensor:
-        """Contrib operator ``GroupQueryAttention`` of onnxruntime's ``ContribOperators.md``; see `AttentionBlock`."""
+        """Attention by ``GroupQueryAttention`` (onnxruntime's ``ContribOperators.md``); see `AttentionBlock.attend`."""
         assert self._past is not None
         assert mask is None
         config = self._config

@@ -1,4 +1,4 @@
-"""Matrices that the exporter turns: a tied head shares the embedding's constant, and others are stored turned.
+"""Matrices that the exporter transposes: a tied head shares the embedding's constant; others are stored transposed.
 
 The exporter stores transposed copies of matrices up to 2 GiB; above that, it leaves a ``Transpose`` in the graph, which
 a runtime would compute at each start or in each call.
@@ -40,7 +40,7 @@ def tie_head(model: "onnx_ir.Model", vocab_size: int, embed_dim: int) -> None:
 
     Args:
         model: model as it was exported, with a product ``[B, S, D] x [D, V]``, whose right side is a transposed copy
-            of the embedding or, if the exporter did not compute it, a ``Transpose`` of it.
+            of the embedding or, if the exporter did not compute this copy, a ``Transpose`` of the embedding.
         vocab_size: number of tokens ``V``.
         embed_dim: model width ``D``.
     """
@@ -111,7 +111,7 @@ def _is_turned(value: "onnx_ir.Value | None", embedding: "onnx_ir.Value") -> boo
 
 
 def _are_equal(value: "onnx_ir.Value | None", other: "onnx_ir.Value", *, turned: bool) -> bool:
-    """True if two constants are equal matrices, the second one ``turned`` or as it is."""
+    """True if two constants are equal matrices, where the second one is transposed if ``turned`` is true."""
     held, expected = None if value is None else value.const_value, other.const_value
     if held is None or expected is None:
         return False

@@ -1,4 +1,4 @@
-"""Lowering to ``torch.export``: a program that any Python with torch loads, and that checks its own ranges."""
+"""Lowering to ``torch.export``: a program that any Python with torch can load, and that checks its own ranges."""
 
 from pathlib import Path
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ShippedWeights", "check_quantisation", "loss_of", "to_quantise"]
 
-# This text is on every machine, and was not used for training the sample.
+# A module of Python's standard library: it is on every machine, and the sample model was not trained on it.
 _TEXT = "filecmp.py"
 
 

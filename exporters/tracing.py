@@ -59,8 +59,8 @@ def example(spec: GraphSpec, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tu
 def _with_conditions_forgotten() -> Iterator[None]:
     """Forget what dynamo compiled for `torch.cond` in the ``with`` block.
 
-    The compiled code has guards that inspect the buffers that the caches are views of. These guards would fail when a
-    later model is traced whose caches are not views.
+    The compiled code has guards that inspect the buffers of which the caches are views. These guards would fail when a
+    later model whose caches are not views is traced.
     """
     try:
         yield
@@ -69,7 +69,7 @@ def _with_conditions_forgotten() -> Iterator[None]:
 
 
 def trace(block: AnyModule, spec: GraphSpec, device: str = "cpu") -> torch.export.ExportedProgram:
-    """Trace a block to an exported program with the declared ranges, and without traces of this machine.
+    """Trace a block into an exported program with the declared ranges, and without information about this machine.
 
     It is traced on the CPU and moved: on CUDA, torch compares strides to choose a kernel, and turns the result into a
     condition on the sizes.

@@ -31,10 +31,10 @@ def page(target: Path, files: list[Path]) -> str:
         f"`python scripts/benchmarks_page.py {os.path.relpath(target)} {named}` wrote this page from files of "
         "`diffdeploy bench --save`.",
         "",
-        "A whole block is measured: hidden states in, output out. `softmax` is a plain attention block of the same "
-        "parameter count, in one call of `scaled_dot_product_attention`; the other names are eager implementations of "
-        "the differential block and exported bundles of it. Each was verified at the size and on the input with which "
-        "it was timed.",
+        "A whole block is measured: hidden states in, output out. `softmax` is a plain attention block with the same "
+        "parameter count, computed by one call of `scaled_dot_product_attention`; the other names are eager "
+        "implementations of the differential block and exported bundles of it. Each was verified at the size at "
+        "which it was timed, and on the same input.",
         "",
         *(f"- {name}: {text}" for name, text in _joined(legend(next(iter(reports.values())).baseline))),
     ]

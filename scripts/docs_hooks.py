@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 
-# Files at the root that are pages, too, by their path among the pages.
+# Files at the root that also become pages, by the path of the page.
 AT_THE_ROOT = {
     "contributing.md": "CONTRIBUTING.md",
     "architecture.md": "ARCHITECTURE.md",
@@ -84,7 +84,7 @@ def cli_page() -> str:
 
 
 def python_page(page: str) -> str:
-    """The public names of the page's packages; a name that several export is described under the first of them."""
+    """The public names of the page's packages; a name that several modules export is described under the first."""
     topic = page.removesuffix(".md").partition("-")[2]
     sections = [f"# Python API: {topic}" if topic else "# Python API"]
     for module in PYTHON[page]:

@@ -2,9 +2,9 @@
 
     python scripts/measure_ops.py [--device cuda] [--lengths 128 512 2048 8192] [--dtypes float32 bfloat16]
 
-All implementations of one size are timed in turns, round by round, so that drift affects all alike. The output
-lists medians, and the number of counted operations per second (12 d per causal pair and head) as a share of the
-machine's rate for matrix products, measured right before and after.
+For each size, all implementations take turns, round by round, so that drift affects all alike. The output lists
+medians, and the number of counted operations per second (12 d per causal pair and head) as a share of the machine's
+rate for matrix products, measured right before and after.
 On a CPU, the extra memory of each is the growth of the peak resident size in a separate process.
 """
 

@@ -1,10 +1,10 @@
-"""`fused` next to the other ways to compute differential attention on CUDA with public kernels.
+"""Compare `fused` with the other ways to compute differential attention on CUDA with public kernels.
 
     python scripts/measure_plans.py [--lengths 1024 4096] [--output plans.json]
 
 Attention is causal, batch 1, in bfloat16, with keys stored per stream. Every plan is checked against an fp64 formula
-before it is timed. Calls are captured as CUDA graphs, so that kernels are timed and not their launches, and all plans
-of one size are timed in turns. Above 25 million query-key pairs, the L2 cache is cleared between calls.
+before it is timed. Calls are captured as CUDA graphs, so that kernels are timed rather than their launches, and all
+plans of one size take turns. Above 25 million query-key pairs, the L2 cache is cleared between calls.
 """
 
 import argparse
@@ -32,8 +32,8 @@ _ROUNDS = 15
 _L2_BYTES = 128 * 2**20
 _PAIRS_WITHOUT_CLEARING = 25e6
 _LAMBDA = 0.4
-# Half of the last digit of bfloat16, relative to the largest exact output, several times over: a plan that rounds both
-# streams before it subtracts them is off by about one such unit.
+# Several times half a unit in the last place of bfloat16, relative to the largest exact output: a plan that rounds both
+# streams before it subtracts them is off by about one such half unit.
 _TOLERANCE = 2**-6
 _BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -51,7 +51,7 @@ def inputs(heads: int, kv_heads: int, width: int, length: int) -> tuple[Tensor, 
 
 
 def difference(signal: Tensor, noise: Tensor) -> Tensor:
-    """In one kernel."""
+    """Subtract the streams in one kernel."""
     return torch.sub(signal, noise, alpha=_LAMBDA)
 
 
@@ -105,7 +105,7 @@ def differential_plans(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
     plans |= {name: of(name) for name in ("fused", "auto", "two_call", "padded", "stacked_wide", "flash2")}
     for name, backend in _BACKENDS.items():
         plans[f"paired, {name}"] = partial(with_backend, of("paired"), backend)
-    torch.compiler.reset()  # each size is compiled for itself, and torch stops after eight of them
+    torch.compiler.reset()  # each size is compiled separately, and torch stops after eight of them
     length = q.shape[2]
     mask = create_block_mask(lambda _b, _h, row, column: row >= column, None, None, length, length, device="cuda")
     plans["FlexAttention"] = partial(flex, torch.compile(flex_attention, dynamic=False), mask, q, k, v)
@@ -149,10 +149,10 @@ def exact(q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def usable(plans: dict[str, Call], expected: Tensor | None, rows: Sequence[int]) -> Iterator[tuple[str, Call]]:
-    """The plans that run, are right, and can be captured; others are named on stderr."""
+    """The plans that run and are right, as CUDA graphs where they can be captured; failures are named on stderr."""
     for name, call in plans.items():
         try:
-            with without_warnings():  # torch warns of every kernel that it does not take
+            with without_warnings():  # torch warns about every kernel that it does not choose
                 output = call()
         except Exception as error:  # noqa: BLE001 - packages raise what they like; the others are still measured
             print(f"{name} does not run: {str(error).strip().splitlines()[:1]}", file=sys.stderr)
@@ -169,7 +169,7 @@ def usable(plans: dict[str, Call], expected: Tensor | None, rows: Sequence[int])
 
 
 def medians_us(calls: dict[str, Call], *, clears: bool) -> dict[str, float]:
-    """Medians of calls in turns, in microseconds."""
+    """Median times of calls that take turns, in microseconds."""
     other, generator, order = torch.empty(_L2_BYTES, dtype=torch.int8, device="cuda"), Random(0), list(calls)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     repeats = 1 if clears else 20

@@ -2,9 +2,9 @@
 
     python scripts/measure_serving.py .venv-engines-kserve/bin/diffdeploy .venv-engines-mlserver/bin/diffdeploy
 
-Requests of 16 tokens go to each server over one open connection, in turns with calls of the runtime in this process,
-all in one thread. KServe is asked in the binary form and in JSON, MLServer in JSON. The overhead is the difference of
-medians.
+Requests of 16 tokens go to each server over one open connection, alternating with calls of the runtime in this process,
+all in one thread. KServe receives requests in binary form and in JSON, MLServer in JSON. The overhead is the difference
+of medians.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def free_port() -> int:
 
 
 def started(command: Path, bundle: Path, port: int) -> subprocess.Popen[bytes]:
-    """The server of the environment of a ``diffdeploy`` command, once it is ready."""
+    """Start the server in the environment of a ``diffdeploy`` command, and return its process when it is ready."""
     surroundings = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     process = subprocess.Popen(
         [command.absolute(), "serve", bundle, "--port", str(port), "--threads", "1"],
@@ -102,7 +102,7 @@ def main() -> int:
         servers = []
         try:
             for command in commands:
-                # The folder of the environment is called after its server.
+                # The folder of the environment is named after its server.
                 name, port = command.absolute().parents[1].name.rpartition("-")[2], free_port()
                 servers.append(started(command, bundle, port))
                 calls |= requests(name, port, states)

@@ -44,7 +44,7 @@ def block() -> Checkpoint:
 
 
 def peak_mib(process: int) -> float:
-    """Peak of a process until now; 0 if it has ended."""
+    """Peak memory of a process so far; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:

@@ -16,9 +16,9 @@ This command wrote the page:
     python scripts/measure_runtime_versions.py {arguments}
 
 Bundles of small blocks (D 64, h 4, d 16; h_kv 4 if they are not grouped, else 2), exported with torch {torch}, are
-run by each version on {cases} cases of the verification (lengths up to 129, batches up to 8, masks, pasts, values of
-every kind) and compared with fp64, within the budgets of the verification. All measurements were made on a CPU
-({machine}) with Python {python} and numpy {numpy}; CUDA was not measured.
+run by each version on {cases} cases of the verification (lengths up to 129, batches up to 8, and masks, caches and
+values of every kind) and compared with fp64, within the budgets of the verification. All measurements were made on a
+CPU ({machine}) with Python {python} and numpy {numpy}; CUDA was not measured.
 
 - ok: every output is within its budget
 - off by 1.8: the error of the worst output is 1.8 times the allowed error; "no number" is NaN, or no output at all

@@ -63,7 +63,7 @@ def order0_entropy(text: bytes) -> float:
 
 
 def as_tokens(text: bytes) -> Tensor:
-    """Convert a text to tokens ``[len(text)]``, int64."""
+    """Convert text to tokens ``[len(text)]``, int64."""
     return torch.from_numpy(np.frombuffer(text, dtype=np.uint8).astype(np.int64))
 
 

@@ -138,7 +138,7 @@ def open_sources(
         )
     if paths and sizes.given:
         raise InputError(f"sizes are for a random block, but {paths[0]} has its own; omit one of them")
-    # Refused and not ignored, so that the user learns that such options have no effect.
+    # Refused rather than ignored, so that the user learns that such options have no effect.
     if public_key is not None and not bundles:
         raise InputError("--public-key is for checking bundles, but no bundle is given")
     if not checkpoints and reading.given():

@@ -120,7 +120,7 @@ def given_candidates(subject: BlockSource, sizes: Sequence[Size], options: RunOp
 
 def _require_range(bundle: Bundle, name: str, size: Size) -> None:
     axes = bundle.manifest.graph.axes
-    # With a cache, the range covers past and token together.
+    # With a cache, the range covers the past and the new token together.
     length = "total_sequence_length" if "total_sequence_length" in axes else "sequence_length"
     for option, axis, given in (
         ("--batch", "batch_size", size.batch_size),

@@ -1,4 +1,4 @@
-"""Loading of a candidate as a function from inputs to outputs by name."""
+"""Loading a candidate as a function that maps named inputs to named outputs."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -49,7 +49,7 @@ def open_candidate(plan: Plan, candidate: Candidate, weights: Mapping[str, "Tens
         softmax = SoftmaxAttention(plan.config, weights, max_positions=plan.max_positions, dtype=dtype)
         softmax = softmax.to(plan.device).eval()
         if candidate.impl == SOFTMAX_COMPILED:
-            # Compiled once for each size, the fastest way; by default, torch refuses more than eight.
+            # Compiled once for each size, which is fastest; by default, torch refuses more than eight.
             limits = torch.compiler.config
             limits.recompile_limit = max(limits.recompile_limit, len(plan.sizes))
             softmax.compile(dynamic=False, fullgraph=True)

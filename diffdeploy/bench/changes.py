@@ -26,7 +26,7 @@ class Change(Generic[AnyRow]):
         old: row of the earlier run.
         new: row of this run.
         ratio_change: relative change of the ratio to the baseline; ``None`` if a run has none.
-        latency_change: relative change of the latency, which also shows the speed of the machine at the time.
+        latency_change: relative change of the latency, which also reflects the speed of the machine at the time.
         peak_change: relative change of the peak memory.
         significant: true if the confidence intervals of the ratio do not overlap, and the medians differ by more than
             5 %; for the baseline, whose ratio is always 1, those of the latency.

@@ -61,7 +61,7 @@ def fastest_first(rows: Iterable[R]) -> list[R]:
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Format a line of names, and one line per row."""
+    """Format a line of column names, and one line per row."""
     stream = io.StringIO()
     # The default of the csv module is the line ending of DOS.
     writer = csv.DictWriter(stream, columns, lineterminator="\n")

@@ -4,8 +4,8 @@ The criterion is that of `diffdeploy.verify.metrics`: the error against the exac
 eager block in the same dtype. If all heads together have at most ``2^27`` scores (one row of 4096 tokens and 8 heads),
 the exact result is the formula in numpy fp64, and the yardstick is ``naive``. Above that, both come from the eager
 block with ``impl="padded"``, run in fp64 and in the dtype; its memory does not grow with the square of the length.
-Correct implementations use 10 to 25 % of the budget in both regimes; at sizes where both are possible, these agree
-within 3 points (float32 and float16, lengths 256 to 2048, inputs of N(0, 1) and N(0, 16)).
+Correct implementations use 10 to 25 % of the budget in both regimes; at sizes where both are possible, the two results
+agree within 3 percentage points (float32 and float16, lengths 256 to 2048, inputs of N(0, 1) and N(0, 16)).
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_ORACLE_SCORES", "Verdict", "expected_outputs", "judge_candidate"]
 
-# About half a minute of the oracle on two cores; twice the length takes four times that.
+# The oracle takes about half a minute for this on two cores; twice the length takes four times as long.
 MAX_ORACLE_SCORES = 2**27
 
 
@@ -38,7 +38,7 @@ class Verdict:
 
     Attributes:
         passed: true if it may be timed.
-        budget_used: error over allowed error; ``None`` if there is no number.
+        budget_used: error divided by the allowed error; ``None`` if there is no number.
         reason: reason for a failure.
     """
 

@@ -59,7 +59,7 @@ def _activation_bytes(plan: Plan, size: Size) -> int:
     config = plan.config
     width = max(config.embed_dim, 2 * config.num_heads * config.head_dim)
     elements = _ACTIVATIONS * size.batch_size * size.sequence_length * width
-    if plan.graph == "cached":  # keys and values of the past are copied to the present
+    if plan.graph == "cached":  # cached keys and values are copied into the new cache
         per_token = config.num_key_streams * config.head_dim + config.num_kv_heads * config.value_dim
         elements += 2 * size.batch_size * size.total_sequence_length * per_token
     return elements * _item_bytes(plan)

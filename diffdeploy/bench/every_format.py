@@ -160,7 +160,11 @@ def _why_left_out(target: Target, options: ExportOptions, *, verify: bool) -> st
 def measure_formats(
     checkpoint: Checkpoint, results: list[FormatResult], options: ExportOptions, source: str
 ) -> BenchReport | None:
-    """Measure latencies at two lengths: the eager block and all bundles that passed, in turns; ``None`` if none did."""
+    """Measure latencies at two lengths; the eager block and all bundles that passed take turns.
+
+    Returns:
+        The report; ``None`` if no bundle passed.
+    """
     import torch
     from safetensors.torch import save_file
 

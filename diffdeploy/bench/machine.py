@@ -27,7 +27,7 @@ def set_up_torch(device: Device, threads: int | None) -> None:
     """Set the number of CPU threads, before anything is exported: AOTInductor compiles it into the code.
 
     Raises:
-        UnavailableError: the device is not here.
+        UnavailableError: this machine does not have the device.
     """
     import torch
 
@@ -110,13 +110,13 @@ class Machine(Record):
 
 
 class OtherLoad:
-    """Number of cores that other processes have kept busy since its construction (Linux; man 5 proc_stat)."""
+    """Number of cores that other processes have kept busy since this object was created (Linux; man 5 proc_stat)."""
 
     def __init__(self) -> None:
         self._start = self._now()
 
     def __call__(self) -> float:
-        """Average until now."""
+        """Average so far."""
         wall, busy, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
         # The kernel counts the work of all cores in ticks of 10 ms, so it may lag behind this process's own count.
         return round(max(0.0, busy - own) / wall, 2)

@@ -30,7 +30,7 @@ class MeasuringProcess:
         environment: Mapping[str, str] | None = None,
         module: str = "diffdeploy.bench.worker",
     ) -> None:
-        self._name = " ".join(arguments[::2])  # without the file of the plan
+        self._name = " ".join(arguments[::2])  # without the plan file
         self._process = WorkerProcess(
             module,
             arguments,

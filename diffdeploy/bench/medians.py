@@ -37,7 +37,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     """
     ordered = sorted(values)
     rank = _rank(len(ordered))
-    # Inclusive, since the default method puts the quartiles of two values outside of them.
+    # Inclusive, since the default method puts the quartiles of two values outside their range.
     quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else None
     return Estimate(
         median=statistics.median(ordered),
@@ -60,7 +60,7 @@ def _rank(count: int) -> int:
 
 
 def paired_ratios(values: Sequence[float], baseline: Sequence[float]) -> list[float]:
-    """Ratios by round, so that slowdowns of a whole round cancel; extra rounds of one of the two are ignored."""
+    """Ratios by round, so that slowdowns of a whole round cancel out; extra rounds of either sequence are ignored."""
     return [value / base for value, base in zip(values, baseline, strict=False)]
 
 

@@ -45,7 +45,10 @@ def attention_flop(config: AnyConfig, size: Size, *, softmax: bool = False) -> i
 
 
 def projection_flop(config: AnyConfig, size: Size) -> int:
-    """Operations of the four projections: ``2 D`` per token and row of q, k and v, and per column of the output."""
+    """Operations of the four projections.
+
+    Each token takes ``2 D`` for each row of the q, k and v weights, and for each column of the output weight.
+    """
     elements = sum(math.prod(shape) for name, shape in config.weight_shapes().items() if name.endswith("_proj.weight"))
     return 2 * size.batch_size * size.sequence_length * elements
 

@@ -1,4 +1,4 @@
-"""The figure of a run: latency over length, both logarithmic, with the time of the matrix products alone."""
+"""The figure of a run: latency against length on logarithmic axes, with the time of the matrix products alone."""
 
 from itertools import cycle
 from pathlib import Path
@@ -74,7 +74,7 @@ def _draw(axes: "Axes", report: BenchReport, batch_size: int) -> None:
     # Indexed by all names of the report, so that a candidate looks the same in every panel.
     styles = dict(zip(names, zip(cycle(_MARKERS), cycle(_LINES), cycle(_SHADES), strict=False), strict=False))
     longest = max((_length(row, cached) for row in rows), default=0)
-    # The legend follows the order in which the lines end.
+    # The legend lists the lines in the vertical order of their right ends.
     for name in sorted(names, key=lambda name: -_latency_at(rows, name, longest, cached)):
         own = [row for row in rows if row.name == name]
         marker, line, shade = styles[name]

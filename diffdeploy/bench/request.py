@@ -57,7 +57,7 @@ class BenchRequest:
     baseline: str | None
     rounds: int | None
     reading: CheckpointOptions
-    # None and not False, which would become an option of the command that repeats the measurement.
+    # None rather than False, which would become an option of the command that repeats the measurement.
     trust: Literal[True] | None = None
     public_key: Path | None = None
 

@@ -21,19 +21,19 @@ class Row(Record):
         name: name of the candidate.
         impl: implementation of the eager block, or ``softmax``; ``None`` for a bundle.
         format: format of a bundle; ``None`` for an eager block.
-        batch_size: number of rows; see `Size`, also for the two lengths.
+        batch_size: number of rows; `Size` describes this and the two lengths.
         sequence_length: number of tokens per row in this call.
         past_sequence_length: number of tokens per row in the cache.
         status: ``wrong`` candidates are not timed; ``unmeasured`` ones were interrupted.
         reason: reason why a candidate is wrong.
-        budget_used: error over allowed error, if it was checked.
+        budget_used: error divided by the allowed error, if the candidate was checked.
         captured: true if it was timed as a CUDA graph.
         num_rounds: number of samples of the latency.
         latency_ms: median over the rounds.
         latency_low_ms: lower end of its 95 % confidence interval; ``None`` for fewer than six rounds.
         latency_high_ms: upper end of that interval.
         latency_iqr_ms: distance between the quartiles over the rounds.
-        ratio: median over the rounds of the latency over that of the baseline in the same round.
+        ratio: median over the rounds of the latency divided by that of the baseline in the same round.
         ratio_low: lower end of its 95 % confidence interval.
         ratio_high: upper end of that interval.
         peak_bytes: memory while it runs, weights included.

@@ -1,7 +1,7 @@
 """A benchmark from its plan to its report: processes are started, and their events become figures.
 
-The times of all candidates are taken in one process with the plan's number of threads, the memory of each candidate in
-a separate process. `Bench.report` can be called at any time, also after an interrupt.
+All candidates are timed in one process with the plan's number of threads; the memory of each candidate is measured in a
+separate process. `Bench.report` can be called at any time, even after an interrupt.
 """
 
 import tempfile
@@ -27,10 +27,10 @@ Progress = Callable[[str, float | None], None]
 
 # Assumed durations of one size and of one memory measurement, for the estimate of the remaining time.
 _SECONDS_PER_SIZE, _SECONDS_PER_MEMORY = 20.0, 3.0
-# Settings of glibc's allocator (man 3 mallopt). For times, freed memory is kept, as it is after a while in a process
-# that serves similar calls; by default, how much is kept depends on what other candidates have freed, and ratios change
-# by 30 % from run to run. For memory, larger tensors are returned to the system when they are freed, so that only live
-# memory is resident.
+# Settings of glibc's allocator (man 3 mallopt). When times are measured, freed memory is kept, as it is after a while
+# in a process that serves similar calls; by default, how much is kept depends on what other candidates have freed, and
+# ratios change by 30 % from run to run. When memory is measured, larger tensors are returned to the system when they
+# are freed, so that only live memory is resident.
 # To measure times: never use mmap, keep up to 16 GiB, and grow by 64 MiB at a time.
 STEADY_MALLOC = {
     "MALLOC_MMAP_MAX_": "0",

@@ -97,7 +97,7 @@ def machine_rows(environment: Machine, dtype: str) -> list[tuple[str, str]]:
         ("load", f"{environment.load_average:.2f} in the minute before{meanwhile}"),
         (
             "matrix products",
-            f"{environment.matmul_gflop_per_second:.0f} GFLOP/s in {dtype}, the highest rate over square matrices",
+            f"{environment.matmul_gflop_per_second:.0f} GFLOP/s in {dtype}, the highest rate for square matrices",
         ),
         *([] if environment.gpu is None else [("clocks and power", environment.gpu)]),
         ("versions", f"diffdeploy {environment.diffdeploy}, Python {environment.python}, {versions}"),
@@ -107,7 +107,7 @@ def machine_rows(environment: Machine, dtype: str) -> list[tuple[str, str]]:
 def legend(baseline: str) -> list[tuple[str, str]]:
     """Explanation of the columns, as names and lines; a name is empty if a line continues the previous one."""
     return [
-        ("latency", "median over rounds, in which candidates take turns; ± half the interquartile range;"),
+        ("latency", "median over rounds, in which candidates take turns; ± is half the interquartile range;"),
         ("", "freed memory is kept, so that no page is mapped again, as in a process that serves similar calls"),
         ("ratio", f"median of the ratios to {baseline} in the same round, with its 95 % confidence interval"),
         ("memory", "peak during a call, with the weights (peak) and without them (extra)"),

@@ -20,7 +20,7 @@ Call = Callable[[], object]
 # Long enough for the threads of the previous candidate to fall asleep: they spin for a few milliseconds.
 _SECONDS_PER_SAMPLE = 0.05
 _SECONDS_PER_SIZE = 12.0
-# Six rounds give the first confidence interval; with odd numbers, the median is a measured round.
+# A confidence interval needs at least six rounds; with odd numbers, the median is a measured round.
 _LEAST_ROUNDS, _MOST_ROUNDS = 9, 31
 
 
@@ -51,7 +51,7 @@ def _cuda_ms(call: Call) -> float:
 
 
 def as_cuda_graph(call: Call) -> Call | None:
-    """Capture a call as a CUDA graph, to time its kernels if launching them takes longer; ``None`` if not possible.
+    """Capture a call as a CUDA graph, to time kernels that take longer to launch than to run; ``None`` if impossible.
 
     A call that waits for the device, or that submits work to a stream other than the current one, cannot be captured.
     """
@@ -120,7 +120,7 @@ def num_rounds(seconds: Mapping[str, float]) -> tuple[int, float]:
 def rounds(
     calls: Mapping[str, Call], count: int, *, device: str, threads: int, seed: int
 ) -> Iterator[tuple[int, str, float]]:
-    """Time all candidates in turns; yields round, name and milliseconds."""
+    """Time all candidates, which take turns, and yield round, name and milliseconds."""
     # Seeded, so that the command in the report measures in the same order again.
     order, generator = list(calls), random.Random(seed)
     for number in range(count):

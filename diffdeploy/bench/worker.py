@@ -1,4 +1,4 @@
-"""The process that measures: ``time PLAN`` runs all candidates in turns, ``memory PLAN NAME`` only one of them.
+"""The measuring process: with ``time PLAN``, all candidates take turns; ``memory PLAN NAME`` runs only one of them.
 
 Events go to standard output, one line of JSON each; the output of backends is redirected to standard error.
 """

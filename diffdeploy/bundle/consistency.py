@@ -17,7 +17,7 @@ _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"
 
 
 def require_consistent(manifest: Manifest, weights: Path) -> None:
-    """Check that the graph is one that the block has, and that the file holds exactly the weights of that block.
+    """Check that the graph is one that the block can have, and that the file holds exactly the weights of that block.
 
     Args:
         manifest: manifest of a bundle.
@@ -76,7 +76,7 @@ def _dtype(spec: GraphSpec) -> DType:
 
 
 def _with_streams_apart(spec: GraphSpec, manifest: Manifest) -> GraphSpec:
-    """Convert a graph to its form in earlier versions, whose cache has a head for each key stream."""
+    """Convert a graph to its form in earlier versions, where the cache has a head for each key stream."""
     config, heads = manifest.config.attention, manifest.config.attention.num_key_streams
 
     def earlier(tensors: dict[str, Any]) -> dict[str, Any]:

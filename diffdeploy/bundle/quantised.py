@@ -1,4 +1,4 @@
-"""Matrices in blocks of 4-bit or 8-bit numbers with one scale each: their storage in a bundle, and their values.
+"""Matrices in blocks of 4-bit or 8-bit numbers, one scale per block: their storage in a bundle, and their values.
 
 Source of the layout: operator ``MatMulNBits`` in onnxruntime's ``ContribOperators.md``, without zero points.
 
@@ -47,7 +47,7 @@ _BITS_OF_BYTE = 8
 
 
 class Packed(NamedTuple):
-    """A quantised matrix: ``(number - 2^(bits - 1)) * scale``, the first number of a byte in its low bits.
+    """A quantised matrix of values ``(number - 2^(bits - 1)) * scale``; the first number of a byte is in its low bits.
 
     Attributes:
         blocks: uint8 ``[N, b, c]``; the last block of a row is padded.
@@ -120,7 +120,7 @@ def stored_tensors(
 
 
 def quantised(weights: Mapping[str, Array], quantisation: Quantisation) -> dict[str, Array]:
-    """Quantise weights with onnxruntime's own quantiser, to the form in which a bundle stores them.
+    """Quantise weights with onnxruntime's own quantiser, into the form in which a bundle stores them.
 
     Args:
         weights: canonical weights, float32.

@@ -1,7 +1,8 @@
-"""Signatures of bundles by a key pair, in the file format of OpenSSF model-signing, without network access.
+"""Signatures of bundles with a key pair, in the file format of OpenSSF model-signing, without network access.
 
 The digests in a manifest reveal damage, but anybody can recompute them. A signature shows that the holder of a private
-key signed exactly these files: all files of the bundle but the signature, which the manifest therefore does not list.
+key signed exactly these files: all files of the bundle except the signature, which the manifest therefore does not
+list.
 """
 
 import sys
@@ -102,7 +103,7 @@ def require_signature(directory: Path, public_key: str | Path) -> None:
 
 
 def _every_file() -> "hashing.Config":
-    """Config that hashes all files but the signature, including files of git, which the library ignores by default."""
+    """Config that hashes all files except the signature, also files of git, which the library ignores by default."""
     from model_signing import hashing
 
     class EveryFile(hashing.Config):

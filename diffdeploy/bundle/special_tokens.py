@@ -1,4 +1,4 @@
-"""Tokens that begin, end and pad texts, according to the files of a model next to its weights."""
+"""Tokens that begin, end and pad texts, according to the files that come with a model's weights."""
 
 import json
 from pathlib import Path

@@ -16,7 +16,7 @@ __all__ = ["is_own_export", "remember_export"]
 
 _FILE = "own-exports"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-# Number of digests that are kept, the latest ones; more exports than anybody makes in a year.
+# Number of latest digests that are kept: more exports than anybody makes in a year.
 _MOST = 10_000
 
 

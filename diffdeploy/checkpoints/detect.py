@@ -82,7 +82,7 @@ def find_blocks(keys: list[str], fields: Fields, layout_name: str | None, path: 
         if not blocks:
             raise _of_another(path, present, layout) or _not_whole(path, present, layout)
         return Found(layout, "requested", (), blocks)
-    # Checked first, since most of these have all keys of a readable layout, and one more.
+    # These are checked first, since most of them have all keys of a readable layout, and one more.
     for shows, reason in UNSUPPORTED:
         if shows(present, fields):
             raise InputError(f"{path} cannot be deployed: {reason}")

@@ -62,7 +62,7 @@ def diffllama_config(config: DecoderConfig) -> DecoderConfig:
 def _facts(number: int, layer: LayerConfig, config: DecoderConfig) -> Iterator[tuple[bool, str, str]]:
     """Facts of a layer, each as a triple: true if DiffLlama shares it, the layer's value, and DiffLlama's."""
     block, mlp = layer.attention, layer.mlp
-    # Checked first, since a block of the second version lacks the attributes that the other checks read.
+    # This is checked first, since a block of the second version lacks the attributes that the other checks read.
     if isinstance(block, DiffAttentionV2Config):
         yield False, "differential attention of the second version", "that of the first"
         return

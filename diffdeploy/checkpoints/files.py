@@ -39,7 +39,7 @@ class TensorFile(Protocol):
         ...
 
     def get(self, key: str) -> Tensor:
-        """Read one tensor to the CPU."""
+        """Read one tensor into CPU memory."""
         ...
 
     def holder(self, key: str) -> Path:
@@ -87,7 +87,7 @@ class _TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         tensors = _state_dict(_load_weights(path))
-        # Many files contain step counters and arguments next to the weights, which are ignored.
+        # Step counters and arguments, which many files contain next to the weights, are ignored.
         self._tensors = {str(key): value for key, value in tensors.items() if isinstance(value, Tensor)}
         if not self._tensors:
             raise InputError(f"{path} holds no state dict; accepted: a mapping from names to tensors")
@@ -121,7 +121,7 @@ def _load_weights(path: Path) -> Any:
     for mmap in (True, False):
         try:
             with without_warnings():  # about pickle protocols; the error below explains the refusal better
-                # Loaded to the CPU, since files saved on a GPU must be readable on machines without one.
+                # Tensors are loaded onto the CPU, since files saved on a GPU must be readable on machines without one.
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:
             if mmap:

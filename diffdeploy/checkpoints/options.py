@@ -59,7 +59,7 @@ class CheckpointOptions:
 
     def given(self) -> dict[str, bool | int | float | str]:
         """The options that were given, by name."""
-        # Compared with None, since layer 0 and depth 0 are given values.
+        # Values are compared with None, since layer 0 and depth 0 count as given.
         return {name: value for name, value in asdict(self).items() if value is not None and value != AUTO}
 
     @classmethod
@@ -67,11 +67,11 @@ class CheckpointOptions:
         """Invert `given`.
 
         Raises:
-            InputError: there is no option of such a name, or its value is not accepted.
+            InputError: there is no option of that name, or its value is not accepted.
         """
         try:
-            # Validated as JSON: strict mode then rejects a string for a number, but still builds an object from its
-            # fields.
+            # Options are validated as JSON: strict mode then rejects a string for a number, but still builds an object
+            # from its fields.
             return TypeAdapter(cls).validate_json(json.dumps(dict(given)), strict=True)
         except ValidationError as error:
             name = error.errors()[0]["loc"][0]

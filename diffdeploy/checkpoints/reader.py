@@ -87,7 +87,7 @@ class BlockReader:
             self.tensors.number,
             has_norm_weight="subln.weight" in self.tensors.sources,
         )
-        # Checked before the sizes: a cross-attention layer has no key projection, and `read_sizes` would blame shapes.
+        # This precedes the sizes: a cross-attention layer has no key projection, and `read_sizes` would blame shapes.
         reason = self.layout.refuse(self.tensors.names, fields, self.layer)
         if reason is not None:
             raise InputError(f"{prefix.rstrip('.') or file.path.name} cannot be deployed: {reason}")
@@ -161,14 +161,14 @@ class BlockReader:
             InputError: a shape does not fit the others, or a tensor cannot be deployed.
         """
         shapes = config.weight_shapes()
-        # Checked in the header, before gigabytes are read.
+        # Shapes are checked in the header, before gigabytes are read.
         self.tensors.require_shapes(shapes, self.sizes.noise_repeat)
         canonical = to_canonical(self.tensors.sources, self.tensors.get, self.sizes)
         if self.settings.options.norm == "layer":
             canonical = centred_values(canonical, self.sizes)
         if self.settings.turns_back():
             canonical = turned_back(canonical, self.sizes)
-        # Ordered as in the config, which is the order of the state dict and of the bundle's file.
+        # The order is that of the config, of the state dict and of the bundle's file.
         return {name: canonical[name] for name in shapes}
 
 
@@ -215,7 +215,7 @@ def read_checkpoint(
     reader = BlockReader(file, fields, found, prefix, options)
     config = reader.config()
     weights = reader.weights(config)
-    # Only the shards with tensors of the block: a digest of all shards would read the whole model.
+    # Only the shards with tensors of the block are hashed: digests of all shards would require reading the whole model.
     holders = dict.fromkeys(file.holder(key) for key in reader.tensors.keys)
     return Checkpoint(
         config=config,

@@ -99,7 +99,7 @@ def to_canonical(sources: Mapping[str, Source], get: Callable[[str], Tensor], si
 
 
 def centred_values(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-    """Weights with which an RMS norm of the heads computes the same as a LayerNorm with the given weights.
+    """Weights for which an RMS norm of the heads gives the same result as a LayerNorm gives for the given weights.
 
     A head is linear in its values, so its mean is zero if the mean over each value head's rows is subtracted. This is
     exact, but not reversible. Half precision becomes float32, which can represent the differences.
@@ -115,7 +115,7 @@ def centred_values(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Ten
 
 
 def turned_back(weights: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-    """Weights with which rotating by an angle gives the scores that the given ones give with the negative angle.
+    """Weights that give the same scores with positive angles as the given ones with negative angles.
 
     Rotate-half rotates the pairs ``(x[j], x[j + d/2])``; negating the second channel of each pair reverses the angle.
     This is exact and its own inverse, and has no effect on norms of queries and keys.
@@ -181,7 +181,7 @@ def from_canonical(layout: Layout, weights: Mapping[str, Tensor], sizes: Sizes) 
             chunks = tensor.chunk(len(source.parts))
             packed.setdefault(source.key, {}).update(zip(source.parts, chunks, strict=True))
             orders[source.key] = source.order
-    # Last, since the parts of a packed projection arrive one by one.
+    # Packed projections come last, since their parts arrive one by one.
     return result | {key: torch.cat([packed[key][part] for part in order]) for key, order in orders.items()}
 
 

@@ -89,7 +89,7 @@ class BlockSettings:
                 if depth < 0:
                     raise InputError(f"depth is {depth}; accepted: a 0-based layer index")
                 return int(depth)
-        # Not restricted as above: Motif's layer 0 has depth -1 in its own code.
+        # This depth is not restricted as above: Motif's layer 0 has depth -1 in its own code.
         return None if self.layer is None else self.layer + self.layout.depth_offset
 
     def lambda_init(self) -> float | None:
@@ -151,11 +151,11 @@ class BlockSettings:
         return length
 
     def rope_style(self) -> str | None:
-        """``interleaved``, ``half``, ``half-reversed`` or ``none``."""
+        """Rotary style: ``interleaved``, ``half``, ``half-reversed`` or ``none``."""
         if self.options.rope is not None:
             return self.options.rope
         if self.layout.rope is not None:
-            # The layout determines the style whatever the base.
+            # The layout determines the style, whatever the base is.
             found = self.layout.rope(self.fields, self.options.rope_theta or _ANY_THETA)
             return "none" if found is None else found.style + ("-reversed" if self.layout.turns_back else "")
         stored = self._own_rope().get("style")
@@ -190,7 +190,7 @@ class BlockSettings:
         """
         if self.layout.rope is not None and self.options.rope is None:
             try:
-                # Taken as a whole, including its scaling, which no option can state.
+                # The embedding is taken as a whole, including its scaling, which no option can state.
                 return self.layout.rope(self.fields, self.options.rope_theta)
             except UnknownThetaError:
                 missing.append("--rope-theta")

@@ -1,4 +1,4 @@
-"""Safetensors files of checkpoints, named as by transformers' ``save_pretrained``; several files get an index."""
+"""Safetensors files of checkpoints, named as ``save_pretrained`` of transformers names them; several get an index."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -61,7 +61,7 @@ def _size(tensor: Tensor) -> int:
 def _write(tensors: Mapping[str, Tensor], path: Path) -> dict[str, int]:
     """Write one file and return the sizes of its tensors in bytes."""
     arrays = {key: np.ascontiguousarray(to_array(tensor)) for key, tensor in tensors.items()}
-    # Serialised first, since the file writer of safetensors hides the reason when a disk is full. Before version 5,
-    # transformers refuses files that do not name the framework that wrote them.
+    # Tensors are serialised first, since the file writer of safetensors hides the reason when a disk is full. Versions
+    # of transformers before 5 refuse files that do not name the framework that wrote them.
     path.write_bytes(safetensors.numpy.save(arrays, metadata={"format": "pt"}))
     return {key: _size(tensor) for key, tensor in tensors.items()}

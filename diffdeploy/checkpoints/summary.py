@@ -95,7 +95,7 @@ def summarise(path: str | Path, layout: str | None = None) -> CheckpointSummary:
 
 
 def _block(reader: BlockReader) -> BlockSummary:
-    # Reads without the checks of `BlockTensors.get`: a block in fp8 or with NaN can be described, but not deployed.
+    # The checks of `BlockTensors.get` are skipped: a block in fp8 or with NaN can be described, but not deployed.
     tensors = [reader.tensors.file.get(key) for key in reader.tensors.keys]
     layout, settings = reader.layout, reader.settings
     missing: list[str] = []
@@ -144,7 +144,7 @@ def _learned_lambda(tensors: BlockTensors) -> float:
     """``exp(lq1 . lk1) - exp(lq2 . lk2)``, or ``exp(a) - exp(b)`` if the checkpoint stores two numbers instead."""
 
     def exponent(pair: int) -> float:
-        # In fp64, as in the oracle from which the verification reports lambda.
+        # This is computed in fp64, as in the oracle from which the verification reports lambda.
         q = tensors.file.get(tensors.key(f"lambda_q{pair}")).double()
         if tensors.sources[f"lambda_q{pair}"].scalar:
             return float(q) if q.numel() == 1 else math.nan

@@ -1,4 +1,4 @@
-"""Reading of a whole decoder from a checkpoint: its config immediately, its weights one layer at a time."""
+"""Read a whole decoder from a checkpoint: its config immediately, its weights one layer at a time."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -105,7 +105,7 @@ class _Weights(Mapping[str, Tensor]):
 
 
 def holds_model(path: str | Path, names: str | None = None) -> bool:
-    """True if a checkpoint has a token embedding, and therefore is a whole model or part of one.
+    """True if a checkpoint has a token embedding and is therefore a whole model or part of one.
 
     Args:
         path: the checkpoint.

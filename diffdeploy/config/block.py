@@ -118,7 +118,7 @@ class DiffAttentionConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    # A number and not a depth: sources count layers from -1, 0 or 1, and some store the number.
+    # A number rather than a depth: sources count layers from -1, 0 or 1, and some store the number.
     lambda_init: float
     # Not derived from lambda_init, since some sources lack the factor.
     output_scale: float

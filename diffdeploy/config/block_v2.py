@@ -76,7 +76,7 @@ class DiffAttentionV2Config:
         """Number of output heads per key/value head, ``g = h / h_kv``."""
         return self.num_heads // self.num_kv_heads
 
-    # Properties that code asks of both kinds of block, and that are constant in this one.
+    # Properties that code reads from both kinds of block, and that are constant in this one.
     @property
     def gqa_layout(self) -> GqaLayout:
         """The canonical key map, the only one possible when both streams share one key head."""

@@ -17,7 +17,7 @@ MlpKind = Literal["swiglu", "polynorm"]
 # Epsilon of PolyNorm, which Motif's code fixes and no config contains.
 POLYNORM_EPS = 1e-6
 
-# PolyNorm weights the cube, the square and the number itself.
+# PolyNorm has one weight each for the cube, the square and the number itself.
 _NUM_POWERS = 3
 
 
@@ -74,7 +74,7 @@ class DecoderConfig:
         version: distinguishes this config from those of blocks when they are read from JSON.
 
     Raises:
-        InputError: a field is out of range, or layers are incompatible; the message names it.
+        InputError: a field is out of range, or layers are incompatible; the message names the field or the layer.
     """
 
     vocab_size: int
@@ -101,7 +101,7 @@ class DecoderConfig:
 
     @property
     def attention(self) -> AnyConfig:
-        """Block of the first layer; the shape of its caches and its positions hold for all layers."""
+        """Block of the first layer; its cache shape and its positions are the same in all layers."""
         return self.layers[0].attention
 
     @property

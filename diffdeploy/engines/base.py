@@ -78,8 +78,8 @@ class EngineRow(Record):
     Attributes:
         tokens: new tokens.
         logprobs: natural logarithms of probabilities by token, at each new token.
-        prompt_logprobs: natural logarithms of probabilities by token, at each token of the prompt but the first; empty
-            if they were not requested.
+        prompt_logprobs: natural logarithms of probabilities by token, at each token of the prompt except the first;
+            empty if they were not requested.
         num_cached_tokens: number of the prompt's tokens that the engine had in a cache from an earlier prompt.
     """
 
@@ -104,7 +104,7 @@ class EngineRound(Record):
 def answer_of(
     module: str, request: EngineRequest, environment: Mapping[str, str] | None = None
 ) -> tuple[bytes | None, list[str]]:
-    """Run an engine in a process; return its answer, or ``None`` if it failed, and the lines of its log.
+    """Run an engine in a process of its own; return its answer (``None`` if it failed) and the lines of its log.
 
     Args:
         module: module of diffdeploy whose arguments are the files of the request and of the answer.
@@ -126,7 +126,7 @@ class Engine(ABC):
         name: name for ``--engine``.
         extra: extra of diffdeploy that installs it.
         distributions: names of the distributions that can provide it.
-        tested: versions that it was tested with, and under which conditions.
+        tested: versions that were tested, each with the conditions of its tests.
     """
 
     name: ClassVar[str]

@@ -1,7 +1,7 @@
 """Deployment of a bundle as a model in a repository of Triton Inference Server.
 
 Layout: https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_repository.md; configuration:
-``docs/user_guide/model_configuration.md`` there, in the text form of ``model_config.proto``.
+``docs/user_guide/model_configuration.md`` of that repository, in the text form of ``model_config.proto``.
 """
 
 import re

@@ -169,7 +169,7 @@ class _Truth:
         self._known: dict[tuple[int, ...], tuple[Array, Array, Array]] = {}
 
     def of(self, ids: list[int]) -> tuple[Array, Array, Array]:
-        """Log-probabilities ``[S, V]``, float64: exact, exact with streams rounded to the dtype, and eager's."""
+        """Log-probabilities ``[S, V]``, float64: exact, exact with streams rounded to the dtype, and eager."""
         key = tuple(ids)
         # The second round requests the same again.
         if key not in self._known:
@@ -220,7 +220,7 @@ def _judge(prompt: list[int], row: EngineRow, truth: _Truth, request: EngineRequ
 def _measured(
     name: str, steps: list[dict[int, float]], start: int, known: tuple[Array, Array, Array], dtype: DType
 ) -> OutputReport:
-    """Judge the log-probabilities of several positions, from ``start`` on, by the criterion of outputs."""
+    """Judge the log-probabilities of several positions, from ``start`` on, by the criterion for outputs."""
     places = [(start + step, token) for step, numbers in enumerate(steps) for token in numbers]
     positions, tokens = (np.array(side, dtype=np.int64) for side in zip(*places, strict=True))
     actual = np.array([number for numbers in steps for number in numbers.values()])

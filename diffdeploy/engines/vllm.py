@@ -1,4 +1,4 @@
-"""vLLM as an engine, and the plugin that adds DiffLlama to it by the entry point ``vllm.general_plugins``."""
+"""vLLM as an engine, and the plugin that adds DiffLlama to it through the entry point ``vllm.general_plugins``."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ _ERROR = re.compile(r"(?:^|\] )(\w+(?:Error|Exception): .+)")
 def register() -> None:
     """Register the model with vLLM, which calls this in every process before it reads a config."""
     if reason := VllmEngine().why_not():
-        # A warning only, since the plugin does not concern other models.
+        # Only a warning, since other models do not need the plugin.
         logging.getLogger("vllm.diffdeploy").warning("DiffLlama is not registered: %s", reason)
         return
     from vllm import ModelRegistry
@@ -39,7 +39,7 @@ def register() -> None:
     from diffdeploy.engines.vllm_config import DiffLlamaConfigConvertor
 
     MODEL_ARCH_CONFIG_CONVERTORS["diffllama"] = DiffLlamaConfigConvertor
-    # By name, so that a server of another model imports no layer.
+    # Registered by name, so that a server of another model does not import the layers.
     ModelRegistry.register_model("DiffLlamaForCausalLM", "diffdeploy.engines.vllm_model:DiffLlamaForCausalLM")
 
 

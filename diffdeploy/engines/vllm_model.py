@@ -1,4 +1,4 @@
-"""``DiffLlamaForCausalLM`` for vLLM, built from its stock layers; vLLM imports it when it serves such a model.
+"""``DiffLlamaForCausalLM`` for vLLM, built from vLLM's stock layers; vLLM imports this module to serve such a model.
 
 The paired cache holds keys ``[k1 | k2]`` and values of width ``2d``. Both streams together are then one grouped-query
 attention with ``2h`` query heads of width ``2d``: ``[q1 | 0]`` and ``[0 | q2]``. A key/value head of vLLM is therefore
@@ -79,7 +79,7 @@ class PairedDiffAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             num_heads * d, hidden_size, bias=bias_o_proj, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
-        # As in the projection, which repeats key/value heads if there are more ranks.
+        # Taken from the projection, which repeats key/value heads if there are more ranks than heads.
         self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
         self.rotary_emb = get_rope(
             d, max_position=max_position_embeddings, rope_parameters=config.rope_parameters, is_neox_style=True
@@ -94,8 +94,8 @@ class PairedDiffAttention(nn.Module):
             prefix=f"{prefix}.attn",
         )
         for name in LAMBDA_VECTORS:
-            # In float32 whatever the model's dtype: rounding them would cost more than all other roundings on the way
-            # to lambda.
+            # Stored in float32 whatever the model's dtype: rounding these vectors would cause a larger error than all
+            # other roundings in the computation of lambda.
             setattr(self, name, nn.Parameter(torch.zeros(d, dtype=torch.float32), requires_grad=False))
         self.eps = config.rms_norm_eps
         self.lambda_init = lambda_init_at(extract_layer_index(prefix))

@@ -16,7 +16,7 @@ _LEAST_CACHE_BYTES = 2**28
 
 
 def main(request_file: Path, answer_file: Path) -> None:
-    """Run a request, and write the reason for a refusal, or ``null``, with the rounds."""
+    """Run a request, and write a pair: the reason for a refusal, or ``null``, and the rounds."""
     request = EngineRequest.model_validate_json(request_file.read_bytes())
     refused = _refusal(request)
     rounds = [] if refused is not None else _rounds(request)

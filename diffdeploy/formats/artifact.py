@@ -29,8 +29,8 @@ __all__ = [
     "TritonBackend",
 ]
 
-# Maps inputs of a model by name to its outputs and to the output of each layer N, ``layers.N.output [B, S, D]``.
-# Raises ExportError if the artifact does not run.
+# Function from inputs of a model by name to its outputs and the output of each layer N, ``layers.N.output [B, S, D]``.
+# It raises ExportError if the artifact does not run.
 LayerValues = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
@@ -159,7 +159,7 @@ class GraphNode:
     Attributes:
         operator: name of the operator, without its domain.
         kind: ``projection`` for a product with weights, ``layout`` for an operator that only moves numbers, ``sizes``
-            for an operator that computes sizes and no tensors.
+            for an operator that computes only sizes.
         takes: names of its input values, except constants.
         gives: names of its output values.
         constants: names of the weights and tables among its inputs, if they are named.

@@ -42,7 +42,8 @@ class Format(ABC):
 
     Attributes:
         name: name for ``--format``.
-        flavors: names of the variants in which the format can write a block, the default first; empty for one variant.
+        flavors: names of the variants in which the format can write a block, the default first; empty if there are no
+            variants.
         impls: implementations of the operator that it can ship.
         package: import name of the package that runs it.
         distributions: names of the distributions that a result depends on.
@@ -152,7 +153,7 @@ class Format(ABC):
 
     @abstractmethod
     def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
-        """Implementation that ``auto`` selects for graphs, which serve all sizes. See docs/operator-speed.md.
+        """Implementation that ``auto`` selects for a graph, which must serve all sizes. See docs/operator-speed.md.
 
         Args:
             options: options of the export.
@@ -214,7 +215,7 @@ class Format(ABC):
         """Reject manifests that no export of the format writes.
 
         Raises:
-            IntegrityError: the manifest has such an entry.
+            IntegrityError: the manifest has an entry that no export writes.
         """
         options, graph = manifest.options, manifest.graph
         for name, given, accepted in (

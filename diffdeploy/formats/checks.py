@@ -139,7 +139,7 @@ def _same_bits(constant: Array, weight: Array) -> bool:
 
 
 def lambda_constant(constants: Mapping[str, Array], manifest: Manifest, weights: Mapping[str, Array]) -> Check:
-    """Check that lambda is a constant of the artifact, one number or one per head; the second version computes it."""
+    """Check that lambda is a constant of the artifact, one number or one per head; blocks of version 2 compute it."""
     blocks = manifest.config.blocks
     if manifest.config.attention.lambda_kind == "token":
         return make_check("lambda", [], "one per token and head")
@@ -173,7 +173,7 @@ def other_torch(version: str, manifest: Manifest) -> list[str]:
 
 
 def norm_epsilons(found: Sequence[float], manifest: Manifest) -> Check:
-    """Check that norms which are operators of the graph have the epsilons of the config.
+    """Check that norms that are single operators of the graph have the epsilons of the config.
 
     Args:
         found: epsilon of each norm in the order of the graph: those of queries and keys, then that of the heads.

@@ -29,7 +29,7 @@ class ExportOptions:
         graph: variant of the graph, see `GraphSpec`.
         dtype: dtype of the graph and its weights.
         max_batch_size: largest batch the artifact is declared for.
-        max_sequence_length: longest sequence the artifact is declared for; by default see
+        max_sequence_length: longest sequence the artifact is declared for; for the default, see
             `diffdeploy.exporters.settled_length`.
         device: ``cpu`` or ``cuda``, the target of formats with machine code and the device for verification; by default
             the first one that the format supports.
@@ -91,7 +91,8 @@ class RunOptions:
 
     Attributes:
         device: device to run on, ``cpu``, ``cuda`` or ``cuda:N``; by default the one that the bundle was made for.
-        threads: number of CPU threads of the backend; by default its own choice. In torch, it applies to the process.
+        threads: number of CPU threads of the backend; by default its own choice. In torch, the number applies
+            to the whole process.
         runtime: runtime that runs the graph; `onnx.reference` is slow and supports every dtype.
         recompile: true to recompile a ``compile`` bundle on a machine other than the one it was made for.
         trust: true to load a bundle that runs code when it is loaded, although this user did not export it here.

@@ -22,7 +22,7 @@ _BUILT_IN = (
 
 @cache
 def rows() -> tuple[EntryPoint, ...]:
-    """One row per format, in the order of tables: our own, then those of other packages."""
+    """One row per format, in the order in which tables list them: our own, then those of other packages."""
     # Our own first, so that an error about a duplicate name blames the other package.
     return (*_BUILT_IN, *entry_points(group=GROUP))
 

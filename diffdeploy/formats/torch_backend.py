@@ -60,7 +60,7 @@ class TorchBackend(Backend):
         return TorchBuffers(self.spec, self._artifact, self.device, batch_size, fill)
 
     def run(self, inputs: Sequence[Any], *, as_torch: bool) -> Sequence[Any]:
-        """Call it without gradients, on the device that it was loaded for."""
+        """Call the artifact without gradients, on the device that it was loaded for."""
         import torch
 
         # Compiled code assumes contiguous memory, whatever the strides of a tensor are.

@@ -47,7 +47,8 @@ def zero_inputs(spec: GraphSpec, **sizes: int) -> dict[str, Array]:
 
     Args:
         spec: interface of the graph.
-        **sizes: sizes of axes by name; by default the smallest, and 64 positions or the maximum, if that is less.
+        **sizes: sizes of axes by name; by default the smallest size of each axis, except the sequence length, which is
+            64, or its maximum if that is less.
     """
     axes = {name: bounds.min for name, bounds in spec.axes.items()}
     axes["sequence_length"] = min(64, spec.axes["sequence_length"].max)

@@ -171,10 +171,10 @@ def graph_spec(
     if is_model != (variant == "model"):
         raise InputError(f"graph is {variant}; accepted: {'model' if is_model else 'plain, masked or cached'}")
     if padding != "anywhere" and not is_model:
-        raise InputError(f"padding is {padding}, which only graphs of models have")
+        raise InputError(f"padding is {padding}, which only graphs of models support")
     has_past = variant in ("cached", "model")
     if cache != "growing" and not is_model:
-        raise InputError(f"cache is {cache}, which only graphs of models have")
+        raise InputError(f"cache is {cache}, which only graphs of models support")
     axes = _axes(max_batch_size, max_sequence_length, has_past=has_past)
     total = "total_sequence_length" if has_past else "sequence_length"
     inputs, outputs = {}, {}

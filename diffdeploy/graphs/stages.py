@@ -1,4 +1,4 @@
-"""The stages of a block, in the order in which a deviation is located."""
+"""The stages of a block, in the order in which they are checked to locate a deviation."""
 
 from enum import StrEnum
 

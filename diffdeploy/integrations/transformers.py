@@ -1,4 +1,4 @@
-"""Model bundles as models of transformers, usable wherever its ``generate()`` is.
+"""Model bundles as models of the transformers library, usable wherever the library's ``generate()`` is.
 
 Shape suffixes: B batch, S new tokens, T all tokens so far, V vocabulary.
 """
@@ -49,7 +49,7 @@ class DiffDeployConfig(PreTrainedConfig):  # type: ignore[misc]
             vocab_size=decoder.vocab_size,
             hidden_size=decoder.embed_dim,
             num_hidden_layers=decoder.num_layers,
-            # Counted as in the cache, since caches of transformers are created from this.
+            # Counted as in the cache, since transformers creates its caches from these numbers.
             num_attention_heads=2 * block.num_heads,
             num_key_value_heads=block.num_kv_heads,
             head_dim=block.key_cache_dim,

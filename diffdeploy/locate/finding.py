@@ -16,8 +16,7 @@ class StageError(Record):
         stage: name of the stage.
         rmse: root mean square error of the artifact at this stage, against fp64; ``None`` for NaN or infinity.
         eager_rmse: root mean square error of the formula in the artifact's dtype.
-        amplification: ratio of ``rmse`` to ``eager_rmse``, where the latter is at least the cost of rounding to the
-            dtype.
+        amplification: ratio of ``rmse`` to ``eager_rmse``, or to the cost of rounding to the dtype if that is larger.
         deviates: true if the error is larger than rounding explains.
         node: node of the artifact that computes the stage.
     """
@@ -36,7 +35,7 @@ class Finding(Record):
     Attributes:
         stage: the first stage that deviates; ``None`` if none does.
         found_by: evidence: ``constants``, if a check found a wrong one; ``intermediate values`` of the artifact; or
-            ``probes``, which are inputs for which all but a few stages are known to agree.
+            ``probes``, which are inputs whose outputs only a few stages can affect.
         node: node of the artifact that computes the stage.
         detail: human-readable explanation, one clause.
         stages: errors of all stages whose values can be observed in the artifact.

@@ -25,8 +25,8 @@ _OF_STREAMS = (Stage.Q_PROJECTION, Stage.K_PROJECTION, Stage.ROPE)
 # one run. Stages of 48 correct exports, in every format that shows them, used up to a third of one budget.
 _SLACK = 2.0
 
-# In epsilons of the dtype: maximum error of a value that still counts as the stage. Eager stages are off by up to 12;
-# in correct exports, swapped streams come no closer than 91, in bfloat16 with lambda near 1.
+# In epsilons of the dtype: maximum error at which a value still counts as that of a stage. Eager stages are off by up
+# to 12; in correct exports, swapped streams come no closer than 91, in bfloat16 with lambda near 1.
 _ROUNDINGS = 64
 
 # In epsilons of the dtype: root mean square error of rounding every number once. Eager can be exact by chance.
@@ -134,7 +134,7 @@ class Matcher:
                     wanted.offer(node, value)
 
     def offer_outputs(self, outputs: Mapping[str, Tensor]) -> None:
-        """Compare the artifact's outputs with their stages, for which no intermediate value can be a substitute."""
+        """Compare the artifact's outputs with their stages, for which no intermediate value can substitute."""
         for stage, names in _OUTPUTS.items():
             wanted = [value for value in self._wanted if value.stage == stage]
             # Not strict, since a block without a cache lacks the cache outputs.

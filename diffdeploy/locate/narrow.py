@@ -28,8 +28,8 @@ _REFINEMENTS, _SHRINK = 60, 1.5
 # rounding does.
 _LARGE = 64.0
 
-# Correct explanations used up to half of this many tolerances. Of the faults that no explanation fits, the closest one,
-# noise of 1e-4 on the outputs, used 1.1 times this many.
+# Number of tolerances that an explanation may be off by. Correct explanations were off by up to half of it. Of the
+# faults that no explanation fits, the closest one, noise of 1e-4 on the outputs, was off by 1.1 times this number.
 _EXPLAINED = 4.0
 
 

@@ -1,9 +1,9 @@
-"""Locating the guilty stage of an artifact that shows only its outputs, with inputs that only a few stages can affect.
+"""Locating the guilty stage of an artifact that shows only outputs, by inputs whose outputs few stages can affect.
 
 The output projection is a matrix, so the normalised heads can be recovered from outputs; the norm preserves directions,
 so the differential heads are known except for their lengths. Then:
 
-- a single position attends only to itself, whatever queries and keys are, which leaves values, norm and output
+- a single position attends only to itself, whatever its query and key are, which leaves values, norm and output
   projection;
 - a linear map from the exact heads to the outputs that fits every token is another output projection;
 - heads that are correct except for factors of channels, or of halves of a head, indicate the norm;
@@ -46,7 +46,7 @@ _SMALLEST_LAMBDA = 0.01
 # by at least 0.27.
 _RECIPROCAL = 0.05
 
-# Share of the elements that factors from medians must explain: correct ones explained all, wrong ones 57 % at most.
+# Share of the elements that factors from medians must explain: correct ones explained all, wrong ones at most 57 %.
 _MOST_FACTORS = 0.95
 
 
@@ -182,11 +182,11 @@ def _is_norm(prober: Prober, answers: list[Answer]) -> bool:
 def _attention(prober: Prober) -> _Verdict:
     """Verdict if single positions are correct: queries, keys, rotary embedding or the attentions."""
     if prober.ask(prober.tokens(_LENGTH)).right:
-        return Stage.SIGNAL, "3 positions without padding are correct; the visible keys differ"
+        return Stage.SIGNAL, "3 positions without padding are correct; the fault is in which keys are visible"
     if _seen_from_null_space(prober, "q"):
-        return Stage.Q_PROJECTION, "queries that their weights map to 0 do not give plain averages"
+        return Stage.Q_PROJECTION, "tokens that the query weights map to 0 do not give plain averages"
     if _seen_from_null_space(prober, "k"):
-        return Stage.K_PROJECTION, "a key that its weights map to 0 still has an effect"
+        return Stage.K_PROJECTION, "a token that the key weights map to 0 still has an effect as a key"
     right = [_is_right_alone(prober, stream) for stream in (0, 1)]
     if right == [True, False]:
         return Stage.NOISE, "outputs are correct where the noise is a plain average"

@@ -16,13 +16,14 @@ from diffdeploy.locate.values import stage_values
 
 __all__ = ["EQUATIONS", "INVERTED", "MOST", "TINY", "Answer", "Prober", "Runs", "null_spaces", "same"]
 
-# In multiples of the dtype's spacing, relative to the compared values: smaller differences are explained by rounding in
-# several stages. Correct blocks of random sizes used half of it in float32 and a sixth in half precision; one, with
-# lambda at 0.98, used 1.9 times as much. Wrong steps and weights in float32 are off by 2,000 times as much in the
-# median.
+# Tolerance in multiples of the dtype's spacing, relative to the compared values: rounding in several stages explains
+# smaller differences. Correct blocks of random sizes used half of it in float32 and a sixth in half precision; one,
+# with a lambda of 0.98, used 1.9 times as much. Wrong steps and weights in float32 are off by a median of 2,000 times
+# as much.
 _ROUNDINGS = 256
 
-# Condition number of the output projection, the factor by which inverting it loses precision. 1e4 roundings are a third
+# Maximum condition number of the output projection, which is the factor by which inverting the projection loses
+# precision. 1e4 roundings are a third
 # of what `INVERTED` allows; correct blocks with condition numbers up to 2,300 used a quarter of it.
 _WORST_CONDITION = 1e4
 
@@ -30,7 +31,7 @@ _WORST_CONDITION = 1e4
 INVERTED = 64.0
 
 # Share of the elements that a fit must explain. Correct explanations fitted all of them, wrong ones less than one in a
-# hundred; the difference to 1 allows for outliers.
+# hundred; the difference from 1 allows for outliers.
 MOST = 0.99
 
 # Heads of tokens of this size have squares near 1e-6, below the usual epsilon of a norm.
@@ -39,10 +40,10 @@ TINY = 1e-3
 # Number of equations per unknown of a fit, so that a wrong model cannot satisfy them all.
 EQUATIONS = 3
 
-# More rows per call need fewer calls, and a fit needs hundreds of tokens.
+# With more rows per call, fewer calls are needed; a fit needs hundreds of tokens.
 _MOST_ROWS = 32
 
-# Smaller than any token, so that dividing by it changes none, and a token of 0 stays 0.
+# Smaller than the size of any token, so that it is the divisor only for a token of 0, which stays 0.
 _SMALLEST_SIZE = 1e-30
 
 
@@ -127,7 +128,7 @@ class Prober:
         return self._generator.standard_normal((self.batch_size, length, self.config.embed_dim))
 
     def tokens_in(self, basis: Array) -> Array:
-        """Random hidden states ``[B, D]`` in the space of a basis ``[n, D]``, of the usual size."""
+        """Random hidden states ``[B, D]`` of the usual size, in the space spanned by a basis ``[n, D]``."""
         points = self._generator.standard_normal((self.batch_size, len(basis))) @ basis
         sizes = np.sqrt(np.mean(np.square(points), axis=-1, keepdims=True))
         unit: Array = points / np.maximum(sizes, _SMALLEST_SIZE)
@@ -165,8 +166,8 @@ class Prober:
 
 
 def same(given: Array, wanted: Array, tolerance: float, share: float = 1.0) -> bool:
-    """True if that share of the elements differs by at most the tolerance times the usual size; false for NaN."""
-    # Relative to all elements together, since single ones may be near 0.
+    """True if that share of the elements differs by at most the tolerance times their typical size; false for NaN."""
+    # The size is that of all elements together, since single ones may be near 0.
     size = float(np.sqrt(np.mean(np.square(wanted)))) or 1.0
     return bool(np.mean(np.abs(given - wanted) <= tolerance * size) >= share)
 

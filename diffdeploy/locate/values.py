@@ -1,4 +1,4 @@
-"""Exact values of every stage of a block, in any dtype: the formula again, one stage at a time.
+"""Values of every stage of a block, computed in any dtype: the same formula, one stage at a time.
 
 Shape suffixes: B batch, H heads, S query length, P past length, T = P + S key length, d stream width, e value width.
 """
@@ -15,14 +15,14 @@ from diffdeploy.graphs import Stage
 
 __all__ = ["StageValues", "stage_values"]
 
-# A stage may have two values, such as both sides of the rotary embedding, or both halves of the cache.
+# A stage may have two values, such as rotated queries and keys, or the keys and values of the cache.
 StageValues = dict[Stage, tuple[Tensor, ...]]
 
 
 def stage_values(
     config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], dtype: torch.dtype
 ) -> StageValues:
-    """Compute all stages of arXiv 2410.05258, equations 1 to 3, or of the second version.
+    """Compute all stages of differential attention, as in arXiv 2410.05258, equations 1 to 3, or of its second version.
 
     Args:
         config: config of the block.

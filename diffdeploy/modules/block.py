@@ -30,7 +30,7 @@ KeyValueCache = tuple[Tensor, Tensor]
 class AttentionBlock(nn.Module):
     """Base class of both versions: projections, rotary embedding, cache, masks and the operator.
 
-    The formula is computed in public steps, which exporters reuse and the self-test's faults replace, in this order:
+    The formula is computed in public steps, which exporters reuse and which faults of the self-test replace. In order:
     `normalise_queries`, `normalise_keys`, `rotate_queries`, `rotate_keys`, `append` to the cache or `write` into it,
     `key_mask`, `lambda_`, `attend`, `normalise`, `join`, `project`.
 
@@ -104,15 +104,15 @@ class AttentionBlock(nn.Module):
         return block.eval().freeze()
 
     def freeze(self) -> Self:
-        """Compute everything that does not depend on the input once, for inference."""
+        """Compute once, for inference, everything that does not depend on the input."""
         return self
 
     def normalise_queries(self, q_BHSd: Tensor) -> Tensor:
-        """RMS norm over each query stream, in models that have one."""
+        """RMS norm over each query stream, in models that have this norm."""
         return q_BHSd if self.q_norm is None else self.q_norm(q_BHSd)
 
     def normalise_keys(self, k_BHSd: Tensor) -> Tensor:
-        """RMS norm over each key stream, in models that have one."""
+        """RMS norm over each key stream, in models that have this norm."""
         return k_BHSd if self.k_norm is None else self.k_norm(k_BHSd)
 
     def rotate_queries(self, q_BHSd: Tensor, rotate: Rotation) -> Tensor:
@@ -223,8 +223,8 @@ class AttentionBlock(nn.Module):
         Args:
             hidden_states: input, ``[B, S, D]``, in the block's dtype.
             attention_mask: padding mask ``[B, T]`` (integer or boolean, 1 for tokens and 0 for padding), or a mask
-                broadcastable to ``[B, 1 or h or 2h, S, T]`` (boolean, ``True`` keeps a key, or additive). It is
-                combined with the causal mask.
+                broadcastable to ``[B, 1 or h or 2h, S, T]`` (additive, or boolean with ``True`` for keys to keep). It
+                is combined with the causal mask.
             position_ids: integer positions ``[B, S]`` for the rotary embedding; ``P .. P + S - 1`` by default.
             past_key_values: keys and values of past tokens, from an earlier call; ``P`` may be 0.
 
@@ -264,7 +264,7 @@ class AttentionBlock(nn.Module):
             attention_mask: mask as in `forward`, or ``None``.
             rotate: function that rotates queries and keys ``[B, H, S, d]``.
             past_key_values: cache as in `forward`, or ``None``.
-            causal: overrides the config's ``causal``.
+            causal: value that overrides the config's ``causal``.
             total_length: length ``T``, if ``past_key_values`` are buffers that are updated in place, see `write`.
 
         Returns:

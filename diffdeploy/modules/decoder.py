@@ -44,7 +44,7 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(embed_dim, norm_eps, device=device, dtype=dtype)
-        # Without rotary tables of its own: the decoder looks positions up once for all layers.
+        # The block needs no rotary tables of its own: the decoder looks positions up once for all layers.
         self.self_attn: AttentionBlock = block_class(config.attention)(
             config.attention, impl=impl, max_positions=1, device=device, dtype=dtype
         )
@@ -156,7 +156,7 @@ class DiffTransformer(nn.Module):
         return model.eval().freeze()
 
     def freeze(self) -> Self:
-        """Compute everything that does not depend on the input once, for inference."""
+        """Compute once, for inference, everything that does not depend on the input."""
         for layer in self.layers:
             layer.self_attn.freeze()
         return self

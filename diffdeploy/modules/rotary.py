@@ -16,12 +16,12 @@ __all__ = ["RotaryEmbedding", "rotate"]
 class RotaryEmbedding(nn.Module):
     """Rotates channel pairs of ``[..., S, d]`` by ``position * theta ** (-2j / r)`` (arXiv 2104.09864, equation 34).
 
-    The tables are computed in fp64 and rounded once to the module's dtype, also after ``.to(dtype)``.
+    The tables are computed in fp64 and rounded once to the module's dtype, even after ``.to(dtype)``.
 
     Args:
         config: style and base of the embedding.
         head_dim: width ``d`` of a stream.
-        max_positions: number of rows of the tables, the longest sequence that can be embedded.
+        max_positions: number of rows of the tables, and length of the longest sequence that can be embedded.
         device: device of the tables, as for any module.
         dtype: dtype of the tables, as for any module.
     """
@@ -86,7 +86,7 @@ class RotaryEmbedding(nn.Module):
         if position_ids is not None:
             if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.is_floating_point():
                 raise InputError(
-                    f"position_ids is {position_ids.dtype} {list(position_ids.shape)}; accepted: an integer "
+                    f"position_ids is {position_ids.dtype} {list(position_ids.shape)}; accepted: an integer tensor "
                     f"[B, {length}]"
                 )
             return self.cos[position_ids][:, None], self.sin[position_ids][:, None]
@@ -116,9 +116,9 @@ def _frequencies(config: RopeConfig, width: int) -> Tensor:
 
 
 def _divided(config: RopeConfig, scaling: RopeScaling, width: int) -> Tensor:
-    """Weight, 0 to 1, of the divided frequency of each channel pair (arXiv 2309.00071, section 3.2)."""
+    """Weight, 0 to 1, of the frequency divided by the factor, for each channel pair (arXiv 2309.00071, section 3.2)."""
     length = scaling.original_max_position_embeddings
-    # Index of the pair with that number of turns in the original context; fractional unless boundaries are rounded.
+    # Index of the pair that makes `turns` turns in the original context; fractional unless boundaries are rounded.
     first, last = (
         width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
         for turns in (scaling.beta_fast, scaling.beta_slow)

@@ -84,7 +84,7 @@ class SoftmaxAttention(nn.Module):
 def as_second_version(
     config: AnyConfig, weights: Mapping[str, Tensor]
 ) -> tuple[DiffAttentionV2Config, dict[str, Tensor]]:
-    """Express the softmax block as a block of the second version, whose oracle then computes its exact result.
+    """Express the softmax block as a block of the second version, so that its oracle computes the exact result.
 
     Both streams of a head get the same queries, and lambda is ``sigmoid(0) = 1/2``: the difference is half of the
     attention, and doubled weights of the output projection compensate for that. Every step but the attention is exact.

@@ -50,10 +50,10 @@ def diff_attention(
     with an infinite ``k1``, the stream that reads ``k2`` becomes NaN as well, see `diffdeploy.ops.rows`.
 
     Args:
-        q_BHSd: queries ``[B, 2h, S, d]``, head ``i`` stream ``s`` at ``2i + s``.
+        q_BHSd: queries ``[B, 2h, S, d]``, with stream ``s`` of head ``i`` at ``2i + s``.
         k_BHTd: keys ``[B, 2 h_kv, T, d]`` in the same order, or both streams side by side, ``[k1 | k2]``,
             ``[B, h_kv, T, 2d]``, or ``[B, h_kv, T, d]`` if both streams read the same keys.
-        v_BHTe: values ``[B, h_kv, T, e]``; ``e`` is ``2d`` in the paper, ``d`` in the second version.
+        v_BHTe: values ``[B, h_kv, T, e]``; ``e`` is ``2d`` in the paper and ``d`` in Diff-Transformer-V2.
         lam: lambda, a scalar or ``[B or 1, h, S, 1]``; rounded once to the dtype of ``q``.
         causal: true if query ``i`` of ``S`` attends only to keys up to ``T - S + i``.
         attn_mask: boolean (``True`` keeps a key) or additive mask, broadcastable to ``[B, 1 or h or 2h, S, T]``.

@@ -93,9 +93,9 @@ def _road(request: Request) -> Road:
 # Twice the time of `stacked_wide` (docs/operator-speed.md, H200, bfloat16, 2048 positions).
 @register(Impl.FLASH2, num_attentions=2, supports=unsupported, cost=0.25)
 def flash2(request: Request, *, road: Road | None = None) -> Tensor:
-    """Compute with ``flash_attn_func`` or, if there is padding, with ``flash_attn_with_kvcache``, which skips it.
+    """Call ``flash_attn_func`` or, if there is padding, ``flash_attn_with_kvcache``, which skips it.
 
-    The package supports only left padding; `paired` computes batches with padding elsewhere.
+    The package supports only left padding; batches that have padding elsewhere are computed by `paired`.
 
     Args:
         request: a request that `unsupported` does not reject.

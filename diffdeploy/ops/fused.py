@@ -44,7 +44,7 @@ def _unavailable(request: Request) -> UnavailableError | None:
         return UnavailableError(f"fused runs on CUDA only, but the tensors are on {request.device}")
     if not _HAS_TRITON:
         return UnavailableError("fused needs the package triton, which is not installed; it comes with torch for CUDA")
-    # Not checked for a traced graph, which may run on another machine.
+    # This is not checked for a traced graph, which may run on another machine.
     if request.q.is_cuda and not request.traced:
         properties = torch.cuda.get_device_properties(request.q.device)
         shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]

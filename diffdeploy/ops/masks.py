@@ -36,11 +36,11 @@ class Visibility:
     window: int | None = None
 
     def of_stream(self, stream: int, num_heads: int) -> "Visibility":
-        """Mask of stream 0 or 1, if the mask has an entry for each of the ``2h`` half heads."""
+        """Mask of stream 0 or 1; unchanged unless it has an entry for each of the ``2h`` half heads."""
         return self._heads(lambda mask: mask[:, stream::2] if mask.shape[1] == 2 * num_heads else mask)
 
     def of_half_heads(self, num_heads: int) -> "Visibility":
-        """Mask for ``2h`` half heads in natural order, if the mask has an entry for each head."""
+        """Mask for ``2h`` half heads in natural order; unchanged unless it has an entry for each head."""
         return self._heads(lambda mask: mask.repeat_interleave(2, dim=1) if mask.shape[1] == num_heads else mask)
 
     def reorder(self, order: Tensor) -> "Visibility":
@@ -118,7 +118,7 @@ def visibility(
         sliding_window: size of the window: a query attends to at most this many of the most recent keys.
 
     Raises:
-        InputError: the mask is neither boolean nor floating point or does not fit, or a window is given without
+        InputError: the mask does not fit or is neither boolean nor floating point, or a window is given without
             ``causal``.
     """
     length, key_length = q_BHSd.shape[2], k_BHTd.shape[2]
@@ -203,7 +203,7 @@ def _checked(attn_mask: Tensor, q_BHSd: Tensor, key_length: int) -> Tensor:
         raise InputError(f"attn_mask has shape {shape}; accepted: at most 4 axes, [B, heads, S, T]")
     attn_mask = attn_mask.reshape(*(1,) * (4 - attn_mask.ndim), *shape)
     wanted = ((1, batch), (1, half_heads // 2, half_heads), (1, length), (1, key_length))
-    # Not written with `in`: for symbolic sizes, torch.compile would look for the same symbol, not for an equal one.
+    # `in` cannot be used: for symbolic sizes, torch.compile would look for the same symbol, not for an equal one.
     if not all(any(size == each for each in sizes) for size, sizes in zip(attn_mask.shape, wanted, strict=True)):
         raise InputError(
             f"attn_mask has shape {shape}; accepted: shapes that broadcast to "

@@ -42,7 +42,7 @@ def naive(request: Request) -> Tensor:
 
 def _chunked_cost(request: Request) -> float:
     # From 512 positions on, it takes 0.5 to 0.66 of the time of `naive` (docs/operator-speed.md); with few queries,
-    # chunks cover few heads. Matrix products are slow in float16 on CPUs, and training would keep all probabilities.
+    # `naive` is preferred. Matrix products are slow in float16 on CPUs, and training would keep all probabilities.
     slow = request.traced or request.dtype == torch.float16 or request.q.requires_grad
     if request.device != "cpu" or slow or request.length < _SHORTEST:
         return 1.1

@@ -1,6 +1,6 @@
 """Differential attention as one ordinary attention over paired keys, ``[k1 | k2]``.
 
-`diffdeploy.ops.rows` explains why this is exact, and the effect of keys that are not finite. Separate keys are paired
+`diffdeploy.ops.rows` explains why this is exact and what happens if keys are not finite. Separate keys are paired
 first, which copies them.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
@@ -101,7 +101,7 @@ def _two_products(
     batch, half_heads, length, _ = q_BHSe.shape
     num_kv_heads = keys.shape[1]
     group_size = half_heads // 2 // num_kv_heads
-    # The key length is a sum of past and new tokens, since inductor's Python wrapper must know each of the two.
+    # The key length is written as a sum of past and new tokens, since inductor's Python wrapper must know both.
     key_length = past_length + length
     seen = seen.of_rows(q_BHSe, num_kv_heads)
     scores = (keys @ as_rows(q_BHSe, num_kv_heads).transpose(2, 3)).transpose(2, 3).contiguous()

@@ -1,6 +1,6 @@
 """The table of implementations, in which each module of `diffdeploy.ops` registers its own.
 
-A new implementation is a module that calls `register`, and an entry in `diffdeploy.ops.api.IMPLEMENTATION_MODULES`.
+To add one, write a module that calls `register`, and add it to `diffdeploy.ops.api.IMPLEMENTATION_MODULES`.
 """
 
 import math
@@ -87,7 +87,7 @@ def implementation(impl: Impl) -> Implementation:
 
 
 def cheapest(request: Request) -> Implementation:
-    """Implementation that ``auto`` selects: the one with the least estimated cost of those that support a request."""
+    """Implementation that ``auto`` selects: of those that support a request, the one with the lowest estimated cost."""
     best, least = None, math.inf
     for candidate in _TABLE.values():
         cost = candidate.cost_of(request)

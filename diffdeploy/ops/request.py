@@ -1,4 +1,4 @@
-"""One call of the operator, which implementations check for support and then compute.
+"""One call of the operator; an implementation checks that it supports the call, and then computes it.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """
@@ -62,7 +62,7 @@ class Request:
         v: values ``[B, h_kv, T, e]``.
         lam: lambda, a scalar or ``[B or 1, h, S, 1]``, in the dtype of the queries.
         causal: true for a causal mask, aligned bottom-right.
-        attn_mask: boolean or additive mask that is not checked yet, or ``None``.
+        attn_mask: boolean or additive mask that has not been checked yet, or ``None``.
         sliding_window: number of keys that a query attends to; ``None`` for all.
         gqa_layout: map from query streams to key streams.
         scale: factor of the scores.

@@ -1,7 +1,7 @@
 """Decompositions into ``scaled_dot_product_attention``, which has fused kernels and is supported by exporters.
 
-Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width (2d in the paper, d in the
-second version, or as the model defines it).
+Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width (2d in the paper, d in
+Diff-Transformer-V2, or as the model defines it).
 """
 
 import torch

@@ -151,7 +151,7 @@ def _environment() -> Any:
             return body
 
     class Sandbox(sandbox.ImmutableSandboxedEnvironment):
-        # Small operands of these two give huge results: terabytes of text, or a number that takes years to compute.
+        # Small operands of `*` and `**` give huge results: terabytes of text, or a number that takes years to compute.
         intercepted_binops = frozenset({"*", "**"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -22,9 +22,9 @@ __all__ = ["Decoding"]
 class Decoding:
     """The cache of a batch of sequences, which grows with each call.
 
-    If the backend updates caches in place, and its graph counts the tokens of a row instead of reading where padding
-    is, the tokens of a row are contiguous in its buffers, without padding. A token that a later mask hides, such as the
-    filling of a finished row, must therefore be the last one, and the next token overwrites it.
+    If the backend updates caches in place, and its graph counts the tokens of a row instead of reading the positions of
+    padding, the buffers hold the tokens of a row contiguously, without padding. A token that a later mask hides, such
+    as the filling of a finished row, must therefore be the last one of its row, and the next token overwrites it.
 
     Args:
         runtime: runtime of a model.

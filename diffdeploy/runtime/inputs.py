@@ -1,4 +1,4 @@
-"""Checks of a graph's inputs, their names, dtypes, shapes, ranges and values, before a backend sees them."""
+"""Checks of the names, dtypes, shapes, ranges and values of a graph's inputs, before a backend sees them."""
 
 from collections.abc import Mapping
 from functools import cache

@@ -132,13 +132,14 @@ def load(
     trust: bool = False,
     public_key: str | Path | None = None,
 ) -> Runtime:
-    """Open a bundle to run it, after checking its digests. A bundle without verification raises a warning.
+    """Open a bundle to run it, after checking its digests. A bundle exported without verification causes a warning.
 
     Args:
         path: directory of the bundle.
         device: device to run on; see `RunOptions` for this and the other options.
         threads: number of CPU threads of the backend.
-        runtime: ``reference``, which is `onnx.reference`, or ``openvino`` for an ONNX bundle.
+        runtime: ``native`` for that of the format, or for an ONNX bundle ``reference``, which is `onnx.reference`, or
+            ``openvino``.
         recompile: true to recompile the block.
         trust: true to run code from a foreign bundle: the machine code or pickles of some formats.
         public_key: file of the public key that the bundle's signature must match; the bundle is then trusted.
@@ -170,7 +171,7 @@ def load(
 
 
 def open_runtime(path: str | Path, options: RunOptions) -> Runtime:
-    """Like `load`, but without its warning, for callers that verify the bundle now.
+    """Open a bundle like `load`, but without its warning, for callers that are about to verify the bundle.
 
     Raises:
         DiffDeployError: see `load`.

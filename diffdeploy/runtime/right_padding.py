@@ -1,4 +1,4 @@
-"""Adaptation of padding for graphs that know only how many tokens a row has, so that tokens must precede padding.
+"""Adaptation of padding for graphs that know only how many tokens a row has, and need these tokens before padding.
 
 Callers may pad anywhere: tokens are moved to the front, and results back to the positions of their tokens; results at
 padded positions are 0. Without padding, nothing is moved. If tokens are already cached, onnxruntime's operator supports
@@ -87,7 +87,7 @@ def _moved(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Array]:
 
 
 def _moved_back(spec: GraphSpec, inputs: Arrays, given: Arrays, mask_BT: Array, new_BS: Array) -> dict[str, Array]:
-    """Move results back to the positions of their tokens; the past of caches is copied from the inputs."""
+    """Move results back to the positions of their tokens; the past part of the caches is copied from the inputs."""
     outputs = {}
     batch, length = new_BS.shape
     past_length = mask_BT.shape[1] - length

@@ -27,7 +27,7 @@ __all__ = ["Runtime"]
 class Runtime:
     """A loaded bundle. Call it with inputs by name; calls from several threads are safe.
 
-    It is a context manager that closes itself.
+    It is also a context manager, and closes itself at the end of the ``with`` block.
 
     Args:
         bundle: an opened bundle.
@@ -147,7 +147,7 @@ class Runtime:
         max_new_tokens: int,
         **options: Unpack[GenerationOptions],
     ) -> Iterator[Step]:
-        """Like `generate`, but yield each token as it is generated, with its text if the bundle has a tokenizer.
+        """Yield each new token of `generate` as it is generated, with its text if the bundle has a tokenizer.
 
         The joined texts of a row are the model's whole text, up to the ``stop`` text that ended it. A character is
         yielded with the token that completes it. Steps that are not requested from the iterator are not computed.
@@ -176,7 +176,8 @@ class Runtime:
         """Make one call, so that the first call in production does not include the backend's deferred initialisation.
 
         Args:
-            **sizes: sizes of axes by name; by default the smallest, and 64 positions or the maximum, if that is less.
+            **sizes: sizes of axes by name; by default the smallest of each, except for 64 positions, or the maximum if
+                that is less.
 
         Raises:
             InputError: a size is out of range.

@@ -48,7 +48,7 @@ class Session:
         max_new_tokens: int,
         **options: Unpack[GenerationOptions],
     ) -> Iterator[Step]:
-        """Like `generate`, but yield each token as it is generated. Steps that are not requested are not computed."""
+        """Yield each new token of `generate` as it is generated. Steps that are not requested are not computed."""
         prompt = _array("input_ids", input_ids)
         return self._steps(prompt, attention_mask, max_new_tokens, options, with_text=self._has_tokenizer())
 
@@ -61,7 +61,7 @@ class Session:
         streamer: Streamer | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Any:
-        """Continue all earlier turns, see `diffdeploy.runtime.Runtime.generate`.
+        """Continue all earlier turns; see `diffdeploy.runtime.Runtime.generate`.
 
         Args:
             input_ids: new tokens of this turn, ``[B, S]``, int64, padded on the left; ``B`` is the same in every turn.
@@ -120,7 +120,7 @@ class Session:
             with_text=with_text,
             options=options,
         )
-        # Only after the turn is accepted, so that an invalid one leaves no trace.
+        # Set only after the turn is accepted, so that an invalid turn leaves no trace.
         self._context = context
         return found
 

@@ -140,7 +140,7 @@ class RowText:
         stops: texts that end the row and are not part of it.
 
     Attributes:
-        stopped: true once one of them has occurred.
+        stopped: true once one of the stop texts has occurred.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int], stops: Sequence[str]) -> None:
@@ -170,5 +170,5 @@ class RowText:
 
 
 def _overlap(text: str, end: str) -> int:
-    """Length of the longest end of a text that is the beginning of another one."""
+    """Length of the longest suffix of a text that is a prefix of another one."""
     return next((size for size in range(min(len(text), len(end)), 0, -1) if text.endswith(end[:size])), 0)

@@ -1,4 +1,4 @@
-"""Faults in the files of a bundle: damaged, stale, of another block, or declaring what the artifact cannot do."""
+"""Faults in a bundle's files: they are damaged, stale or of another block, or declare what the artifact cannot do."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -156,7 +156,7 @@ BUNDLE_FILE_FAULTS = [
     ),
     _fault(
         "weights_are_a_link",
-        "weights.safetensors leads out of the bundle",
+        "weights.safetensors is a link out of the bundle",
         _link_weights,
         new_digests=False,
         of_models=True,

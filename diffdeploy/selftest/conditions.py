@@ -1,4 +1,4 @@
-"""Conditions under which a fault changes a bundle: heads that can be confused, a mask that can be ignored, ..."""
+"""Conditions under which a fault changes a bundle, such as heads that can be confused or a mask that can be ignored."""
 
 from diffdeploy.exact import lambda_value
 from diffdeploy.selftest.fault import FaultTarget, When
@@ -30,7 +30,7 @@ __all__ = [
 
 # Length above which faults of long sequences apply: most lengths of the sweep are shorter, and the next one is 65.
 LONG = 64
-# Channels of a stream that has only one pair to rotate.
+# Number of channels of a stream that has only one pair to rotate.
 _ONE_PAIR = 2
 # A factor closer to 1 could pass for rounding in half precision.
 _VISIBLE = 1e-3

@@ -90,7 +90,7 @@ def reordered(*shape: int) -> Callable[[Array], Array]:
 
 
 def times(factor: float) -> Callable[[Array], Array]:
-    """Function that multiplies every element."""
+    """Function that multiplies every element by ``factor``."""
     # Rounded once: a factor in half precision would already be rounded.
     return lambda array: (array.astype(np.float64) * factor).astype(array.dtype)
 
@@ -99,6 +99,6 @@ def next_bit(array: Array) -> Array:
     """Move the largest element to the next number of its dtype, towards zero."""
     changed = array.copy()
     bits: np.ndarray[Any, Any] = changed.view(f"uint{8 * array.dtype.itemsize}").reshape(-1)
-    # The bits of 0 would wrap around, but the largest element is not 0. A step towards zero gives no infinite number.
+    # The bits of 0 would wrap around, but the largest element is not 0. A step towards zero never gives infinity.
     bits[int(np.argmax(np.abs(array.astype(np.float64))))] -= 1
     return changed

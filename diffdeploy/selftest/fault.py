@@ -93,7 +93,7 @@ class Fault:
         new_digests: true if the manifest is written again afterwards, so that digests do not reveal the fault.
         family: kind of the damage, or of the inputs that reveal the fault; its place by default.
         of_models: true if a whole model can have the fault as well as a block.
-        provable: true if a sweep should detect it; a fault that a single exact value triggers is detected by chance.
+        provable: true if a sweep should detect it; a fault that a single exact value triggers is found only by chance.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""An artifact in this process, for many trials in a row, for which separate processes would take minutes."""
+"""An artifact that runs in this process, for many trials in a row: separate processes would take minutes."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -74,7 +74,7 @@ class LocalArtifact:
         """
         try:
             return self._call(dict(self._started))
-        except Exception as error:  # any error of a backend is the finding, as in a separate process
+        except Exception as error:  # any error that a backend raises is the finding, as in a separate process
             raise ExportError(f"{type(error).__name__}: {error}") from error
 
     def decode(self, inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
@@ -90,7 +90,7 @@ class LocalArtifact:
         assert self._runtime is not None
         try:
             return answered(self._runtime, header, dict(inputs))
-        except Exception as error:  # any error of a backend is the finding, as in a separate process
+        except Exception as error:  # any error that a backend raises is the finding, as in a separate process
             raise ExportError(f"{type(error).__name__}: {error}") from error
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

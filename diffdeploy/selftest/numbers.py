@@ -26,7 +26,8 @@ __all__ = ["NUMBER_FAULTS"]
 
 # Relative to the correct value: a smaller fault could pass for rounding in half precision.
 _VISIBLE = 1e-3
-# Lambda may happen to be a short number; rounding it counts as a fault only if it changes far more than in float32.
+# Lambda may happen to be a short number; rounding it counts as a fault only if that changes it far more than float32
+# rounding does.
 _MORE_THAN_FLOAT32 = 1e-5
 
 _LAMBDA, _ROPE, _NORM, _SIGNAL = Stage.LAMBDA, Stage.ROPE, Stage.NORM, Stage.SIGNAL
@@ -54,7 +55,7 @@ def _exponentials(target: FaultTarget) -> tuple[float, float]:
 def _lambda_fault(
     name: str, breaks: str, value: Callable[[FaultTarget], float], *conditions: Callable[[FaultTarget], bool]
 ) -> Fault:
-    """Create a fault in lambda, which applies if it changes lambda by a thousandth, so that no rounding hides it."""
+    """Create a fault in lambda, which applies if it changes lambda by over a thousandth, so rounding cannot hide it."""
 
     def differs(target: FaultTarget) -> bool:
         return abs(value(target) - _lambda(target)) > _VISIBLE * abs(_lambda(target))
@@ -92,7 +93,7 @@ _LAMBDAS = [
     _lambda_fault(
         "lambda_without_exponentials",
         "the scalar products without the exponential",
-        # The logarithms return the products.
+        # The logarithms recover the products.
         lambda s: math.log(_exponentials(s)[0]) - math.log(_exponentials(s)[1]) + _lambda_init(s),
         has_learned_lambda,
     ),
@@ -164,7 +165,7 @@ _ROPES = [
         "rope_theta_of_another_model",
         _ROPE,
         "a base that is 50 times as large",
-        # 50 times the usual 10,000 are the 500,000 of Llama 3.
+        # 50 times the usual 10,000 is the 500,000 of Llama 3.
         lambda s: _tables(s, lambda rope: replace(rope, theta=50 * rope.theta)),
         has_rope,
         several_pairs,

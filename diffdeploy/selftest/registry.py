@@ -19,7 +19,7 @@ __all__ = ["all_faults", "faults_of"]
 @cache
 def all_faults() -> tuple[Fault, ...]:
     """Every fault, in the order of trials: cheap ones first, and those that need an export last."""
-    # A format describes faults in its own files without knowing the self-test, which is above it.
+    # A format describes faults in its own files without knowing the self-test, which is in a higher layer.
     of_files = [_of_format(each, fault) for each in formats().values() for fault in each.file_faults()]
     return (
         *WEIGHT_FAULTS,

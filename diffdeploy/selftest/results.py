@@ -109,7 +109,8 @@ class SelfTest(Record):
     """The verdict on the verification.
 
     Attributes:
-        injected: number of provable faults that were introduced; faults of an exact value are detected only by chance.
+        injected: number of provable faults that were introduced; faults that a single exact value triggers are detected
+            only by chance.
         caught: number of those that the verification detected.
         with_stage: number of the injected faults that have a stage.
         located: number of those whose stage was named.

@@ -85,7 +85,7 @@ def _random_noise(inputs: Arrays, outputs: Arrays) -> Arrays:
 
 
 def _random_last_bits(inputs: Arrays, outputs: Arrays) -> Arrays:
-    """Change numbers by no more than rounding, differently in every call."""
+    """Change numbers by no more than rounding does, differently in every call."""
     output = outputs["output"].copy()
     # The last bit flips in about half of the elements, which no error budget could distinguish from rounding.
     bits = output.view(f"uint{8 * output.dtype.itemsize}")

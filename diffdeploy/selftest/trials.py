@@ -1,4 +1,4 @@
-"""Proof that the verification can fail: every fault that a bundle could have is put into a copy and verified."""
+"""Proof that the verification can fail: every fault that a bundle could have is put into a copy, which is verified."""
 
 import shutil
 import tempfile

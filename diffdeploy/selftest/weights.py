@@ -106,7 +106,7 @@ WEIGHT_FAULTS: list[Fault] = [
     constant_fault(
         "queries_scaled_twice",
         _Q,
-        "the softmax scale folded into the query weights, and applied again",
+        "the softmax scale is folded into the query weights, and applied again",
         lambda s: rows(s, "q", times(s.config.head_dim**-0.5)),
     ),
     constant_fault(

@@ -20,7 +20,7 @@ def artifact_facts(bundle: Bundle) -> ArtifactFacts:
     found = require_format(bundle.manifest.format)
     try:
         return found.facts(bundle)
-    except (DiffDeployError, MemoryError):  # our own errors say more, and a lack of memory is not damage
+    except (DiffDeployError, MemoryError):  # our own errors are more specific, and running out of memory is not damage
         raise
     except Exception:  # noqa: BLE001 - libraries raise any error for a damaged file; `artifact_checks` reports it
         return declared_facts(bundle, attention_ops=0)
@@ -41,14 +41,14 @@ def artifact_checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]
         return [*found.contract(bundle, weights), *_engine_files(found, bundle)]
     except (DiffDeployError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001 - any error of a library about a damaged artifact is the finding
+    except Exception as error:  # noqa: BLE001 - whatever a library raises for a damaged artifact is reported
         # Only the first line, since libraries append details for their own developers.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return [Check(name="readable", passed=False, detail=f"the artifact cannot be read: {reason}")]
 
 
 def _engine_files(found: Format, bundle: Bundle) -> list[Check]:
-    """Check that the files for engines agree with the manifest; bundles of earlier versions have none."""
+    """Check that the files for engines agree with the manifest; bundles from earlier versions have no such files."""
     files = bundle.manifest.files.keys()
     expected = {n: text for n, text in found.engine_files(bundle.manifest, bundle.path).items() if n in files}
     wrong = [f"{name} is not that of this bundle" for name, text in expected.items()

@@ -13,7 +13,7 @@ from diffdeploy.verify.worker import Artifact
 
 __all__ = ["capacity_check"]
 
-# Maximum number of elements of a cache beyond the capacity, which is created only to be refused: 64 MiB in fp32.
+# Maximum number of elements in a full cache that is created only for a call that must be refused: 64 MiB in fp32.
 _MAX_CACHED = 2**24
 
 

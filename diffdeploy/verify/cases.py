@@ -1,4 +1,4 @@
-"""The inputs that an artifact is verified with: chosen from the declared ranges, seeded, and readably named."""
+"""The inputs that an artifact is verified with: chosen from the declared ranges, seeded, and given readable names."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -23,7 +23,8 @@ __all__ = ["AnyCase", "Case", "Kind", "Mask", "Positions", "UserCase"]
 
 Positions = Literal["counted", "drawn"]
 
-# Numbers of first and last positions that are always compared in a long sequence; the first do not depend on the rest.
+# Numbers of positions at the start and the end of a long sequence that are always compared; the outputs at the start
+# do not depend on the rest.
 _FIRST_QUERIES, _LAST_QUERIES = 32, 16
 # Maximum number of distinct rows in a large batch.
 _DISTINCT_ROWS = 8
@@ -36,22 +37,23 @@ class Case:
     Attributes:
         batch_size: number of rows.
         sequence_length: number of positions.
-        seed: random seed for the generator, together with all sizes and kinds.
+        seed: random seed; the generator is seeded with it and with all sizes and kinds.
         kind: ``normal`` N(0, 1); ``tiny`` N(0, 1e-6), where the norm's epsilon dominates; ``large`` N(0, 64), where the
             softmax saturates; ``constant``, the same vector at every position, where only the mask and the rotary
             embedding distinguish positions; ``zeros``, with tokens of zeros; ``repeated``, a few tokens again and
             again; ``offset``, with a mean far from 0; ``outliers``, with channels 100 to 2000 times as large as the
             others; ``heavy``, Student's t with two degrees of freedom; ``scaled``, a scale of 1e-6 to 1e4 for each row;
             ``scales``, one for each token; ``nan`` and ``infinity``, in one token of the first row.
-        mask: ``none``; padding of the last row on the ``left``, on the ``right``, ``ragged`` in between, or ``hidden``,
-            a row of padding only; ``mixed``, where every row hides different tokens, from one to all.
+        mask: ``none``; padding of the last row on the ``left``, on the ``right`` or ``ragged`` in between;
+            ``hidden``, where the last row is all padding; ``mixed``, where every row hides different tokens, from one
+            to all.
         positions: ``counted`` from the mask, as in generation, or ``drawn`` from the declared range.
         past_length: number of tokens in the cache.
         chunks: lengths of the calls in which the sequence is fed, each with the cache of the previous one; together
             they must give the same result as one pass. Empty for a single call.
-        row_by_row: true if each row is fed alone; together they must give the same result as the batch.
-        decoded: number of last tokens that are decoded one by one, as in generation; the prompt before them is padded
-            on the left or not at all.
+        row_by_row: true if each row is fed separately; together the rows must give the same result as the batch.
+        decoded: number of tokens at the end that are decoded one by one, as in generation; the prompt before them is
+            padded on the left or not at all.
         repeats: true if rows after the eighth repeat the first eight in random order; they must give the same results
             as the rows that they repeat, and the formula is computed only for the first eight.
         num_queries: number of positions whose output is compared, spread over the sequence; 0 for all.
@@ -89,7 +91,7 @@ class Case:
 
     @property
     def group(self) -> str:
-        """Purpose of the case, in words that other cases share."""
+        """Purpose of the case, in words shared with similar cases."""
         if self.number:
             return "random"
         if self.chunks:
@@ -121,7 +123,7 @@ class Case:
 
     @property
     def by_row(self) -> bool:
-        """True if each row is judged separately: among rows of different sizes, the largest would hide all others."""
+        """True if each row is judged separately: among rows of different scales, the largest would hide all others."""
         return self.repeats or self.kind == "scaled"
 
     def queries(self) -> Array | None:
@@ -149,7 +151,8 @@ class Case:
         numbers = (self.batch_size, self.sequence_length, self.past_length)
         # Added only if given: a 0 would change the inputs of the other cases and of stored golden vectors.
         more = (self.number,) if self.number else ()
-        # Everything in the case's name, so that no two cases share inputs, and the name alone reproduces them.
+        # The entropy includes everything in the case's name, so that no two cases share inputs, and the name alone
+        # reproduces them.
         entropy = [self.seed, *numbers, kinds.index(self.kind), masks.index(self.mask), *more]
         generator, of_masks = np.random.default_rng(entropy), np.random.default_rng([*entropy, 1])
         inputs = {spec.main_input: self._main(spec, generator, num_rows)}
@@ -188,7 +191,7 @@ class UserCase:
     """An input from the user, which is fed in one call.
 
     Attributes:
-        name: name in the user's file, or its sizes.
+        name: name in the user's file, or the sizes of the input.
         arrays: arrays by the names of the graph, with its dtypes and shapes.
     """
 
@@ -223,7 +226,7 @@ class UserCase:
     def _main(self) -> Array:
         return self.arrays["input_ids" if "input_ids" in self.arrays else "hidden_states"]
 
-    def inputs(self, spec: GraphSpec) -> dict[str, Array]:  # noqa: ARG002 - they were checked when they were read
+    def inputs(self, spec: GraphSpec) -> dict[str, Array]:  # noqa: ARG002 - inputs were checked when they were read
         """Inputs of a single call, by name."""
         return self.arrays
 

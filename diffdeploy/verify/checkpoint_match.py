@@ -19,7 +19,7 @@ __all__ = ["matches_checkpoint"]
 
 
 def matches_checkpoint(bundle: str | Path, checkpoint: str | Path) -> Check:
-    """Check that a bundle has the weights and the config of a checkpoint, and that its claims about it are true.
+    """Check that a bundle has the weights and config of a checkpoint, and makes only true claims about the checkpoint.
 
     Raises:
         InputError: the checkpoint cannot be read with the options of the export.

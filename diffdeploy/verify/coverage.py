@@ -1,4 +1,4 @@
-"""The parts of the declared ranges that a verification tried, and how."""
+"""The parts of the declared ranges that a verification tried, and how they were compared."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -8,8 +8,8 @@ from diffdeploy.verify.cases import AnyCase
 
 __all__ = ["Coverage", "covered"]
 
-# Two sizes that differ by more than this factor leave the sizes in between untried; the sweep draws one size per
-# octave, so that its neighbours are closer.
+# If two neighbouring sizes differ by more than this factor, the sizes in between count as untried. The sweep draws one
+# size per octave, so its neighbouring sizes are closer.
 _FURTHEST = 4
 
 
@@ -21,8 +21,8 @@ class Coverage(Record):
         declared: smallest and largest size that the graph accepts.
         num_sizes: number of different sizes that were run.
         compared_whole: range of sizes whose outputs were compared completely; ``None`` if there were none.
-        compared_in_part: range of sizes whose outputs were compared at some positions, or by rows that repeat those of
-            smaller batches; ``None`` if there were none.
+        compared_in_part: range of sizes whose outputs were compared only at some positions, or whose rows repeat those
+            of smaller batches; ``None`` if there were none.
         untried: parts of the range in which no size was run.
     """
 

@@ -48,7 +48,7 @@ def exact_outputs(
 def exact_and_stored_outputs(
     config: DecoderConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], spec: GraphSpec, dtype: DType
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Compute `exact_outputs`, and those of a decoder whose layers round their streams to a dtype."""
+    """Compute the exact outputs, and those of a decoder whose layers round their streams to a dtype."""
     exact, stored = _of_decoder(config, weights, inputs, spec, (None, dtype))
     return exact, stored
 
@@ -136,7 +136,7 @@ def _head_name(config: DecoderConfig) -> str:
 
 def below(weights: Mapping[str, Array], prefix: str) -> dict[str, Array]:
     """Weights whose names begin with a prefix, by their names without it."""
-    # Not by items, which would read all weights of a lazily read checkpoint.
+    # This does not iterate over items, which would read all weights of a lazily read checkpoint.
     return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
 
 

@@ -54,7 +54,7 @@ def read_described(path: Path) -> Described:
 
 
 def differences(one: Described, other: Described) -> list[Difference]:
-    """List everything that differs, section by section; sections that only one kind of subject has are omitted.
+    """List everything that differs, section by section; sections that only one of the two has are omitted.
 
     Args:
         one: first bundle or report.
@@ -89,7 +89,7 @@ def _sections(subject: Described) -> dict[str, Mapping[str, Any]]:
             "versions": _flat(fields["environment"]),
         }
     if report is not None:
-        # A bundle knows its own files better than the report inside it.
+        # What a bundle says about its own files takes precedence over the report inside it.
         sections.setdefault("files", report.files)
         sections.setdefault("versions", _flat(report.environment.model_dump(mode="json")))
         judged = report.model_dump(include={"format", "dtype", "backend", "seed", "selection", "budget"})
@@ -104,7 +104,7 @@ def _sections(subject: Described) -> dict[str, Mapping[str, Any]]:
 
 def _figures(report: Report) -> dict[str, Any]:
     """Figures of each output of each case, as one value."""
-    # One value, so that an output that differs is one line, and not one for each of its figures.
+    # One value, so that an output that differs takes one line, and not one line for each figure.
     return {
         f"{case.id} {output.output}": output.model_dump(mode="json", exclude={"output"})
         for case in report.cases

@@ -21,7 +21,7 @@ RunArrays = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 # With this many positions, averages are stable, and one neighbour is enough.
 _MANY_POSITIONS, _NEIGHBOURS, _NEIGHBOURS_OF_FEW = 300, 1, 7
-# Maximum count of numbers in the inputs of one call: 16 MiB in fp32.
+# Maximum number of elements in the inputs of one call: 16 MiB in fp32.
 _MAX_STACKED = 2**22
 _UP_OR_DOWN = 0.5
 
@@ -51,7 +51,7 @@ def run_arrays(
 
 
 def _fast_products(device: str) -> AbstractContextManager[Any]:
-    """Compute float16 products on CPUs, which have no kernel for them, in float32: five times as fast.
+    """Compute float16 products on CPUs, which have no kernel for them, in float32, which is five times as fast.
 
     Both accumulate in float32 and round once, so the errors are the same.
     """
@@ -74,7 +74,7 @@ def _fast_products(device: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def for_queries(block: "AnyModule", queries: Array | None) -> Iterator[None]:
-    """While the block runs, compute its output only at these positions, from all keys and values.
+    """In this context, compute the block's output only at some positions, from all keys and values.
 
     Args:
         block: eager block.
@@ -176,7 +176,7 @@ def _stacks(inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
 
 def _nudge(x_BSD: Array, generator: np.random.Generator) -> Array:
     """Move every number one step up or down; NaN and infinity stay unchanged."""
-    # Equal positions stay equal: they are difficult because their roundings do not average out.
+    # Equal positions stay equal: they are difficult because their rounding errors do not average out.
     constant = bool((x_BSD == x_BSD[:, :1]).all())
     shape = (len(x_BSD), 1, x_BSD.shape[2]) if constant else x_BSD.shape
     directions = np.where(generator.random(shape) < _UP_OR_DOWN, -np.inf, np.inf).astype(x_BSD.dtype)

@@ -129,7 +129,7 @@ def _stored(bundle: Bundle, cases: Sequence[Case]) -> dict[str, Array]:
 
 
 def _recorded(bundle: Bundle, cases: Sequence[Case], accepted: Report) -> dict[str, CaseReport]:
-    """Results of each case and all its outputs in a report.
+    """Results in a report for each case, which must include all outputs of the graph.
 
     Raises:
         IntegrityError: a case or an output is missing.
@@ -145,7 +145,7 @@ def _run_case(runtime: Runtime, case: Case, stored: Mapping[str, Array], recorde
     spec = runtime.spec
     try:
         outputs = runtime(**{name: stored[f"{case.id}.{name}"] for name in spec.inputs})
-    except Exception as error:  # noqa: BLE001 - any error of a backend is the finding
+    except Exception as error:  # noqa: BLE001 - any error that a backend raises is the finding
         return CaseReport.did_not_run(case.id, case.group, f"{type(error).__name__}: {error}")
     reports = []
     for eager in recorded.outputs:

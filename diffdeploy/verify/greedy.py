@@ -26,8 +26,9 @@ _NAME = "greedy tokens"
 class Greedy(NamedTuple):
     """The verdict on generated tokens.
 
-    check: passed if all tokens that can be judged are correct.
-    num_checked: number of tokens whose exact margin exceeds the allowed error of two logits together.
+    Attributes:
+        check: check that passes if all tokens that can be judged are correct.
+        num_checked: number of tokens whose exact margin exceeds twice the allowed error of a logit.
     """
 
     check: Check

@@ -1,7 +1,7 @@
 """Verification of each layer of a model, and of the head, by the criterion for blocks.
 
 A layer is judged on the input that it has in the artifact. Its errors are therefore not mixed with those of earlier
-layers, so a fault in one layer is as visible as in a block, and the layer is named.
+layers, so a fault in one layer is as visible as in a block, and the report can name the layer.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The loss that quantisation causes in a model, measured on a text: reported, but not part of the criterion.
+"""The loss that quantisation causes in a model, measured on a text; it is reported but not part of the criterion.
 
 Shape suffixes: B batch (1), S tokens of a window, D model width, V vocabulary.
 """
@@ -34,8 +34,8 @@ class Loss(Record):
         agreement: share of the tokens for which both models have the same most probable token.
         kl: mean Kullback-Leibler divergence of the quantised model's probabilities from the original ones, in nats per
             token.
-        layers: root mean square error of each quantised part, by the names in reports; the part gets its input in the
-            original model, and the error is relative to what the original part adds to that input.
+        layers: root mean square error of each quantised part, by the names in reports; the part is given the input that
+            it has in the original model, and the error is relative to what the original part adds to that input.
     """
 
     text: str

@@ -2,7 +2,7 @@
 
 Where a softmax is nearly tied, the error of *one* correct computation can be tiny or large by chance, so eager's error
 is taken over several runs on inputs that differ in the last bit. Where the two attentions nearly cancel, eager, which
-subtracts probabilities, is exact by its nature; an artifact, which subtracts the results of two operators, cannot be,
+subtracts probabilities, is inherently exact; an artifact, which subtracts the results of two operators, cannot be,
 so the error of storing those results counts too.
 """
 
@@ -19,9 +19,9 @@ __all__ = ["Yardstick", "judge", "measure", "rejudge"]
 class Yardstick:
     """Error of the eager block against fp64, over runs that differ in the last bits of their inputs.
 
-    Only elements whose exact value is finite in the dtype count; the others have no error, only a kind: NaN or one of
-    the infinities. Where eager returns another kind (it overflows on the way, or multiplies a hidden NaN by 0), a
-    correct artifact may as well, and the element is not judged.
+    Errors are measured only for elements whose exact value is finite in the dtype; the others have no error, only a
+    kind: NaN or one of the infinities. Where eager returns another kind (it overflows on the way, or multiplies a
+    hidden NaN by 0), a correct artifact may as well, and the element is not judged.
 
     Args:
         expected: exact result, float64.
@@ -59,7 +59,7 @@ class Yardstick:
         self.counts &= same_kind
 
     def add_stored(self, output: Array) -> None:
-        """Add the formula with stored streams, float64; see `exact_and_stored`. Among several, the worst counts."""
+        """Add a float64 result with stored streams, see `exact_and_stored`; of several results, the worst counts."""
         errors = self.errors(output)
         if errors.size:
             self.storage_rmse = max(self.storage_rmse, float(np.sqrt(np.mean(np.square(errors)))))
@@ -86,7 +86,7 @@ class Yardstick:
 
     @property
     def rmse(self) -> float:
-        """Root mean square over all runs and elements."""
+        """Root mean square error over all runs and elements."""
         return float(np.sqrt(np.mean(self._squares)))
 
     @property
@@ -125,7 +125,7 @@ def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: boo
     if not yardstick.counts.all():
         # Index among all elements, converted from the index among those that count.
         worst = int(np.flatnonzero(yardstick.counts)[worst])
-    # Judged from the rounded figures in the report, so that judging it again gives the same verdict.
+    # The verdict is based on the rounded figures in the report, so that judging them again gives the same verdict.
     figures = OutputReport(
         output=output,
         passed=False,
@@ -188,7 +188,7 @@ def judge(figures: OutputReport, budget: Budget, dtype: DType) -> OutputReport:
     cost_rmse = max(figures.eager_rmse, figures.storage_rmse)
     cost_max = max(figures.eager_max_error, figures.storage_max_error)
     allowed_rmse, allowed_max = budget.k * cost_rmse + floor_rmse, budget.k * cost_max + floor_max
-    # Never a division by 0, since the spacing in the floors does not shrink below normal numbers.
+    # This never divides by 0, since the spacing in the floors does not shrink below that of normal numbers.
     used = max(figures.rmse / allowed_rmse, figures.max_error / allowed_max)
     smallest = max(
         _smallest_k(figures.rmse - floor_rmse, cost_rmse), _smallest_k(figures.max_error - floor_max, cost_max)
@@ -206,7 +206,7 @@ def judge(figures: OutputReport, budget: Budget, dtype: DType) -> OutputReport:
 
 
 def _spacing(magnitude: float, dtype: DType) -> float:
-    """Approximate distance between neighbouring numbers of that magnitude, at least that of normal numbers."""
+    """Approximate distance between neighbouring numbers of that size, at least that of the smallest normal numbers."""
     return epsilon(dtype) * max(magnitude, smallest_normal(dtype))
 
 

@@ -17,7 +17,7 @@ _LENGTHS = (1, 2, 3, 7, 13, 31, 64, 65, 129)
 _KINDS: tuple[Kind, ...] = ("constant", "repeated")
 # Maximum number of fp64 products in the formula of one case, which determine the cost of a long case.
 _MAX_PRODUCTS = 2e11
-# Maximum count of numbers in the caches of one case: 256 MiB in fp32; the formula needs them in fp64.
+# Maximum number of elements in the caches of one case: 256 MiB in fp32; the formula needs them in fp64.
 _MAX_CACHED = 2**26
 _LONG_BATCH = 3
 # Number of rows, of all tokens, of tokens that are decoded one by one, and the padding of the prompts.
@@ -57,7 +57,7 @@ def quick_model_cases(spec: GraphSpec, seed: int) -> list[Case]:
 
 
 def full_model_cases(spec: GraphSpec, config: DecoderConfig, seed: int) -> list[Case]:
-    """Every batch up to 8 and the largest; lengths and pasts of every octave that the formula can reach."""
+    """Every batch size up to 8 and the largest one; lengths and pasts from every octave that the formula can reach."""
     max_length, max_batch = spec.axes["sequence_length"].max, spec.axes["batch_size"].max
     longest, drawn = min(max_length, longest_model_case(config)), np.random.default_rng([seed, 3])
     cases = [

@@ -73,7 +73,7 @@ def _weighted(weights_ST: Array, v_Te: Array, hidden_ST: Array) -> Array:
 def oracle(
     config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], queries: Array | None = None
 ) -> dict[str, Array]:
-    """Differential attention as in arXiv 2410.05258, equations 1 to 3, or its second version.
+    """Compute differential attention as in arXiv 2410.05258, equations 1 to 3, or as in its second version.
 
     Args:
         config: config of the block.
@@ -96,12 +96,12 @@ def exact_and_stored(
     dtype: DType,
     queries: Array | None = None,
 ) -> tuple[dict[str, Array], list[Array]]:
-    """Compute `oracle`, and its ``output`` if the streams are stored in a dtype on the way.
+    """Compute the result of `oracle`, and its ``output`` with streams that are stored in a dtype on the way.
 
     Where the two streams nearly cancel, merely storing them costs many times the rounding of the result. Every artifact
     stores them, since each is the result of a separate operator. They are stored in two ways, rounded to the nearest
-    number and rounded at random: two streams that are almost equal round to the same number here, but in an artifact
-    only if both were computed without error.
+    number and rounded at random: two streams that are almost equal round to the same number here, whereas in an
+    artifact they do so only if both were computed without error.
 
     Args:
         config: config of the block.
@@ -127,7 +127,7 @@ def exact_and_stored(
 def with_stored_streams(
     config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], dtype: DType
 ) -> dict[str, Array]:
-    """Compute `oracle` with streams that are rounded to the nearest number of a dtype; see `exact_and_stored`."""
+    """Compute the result of `oracle` with streams rounded to the nearest number of a dtype; see `exact_and_stored`."""
     return _formula(config, weights, inputs, (_rounding_to(dtype),), None)[0]
 
 
@@ -151,7 +151,7 @@ def _formula(
     queries: Array | None,
 ) -> list[dict[str, Array]]:
     """Outputs for each way of storing the streams."""
-    # The artifact's own weights, so that casting them is not an error of the artifact.
+    # These are the artifact's own weights, so that casting them does not count as an error of the artifact.
     w = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
     with np.errstate(over="ignore", invalid="ignore"):  # inputs may hold infinity, and the criterion checks results
         x_BSD = np.asarray(inputs["hidden_states"], dtype=np.float64)
@@ -236,7 +236,7 @@ def _sequence(
                 for s in (0, 1)
             )
             columns = slice(i * config.value_dim, (i + 1) * config.value_dim)
-            # The streams are computed once for all ways of storing them, since they are nearly all of the work.
+            # The streams are computed once for all ways of storing them, since they account for nearly all of the work.
             for number, store in enumerate(stores):
                 joined[number, rows, columns] = _head(
                     config, w, i, store(signal), store(noise), x_SD[chosen[rows]], store

@@ -1,8 +1,9 @@
 """Relations between an artifact's outputs: those that do not depend on a changed input must stay bit-identical.
 
 Two runs of equal shapes do the same operations on the same numbers wherever the changed part of the input is not read,
-or has a weight of exactly 0, so a difference of one bit is a finding. Runs of other shapes may use other kernels: for
-those, batch and cache equivalence are cases that are compared with the exact result.
+or has a weight of exactly 0, so a difference of one bit is a finding. Runs of different shapes may use
+different kernels, so batch and cache equivalence across shapes are tested by cases that are compared with the exact
+result.
 """
 
 from collections.abc import Iterator, Mapping
@@ -61,7 +62,7 @@ def property_checks(artifact: Artifact, config: AnyModel, spec: GraphSpec, seed:
             "batch invariance", artifact, _other_rows(spec, seed), "rows are bit-identical, regardless of other rows"
         ),
     ]
-    if spec.main_input == "hidden_states":  # tokens are not numbers
+    if spec.main_input == "hidden_states":  # tokens cannot be NaN
         checks.append(_nan_stays_in_its_row(artifact, spec, seed))
     if config.attention.causal:
         checks.append(
@@ -158,7 +159,7 @@ def _other_rows(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
 def _later_tokens(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
     for case, inputs, others in _bases(spec, seed):
         length = case.sequence_length
-        # Changes right after the first token, in the middle, and of the last token only.
+        # The change begins right after the first token, in the middle, or at the last token.
         for first in sorted({1, length // 2, length - 1} - {0, length}):
             changed = dict(inputs)
             changed[spec.main_input] = inputs[spec.main_input].copy()
@@ -185,7 +186,7 @@ def _padding(spec: GraphSpec, seed: int) -> Iterator[_Pair]:
 
 
 def _nan_stays_in_its_row(artifact: Artifact, spec: GraphSpec, seed: int) -> Check:
-    """Check that a NaN token makes every output NaN that depends on it, and changes no other row of the batch."""
+    """Check that a NaN token makes every output that depends on it NaN, and changes no other row of the batch."""
     name, case = "NaN", _base(spec, seed, min(7, spec.axes["sequence_length"].max))
     inputs = case.inputs(spec)
     token = case.sequence_length // 2
@@ -199,7 +200,7 @@ def _nan_stays_in_its_row(artifact: Artifact, spec: GraphSpec, seed: int) -> Che
     kept[0] = False
     for output, where in _everywhere(spec, kept, case.past_length).items():
         if difference := _difference(one[output], other[output], where):
-            detail = f"{case.id}, in row 0: {output} of another row changed, {difference}"
+            detail = f"{case.id}, NaN in row 0: {output} of another row changed, {difference}"
             return Check(name=name, passed=False, detail=detail)
     if not np.isnan(other["output"][0, token:].astype(np.float32)).all():
         detail = f"{case.id}: NaN in row 0, position {token}, yields numbers where it is visible"

@@ -1,4 +1,4 @@
-"""How far the sweeps of blocks and of models reach into the declared ranges, and how they are distributed there."""
+"""How far the sweeps of blocks and of models reach into the declared ranges, and how their cases are distributed."""
 
 from dataclasses import replace
 
@@ -23,14 +23,14 @@ __all__ = [
 
 # Masks of the last row, while the other rows have none.
 PADDINGS: tuple[Mask, ...] = ("left", "right", "ragged", "hidden")
-# Every size of a batch up to this one is tried, and a few larger ones.
+# Every batch size up to this one is tried, and a few larger ones.
 EVERY_BATCH = 8
 # Steps of chunked cases: token by token; a token between longer steps; a step shorter than the previous one.
 _CHUNKS = ((1, 1, 1, 1, 1), (4, 1, 4), (7, 2))
 
 # Maximum number of scores of all heads in one case: 128 MiB in fp32; the eager block needs a few such tensors.
 MAX_SCORES = 2**25
-# Maximum count of numbers in the hidden states of one case: 128 MiB in fp32, too.
+# Maximum number of elements in the hidden states of one case: also 128 MiB in fp32.
 MAX_ELEMENTS = 2**25
 # Maximum number of scores in memory in one call of an artifact, 2 GiB in fp32; longer inputs are reported as untried.
 _MAX_SCORES_OF_A_RUN = 2**29
@@ -59,7 +59,7 @@ def compared(config: AnyConfig, case: Case) -> Case:
 
 
 def octaves(least: int, most: int, drawn: np.random.Generator) -> list[int]:
-    """Draw one number per octave from ``least`` to ``most``, so that no number is far from all of them."""
+    """Draw one number per octave from ``least`` to ``most``, which leaves no number in between far from a drawn one."""
     starts = []
     while least <= most:
         starts.append(least)

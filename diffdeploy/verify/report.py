@@ -47,8 +47,8 @@ class OutputReport(Record):
         exact_rms: root mean square of the exact result, where it is finite.
         exact_max: largest magnitude of the exact result, where it is finite.
         worst_index: index of ``max_error``.
-        num_unjudged: number of elements that are not judged, since eager overflows on the way to them; only on extreme
-            inputs without NaN or infinity.
+        num_unjudged: number of elements that are not judged, since eager overflows on the way to them; this occurs only
+            for extreme inputs without NaN or infinity.
         reason: reason for a failure.
     """
 
@@ -94,7 +94,7 @@ class CaseReport(OutputReport):
 
     Attributes:
         id: name of the case.
-        group: purpose of the case, in a few words that cases share.
+        group: purpose of the case, in a few words shared with similar cases.
         outputs: reports on all outputs.
     """
 
@@ -136,7 +136,7 @@ class Report(Record):
         contract: checks of its structure and properties.
         cases: numerical comparisons.
         coverage: parts of each declared range that the cases tried.
-        greedy_tokens_checked: number of generated tokens that the exact margin was large enough to judge; ``None`` if
+        greedy_tokens_checked: number of generated tokens whose exact margin was large enough to judge them; ``None`` if
             nothing was generated.
         guilty: stage at which a failed artifact first deviates.
         loss: loss that quantisation caused, measured when the bundle was made and not part of the verdict; ``None`` if
@@ -201,7 +201,7 @@ class Report(Record):
             InputError: the report belongs to another bundle.
         """
         files = files_judged(bundle.manifest)
-        # Symmetric, so that a file that only one of them has is found, too.
+        # The difference is symmetric, so that a file that only one of them has is found, too.
         if differing := sorted(name for name, _ in self.files.items() ^ files.items()):
             raise InputError(
                 f"{source} is not the report of {bundle.path}: {', '.join(dict.fromkeys(differing))} differ; give the "

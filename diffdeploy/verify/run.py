@@ -1,6 +1,6 @@
 """Verification of a bundle: its contract, its properties, and its outputs in every case.
 
-In a case, the exact formula, the eager block and the artifact compute the outputs.
+In each case, the exact formula, the eager block and the artifact all compute the outputs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,7 +85,7 @@ def verify_bundle(
     chosen, selection = _choose(bundle, seed, cases, load_inputs)
     if save_inputs is not None:
         write_inputs(save_inputs, chosen, spec)
-    # The artifact of a model needs only a small part of the time that the formula takes, so the formula keeps all
+    # The artifact of a model takes only a small fraction of the time that the formula takes, so the formula keeps all
     # threads.
     sharing = nullcontext() if isinstance(manifest.config, DecoderConfig) else half_the_threads()
     # Opened first: its process loads the artifact while this process reads the contract.
@@ -168,7 +168,7 @@ def _examine(
 
 
 def _require_paired_cache(bundle: Bundle) -> None:
-    """Reject a graph that separates the key streams, as bundles of earlier versions do.
+    """Reject a graph that separates the key streams, as graphs from earlier versions do.
 
     The graph runs, but the formula for the comparison takes and returns the streams side by side.
     """
@@ -229,7 +229,7 @@ def _choose(
     """Choose the cases, and the name of their selection."""
     manifest = bundle.manifest
     users = [] if load_inputs is None else read_inputs(load_inputs, manifest.graph)
-    # Users who provide inputs ask about those; a sweep must be requested in addition.
+    # Users who provide inputs want a verdict on those only; a sweep must be requested explicitly.
     if users and selection is None:
         return [*users], "user"
     selection = "full" if selection is None else selection
@@ -257,7 +257,7 @@ def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, yardsticks: Yard
     except DiffDeployError as error:
         return CaseReport.did_not_run(case.id, case.group, str(error))
     queries = case.queries()
-    # An output of another shape is not split, and fails because of its shape.
+    # No positions are selected from an output of another shape, which fails because of its shape.
     if queries is not None and actual["output"].shape == inputs[spec.main_input].shape:
         actual = {**actual, "output": actual["output"][:, queries]}
     reports = [_judged(name, case, actual[name], held) for name in spec.outputs]

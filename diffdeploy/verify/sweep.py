@@ -32,10 +32,10 @@ __all__ = ["golden_cases", "longest_case", "random_cases", "select_cases", "tell
 _LENGTHS = (1, 2, 3, 7, 13, 31, 63, 64, 65, 127, 128, 129)
 _SPECIAL_LENGTHS = (1, 7, 65)
 _MASKED_LENGTHS = (2, 7, 65)
-# Past and present: empty, one step, steps across powers of two, chunks.
+# Numbers of past and new tokens: an empty past, one step, steps across powers of two, chunks.
 _PASTS = ((0, 1), (0, 7), (1, 1), (5, 1), (64, 1), (63, 2), (31, 33), (128, 1))
-# Kinds like the activations of models, and worse. Each has two lengths: with the longer one, the scales of `scales` are
-# close enough together to reveal faults in a narrow range of magnitudes.
+# Kinds that resemble the activations of models, or are more difficult. Each is tried at two lengths: at the longer one,
+# the scales of `scales` are close enough together to reveal faults in a narrow range of magnitudes.
 _KINDS: tuple[Kind, ...] = ("zeros", "repeated", "offset", "outliers", "heavy", "scales", "nan", "infinity")
 _KIND_LENGTHS = (7, 65)
 # Lengths of cases with eight rows each. The scales of a case go from 1e-6 to 1e4; those of all four cases together are
@@ -50,8 +50,8 @@ def select_cases(selection: Selection, config: AnyModel, spec: GraphSpec, seed: 
     """Choose the cases of a graph.
 
     Args:
-        selection: ``full`` for every batch up to 8 and the largest, lengths and pasts at fixed points and one random
-            one per octave of their ranges, masks that differ from row to row, numbers of every kind, and a dozen random
+        selection: ``full`` for every batch size up to 8 and the largest one, fixed lengths and pasts and one random one
+            per octave of their ranges, masks that differ from row to row, numbers of every kind, and a dozen random
             cases; ``quick`` for about a dozen that try one thing each; a number for that many, ``quick`` first, then
             ``full``, then more random ones.
         config: config of the block.
@@ -63,7 +63,7 @@ def select_cases(selection: Selection, config: AnyModel, spec: GraphSpec, seed: 
     """
     quick, full, drawn = _parts(config, spec, seed)
     quick = [*golden_cases(spec, seed), *quick]
-    # With short ranges, several cases are identical, and run only once.
+    # With short ranges, several cases are identical and are run only once.
     if selection == "quick":
         return list(dict.fromkeys(quick))
     ordered = list(dict.fromkeys([*quick, *full, *islice(drawn, _NUM_RANDOM)]))
@@ -89,7 +89,7 @@ def longest_case(config: AnyConfig, *, decoding: bool = False) -> int:
         config: config of the block.
         decoding: true for one token after a cache, false for a whole sequence.
     """
-    # Both streams of every head have a square of scores.
+    # Both streams of every head have a square matrix of scores.
     square = int((MAX_SCORES / (2 * config.num_heads)) ** 0.5)
     fits = MAX_ELEMENTS // config.embed_dim
     return max(1, fits if decoding else min(fits, square))
@@ -168,7 +168,7 @@ def _lengths(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
 
 
 def _batches(config: AnyConfig, spec: GraphSpec, seed: int) -> list[Case]:
-    """Every batch up to 8 and larger ones, each after a different past, with a mask for each row if possible."""
+    """Every batch size up to 8 and a few larger ones, each after a different past, with a mask per row if possible."""
     max_batch, max_length = spec.axes["batch_size"].max, spec.axes["sequence_length"].max
     drawn = np.random.default_rng([seed, 1])
     sizes = [*range(3, min(EVERY_BATCH, max_batch) + 1), *octaves(EVERY_BATCH + 1, max_batch, drawn), max_batch]

@@ -14,7 +14,7 @@ __all__ = ["read_inputs", "write_inputs"]
 
 
 def read_inputs(path: Path, spec: GraphSpec) -> list[UserCase]:
-    """Read the cases in a file: one with arrays named as the graph's inputs, or several as ``CASE.NAME``.
+    """Read the cases in a file: one with arrays named like the graph's inputs, or several as ``CASE.NAME``.
 
     Args:
         path: a ``.safetensors`` or ``.npz`` file.

@@ -1,4 +1,4 @@
-"""The numbers in cases: hidden states like those of models, masks that differ between rows, positions.
+"""The numbers in cases: hidden states like those of models, masks that differ between rows, and positions.
 
 Shape suffixes: B batch, S query length, T key length, D width.
 """

@@ -1,4 +1,4 @@
-"""The process that runs an artifact. It has not exported the artifact, and uses only the bundle and the public runtime.
+"""The process that runs an artifact. It did not export the artifact, and uses only the bundle and the public runtime.
 
 Frames on its standard input and output are one line of JSON, with names, dtypes and shapes of arrays, followed by the
 bytes of those arrays. Nothing else is written to standard output; the output of backends is redirected to standard
@@ -50,7 +50,7 @@ def _receive(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]] | Non
     arrays: dict[str, Array] = {}
     for name, (dtype, shape) in header["arrays"].items():
         size = np.dtype(dtype).itemsize * math.prod(shape)
-        # Writable arrays, like inputs and outputs elsewhere; bytes are read-only.
+        # A bytearray makes arrays writable, like inputs and outputs elsewhere; bytes are read-only.
         arrays[name] = np.frombuffer(bytearray(stream.read(size)), dtype).reshape(shape)
     return header, arrays
 
@@ -74,11 +74,11 @@ class Artifact(Protocol):
         ...
 
     def result(self) -> dict[str, Array]:
-        """Outputs by name for the input that was started."""
+        """Outputs by name for the input that `start` passed."""
         ...
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Start an input and return its outputs by name."""
+        """Pass an input and return its outputs by name."""
         ...
 
     def decode(self, inputs: Mapping[str, Array], num_tokens: int) -> dict[str, Array]:
@@ -91,7 +91,7 @@ class Artifact(Protocol):
 
 
 def answered(runtime: "Runtime", header: Mapping[str, Any], arrays: dict[str, Array]) -> dict[str, Array]:
-    """Compute a runtime's answer, to a plain call or to a request in the header.
+    """Compute a runtime's answer to a plain call or to a request in the header.
 
     Args:
         runtime: runtime of the bundle.
@@ -116,7 +116,7 @@ def _decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) -
     Args:
         runtime: runtime of a model.
         inputs: inputs by the names of the graph, without a past.
-        num_tokens: number of the last tokens of every row, which are decoded one by one after the rest.
+        num_tokens: number of tokens at the end of every row that are decoded one by one after the rest.
 
     Returns:
         Logits ``[B, 1 + num_tokens, V]`` of the prompts' last position and of the tokens, and the caches.
@@ -144,7 +144,7 @@ def _decoded(runtime: "Runtime", inputs: Mapping[str, Array], num_tokens: int) -
 
 
 class ArtifactProcess:
-    """A fresh process that has loaded a bundle. `start` an input, do something else, then get its `result`.
+    """A fresh process that has loaded a bundle. Pass an input with `start`, do something else, then get its `result`.
 
     Use it as a context manager; the process ends with the block.
 
@@ -191,7 +191,7 @@ class ArtifactProcess:
             _send(self._process.stdin, header, inputs)
 
     def result(self) -> dict[str, Array]:
-        """Outputs by name for the input that was started.
+        """Outputs by name for the input that `start` passed.
 
         Raises:
             ExportError: the artifact did not run.
@@ -243,7 +243,7 @@ def _main(bundle: str, options: str) -> int:
     while (frame := _receive(stdin)) is not None:
         try:
             outputs = answered(runtime, *frame)
-        except Exception as error:  # noqa: BLE001 - any error of a backend is the finding
+        except Exception as error:  # noqa: BLE001 - any error that a backend raises is the finding
             _send(stdout, {"error": f"{type(error).__name__}: {error}"}, {})
             continue  # one input that fails says nothing about the next
         _send(stdout, {}, outputs)

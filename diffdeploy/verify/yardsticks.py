@@ -55,7 +55,7 @@ class Yardsticks:
 
     @property
     def model(self) -> "DiffTransformer | None":
-        """The eager model for the errors; ``None`` for a block."""
+        """The eager model whose errors are the yardstick; ``None`` for a block."""
         from diffdeploy.modules import DiffTransformer
 
         return self._block if isinstance(self._block, DiffTransformer) else None

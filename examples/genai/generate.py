@@ -1,6 +1,6 @@
-"""Text from an ONNX model bundle with onnxruntime-genai: python generate.py MODEL PROMPT NUM_TOKENS.
+"""Generate text from an ONNX model bundle with onnxruntime-genai: python generate.py MODEL PROMPT NUM_TOKENS.
 
-A bundle is a model directory of onnxruntime-genai as it is. Pad batches on the right.
+A bundle can be used as a model directory of onnxruntime-genai unchanged. Pad batches on the right.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Text from an ONNX model bundle with onnxruntime alone: python generate.py MODEL PROMPT NUM_TOKENS."""
+"""Generate text from an ONNX model bundle with onnxruntime alone: python generate.py MODEL PROMPT NUM_TOKENS."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""Text from an ONNX model bundle, standard flavor, with optimum: python generate.py MODEL NUM_TOKENS PROMPT ...
+"""Generate text from an ONNX model bundle with optimum: python generate.py MODEL NUM_TOKENS PROMPT ...
 
-Several prompts make a batch, padded on the left.
+The bundle must have the standard flavor. Several prompts make a batch, which is padded on the left.
 """
 
 import json
@@ -13,14 +13,15 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 
 def load(folder: Path) -> Any:
-    """The bundle as a model of optimum, which reads the sizes of caches from the config of a model type that it knows.
+    """Load the bundle into optimum, which reads the sizes of caches from the config of a model type that it knows.
 
-    A differential head is one head of Llama there, whose keys and values are twice as wide as a stream.
+    In that config, a differential head is one Llama head, whose keys and values are twice as wide as a stream.
     """
     if json.loads((folder / "manifest.json").read_text())["options"]["flavor"] == "ort":
-        # GroupQueryAttention counts the tokens of a row, and takes those before the padding: wrong without any message.
+        # GroupQueryAttention counts the tokens of a row and assumes that they precede the padding, so results would be
+        # wrong without any message.
         sys.exit(
-            "optimum pads on the left, where a bundle of flavor ort computes other rows; export the standard flavor"
+            "optimum pads on the left, but a bundle of flavor ort requires right padding; export the standard flavor"
         )
     engine = json.loads((folder / "genai_config.json").read_text())["model"]
     decoder = engine["decoder"]
@@ -38,10 +39,10 @@ def load(folder: Path) -> Any:
 
 
 def main(folder: Path, num_tokens: int, prompts: list[str]) -> None:
-    """Print the continued prompts, one JSON text a line."""
+    """Print the continued prompts, one JSON string per line."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), padding_side="left")
     model = load(folder)
-    # The mask tells padding from tokens, so any token can pad.
+    # The mask distinguishes padding from tokens, so any token can serve as padding.
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     mask = inputs.attention_mask

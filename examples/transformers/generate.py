@@ -1,4 +1,7 @@
-"""Text from a model bundle of any format with transformers' generate(): python generate.py MODEL PROMPT NUM_TOKENS."""
+"""Generate text from a model bundle with transformers' generate(): python generate.py MODEL PROMPT NUM_TOKENS.
+
+The bundle may have any format.
+"""
 
 import sys
 

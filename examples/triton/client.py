@@ -1,4 +1,4 @@
-"""One request to a server of the Open Inference Protocol, of a block: python client.py URL MODEL_NAME.
+"""Send a request for a block to a server with the Open Inference Protocol: python client.py URL MODEL_NAME.
 
 Triton, KServe and MLServer speak it. For Triton, write a model repository and start the server on it:
 

@@ -114,7 +114,7 @@ def test_a_block_has_no_such_cache(tmp_path: Path) -> None:
     from diffdeploy.checkpoints import CheckpointOptions
 
     block = read_checkpoint(SAMPLE, CheckpointOptions(layer=1))
-    with pytest.raises(InputError, match="only graphs of models have"):
+    with pytest.raises(InputError, match="only graphs of models support"):
         export_bundle(block, tmp_path / "bundle", replace(SMALL, graph="cached"))
 
 

@@ -1,4 +1,4 @@
-"""Plans of benchmarks, and reports of them, made up."""
+"""Plans of benchmarks, and made-up benchmark reports."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -25,8 +25,8 @@ def make_config(**changes: Any) -> DiffAttentionConfig:
 
 
 ROPE = RopeConfig(style="half", theta=100.0)
-# What further code bases have: lambda by head, a scale and a width of values of their own; heads as they are, a fixed
-# lambda, and a part of the channels turned.
+# Properties of blocks in other code bases. The first has a lambda per head, and its own scale and value width; the
+# second has heads without a norm, a fixed lambda, and rotates only part of the channels.
 PER_HEAD = make_config(lambda_kind="head", value_head_dim=10, softmax_scale=0.3, causal=False, rope=None)
 PLAIN_HEADS = make_config(
     lambda_kind="fixed",

@@ -1,4 +1,4 @@
-"""A headless Chromium, asked through its driver by the WebDriver protocol (W3C), and a server of files for it."""
+"""A headless Chromium, controlled through its driver with the WebDriver protocol (W3C), and a file server for it."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 
 from tests.cli.test_serve_command import free_port
 
-# No request leaves the machine by itself.
+# With these switches, the browser sends no requests of its own accord.
 _SWITCHES = [
     "--headless",
     "--no-sandbox",
@@ -33,7 +33,7 @@ class Browser:
     """One window.
 
     Args:
-        url: of its session at the driver.
+        url: URL of its session at the driver.
     """
 
     def __init__(self, url: str) -> None:
@@ -44,19 +44,19 @@ class Browser:
         ask(f"{self._url}/url", {"url": url})
 
     def run(self, script: str) -> Any:
-        """What a promise comes to that an asynchronous function with this body gives; see `timeouts.script`."""
+        """Run a script as the body of an asynchronous function, and return its result; see `timeouts.script`."""
         body = (
             "const done = arguments[0]; (async () => {" + script + "})().then(done, (e) => done({failed: String(e)}))"
         )
         return ask(f"{self._url}/execute/async", {"script": body, "args": []})
 
     def picture(self, path: Path) -> None:
-        """Save what the window shows, as PNG."""
+        """Save a screenshot of the window as PNG."""
         path.write_bytes(base64.b64decode(ask(f"{self._url}/screenshot")))
 
 
 def ask(url: str, body: dict[str, Any] | None = None, method: str | None = None) -> Any:
-    """One request to the driver."""
+    """Send a request to the driver, and return the value in its answer."""
     request = Request(url, None if body is None else json.dumps(body).encode(), method=method)
     with closing(urlopen(request, timeout=180)) as answer:
         return json.load(answer)["value"]
@@ -64,7 +64,7 @@ def ask(url: str, body: dict[str, Any] | None = None, method: str | None = None)
 
 @contextmanager
 def browser(width: int = 1280, height: int = 900) -> Iterator[Browser]:
-    """A window of a size in pixels, with a profile of its own."""
+    """Open a window of the given size in pixels, with its own profile."""
     driver = shutil.which("chromedriver")
     assert driver, "chromedriver is not installed; in Debian, apt-get install chromium chromium-driver"
     port, profile = free_port(), tempfile.mkdtemp()
@@ -89,7 +89,7 @@ def browser(width: int = 1280, height: int = 900) -> Iterator[Browser]:
 
 @contextmanager
 def served(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """A folder on loopback: its address, and the paths that were asked for."""
+    """Serve a folder on the loopback interface; yields its address and the paths that were requested."""
     asked: list[str] = []
 
     class Handler(SimpleHTTPRequestHandler):

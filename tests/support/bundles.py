@@ -1,4 +1,4 @@
-"""Bundles that many tests look at, exported once for all processes of a run, and once for all runs of the same code."""
+"""Bundles that many tests share, exported only once for all processes of a run and for all runs of the same code."""
 
 import fcntl
 import hashlib
@@ -32,7 +32,7 @@ _DAY_S = 24 * 60 * 60
 
 
 def options_of(name: str, **changes: object) -> ExportOptions:
-    """Options of a format by the name that it has among `CPU_FORMATS`, for small bundles."""
+    """Options for small bundles of a format, which is given by its name in `CPU_FORMATS`."""
     format_name, _, flavor = name.partition("-")
     options = ExportOptions(
         format=format_name, onnx_flavor=flavor or None, max_batch_size=4, max_sequence_length=70, cases="quick"
@@ -41,10 +41,10 @@ def options_of(name: str, **changes: object) -> ExportOptions:
 
 
 class BundleCache:
-    """Bundles by all that makes them: block, options, source of the package, versions, compiler and machine.
+    """Cache of bundles by everything that they depend on: block, options, source, versions, compiler and machine.
 
     Args:
-        folder: of all processes; what other code left there is removed after a day.
+        folder: folder that all processes share; bundles that other code left there are removed after a day.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,7 +57,7 @@ class BundleCache:
         self._lent: set[Path] = set()
 
     def bundle(self, checkpoint: Checkpoint | ModelCheckpoint, options: ExportOptions, *, verify: bool = True) -> Path:
-        """A bundle as `export_bundle` makes it. It is shared: copy before changing."""
+        """A bundle as `export_bundle` makes it. It is shared, so copy it before you change it."""
         whole = hashlib.sha256(safetensors.torch.save({n: t.contiguous() for n, t in checkpoint.weights.items()}))
         for part in (replace(checkpoint, weights={}), options, verify, torch.get_num_threads()):
             whole.update(repr(part).encode())
@@ -101,7 +101,7 @@ def _is_intact(path: Path) -> bool:
 
 @cache
 def _surroundings() -> str:
-    """Digest of all that a bundle depends on beside its block and options."""
+    """Digest of everything that a bundle depends on besides its block and options."""
     whole = hashlib.sha256()
     for folder in ("diffdeploy", "exporters"):
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -114,6 +114,6 @@ def _surroundings() -> str:
 
 
 def cache_folder(config: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In pytest's cache; where that is switched off, among the temporary files of this process."""
+    """Folder in pytest's cache or, if that is switched off, among the temporary files of this process."""
     kept: pytest.Cache | None = getattr(config, "cache", None)
     return kept.mkdir("bundles") if kept else tmp_path_factory.mktemp("bundles")

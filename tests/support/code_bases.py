@@ -1,4 +1,4 @@
-"""Checkpoints of the code bases that layouts are of, and what their blocks compute."""
+"""Checkpoints of the code bases that have layouts, and the results of their blocks."""
 
 import json
 from collections.abc import Callable

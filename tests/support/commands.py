@@ -1,4 +1,4 @@
-"""Running commands and reading manifests as they are."""
+"""Helpers that run commands, and that read manifests without checking digests."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from diffdeploy.cli.main import main
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    """Run, see the exit code, that one sentence was said and that nothing was left; give the sentence."""
+    """Check that a command exits with ``code``, prints one sentence and leaves no files; return the sentence."""
     before = sorted(Path.cwd().rglob("*"))
     assert main(arguments) == code
     said = capsys.readouterr()
     assert said.out == ""
-    # A machine that is busy may take long to find out.
+    # On a busy machine, lines of progress may precede the error.
     lines = [line for line in said.err.strip().splitlines() if not line.startswith("still ")]
     assert len(lines) == 1, said.err
     assert lines[0].startswith("error: ")

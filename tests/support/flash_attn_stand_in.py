@@ -1,8 +1,8 @@
 """A stand-in for the package flash-attn, for machines without a GPU: its semantics, in loops over rows.
 
-It has the call layout of flash-attn 2.8 (``[B, S, H, d]``, with the keys of a row between two of its positions), equal
-head widths only, causal masks aligned bottom-right, windows as ``(left, right)``, and 0 for rows that see nothing. It
-proves which calls are made and how; the tests marked ``gpu`` run the real package.
+It has the call layout of flash-attn 2.8 (``[B, S, H, d]``; in a cache, the keys of a row lie between two positions). It
+supports only equal head widths, aligns causal masks bottom-right, takes windows as ``(left, right)``, and returns 0 for
+rows that see nothing. It shows which calls are made and how; the tests marked ``gpu`` run the real package.
 """
 
 import torch

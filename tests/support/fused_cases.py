@@ -1,4 +1,4 @@
-"""Random calls of `fused`, what they must give, and the budget that they must keep."""
+"""Random calls of `fused`, their expected results, and the error budget that they must meet."""
 
 from dataclasses import dataclass
 from random import Random
@@ -17,7 +17,7 @@ from tests.support.operator_inputs import bias_of
 
 __all__ = ["Case", "case_of", "check", "random_case"]
 
-# Stream and value widths: of models, and such that fill no tile.
+# Stream and value widths: those of models, and some that do not fill a tile.
 WIDTHS = [(16, 32), (32, 64), (64, 128), (128, 256), (96, 192), (128, 128), (64, 64), (24, 40), (20, 20), (128, 48)]
 LENGTHS = [1, 1, 2, 5, 16, 17, 64, 100, 129, 200]
 BEHIND = [0, 0, 0, 1, 7, 64, 150, -3]
@@ -25,7 +25,7 @@ BEHIND = [0, 0, 0, 1, 7, 64, 150, -3]
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs in fp64 whose numbers the dtype has, and the settings of a call."""
+    """Inputs in fp64 that the dtype can represent exactly, and the settings of a call."""
 
     q: Tensor
     k: Tensor
@@ -35,14 +35,14 @@ class Case:
     dtype: DType
 
     def run(self, device: str, impl: str) -> Tensor:
-        """The operator, in the dtype."""
+        """Compute the operator in the dtype."""
         sides = (side.to(device, getattr(torch, self.dtype)) for side in (self.q, self.k, self.v, self.lam))
         mask = self.settings["attn_mask"]
         settings = {**self.settings, "attn_mask": None if mask is None else mask.to(device)}
         return diff_attention(*sides, **settings, impl=impl).cpu()
 
     def formula(self, lam: float | None = None) -> Any:
-        """The operator row by row, with a lambda in place of its own."""
+        """Compute the operator row by row, with ``lam`` in place of the case's own lambda, if given."""
         heads, mask = self.q.shape[1] // 2, self.settings["attn_mask"]
         bias = bias_of(
             None if mask is None else mask.cpu(),
@@ -77,7 +77,7 @@ def case_of(
     lam: str = "scalar",
     **settings: Any,
 ) -> Case:
-    """Random numbers that the dtype has; ``lam`` is ``scalar``, ``by_head`` or ``by_token``."""
+    """Case of random numbers that the dtype can represent; ``lam`` is ``scalar``, ``by_head`` or ``by_token``."""
     generator, (width, value_width) = torch.Generator().manual_seed(seed), widths
 
     def numbers(*shape: int) -> Tensor:
@@ -88,7 +88,7 @@ def case_of(
         "paired": (kv_heads, 2 * width),
         "shared": (kv_heads, width),
     }[form]
-    # Heads lie inside of positions, as projections leave them, or outside, as in a cache.
+    # In memory, the axis of heads is inside that of positions, as projections leave it, or outside, as in a cache.
     q, k = numbers(batch, queries, 2 * heads, width).transpose(1, 2), numbers(batch, key_heads, keys, key_width)
     v, by_token = numbers(batch, kv_heads, keys, value_width), numbers(batch, heads, queries, 1)
     lambdas = {
@@ -101,7 +101,7 @@ def case_of(
 
 
 def random_case(seed: int, dtype: DType) -> Case:
-    """Sizes, forms of keys, masks and lambdas at random, always the same for a seed."""
+    """Draw a case with random sizes, forms of keys, masks and lambdas, always the same for a seed."""
     draw, generator = Random(seed), torch.Generator().manual_seed(seed)
     width, value_width = draw.choice(WIDTHS)
     kv_heads, group_size, batch = draw.choice([1, 1, 2, 3]), draw.choice([1, 1, 2, 3, 4]), draw.choice([1, 2])
@@ -128,7 +128,7 @@ def random_case(seed: int, dtype: DType) -> Case:
 
 
 def check(case: Case, actual: Tensor, device: str) -> None:
-    """Within the budget of the dtype, as artifacts are, and exactly 0 where a query sees nothing."""
+    """Check that a result is within the budget of the dtype, as for artifacts, and 0 where a query sees nothing."""
     scaled = case if case.settings["scale"] is None else _with_own_scale(case)
     signal = scaled.formula(0.0)
     noise = signal - scaled.formula(1.0)
@@ -144,6 +144,6 @@ def check(case: Case, actual: Tensor, device: str) -> None:
 
 
 def _with_own_scale(case: Case) -> Case:
-    """The formula divides scores by the root of the width, so queries take what is left of another scale."""
+    """Multiply another scale into the queries, since the formula itself divides scores by the root of the width."""
     factor = case.settings["scale"] * case.q.shape[-1] ** 0.5
     return Case(case.q * factor, case.k, case.v, case.lam, case.settings, case.dtype)

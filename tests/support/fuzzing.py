@@ -1,4 +1,4 @@
-"""Inputs that are drawn: a fixed sample with the other tests, new ones each time behind ``make fuzz``."""
+"""Random inputs: a fixed sample along with the other tests, and new inputs in each run of ``make fuzz``."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from types import FrameType
 
 from hypothesis import HealthCheck, settings
 
-# Draws for each test; `make fuzz` sets it.
+# Number of inputs for each test; `make fuzz` sets it.
 _DRAWS = int(os.environ.get("DIFFDEPLOY_FUZZ", "0"))
 fuzzed = settings(
     max_examples=_DRAWS or 60,
@@ -22,7 +22,7 @@ _SECONDS = 10
 
 @contextmanager
 def limited_time() -> Iterator[None]:
-    """Fails where what is inside takes longer than anybody would wait."""
+    """Fail if the ``with`` block takes longer than anybody would wait."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"it took more than {_SECONDS} s")

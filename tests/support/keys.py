@@ -22,7 +22,7 @@ class KeyPair(NamedTuple):
 
 
 def key_pair(folder: Path, name: str = "key", password: bytes | None = None) -> KeyPair:
-    """A new key of P-256, which model-signing's own documentation uses."""
+    """Create a P-256 key pair; model-signing's own documentation uses this curve."""
     return write_keys(ec.generate_private_key(ec.SECP256R1()), folder, name, password)
 
 

@@ -1,4 +1,4 @@
-"""Manifests and reports that say something else, signed anew, as anybody can who changes a bundle."""
+"""Manifests and reports with changed contents and new digests, as anybody who changes a bundle can write them."""
 
 import json
 from collections.abc import Callable
@@ -13,19 +13,19 @@ __all__ = ["accept", "fields_of", "reached", "set_to", "signed", "signed_again",
 
 
 def fields_of(bundle: Path) -> dict[str, Any]:
-    """What the manifest of a bundle says."""
+    """Fields of the manifest of a bundle."""
     found: dict[str, Any] = json.loads((bundle / MANIFEST).read_bytes())
     return found
 
 
 def signed_again(bundle: Path, fields: dict[str, Any]) -> None:
-    """Write a manifest of these fields, whatever they are."""
+    """Write a manifest with these fields, whatever they are, and with their digest."""
     fields = {name: value for name, value in fields.items() if name != "manifest_sha256"}
     (bundle / MANIFEST).write_bytes(_render({**fields, "manifest_sha256": _digest(fields)}))
 
 
 def reached(node: Any, path: tuple[Any, ...]) -> Any:
-    """What stands at a path of keys and places."""
+    """Value at a path of keys and indices."""
     for key in path:
         node = node[key]
     return node
@@ -39,13 +39,13 @@ def set_to(bundle: Path, path: tuple[Any, ...], value: Any) -> None:
 
 
 def signed(bundle: Path) -> Path:
-    """A bundle with the digests of the files that it holds now."""
+    """Write the digests of a bundle's current files into its manifest, and return the bundle."""
     write_manifest(bundle, Manifest.from_bytes((bundle / MANIFEST).read_bytes()))
     return bundle
 
 
 def with_report(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Let the report of a bundle say something else."""
+    """Change the report of a bundle, and update the digests in the manifest."""
     report = bundle / "verification.json"
     fields = json.loads(report.read_bytes())
     change(fields)
@@ -54,7 +54,7 @@ def with_report(bundle: Path, change: Callable[[dict[str, Any]], object]) -> Non
 
 
 def accept(bundle: Path) -> Path:
-    """A bundle whose report is of what it holds now."""
+    """Make the report of a bundle refer to the current files, and return the bundle."""
     files = files_judged(open_bundle(bundle).manifest)
     with_report(bundle, lambda report: report.update(files=files))
     return bundle

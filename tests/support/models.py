@@ -14,7 +14,7 @@ from tests.support.blocks import ROPE, make_config
 def make_decoder(
     *, num_layers: int = 3, attention: AnyConfig | None = None, mlp: MlpConfig | None = None, **changes: Any
 ) -> DecoderConfig:
-    """Layers that differ in lambda alone."""
+    """Config of a decoder whose layers differ only in lambda."""
     blocks = [
         attention or make_config(lambda_init=0.2 + 0.1 * n, output_scale=0.8 - 0.1 * n, rope=ROPE)
         for n in range(num_layers)
@@ -25,11 +25,11 @@ def make_decoder(
 
 
 def require_greedy_tokens_of_transformers(bundle: Path, model: Any) -> None:
-    """A batch padded on the left is continued as transformers continues it.
+    """Check that a batch padded on the left is continued as transformers continues it.
 
     Args:
         bundle: bundle of a model with at least 96 tokens and 29 positions.
-        model: the model of transformers that it was made from.
+        model: transformers model from which the bundle was made.
     """
     ids = torch.randint(8, 96, (3, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -42,7 +42,7 @@ def require_greedy_tokens_of_transformers(bundle: Path, model: Any) -> None:
 
 
 def decoder_weights(config: DecoderConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Float64, such that every layer matters as much as the one before."""
+    """Random weights in float64, scaled so that every layer matters as much as the one before."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in config.weight_shapes().items():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests import oracles
 
-# All that run on a CPU.
+# All implementations that run on a CPU.
 IMPLEMENTATIONS = [
     "naive",
     "chunked",
@@ -37,7 +37,7 @@ def random_inputs(
 
 
 def side_by_side(k: Tensor) -> Tensor:
-    """Key heads ``2j`` and ``2j + 1`` as one of twice the width, as a cache holds them."""
+    """Join key heads ``2j`` and ``2j + 1`` into one head of twice the width, as in a cache."""
     return torch.cat((k[:, ::2], k[:, 1::2]), dim=-1)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
-# Pages that scripts write, of figures; their commands are measurements.
+# Pages of figures that scripts write; the commands in them are measurements.
 GENERATED = {"benchmarks.md", "faults.md", "runtime-versions.md", "operator-speed.md"}
 
 _FENCE = re.compile(r"^ *```(\w*)$")
@@ -20,10 +20,10 @@ class Block:
     """A fenced block.
 
     Attributes:
-        language: the word behind the fence.
+        language: word after the opening fence.
         code: its lines.
-        line: number of the first of them in the page.
-        not_run: why it is not run; ``None`` if it is.
+        line: number of the first of these lines in the page.
+        not_run: reason why the block is not run; ``None`` if it is run.
     """
 
     language: str
@@ -33,7 +33,7 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """Everything that users and contributors read as a page, but for the history, which names what is gone."""
+    """All pages that users and contributors read, except for the changelog, which names what no longer exists."""
     found = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
     return [page for page in found if page.name != "CHANGELOG.md"]
 
@@ -62,7 +62,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(block: Block) -> list[str]:
-    """The commands of a shell block: of a console block the lines behind ``$``, of others all; long ones joined."""
+    """The commands of a shell block: in console blocks, the lines after ``$``; in others, all. Long ones are joined."""
     joined = block.code.replace("\\\n", " ")
     lines = joined.splitlines()
     if block.language == "console":
@@ -82,7 +82,7 @@ def named_calls(page: Path) -> Iterator[list[str]]:
 
 
 def indented_commands(page: Path) -> list[list[str]]:
-    """The words of each line that is indented to be code and begins with a command."""
+    """The words of each line that is indented as code and begins with a command."""
     lines = re.findall(r"^    ((?:diffdeploy|python3?|pip|make|npm) .*)$", _without_fences(page), flags=re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 

@@ -1,4 +1,4 @@
-"""Fewer combinations of test parameters: every two values meet in `make test`, and all values in `make slow`."""
+"""Fewer combinations of test parameters: `make test` covers every pair of values, and `make slow` all combinations."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -10,13 +10,14 @@ __all__ = ["covering_rows", "each_value", "pairwise", "rest_is_slow"]
 
 
 def covering_rows(sizes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Rows of value numbers in which every two values of any two parameters meet, always the same few.
+    """Choose a few rows of value numbers, always the same, in which any two values of two parameters occur together.
 
-    Each row starts from a pair that has not met, and takes for every other parameter the value that meets most of the
-    values in the row for the first time; of equals the one that was taken least, so that triples are spread too.
+    Each row starts from a pair that has not occurred yet. For every other parameter, it takes the value that forms the
+    most new pairs with values in the row; among equals, it takes the one used least often, so that triples are spread
+    as well.
 
     Args:
-        sizes: how many values each parameter has.
+        sizes: number of values of each parameter.
     """
     if len(sizes) == 1:
         return [(number,) for number in range(sizes[0])]
@@ -43,19 +44,21 @@ def covering_rows(sizes: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def pairwise(**values: Sequence[object] | Mapping[str, object]) -> pytest.MarkDecorator:
-    """Parametrise a test with all combinations of values, and leave those that show no new pair to `make slow`.
+    """Parametrise a test with all combinations of values, and leave those that add no new pair to `make slow`.
 
     Args:
-        values: of each argument of the test; a mapping has them by their names in the ids of the tests.
+        values: values of each argument of the test; the keys of a mapping are their names in the test ids.
     """
     return _combinations(values, covering_rows([len(each) for each in values.values()]))
 
 
 def each_value(*, most: int | None = None, **values: Sequence[object] | Mapping[str, object]) -> pytest.MarkDecorator:
-    """As `pairwise`, for tests that take seconds: values only have to occur, one row for each of the longest list.
+    """Parametrise like `pairwise`, but with one row in `make test` for each value of the longest list.
+
+    This is for tests that take seconds: each value has to occur, but not each pair of values.
 
     Args:
-        most: of those rows, for tests that take many seconds; by default all.
+        most: maximum number of those rows, for tests that take many seconds; all by default.
         **values: see `pairwise`.
     """
     sizes = [len(each) for each in values.values()]
@@ -66,8 +69,8 @@ def rest_is_slow(values: Iterable[object], quick: int = 1) -> list[object]:
     """Parameters of which the first few are tried in `make test`, and all in `make slow`.
 
     Args:
-        values: of one argument of the test, or tuples of several.
-        quick: how many are tried in `make test`.
+        values: values of one argument of the test, or tuples with values of several arguments.
+        quick: number of values that are tried in `make test`.
     """
     return [
         pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=[] if n < quick else [pytest.mark.slow])

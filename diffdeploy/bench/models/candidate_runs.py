@@ -1,4 +1,4 @@
-"""Loading of a candidate as calls that can be timed: the prompt, and the tokens after it, one by one.
+"""Loading a candidate as calls that can be timed: one for the prompt, and one for the tokens after it, one by one.
 
 Decoding with a bundle does the same as `Runtime.generate`, with a cache that is updated in place if possible. The eager
 model and transformers pass their caches from call to call, and choose tokens in the same way, without the overhead of
@@ -130,7 +130,7 @@ class _TorchRun(ModelRun):
         """Logits ``[B, V]`` of the last position, and the extended cache."""
 
     def _kept(self, cache: Any, length: int) -> Any:  # noqa: ARG002 - for caches that are updated in place
-        """The cache with its first ``length`` tokens, whatever was appended."""
+        """The cache with only its first ``length`` tokens, without any that were appended later."""
         return cache
 
 
@@ -192,7 +192,7 @@ class _TransformersRun(_TorchRun):
     def _kept(self, cache: Any, length: int) -> Any:
         # Its cache is updated in place.
         if (new := cache.get_seq_length() - length) > 0:
-            # Versions interpret a length differently, but agree on a number of tokens to remove.
+            # Versions of transformers interpret a length differently, but agree on a number of tokens to remove.
             cache.crop(-new)
         return cache
 

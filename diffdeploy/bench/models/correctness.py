@@ -1,4 +1,4 @@
-"""Check that a candidate computes the model, on the tokens with which it is timed, by the logits after the last one.
+"""Check, from the logits after the last token, that a candidate computes the model on the tokens used for timing.
 
 The criterion is that of the verification. If the formula takes at most ``2e11`` multiplications, the exact result is
 the formula in numpy fp64, and the yardstick is the eager model with the formula as the paper writes it. Above that,

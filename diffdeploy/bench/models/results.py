@@ -19,21 +19,21 @@ class ModelRow(Record):
 
     Attributes:
         name: name of the candidate.
-        kind: see `ModelCandidate`, also for ``choice``.
-        choice: format, implementation or attention.
+        kind: kind of the candidate; see `ModelCandidate`.
+        choice: format, implementation or attention; see `ModelCandidate`.
         what: ``prefill`` or ``decode``.
         batch_size: number of rows.
         length: number of tokens in a prompt, or in a past.
         new_tokens: number of tokens per row that a sample computed.
         status: ``wrong`` candidates are not timed; ``unmeasured`` ones were interrupted.
         reason: reason why a candidate is wrong.
-        budget_used: error of the logits over the allowed error.
+        budget_used: error of the logits divided by the allowed error.
         num_rounds: number of samples of the latency.
-        latency_ms: median over the rounds, of a prompt or of one token in each row.
+        latency_ms: median latency over the rounds, for a prompt or for one token in each row.
         latency_low_ms: lower end of its 95 % confidence interval; ``None`` for fewer than six rounds.
         latency_high_ms: upper end of that interval.
         latency_iqr_ms: distance between the quartiles over the rounds.
-        ratio: median over the rounds of the latency over that of the baseline in the same round.
+        ratio: median over the rounds of the latency divided by that of the baseline in the same round.
         ratio_low: lower end of its 95 % confidence interval.
         ratio_high: upper end of that interval.
         tokens_per_second: rate of all rows together.

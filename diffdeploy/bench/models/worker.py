@@ -1,4 +1,4 @@
-"""The process that measures models, all candidates in turns. Events go to standard output, one line of JSON each."""
+"""The process that measures models; all candidates take turns. Events go to standard output, one line of JSON each."""
 
 import json
 import os

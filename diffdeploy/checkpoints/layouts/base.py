@@ -63,7 +63,7 @@ def lambda_sources(prefix: str = "") -> dict[str, Source]:
     return {name: Source(prefix + name) for name in LAMBDA_VECTORS}
 
 
-# Compared by identity, so that a layout can be a dictionary key although it contains mappings.
+# Layouts are compared by identity, so that they can be dictionary keys although they contain mappings.
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
     """A code base whose checkpoints can be read and written.
@@ -89,7 +89,7 @@ class Layout:
         norm: norm of the heads: ``rms``, ``none``, or ``weighted`` if a norm exists only with its weight.
         output_scale: factor after the norm of the heads; ``None`` for ``1 - lambda_init``.
         noise_repeat: function from the fields to the number of heads that share one noise query; the query rows are
-            then ``[groups, repeat + 1, d]``, the noise last. ``None`` if each head has its own noise query.
+            then ``[groups, repeat + 1, d]``, with the noise last. ``None`` if each head has its own noise query.
         rope: function from the fields of config.json and the user's base to the rotary embedding; ``None`` if the
             fields do not determine it.
         turns_back: true if the rotary embedding rotates by the negative angle.
@@ -189,7 +189,7 @@ def huggingface_rope(fields: Fields, theta: float | None, default_theta: float |
 
     Raises:
         UnknownThetaError: there is no base.
-        InputError: a field has the wrong type, or its scaling is not supported.
+        InputError: a field has the wrong type, or the scaling is not supported.
     """
     # transformers 5 has `rope_parameters`, with theta inside; earlier versions have `rope_scaling`, with theta outside.
     parameters = _object(fields, "rope_parameters") or _object(fields, "rope_scaling") or {}

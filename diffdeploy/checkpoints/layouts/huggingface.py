@@ -39,7 +39,7 @@ DIFFLLAMA = Layout(
     config_class="DiffLlamaConfig of transformers 5.23",
     eos_token_id=2,
     norm_eps_field="rms_norm_eps",
-    # Both fields count streams, like the heads of the Llama model that it is derived from.
+    # Both fields count streams as heads, since DiffLlama is derived from Llama.
     head_fields={"num_attention_heads": ("num_heads", 2), "num_key_value_heads": ("num_kv_heads", 2)},
 )
 
@@ -85,7 +85,7 @@ MOTIF = Layout(
     # Its code subtracts 1 from an index that is already 0-based. The weights were trained that way.
     depth_offset=-1,
     rope=huggingface_rope,
-    # Not rms_norm_eps, which belongs to the norms between the blocks.
+    # This is not rms_norm_eps, which belongs to the norms between the blocks.
     norm_eps_field="attn_rms_norm_eps",
     of_others=("rms_norm_eps",),
     head_fields={"num_attention_heads": ("num_heads", 2), "num_key_value_heads": ("num_kv_heads", 2)},
@@ -97,9 +97,9 @@ AXOLOTL = Layout(
     name="axolotl",
     what="axolotl-ai-cloud/diff-transformer, with split heads or doubled projections",
     sources={
-        # With split heads, two heads of the file form one differential head, one of them for the noise, and their
-        # values are its halves; with doubled projections, all of the file's heads are differential heads, with values
-        # as wide as one stream.
+        # With split heads, two heads of the file form one differential head: one of the two is for the noise, and their
+        # values are the two halves of its values. With doubled projections, all of the file's heads are differential
+        # heads, with values as wide as one stream.
         **{f"{name}_proj.weight": Source(f"{name}_proj.weight", halves=True) for name in "qkv"},
         **_OUTPUT,
         **lambda_sources(),

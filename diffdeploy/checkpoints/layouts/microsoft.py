@@ -19,7 +19,7 @@ _V1: dict[str, Any] = {
     "optional": {"subln.weight": Source("subln.weight")},
 }
 
-# Its naive module and its flash modules have the same state-dict keys, but read different key streams.
+# Microsoft's naive and flash modules have the same state-dict keys, but read different key streams.
 MICROSOFT = Layout(name="microsoft", what="Microsoft unilm, Diff-Transformer", gqa_layout=None, **_V1)
 
 SDPADIFF = Layout(

@@ -48,7 +48,8 @@ TIMM_DUAL = Layout(
     what="timm DiffAttention with dual_lambda",
     sources={
         **_PROJECTIONS,
-        # Only the q vectors: `to_canonical` fills the others with unit vectors, so that the products are these numbers.
+        # There are only q vectors: `to_canonical` fills the others with unit vectors, so that the products are these
+        # numbers.
         "lambda_q1": Source("lambda_a", scalar=True),
         "lambda_q2": Source("lambda_b", scalar=True),
     },

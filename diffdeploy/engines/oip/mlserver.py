@@ -20,7 +20,8 @@ __all__ = ["BundleModel", "run_server"]
 class BundleModel(MLModel):
     """Adapter through which MLServer calls a bundle.
 
-    In a ``model-settings.json``, ``parameters.uri`` is the bundle, and ``parameters.extra`` contains `RunOptions`.
+    In a ``model-settings.json``, ``parameters.uri`` is the bundle, and ``parameters.extra`` contains the fields of
+    `RunOptions`.
     """
 
     async def load(self) -> bool:

@@ -1,4 +1,4 @@
-"""Translation of requests of the Open Inference Protocol to arrays and back, without importing a server.
+"""Translation of requests in the Open Inference Protocol to arrays and back, without importing a server.
 
 Specification: https://github.com/kserve/open-inference-protocol, "inference_rest", version 2.
 """

@@ -33,7 +33,7 @@ def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, 
     path = directory / MODEL
     name_of_library, library = read_library(path)
     places = []
-    # All places are found before one is changed, since a new number may be the old one of the next.
+    # All places are found before any is changed, since the new value of a constant may be the old value of the next.
     for name, array in changes.items():
         for found in _written(library, expected[name]):
             new = np.ascontiguousarray(array).astype(found.dtype).tobytes()

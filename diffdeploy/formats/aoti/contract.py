@@ -45,8 +45,8 @@ def _attentions(bundle: Bundle) -> int:
 
 def _exponentials(bundle: Bundle) -> int:
     """Number of exponentials in the C++ kernels for a CPU, which indicate softmaxes outside of the fused attentions."""
-    # Not counted for these: `rows` decomposes the attention for one token, and with `fused` comments contain the source
-    # of the kernel.
+    # Not counted for these two: `rows` decomposes the attention for one token, and with `fused`, comments contain the
+    # source of the kernel.
     if bundle.manifest.options.attention_impl in ("rows", "fused"):
         return 0
     with zipfile.ZipFile(bundle.path / MODEL) as package:

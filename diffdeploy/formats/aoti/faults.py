@@ -1,4 +1,4 @@
-"""Faults in the files of an AOTInductor package, besides its library."""
+"""Faults in the files of an AOTInductor package other than its library."""
 
 import json
 import re

@@ -27,7 +27,7 @@ class AotiFormat(Format):
     compiles = True
     caches = ("growing", "in-place")
     executes = "machine code"
-    # Not Python: a package is loaded by libtorch, from C++ as well.
+    # Python's version does not matter, since libtorch loads a package, from C++ as well.
     machine = ("torch", "platform", "isa", "gpu")
     # According to its backend's README (May 2026, Triton 26.05), Triton does not batch requests along the first axis,
     # and names tensors by position.

@@ -20,7 +20,7 @@ __all__ = ["Flash2Format"]
 
 
 class Flash2Format(Format):
-    """No graph is shipped: weights and config are in every bundle."""
+    """A bundle without a graph: only weights and config are needed, which every bundle has."""
 
     name = "flash2"
     impls = ("flash2",)

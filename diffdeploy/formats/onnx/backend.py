@@ -72,7 +72,7 @@ class _SharedBuffers(CacheBuffers):
         # Bound again in each call, since the shape changes.
         self._binding.bind_output(self._main_output)
         self._session.run_with_iobinding(self._binding)
-        # In the order in which the outputs were first bound.
+        # Outputs are in the order in which they were first bound, so the logits come last.
         logits: Array = self._binding.get_outputs()[-1].numpy()
         return logits
 

@@ -81,7 +81,7 @@ def _attributes(model: "onnx.ModelProto", name: str, value: float) -> "Iterator[
 
 
 def _holds(held: Array, wanted: Array) -> bool | None:
-    """True if ``held`` is transposed ``wanted``, false if it is ``wanted``, up to rounding; ``None`` for neither."""
+    """True if ``held`` is ``wanted`` transposed, false if it is ``wanted``, up to rounding; ``None`` for neither."""
     # V is the kind of bfloat16 in numpy without ml_dtypes.
     if held.dtype.kind not in "fV" or (wanted.ndim and held.size != wanted.size):
         return None

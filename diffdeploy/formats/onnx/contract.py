@@ -75,7 +75,7 @@ def checks(bundle: Bundle, weights: Mapping[str, Array]) -> list[Check]:
         _nothing_to_fold(model),
         _no_traces(model, manifest, notes),
     ]
-    # Last, since it loads weights from their separate file into the model.
+    # Read last, since this loads weights from their separate file into the model.
     constants = {t.name: onnx.numpy_helper.to_array(t, str(bundle.path)) for t in model.graph.initializer}
     # The flavor ort writes blocks stream by stream.
     by_stream = manifest.options.flavor == ORT and manifest.graph.variant != "model"

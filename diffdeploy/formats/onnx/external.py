@@ -91,7 +91,7 @@ def _locations(data: mmap.mmap) -> Iterator[str]:
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, start and end of each field of a message whose value is a sequence of bytes; other fields are skipped."""
+    """Number, start and end of each field in a message, if the field holds a sequence of bytes; others are skipped."""
     while start < end:
         tag, start = _varint(data, start, end, _SHORT)
         size, kind = 0, tag % 8
@@ -111,7 +111,7 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
 
 
 def _varint(data: mmap.mmap, start: int, end: int, longest: int) -> tuple[int, int]:
-    """Decode a number with seven bits per byte, lowest first; returns the number and its end."""
+    """Decode a number with seven bits per byte, lowest first; return the number and its end."""
     number = 0
     for count, place in enumerate(range(start, min(end, start + longest))):
         more, bits = divmod(data[place], 0x80)

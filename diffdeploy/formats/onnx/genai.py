@@ -1,6 +1,6 @@
 """``genai_config.json``, which makes a bundle a model directory of onnxruntime-genai.
 
-That engine describes a cache by one head size for keys and values, and attention by its numbers of heads: on a paired
+That engine describes a cache by one head size for keys and values, and attention by numbers of heads: on a paired
 cache, differential attention is grouped-query attention with ``2h`` heads of width ``2d``.
 """
 

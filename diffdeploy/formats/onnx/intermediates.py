@@ -90,6 +90,6 @@ def _settings(directory: Path) -> Any:
 
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4  # everything that it would log is also raised
-    # External weights are looked for next to the model.
+    # onnxruntime looks for external weights in this folder.
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
     return settings

@@ -79,7 +79,7 @@ def checked_archive(path: Path) -> io.BytesIO:
             if len(set(names)) != len(names):
                 raise _refused(path, "it has two entries with the same name")
             if len({name.partition("/")[0] for name in names}) > 1:
-                raise _refused(path, "it has two folders, of which readers may choose different ones")
+                raise _refused(path, "it has two folders, and readers may choose different ones")
             for entry in archive.infolist():
                 # torch stores entries uncompressed; a compressed entry could expand until it fills the memory.
                 if entry.compress_type != zipfile.ZIP_STORED:
@@ -124,7 +124,7 @@ def _require_no_pickles(path: Path, name: str, payloads: Any) -> None:
     for tensor, payload in config.items():
         if not isinstance(payload, dict) or payload.get("use_pickle") is not False:
             raise _refused(path, f"{tensor} in {name} is a pickle")
-        # The name must be plain: with folders in it, torch would read another place.
+        # The name must be plain: with folders in it, torch would read from another place.
         if not re.fullmatch(r"(weight|tensor)_\d+", str(payload.get("path_name"))):
             raise _refused(path, f"{tensor} in {name} refers to {payload.get('path_name')!r}")
         _Walk(path).value("", {key: each for key, each in payload.items() if key != "path_name"})

@@ -27,13 +27,14 @@ _LOGIC = (ast.And, ast.Or, ast.Not, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, 
 _LARGEST_POWER = 64
 # Maximum precision in bits that sympy is told to use; torch prints 53.
 _MOST_BITS = 4096
-# Maximum number of arguments of all Min and Max calls: sympy compares each with each, 0.6 s for 32 and 9 s for 120.
+# Maximum number of arguments of all Min and Max calls: sympy compares each with every other one, which takes 0.6 s for
+# 32 and 9 s for 120.
 _MOST_COMPARED = 32
 _NUMBER = re.compile(r"-?[0-9]{1,40}(\.[0-9]{0,40})?(e[+-]?[0-9]{1,3})?")
 
 
 def is_name(text: object) -> bool:
-    """True for a name with dots, as weights and nodes have."""
+    """True for a name, possibly with dots, such as the names of weights and nodes."""
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
 
 

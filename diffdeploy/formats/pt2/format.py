@@ -1,4 +1,4 @@
-"""``torch.export``: a program that any Python with torch loads, and that checks its own ranges."""
+"""``torch.export``: a program that any Python with torch can load, and that checks its own ranges."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ class Pt2Format(Format):
 
     def fastest_impl(self, options: ExportOptions, config: AnyModel) -> str:
         """See `Format.fastest_impl`."""
-        # As in the format aoti, except that graphs with a cache use it, too: this format promises two attentions.
+        # As in format aoti, except that graphs with a cache use `padded`, too: this format promises two attentions.
         return "padded"
 
     def lower(self, block: "AnyModule", spec: GraphSpec, directory: Path, options: ExportOptions) -> Mapping[str, Any]:

@@ -65,7 +65,7 @@ def layer_values(directory: Path, num_layers: int, spec: GraphSpec) -> LayerValu
 def _last_of_layers(module: torch.fx.GraphModule) -> dict[torch.fx.Node, int]:
     last: dict[int, torch.fx.Node] = {}
     for node in module.graph.nodes:
-        # Paths of the traced modules from the outermost on, with their classes.
+        # Paths of the traced modules from the outermost inwards, with their classes.
         for path, *_ in node.meta.get("nn_module_stack", {}).values():
             if node.op == "call_function" and (layer := _LAYER.fullmatch(path)):
                 last[int(layer[1])] = node

@@ -1,1 +1,1 @@
-"""Triton kernels of `fused`. They need ``triton``, so this package is imported only by the first call."""
+"""Triton kernels of `fused`. They need ``triton``, so this package is imported only on the first call."""

@@ -113,12 +113,12 @@ class Call:
 
     @property
     def most_rows(self) -> int:
-        """`num_rows`, or its maximum for the kernel of a graph."""
+        """`num_rows` or, for a kernel in a graph, its maximum."""
         return 2 * self.group_size * self.known_length
 
     @property
     def known_length(self) -> int:
-        """Number of queries, or its maximum for the kernel of a graph; a symbol if neither is known."""
+        """Number of queries or, for a kernel in a graph, its maximum; a symbol if neither is known."""
         return self.q.shape[2] if self.most_queries is None else self.most_queries
 
     @cached_property
@@ -209,10 +209,10 @@ class Call:
         return all(step * self.k.element_size() % 16 == 0 for step in steps)
 
     def heads_at_once(self) -> int:
-        """Number of heads in a group: all of its programs, at least two waves, come before those of the next group.
+        """Number of heads in a group, whose programs run before those of the next group.
 
-        Keys and values of a group stay in the L2 cache, where all of its tiles read them. The groups are about equally
-        large.
+        Together, they fill at least two waves. Keys and values of a group stay in the L2 cache, where all of its tiles
+        read them. The groups are about equally large.
         """
         elements = self.v.shape[2] * (self.v.shape[3] + (1 if self.shares_keys else 2) * self.q.shape[3])
         cached = self.group_size * _CACHED_BYTES // (elements * self.v.element_size())

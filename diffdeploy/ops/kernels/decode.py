@@ -96,7 +96,7 @@ def _merged(
 ):
     """Combine the parts of two adjacent rows into softmax attentions ``[1, e]``; ``first`` is the first row in part 0.
 
-    Maxima are read first, in a separate loop, and both rows at once, so that few loads wait for earlier ones.
+    Maxima are read first, in a separate loop, and both rows are read together, so that few loads wait for earlier ones.
     """
     columns = tl.arange(0, BLOCK_E)
     top1 = float("-inf")

@@ -40,7 +40,7 @@ def scratch(call: Call) -> tuple[Tensor, ...]:
         return ()
     batch, kv_heads, _, value_width = call.v.shape
     rows = batch * kv_heads * call.num_splits() * call.most_rows
-    # One axis only: inductor copies buffers whose strides it cannot prove to be dense.
+    # The buffers have one axis, since inductor copies buffers whose strides it cannot prove to be dense.
     sums, tops, totals = (
         torch.empty(size, dtype=torch.float32, device=call.q.device) for size in (rows * value_width, rows, rows)
     )
@@ -54,7 +54,7 @@ def attend_into(out_BSHe: Tensor, parts: tuple[Tensor, ...], call: Call) -> None
         return
     target = parts[0] if call.apart else out_BSHe
     if call.tma and not call.traced:
-        # In a separate context, so that a caller's allocator is not replaced.
+        # This runs in a separate context, so that a caller's allocator is not replaced.
         copy_context().run(_attend_with_workspace, target, call)
     else:
         _attend_tiles(target, call)
@@ -68,7 +68,7 @@ def _attend_with_workspace(target: Tensor, call: Call) -> None:
 
 
 def _attend_tiles(target: Tensor, call: Call) -> None:
-    """Run `prefill` into the output, or into the buffer of both streams."""
+    """Run `prefill` and write to the output, or to the buffer of both streams."""
     batch, length, num_heads, _ = target.shape[-4:]
     (padding, padding_stride), (norm, eps), lam, tile = call.padding(), call.norm_settings(), call.lambdas(), call.tile
     programs = batch * num_heads * triton.cdiv(length, tile.rows)

@@ -1,7 +1,7 @@
 """The kernel for many queries: a program handles one tile of queries of one head, and reads their keys once.
 
 Both streams are computed together if their accumulators fit in the registers. Otherwise, they take turns, and the
-first result is stored in the output meanwhile. If that leaves multiprocessors idle, each stream has separate programs,
+first result is stored in the output meanwhile. If multiprocessors would be idle, each stream has separate programs,
 and `subtract` combines their results.
 """
 

@@ -1,7 +1,8 @@
 """Common parts of the kernels: tiles of rows, visibility of keys, a step of the softmax, and the norm.
 
-Names in kernels: ``WIDTH`` and ``VALUE_WIDTH`` are ``d`` and ``e``, ``BLOCK_D`` and ``BLOCK_E`` the powers of two that
-hold them, ``BLOCK_M`` queries and ``BLOCK_N`` keys of a tile; ``S``, ``T`` lengths, ``G`` heads of a key/value head.
+Names in kernels: ``WIDTH`` and ``VALUE_WIDTH`` are ``d`` and ``e``, and ``BLOCK_D`` and ``BLOCK_E`` are the powers of
+two that hold them. ``BLOCK_M`` and ``BLOCK_N`` are the numbers of queries and keys in a tile, ``S`` and ``T`` are
+lengths, and ``G`` is the number of heads that read a key/value head.
 """
 
 import triton
@@ -102,7 +103,7 @@ def finish(
 ):
     """RMS norm of each row over ``VALUE_WIDTH`` channels, gamma and factor (arXiv 2410.05258, equation 3)."""
     if NORM:
-        # Channels beyond the width are 0, and add nothing.
+        # Channels beyond the width are 0 and add nothing.
         inverse = tl.math.rsqrt(tl.sum(difference * difference, 1) / VALUE_WIDTH + eps) * factor
         difference = difference * inverse[:, None]
         if GAMMA:

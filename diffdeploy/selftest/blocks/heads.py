@@ -1,4 +1,4 @@
-"""Blocks that are wrong after the attentions: difference, norm, output projection.
+"""Blocks that are wrong after the attentions: in the difference, the norm or the output projection.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.
 """

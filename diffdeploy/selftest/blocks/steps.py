@@ -23,8 +23,8 @@ _SPLIT = 8193.0
 class Steps(AttentionBlock):
     """First base class of a faulty block, before the block's class; a fault overrides one step of either class.
 
-    The graph has as many attentions as the block's graph, so that a fault is detected by its results, not by their
-    number.
+    The graph has as many attentions as the block's graph, so that a fault is detected by its results, not by the number
+    of attentions.
     """
 
     def compute(

@@ -1,4 +1,4 @@
-"""Faults that only some of a graph's legal inputs show."""
+"""Faults that only some of a graph's legal inputs reveal."""
 
 from diffdeploy.selftest.legal.masks import MASKS_FAULTS, POSITIONS_FAULTS
 from diffdeploy.selftest.legal.sizes import BATCHES_FAULTS, LENGTHS_FAULTS

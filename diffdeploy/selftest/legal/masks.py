@@ -1,4 +1,4 @@
-"""Faults that only some masks and positions show, such as masks of single rows, or with little or much padding."""
+"""Faults that only some masks and positions reveal, such as masks of single rows or with little or much padding."""
 
 from collections.abc import Callable
 
@@ -63,7 +63,7 @@ def _pushed_right(mask: Array) -> Array:
 
 
 def _cut(mask: Array) -> Array:
-    """Mask with one run of tokens of the same length, as in a graph that uses an offset and a count."""
+    """Mask with the same number of tokens, in one run, as in a graph that uses an offset and a count."""
     start = np.argmax(mask, axis=1)[:, None]
     places = np.arange(mask.shape[1])
     run: Array = (places >= start) & (places < start + mask.sum(axis=1, keepdims=True))

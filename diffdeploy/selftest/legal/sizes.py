@@ -1,4 +1,4 @@
-"""Faults that only some batches, lengths and pasts show."""
+"""Faults that only some batches, lengths and pasts reveal."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,7 @@
-"""Faults that only some numbers in the inputs show, and faults of a single exact value, found only by chance."""
+"""Faults that only some numbers in the inputs reveal.
+
+Those that a single exact value triggers are found only by chance.
+"""
 
 from collections.abc import Callable
 
@@ -36,7 +39,7 @@ def _equal_to_the_one_before(inputs: Arrays) -> Array:
     x = inputs["hidden_states"]
     same = np.zeros(x.shape[:2], dtype=bool)
     same[:, 1:] = (x[:, 1:] == x[:, :-1]).all(axis=2)
-    # Whole sequences of one token are tried elsewhere.
+    # Sequences that repeat a single token throughout are tried elsewhere.
     same[:, 1:] &= ~same[:, 1:].all(axis=1, keepdims=True)
     return same
 

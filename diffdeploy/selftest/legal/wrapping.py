@@ -1,4 +1,4 @@
-"""Registration of faults that only some legal inputs show: the artifact reads other inputs, or is off in places.
+"""Registration of faults that only some legal inputs reveal: the artifact reads modified inputs, or is off in places.
 
 Each wraps a runtime, so that every format can have it without another export.
 """

@@ -27,7 +27,7 @@ _WINDOW = 8
 
 
 def entered(table: list[Fault], family: str, name: str, breaks: str, *conditions: When) -> Callable[[Kind], Kind]:
-    """Register a runtime with one wrong step in a table."""
+    """Add a runtime with one wrong step to a table of faults."""
 
     def enter(stand_in: Kind) -> Kind:
         table.append(
@@ -72,9 +72,9 @@ class PositionOffByOne(StandIn):
         return {**inputs, "position_ids": np.minimum(inputs["position_ids"] + 1, values.max)}
 
 
-@_faulty("cache_counts_one_token_more", "a call in place counts one token too many", _counts_tokens)
+@_faulty("cache_counts_one_token_more", "an in-place call counts one token too many", _counts_tokens)
 class CountsOneTokenMore(StandIn):
-    """A call in place counts one token too many, and reads a cell that was never written."""
+    """An in-place call counts one token too many, and reads a cell that was never written."""
 
     def given(self, inputs: Inputs, past_length: int) -> Inputs:
         mask_BT = inputs["attention_mask"]
@@ -144,9 +144,7 @@ class Wraps(StandIn):
                 array[row, :, newest - 2 * _WINDOW] = array[row, :, newest]
 
 
-@_faulty(
-    "cache_left_padding_counted", "rows are padded on the left, and their tokens counted from there", _counts_tokens
-)
+@_faulty("cache_left_padding_counted", "rows are padded on the left, and tokens are counted from there", _counts_tokens)
 class LeftPaddingCounted(StandIn):
     """Rows are padded on the left, and the operator takes as many tokens from there as the mask counts."""
 

@@ -97,7 +97,7 @@ def _scaled_mlp(number: int) -> Edit:
 
 
 class _CachesCrossed(DiffTransformer):
-    """Returns the caches of the first and the last layer swapped."""
+    """Model that returns the caches of the first and the last layer swapped."""
 
     def forward(self, *tensors: Any, **named: Any) -> Any:
         logits, caches = super().forward(*tensors, **named)

@@ -15,7 +15,13 @@ GENERATION_FAULTS: list[Fault] = []
 _FAMILY = "generation"
 
 
-@entered(GENERATION_FAULTS, _FAMILY, "generates_the_wrong_row", "each row continues the previous one", rows_above(1))
+@entered(
+    GENERATION_FAULTS,
+    _FAMILY,
+    "generates_the_wrong_row",
+    "each row is continued with the tokens of the previous one",
+    rows_above(1),
+)
 class WrongRow(StandIn):
     """Each prompt is continued with the tokens of the previous one."""
 

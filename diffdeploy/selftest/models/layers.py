@@ -1,7 +1,7 @@
 """Faults in the constants of a model: those of blocks, each in one layer, and those that need several layers.
 
-The position of a block's fault in its table determines its layer, so that all layers get some. Constants that all
-layers share, such as rotary tables, are not faults of one layer.
+A fault of a block is placed in the layer that its position in the table of faults determines, so that every layer gets
+some faults. A constant that all layers share, such as a rotary table, is not a fault of one layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ HEAD = "head"
 
 @dataclass(frozen=True)
 class _LayerTarget(FaultTarget):
-    """The block of one layer, as the target of faults of blocks."""
+    """The block of one layer, as the target for faults of blocks."""
 
     number: int
 
@@ -57,7 +57,7 @@ def _fault(name: str, breaks: str, where: str | None, change: Change, *condition
 
     def is_held(target: FaultTarget) -> bool:
         changed = change(target)
-        # If layers are equal, they cannot be confused.
+        # If two layers are equal, confusing them has no effect.
         differs = any(not np.array_equal(array, target.constants.get(key, array)) for key, array in changed.items())
         return differs and changed.keys() <= target.constants.keys()
 
@@ -96,7 +96,7 @@ def _of_block(fault: Fault, number: int) -> Fault:
 def _of_layer(
     name: str, breaks: str, number: int, weight: str, edit: Callable[[Array], Array], *, after: int = 0
 ) -> Fault:
-    """Create a fault in one weight of a layer: ``edit`` of that weight in the layer ``after`` layers later."""
+    """Create a fault in one weight of a layer, which becomes ``edit`` of the same weight ``after`` layers later."""
 
     def change(target: FaultTarget) -> Mapping[str, Array]:
         assert target.decoder is not None
