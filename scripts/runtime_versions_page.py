@@ -42,7 +42,8 @@ NOTES = {
 """,
     "torch": """\
 Programs exported by torch 2.11.0 and 2.14.1 passed `diffdeploy verify` in 2.11.0, 2.13.0 and 2.14.1, too. `aoti` and
-`compile` bundles are bound to the torch that compiled them; `--recompile` accepts any that `pyproject.toml` allows.
+`compile` bundles are tied to the torch version that compiled them; `--recompile` accepts any version that
+`pyproject.toml` allows.
 """,
 }
 

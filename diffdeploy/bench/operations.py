@@ -9,9 +9,9 @@ __all__ = ["FORMULA", "attention_flop", "block_flop", "num_pairs", "num_scores",
 
 # Lines below every table.
 FORMULA = (
-    "computed by formula, where a multiply-add counts as two; the count covers the projections, and 12 d per",
-    "query-key pair and head for attention in two streams with values of width 2d (8 d for softmax attention",
-    "in two heads with values of width d); S tokens after a past of P have S (S + 1) / 2 + S P causal pairs",
+    "computed by formula, where a multiply-add counts as two: the projections, plus 12 d per query-key pair and head",
+    "for two-stream attention with values of width 2d (8 d for softmax attention with two heads and values of width",
+    "d); S tokens after a past of P have S (S + 1) / 2 + S P causal pairs",
 )
 
 
