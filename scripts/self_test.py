@@ -133,7 +133,7 @@ def faults_of_blocks(tests: dict[str, SelfTest]) -> list[str]:
             )
     others = [fault.name for fault in all_faults() if not any(fault.name in faults for faults in found.values())]
     listed = ", ".join(f"`{name}`" for name in others)
-    lines += ["", f"These faults of other blocks cannot occur in this one: {listed}."]
+    lines += ["", f"These faults can occur in other blocks, but not in the one tested here: {listed}."]
     return lines
 
 
