@@ -37,7 +37,7 @@ def bench(
     impl: Annotated[
         str,
         typer.Option(
-            help="Implementations to run eagerly, or softmax or softmax-compiled: comma-separated names, all or none.",
+            help="Eager implementations, softmax and softmax-compiled: comma-separated names, all or none.",
             autocompletion=complete_impls,
         ),
     ] = "all",

@@ -135,7 +135,7 @@ def _encoded(runtime: "Runtime", prompt: str, *, chat: bool) -> list[int]:
 
 
 class _Run:
-    """Times tokens and prints them as they arrive, as text or as ids, like the prompt."""
+    """Times tokens and prints them as they arrive: as text if the prompt was text, otherwise as ids."""
 
     def __init__(self, *, as_text: bool, quiet: bool) -> None:
         self._as_text, self._quiet = as_text, quiet

@@ -62,7 +62,7 @@ def _root(
 
 
 for command in (export, convert, generate, verify, diff, run_bundle, inspect, sign, serve, deploy, bench, env):
-    # A command without arguments runs: export takes the sample, bench a random block.
+    # Commands also run without arguments: export uses the sample, and bench uses a random block.
     app.command(command.__name__, no_args_is_help=False)(ended_by_interrupts(in_panels(command)))
 
 

@@ -50,7 +50,7 @@ class Activity:
         """
         self._step = f" {text}" if text else ""
         self._left = "" if seconds_left is None else f", about {duration(seconds_left)} left"
-        # The time first: a narrow terminal cuts the name of the step.
+        # The time comes first, since a narrow terminal cuts off the name of the step.
         between = ":" if self._left and self._step else ""
         self._show(self._stage + self._left + between + self._step)
 

@@ -31,8 +31,8 @@ class Budget(Record):
 # subtracting the streams amplifies summation errors, which eager does not have. 1 of 25,000 outputs needed k = 8.6: one
 # head on a constant input, where the streams nearly cancel; the formula in torch, computed as two attentions in fp32,
 # had the same error as the export (4.6e-7).
-# floors: outputs are stored in the dtype, so even a perfect computation is off by up to eps/2 per element; eager sums
-# of equal numbers can be exact in fp32, where the floor covers the roundings of a few additions.
+# floors: outputs are stored in the dtype, so even a perfect computation is off by up to eps/2 per element; in fp32,
+# eager sums of equal numbers can be exact, so the floor also covers the roundings of a few additions.
 # What this detects: apart from single wrong weights, the smallest fault in the tests, a rotary base off by 5 %, used
 # 7,000 times the fp32 budget when its k was 8. One weight off by a thousandth used only 0.7 of the budget, but the
 # contract detects it.

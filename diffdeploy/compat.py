@@ -1,8 +1,8 @@
-"""Drop-in replacements for the public modules: same constructor arguments, state-dict keys and results, one core.
+"""Drop-in replacements for the public modules, with the same constructor arguments, state-dict keys and results.
 
 Arguments and keys follow microsoft/unilm, Diff-Transformer (V1: three modules, V2: one), and
-vasqu/multihead-sdpadiff (four variants). Unlike the originals, the replacements accept masks and single tokens, and run
-on CPUs without Triton.
+vasqu/multihead-sdpadiff (four variants). Unlike the originals, the replacements share one core, accept masks and single
+tokens, and run on CPUs without Triton.
 """
 
 from typing import Any

@@ -27,7 +27,7 @@ class DiffDeployError(Exception):
 
     exit_code = 4
 
-    # Escaped here and not in the constructor, since torch.compile also traces constructors of errors never raised.
+    # Escaped here, not in the constructor, since torch.compile also traces constructors of errors that are not raised.
     def __str__(self) -> str:
         return on_one_line(super().__str__())
 

@@ -2,8 +2,8 @@
 
 The operator counts the tokens of each row, and appends new keys and values to the past: in another buffer, or in place
 if past and present are bound to the same buffer. As in all formats, keys are stored as ``[k1 | k2]`` after the rotary
-embedding, which is therefore a separate operator: that of the attention operator would need the halves of a pair
-interleaved.
+embedding, which is therefore a separate operator: the embedding inside the attention operator would need the
+halves of a pair interleaved.
 
 Shape suffixes: B batch, H heads, S new tokens, P past tokens, T = P + S, d stream width, e value width.
 """

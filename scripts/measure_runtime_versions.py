@@ -68,7 +68,7 @@ GRAPHS: tuple[Variant, ...] = ("plain", "masked", "cached")
 OF_ORT: tuple[Variant, ...] = ("plain", "masked")
 DTYPES: tuple[DType, ...] = ("float32", "float16")
 
-# torch needs libraries that this environment may lack; those of onnxruntime are here, since one is installed.
+# torch needs libraries that this environment may lack; those that onnxruntime needs are here, since it is installed.
 PIP_OPTIONS = {"onnxruntime": ["--no-deps"], "torch": []}
 
 

@@ -78,7 +78,7 @@ def weight_bytes(candidate: Candidate, weights: Mapping[str, "Tensor"]) -> int:
 
 
 def inputs_of(plan: Plan, config: AnyConfig, size: Size) -> dict[str, "Tensor"]:
-    """Inputs of one size, with a fixed seed, and the same for all candidates of a config.
+    """Inputs of one size, drawn with a fixed seed and identical for all candidates of a config.
 
     Args:
         plan: plan of the run.

@@ -29,7 +29,7 @@ class Change(Generic[AnyRow]):
         latency_change: relative change of the latency, which also reflects the speed of the machine at the time.
         peak_change: relative change of the peak memory.
         significant: true if the confidence intervals of the ratio do not overlap, and the medians differ by more than
-            5 %; for the baseline, whose ratio is always 1, those of the latency.
+            5 %; for the baseline, whose ratio is always 1, the latency is compared instead.
     """
 
     old: AnyRow

@@ -152,7 +152,7 @@ def _cpu_model() -> str:
 
 
 def matmul_gflop_per_second(dtype: str, *, device: str, threads: int) -> float:
-    """Highest rate among products of square matrices of 512 to 4096, up to those that take a quarter of a second."""
+    """Highest rate among products of square matrices, 512 to 4096 wide, up to about a quarter of a second each."""
     import torch
 
     best, longest_ms = 0.0, 0.0

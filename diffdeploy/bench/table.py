@@ -10,7 +10,7 @@ __all__ = ["HEADINGS", "describe_block", "describe_size", "figures", "legend", "
 HEADINGS = ("candidate", "ms", "±", "ratio", "95 %", "GFLOP/s", "of matmul", "peak MiB", "extra MiB")
 
 _MIB = 2**20
-# Number of decimals of values below a bound, for three significant digits: confidence intervals are seldom narrower.
+# Number of decimals of values below a bound, for three significant digits; confidence intervals seldom justify more.
 _DECIMALS = ((1, 3), (10, 2), (100, 1))
 # Number of busy cores above which the spread of repeated runs grows.
 _QUIET = 0.1

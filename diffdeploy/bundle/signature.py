@@ -95,7 +95,7 @@ def require_signature(directory: Path, public_key: str | Path) -> None:
         # The library prints warnings, which would be mixed with results on standard output.
         with redirect_stdout(sys.stderr):
             verifier.set_hashing_config(_every_file()).verify(directory, signature)
-    except Exception as error:  # the file may be forged, and the parsers below the library raise various errors
+    except Exception as error:  # the file may be forged, and the library's parsers raise various errors
         raise IntegrityError(
             f"{directory} is not what the key {public_key} signed: its {SIGNATURE} is damaged or made by another key, "
             "or files were changed, added or removed since; get the bundle again from its signer"
@@ -103,7 +103,7 @@ def require_signature(directory: Path, public_key: str | Path) -> None:
 
 
 def _every_file() -> "hashing.Config":
-    """Config that hashes all files except the signature, also files of git, which the library ignores by default."""
+    """Config that hashes all files except the signature, even those of git, which the library ignores by default."""
     from model_signing import hashing
 
     class EveryFile(hashing.Config):

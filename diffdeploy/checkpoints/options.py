@@ -19,7 +19,7 @@ class CheckpointOptions:
     """Facts that a state dict does not contain. With ``None``, a fact is taken from the keys or from ``config.json``.
 
     Attributes:
-        layout: name of a layout, which is recognised by default.
+        layout: name of a layout; by default, the layout is recognised automatically.
         layer: 0-based layer to read from a larger state dict.
         prefix: prefix of the block's keys, if numbers do not distinguish the blocks.
         depth: 0-based layer index that sets ``lambda_init``; by default the layout derives it from the key.
@@ -31,7 +31,7 @@ class CheckpointOptions:
             decides by default.
         norm_eps: epsilon of the norm over each head's outputs.
         qk_norm_eps: epsilon of the norms of queries and keys, if the block has them.
-        rope: rotary style, ``half-reversed`` for ``half`` with the negative angle, or ``none``.
+        rope: rotary style; ``half-reversed`` is ``half`` with the negative angle, ``none`` means no rotary embedding.
         rope_theta: rotary base.
         gqa_layout: map from query streams to key streams when ``h_kv < h``.
         names: names of a whole model's tensors outside its blocks, as JSON, if they are not those of a known code base;

@@ -87,7 +87,8 @@ class BlockReader:
             self.tensors.number,
             has_norm_weight="subln.weight" in self.tensors.sources,
         )
-        # This precedes the sizes: a cross-attention layer has no key projection, and `read_sizes` would blame shapes.
+        # Checked before the sizes are read: a cross-attention layer has no key projection, and `read_sizes` would blame
+        # its shapes.
         reason = self.layout.refuse(self.tensors.names, fields, self.layer)
         if reason is not None:
             raise InputError(f"{prefix.rstrip('.') or file.path.name} cannot be deployed: {reason}")

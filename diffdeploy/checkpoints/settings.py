@@ -16,7 +16,7 @@ __all__ = ["BlockSettings", "require"]
 # The norm's epsilon in sources that do not store it in a config, and the default of those that do.
 _NORM_EPS = 1e-5
 
-# Above 1, as required by yarn.
+# Base for calls in which its value has no effect; it is above 1, as yarn requires.
 _ANY_THETA = 10_000.0
 
 _ROPE = "--rope interleaved|half|half-reversed|none"

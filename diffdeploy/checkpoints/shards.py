@@ -1,4 +1,4 @@
-"""Safetensors files of checkpoints, named as ``save_pretrained`` of transformers names them; several get an index."""
+"""Safetensors files of checkpoints, named as in transformers' ``save_pretrained``, and an index for several files."""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -75,8 +75,8 @@ def _unpack_rows(rows: dict[str, int], tensors: BlockTensors, layout: Layout) ->
     order = layout.sources["k_proj.weight"].order
     if not order:
         return
-    # A query part has as many rows as the output projection has columns: both streams if values are twice as wide as a
-    # stream, else one stream. Keys and values share the remaining rows equally.
+    # A query part has as many rows as the output projection has columns: it contains both streams if values are twice
+    # as wide as a stream, else one stream. Keys and values share the remaining rows equally.
     total, queries = rows["k"], [part for part in order if part[0] == "q"]
     columns = tensors.shape("out_proj.weight", _MATRIX)[1]
     of_keys, of_values = (sum(part[0] == letter for part in order) for letter in "kv")

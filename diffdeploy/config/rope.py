@@ -19,8 +19,9 @@ class RopeScaling:
         kind: ``linear`` divides all frequencies by ``factor``. ``llama3`` divides those whose wavelength is above
             ``original_max_position_embeddings / low_freq_factor``, keeps those below
             ``original_max_position_embeddings / high_freq_factor``, and interpolates in between. ``yarn``
-            (arXiv 2309.00071) interpolates by channel, between those with ``beta_slow`` and ``beta_fast`` turns in
-            ``original_max_position_embeddings``, and multiplies cosines and sines by `attention_scaling`.
+            (arXiv 2309.00071) divides those with at most ``beta_slow`` turns in ``original_max_position_embeddings``,
+            keeps those with at least ``beta_fast``, interpolates by channel in between, and multiplies cosines and
+            sines by `attention_scaling`.
         factor: divisor of the frequencies, at least 1.
         low_freq_factor: divisor that sets the upper wavelength limit (``llama3`` only).
         high_freq_factor: divisor that sets the lower wavelength limit (``llama3`` only).

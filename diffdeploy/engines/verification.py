@@ -81,8 +81,8 @@ def verify_engine(
     """Let an engine continue prompts of random tokens, and compare its answers with the formula in fp64.
 
     The error of a log-probability is limited by the budget of the dtype, like that of any output of an artifact. A
-    token must be the most probable one in exact computation, wherever the margin to the second exceeds the allowed
-    error of both.
+    token must be the most probable one in the exact result wherever its margin over the second most probable one
+    exceeds the allowed errors of both together.
 
     Args:
         path: directory with the model.

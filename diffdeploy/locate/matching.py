@@ -77,7 +77,7 @@ def _split_forms(value: Tensor, shape: torch.Size) -> Iterator[Tensor]:
 
 
 def _joined_forms(value: Tensor, shape: torch.Size) -> Iterator[Tensor]:
-    """Yield the same for values with joined heads."""
+    """Yield the value as ``[B, H, S, w]`` if its heads are joined."""
     batch, heads, length, width = shape
     if value.shape == (batch, length, heads * width):
         yield value.reshape(batch, length, heads, width).transpose(1, 2)

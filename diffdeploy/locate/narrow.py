@@ -18,10 +18,10 @@ _Verdict = tuple[Stage | None, str]
 _LENGTH = 3
 
 # Grid with steps of 0.05. Correct lambdas lie between 0 and 1 or slightly above; the range also includes negated ones
-# and, since swapped streams invert lambda, the inverses of lambdas from 1/3 on.
+# and, since swapped streams invert lambda, the inverses of lambdas of at least 1/3.
 _LARGEST_LAMBDA, _GRID = 3.0, 121
 
-# All steps together cover 3 steps of the grid; the last is 1e-12 wide, below all rounding.
+# All refinement steps together cover 3 steps of the grid; the last one is 1e-12 wide, below all rounding.
 _REFINEMENTS, _SHRINK = 60, 1.5
 
 # Heads of tokens of this size have squares near 4,000, where even an epsilon outside of the root changes less than

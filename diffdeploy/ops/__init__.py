@@ -2,5 +2,6 @@
 
 from diffdeploy.ops.api import diff_attention, resolve_impl
 from diffdeploy.ops.impl import Impl
+from diffdeploy.ops.request import HeadNorm
 
-__all__ = ["Impl", "diff_attention", "resolve_impl"]
+__all__ = ["HeadNorm", "Impl", "diff_attention", "resolve_impl"]

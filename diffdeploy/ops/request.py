@@ -48,7 +48,7 @@ class HeadNorm:
     factor: float = 1.0
 
     def __call__(self, heads_BHSe: Tensor) -> Tensor:
-        """Normalise the channels of each head, in fp32 inside, and multiply the rounded result by the factor."""
+        """Normalise the channels of each head in fp32, round the result, and multiply it by the factor."""
         return F.rms_norm(heads_BHSe, heads_BHSe.shape[-1:], self.weight, self.eps) * self.factor
 
 
@@ -57,7 +57,7 @@ class Request:
     """One call of `diff_attention`, with shapes that fit.
 
     Attributes:
-        q: queries ``[B, 2h, S, d]``, head ``i`` stream ``s`` at ``2i + s``.
+        q: queries ``[B, 2h, S, d]``, with stream ``s`` of head ``i`` at ``2i + s``.
         k: keys, arranged as `keys` says.
         v: values ``[B, h_kv, T, e]``.
         lam: lambda, a scalar or ``[B or 1, h, S, 1]``, in the dtype of the queries.

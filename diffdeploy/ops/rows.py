@@ -4,7 +4,7 @@ With keys ``[k1 | k2]``, differential attention is ordinary grouped-query attent
 queries ``[q1 | 0]`` and ``[0 | q2]`` and scale ``d ** -0.5``. This is exact for finite keys, since the zeros add
 nothing, but 0 times infinity is NaN. If one half of a pair is infinite, as after an overflow of float16, the other
 stream becomes NaN as well, which two separate products would avoid. There is no guard against that, since a guard would
-copy the keys. The head, which is the difference of both streams, is lost in any case, unless every query that sees the
+copy the keys. Either way, the head, which is the difference of both streams, is lost, unless every query that sees the
 infinite key has a score of minus infinity for it.
 
 Shape suffixes: B batch, H heads, S query length, T key length, d stream width, e value width.

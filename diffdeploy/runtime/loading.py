@@ -138,7 +138,7 @@ def load(
         path: directory of the bundle.
         device: device to run on; see `RunOptions` for this and the other options.
         threads: number of CPU threads of the backend.
-        runtime: ``native`` for that of the format, or for an ONNX bundle ``reference``, which is `onnx.reference`, or
+        runtime: ``native`` for the format's own runtime; for an ONNX bundle, also ``reference`` (`onnx.reference`) or
             ``openvino``.
         recompile: true to recompile the block.
         trust: true to run code from a foreign bundle: the machine code or pickles of some formats.

@@ -1,4 +1,4 @@
-"""Adaptation of padding for graphs that know only how many tokens a row has, and need these tokens before padding.
+"""Adaptation of padding for graphs that know only how many tokens a row has, and need them to precede all padding.
 
 Callers may pad anywhere: tokens are moved to the front, and results back to the positions of their tokens; results at
 padded positions are 0. Without padding, nothing is moved. If tokens are already cached, onnxruntime's operator supports

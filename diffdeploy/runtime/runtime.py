@@ -176,8 +176,8 @@ class Runtime:
         """Make one call, so that the first call in production does not include the backend's deferred initialisation.
 
         Args:
-            **sizes: sizes of axes by name; by default the smallest of each, except for 64 positions, or the maximum if
-                that is less.
+            **sizes: sizes of axes by name; by default the smallest of each, except the sequence length, which is 64, or
+                its maximum if that is less.
 
         Raises:
             InputError: a size is out of range.

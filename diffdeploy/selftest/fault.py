@@ -29,8 +29,8 @@ class FaultTarget:
     Attributes:
         path: directory of the bundle.
         manifest: manifest of the bundle.
-        constants: constants in the artifact, among the canonical weights, ``lambda``, ``rope.cos``,
-            ``rope.sin``, ``norm_eps``, ``output_scale`` and ``softmax_scale``; see
+        constants: those of the canonical weights, ``lambda``, ``rope.cos``, ``rope.sin``, ``norm_eps``,
+            ``output_scale`` and ``softmax_scale`` that the artifact contains; see
             `diffdeploy.selftest.constant_fault`.
         weights: canonical weights.
     """

@@ -79,7 +79,7 @@ def _future_leaks(inputs: Arrays, outputs: Arrays) -> Arrays:
 
 def _random_noise(inputs: Arrays, outputs: Arrays) -> Arrays:
     output = outputs["output"].astype(np.float64)
-    # Unseeded, since the noise must differ in each call, or determinism would hold.
+    # Unseeded, since the noise must differ in each call; otherwise, the check of determinism would pass.
     noise = np.random.default_rng().standard_normal(output.shape)
     return _with_output(outputs, output + 0.05 * np.abs(output).max(initial=0.0) * noise)
 

@@ -51,7 +51,7 @@ def run_arrays(
 
 
 def _fast_products(device: str) -> AbstractContextManager[Any]:
-    """Compute float16 products on CPUs, which have no kernel for them, in float32, which is five times as fast.
+    """On CPUs, which have no kernel for float16 products, compute them in float32, which is five times as fast.
 
     Both accumulate in float32 and round once, so the errors are the same.
     """

@@ -100,8 +100,8 @@ def exact_and_stored(
 
     Where the two streams nearly cancel, merely storing them costs many times the rounding of the result. Every artifact
     stores them, since each is the result of a separate operator. They are stored in two ways, rounded to the nearest
-    number and rounded at random: two streams that are almost equal round to the same number here, whereas in an
-    artifact they do so only if both were computed without error.
+    number and rounded at random. Random rounding is for streams that are almost equal: they have the same nearest
+    number here, whereas in an artifact they round to the same number only if both were computed without error.
 
     Args:
         config: config of the block.

@@ -4,9 +4,9 @@
 //       -L TORCH/lib -Wl,-rpath,TORCH/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10
 //   run_aoti BUNDLE/model.pt2 BATCH LENGTH WIDTH [DTYPE [DEVICE]] < hidden_states > output
 //
-// TORCH is what `python -c "import torch; print(torch.__path__[0])"` prints. The numbers are raw and row-major, of DTYPE
-// float32 (also if none is given), float16 or bfloat16; DEVICE is what the bundle was made for, cpu or cuda.
-// The program must hold on to libtorch, though it calls nothing of it: packages built with CUDA's torch ask for it.
+// TORCH is what `python -c "import torch; print(torch.__path__[0])"` prints. The numbers are raw and row-major.
+// DTYPE is float32 (the default), float16 or bfloat16; DEVICE is what the bundle was made for, cpu or cuda.
+// The program must be linked to libtorch, although it calls nothing in it: packages built with CUDA's torch need it.
 
 #include <cstdlib>
 #include <iostream>

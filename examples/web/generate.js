@@ -1,4 +1,4 @@
-// Greedy text from a model bundle with onnxruntime-web: prefill, then one token at a time behind the cache.
+// Greedy generation from a model bundle with onnxruntime-web: prefill, then one token at a time after the cache.
 
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
 
@@ -18,7 +18,7 @@ export class Model {
     this.shapes = Object.fromEntries(session.inputMetadata.map((input) => [input.name, input.shape]));
   }
 
-  // The tokens behind a prompt, one by one: `for await (const token of model.generate(ids, 40))`.
+  // The tokens after a prompt, one by one: `for await (const token of model.generate(ids, 40))`.
   async *generate(prompt, count) {
     let cache = Object.fromEntries(this.pasts.map((name) => [name, this.#empty(name)]));
     let past = 0;

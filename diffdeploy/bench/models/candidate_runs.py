@@ -1,4 +1,4 @@
-"""Loading a candidate as calls that can be timed: one for the prompt, and one for the tokens after it, one by one.
+"""Loading a candidate as calls that can be timed: one for the prompt, and one that generates the tokens after it.
 
 Decoding with a bundle does the same as `Runtime.generate`, with a cache that is updated in place if possible. The eager
 model and transformers pass their caches from call to call, and choose tokens in the same way, without the overhead of

@@ -97,9 +97,9 @@ AXOLOTL = Layout(
     name="axolotl",
     what="axolotl-ai-cloud/diff-transformer, with split heads or doubled projections",
     sources={
-        # With split heads, two heads of the file form one differential head: one of the two is for the noise, and their
-        # values are the two halves of its values. With doubled projections, all of the file's heads are differential
-        # heads, with values as wide as one stream.
+        # With split heads, two heads of the file form one differential head: one of the two is for the noise, and each
+        # contributes one half of the differential head's values. With doubled projections, all of the file's heads are
+        # differential heads, with values as wide as one stream.
         **{f"{name}_proj.weight": Source(f"{name}_proj.weight", halves=True) for name in "qkv"},
         **_OUTPUT,
         **lambda_sources(),

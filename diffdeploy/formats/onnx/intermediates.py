@@ -54,7 +54,7 @@ def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str,
         shown = [value.name for value in session.get_outputs() if value.type in _FLOATING]
     except Exception as error:
         raise ExportError(str(error)) from error
-    # The graph runs again for each value, since all of them would need memory at the same time.
+    # The graph runs again for each value, since otherwise all of them would be in memory at the same time.
     for name in shown:
         try:
             (array,) = session.run([name], dict(inputs))

@@ -2,8 +2,8 @@
 
 `torch.export.load` unpickles sample inputs, weights and constants, evaluates expressions, looks up operators by names
 in the file, and executes source that it writes from the rest. An exported program needs none of that freedom: its
-weights are bytes, its operators compute, its expressions are arithmetic. This module therefore reads an archive first
-and passes on a new archive of the checked content, without sample inputs, which are not needed.
+weights are bytes, its operators only compute, and its expressions are arithmetic. This module therefore reads an
+archive first and passes on a new archive of the checked content, without sample inputs, which are not needed.
 
 Source: torch 2.11 to 2.14, ``torch/export/pt2_archive`` and ``torch/_export/serde``.
 """

@@ -165,7 +165,7 @@ class Call:
     def by_length(self) -> "list[Call]":
         """Calls that each cover a range of query counts, so that exactly one of them runs.
 
-        Each tile size of `split` has a call of its own, and so do all larger numbers of queries together.
+        Each tile size of `split` has a call of its own, and one more call covers all larger numbers of queries.
 
         There is only one call if the number of queries is known, or if it equals the number of keys: then no cache is
         read, and splitting the keys does not pay off.

@@ -96,7 +96,7 @@ def _of_block(fault: Fault, number: int) -> Fault:
 def _of_layer(
     name: str, breaks: str, number: int, weight: str, edit: Callable[[Array], Array], *, after: int = 0
 ) -> Fault:
-    """Create a fault in one weight of a layer, which becomes ``edit`` of the same weight ``after`` layers later."""
+    """Create a fault that replaces a weight of a layer with ``edit`` of the same weight ``after`` layers later."""
 
     def change(target: FaultTarget) -> Mapping[str, Array]:
         assert target.decoder is not None
