@@ -3,7 +3,7 @@
 from diffdeploy.graphs import DType
 from diffdeploy.records import Record
 
-__all__ = ["BUDGETS", "CEILINGS", "Budget"]
+__all__ = ["BUDGETS", "CEILINGS", "SHARE_OF_LAYER", "SHARE_OF_MODEL", "ActivationShare", "Budget"]
 
 
 class Budget(Record):
@@ -21,6 +21,18 @@ class Budget(Record):
     k: float
     rmse_floor: float
     max_floor: float
+
+
+class ActivationShare(Record):
+    """Allowance for quantised activations, as a share of the distance by which quantising them moves the exact result.
+
+    Attributes:
+        rmse: share of the root mean square distance.
+        max_error: share of the largest distance.
+    """
+
+    rmse: float
+    max_error: float
 
 
 # How the numbers were found: `make campaign` verifies random correct exports and reports the share of the budget that
@@ -45,3 +57,8 @@ BUDGETS: dict[DType, Budget] = {
 # off cannot serve as a yardstick, unless storing streams that cancel causes such an error, too. In 43,000 outputs of
 # correct exports on ordinary inputs the largest shares were 1.2e-5, 1.7e-3 and 1.4e-2.
 CEILINGS: dict[DType, float] = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
+
+# An activation that lies next to the boundary between two integers may be rounded to either, and from there on, all
+# roundings may differ. TODO
+SHARE_OF_MODEL = ActivationShare(rmse=2.0, max_error=3.0)
+SHARE_OF_LAYER = ActivationShare(rmse=0.5, max_error=1.0)

@@ -13,6 +13,7 @@ from diffdeploy.errors import InputError, VerificationError
 from diffdeploy.formats import ExportOptions
 from diffdeploy.runtime.text import TOKENIZER, Tokenizer
 from diffdeploy.verify import WINDOW, Loss, measure_loss
+from diffdeploy.verify.activations import quantised_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,7 +125,8 @@ def loss_of(
     )
     assert isinstance(original, DiffTransformer)
     assert isinstance(computed, DiffTransformer)
-    loss = measure_loss(original, computed, tokens, text.encode(), name, progress)
+    with quantised_inputs(computed, options.quantisation):
+        loss = measure_loss(original, computed, tokens, text.encode(), name, progress)
     if (excess := loss.excess(options.max_kl, options.min_agreement)) is not None:
         raise VerificationError(f"the quantised weights lose too much and were not kept: {excess}; {loss.summary}")
     return loss

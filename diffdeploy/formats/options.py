@@ -89,9 +89,7 @@ class ExportOptions:
         if activations not in get_args(Activations):
             raise InputError(f"activations are {activations}; accepted: {', '.join(get_args(Activations))}")
         level: Literal[0, 4] = 4 if activations == "int8" else 0
-        return Quantisation(
-            weights=self.weights, block_size=size, head=self.quantise_head, accuracy_level=level
-        )
+        return Quantisation(weights=self.weights, block_size=size, head=self.quantise_head, accuracy_level=level)
 
 
 @dataclass(frozen=True, kw_only=True)

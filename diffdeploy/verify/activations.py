@@ -45,10 +45,11 @@ def _rounded_tensor(x: "Tensor", block_size: int) -> "Tensor":
     import torch
     import torch.nn.functional as F
 
-    blocks = F.pad(x, (0, -x.shape[-1] % block_size)).unflatten(-1, (-1, block_size))
+    padded = F.pad(x, (0, -x.shape[-1] % block_size))
+    blocks = padded.reshape(*x.shape[:-1], -1, block_size)
     largest = blocks.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest > 0, _LARGEST / largest, 0.0)
-    rounded = (blocks * inverse).round() * (largest / _LARGEST)
+    rounded: Tensor = (blocks * inverse).round() * (largest / _LARGEST)
     return rounded.flatten(-2)[..., : x.shape[-1]]
 
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.bundle import Bundle
+from diffdeploy.budgets import SHARE_OF_LAYER
+from diffdeploy.bundle import Bundle, Quantisation
 from diffdeploy.errors import ExportError
 from diffdeploy.formats import Check, LayerValues, require_format
+from diffdeploy.graphs import GraphSpec
 from diffdeploy.locate import Finding
 from diffdeploy.verify.cases import Case
 from diffdeploy.verify.decoder import below, exact_embedding, exact_head, exact_layer, inputs_of_layer
@@ -25,7 +27,7 @@ from diffdeploy.verify.report import CaseReport
 if TYPE_CHECKING:
     from diffdeploy.modules import DiffTransformer
 
-__all__ = ["guilty_layer", "layer_reports", "num_judged_layers"]
+__all__ = ["guilty_layer", "layer_case", "layer_reports", "num_judged_layers"]
 
 _GROUP, _HEAD = "each layer", "head"
 
@@ -34,7 +36,11 @@ _OF_CONSTANTS, _LAYER = ("weights", "lambda"), re.compile(r"layers\.(\d+)\.")
 
 
 def layer_reports(
-    bundle: Bundle, model: "DiffTransformer", weights: Mapping[str, Array], seed: int
+    bundle: Bundle,
+    model: "DiffTransformer",
+    weights: Mapping[str, Array],
+    seed: int,
+    quantisation: Quantisation | None = None,
 ) -> list[CaseReport]:
     """Report on each layer and on the head; empty for a format whose intermediate values cannot be observed.
 
@@ -43,23 +49,39 @@ def layer_reports(
         model: eager model, with the formula as the paper writes it.
         weights: canonical weights in the artifact's dtype.
         seed: random seed for the tokens.
+        quantisation: quantisation of the matrices, if the artifact quantises activations, too.
     """
     values = require_format(bundle.manifest.format).layer_values(bundle)
     if values is None:
         return []
-    spec = bundle.manifest.graph
+    return _Layers(bundle, model, weights, quantisation).reports(layer_case(bundle.manifest.graph, seed), values)
+
+
+def layer_case(spec: GraphSpec, seed: int) -> Case:
+    """The case on which the layers of a model are judged.
+
+    Args:
+        spec: interface of the graph.
+        seed: random seed for the tokens.
+    """
     longest = spec.axes["sequence_length"].max
     past = min(5, longest - 2)
     case = Case(batch_size=2, sequence_length=min(17, longest - past), past_length=past, mask="left", seed=seed)
     if spec.padding != "anywhere":
         # The graph is observed directly, without the runtime's adaptation of padding.
         case = replace(case, batch_size=1, mask="none")
-    return _Layers(bundle, model, weights).reports(case, values)
+    return case
 
 
 class _Layers:
-    def __init__(self, bundle: Bundle, model: "DiffTransformer", weights: Mapping[str, Array]) -> None:
-        self._bundle, self._model, self._weights = bundle, model, weights
+    def __init__(
+        self,
+        bundle: Bundle,
+        model: "DiffTransformer",
+        weights: Mapping[str, Array],
+        quantisation: Quantisation | None,
+    ) -> None:
+        self._bundle, self._model, self._weights, self._quantisation = bundle, model, weights, quantisation
         self._config, self._dtype = model.config, bundle.manifest.graph.dtype
 
     def reports(self, case: Case, values: LayerValues) -> list[CaseReport]:
@@ -87,6 +109,13 @@ class _Layers:
             _EagerLayer(self._model, number), {"hidden_states": x_BSD, **given}, expected, self._dtype
         )
         yardsticks["output"].add_stored(exact_layer(layer, eps, weights, x_BSD, given, self._dtype)[0])
+        if self._quantisation is not None:
+            blocks = self._quantisation.activation_blocks
+            exact, caches = exact_layer(layer, eps, weights, x_BSD, given, None, blocks)
+            quantised = {"output": exact, **{f"present.{side}": array for side, array in caches.items()}}
+            yardsticks = {
+                name: yardsticks[name].with_quantised(array, SHARE_OF_LAYER) for name, array in quantised.items()
+            }
         actual = {
             "output": shown[f"layers.{number}.output"],
             **{f"present.{side}": shown[f"present.{number}.{side}"] for side in ("key", "value")},
@@ -104,6 +133,9 @@ class _Layers:
         yardstick = Yardstick(exact_head(self._config, self._weights, x_BSD), self._dtype)
         with torch.no_grad():
             yardstick.add(to_array(self._model.lm_head(self._model.norm(to_tensor(np.ascontiguousarray(x_BSD))))))
+        if self._quantisation is not None and self._quantisation.head:
+            quantised = exact_head(self._config, self._weights, x_BSD, self._quantisation)
+            yardstick = yardstick.with_quantised(quantised, SHARE_OF_LAYER)
         return CaseReport.of(_HEAD, _GROUP, [measure("logits", logits, yardstick)])
 
 
@@ -146,12 +178,15 @@ def guilty_layer(reports: list[CaseReport], checks: list[Check]) -> Finding | No
     for check in checks:
         if not check.passed and check.name in _OF_CONSTANTS and (named := _LAYER.search(check.detail)):
             return Finding(stage=f"layer {named[1]}", found_by="constants", detail=check.detail)
-    guilty = next((report for report in reports if report.group == _GROUP and not report.passed), None)
-    if guilty is None:
+    failed = [report for report in reports if report.group.startswith(_GROUP) and not report.passed]
+    if not failed:
         return None
-    output = "" if guilty.id == _HEAD else f" in its {guilty.output}"
+    # Those with float activations have a longer name. They come first, since they are exact.
+    guilty = max(failed, key=lambda report: len(report.group))
+    stage = guilty.id.partition("-")[0]
+    output = "" if stage == _HEAD else f" in its {guilty.output}"
     return Finding(
-        stage=guilty.id.replace("layer", "layer "),
+        stage=stage.replace("layer", "layer "),
         found_by="intermediate values",
         detail=f"given its input in the artifact, it deviates{output}: {guilty.failure}",
     )
