@@ -3,7 +3,7 @@
 from diffdeploy.graphs import DType
 from diffdeploy.records import Record
 
-__all__ = ["BUDGETS", "CEILINGS", "SHARE_OF_LAYER", "SHARE_OF_MODEL", "ActivationShare", "Budget"]
+__all__ = ["ACTIVATION_SHARE", "BUDGETS", "CEILINGS", "ActivationShare", "Budget"]
 
 
 class Budget(Record):
@@ -58,7 +58,7 @@ BUDGETS: dict[DType, Budget] = {
 # correct exports on ordinary inputs the largest shares were 1.2e-5, 1.7e-3 and 1.4e-2.
 CEILINGS: dict[DType, float] = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
 
-# An activation that lies next to the boundary between two integers may be rounded to either, and from there on, all
-# roundings may differ. TODO
-SHARE_OF_MODEL = ActivationShare(rmse=2.0, max_error=3.0)
-SHARE_OF_LAYER = ActivationShare(rmse=0.5, max_error=1.0)
+# An activation next to the boundary between two integers may become either, and from there on, every rounding may
+# differ; two results whose roundings have nothing in common are sqrt(2) of the distance apart. The largest shares in
+# TODO.
+ACTIVATION_SHARE = ActivationShare(rmse=2.0, max_error=3.0)

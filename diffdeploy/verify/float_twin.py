@@ -69,8 +69,8 @@ def subjects_of(
         seed: random seed for the inputs of the checks.
         open_artifact: function that opens the artifact in another directory.
     """
-    how = bundle.manifest.options.quantisation
-    if how is None or how.activation_blocks is None:
+    how = bundle.manifest.options.quantised_activations
+    if how is None:
         yield [Subject(bundle, artifact, yardsticks)], []
         return
     products = check_products(bundle, how, seed)

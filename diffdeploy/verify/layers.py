@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.budgets import SHARE_OF_LAYER
 from diffdeploy.bundle import Bundle, Quantisation
 from diffdeploy.errors import ExportError
 from diffdeploy.formats import Check, LayerValues, require_format
@@ -113,9 +112,7 @@ class _Layers:
             blocks = self._quantisation.activation_blocks
             exact, caches = exact_layer(layer, eps, weights, x_BSD, given, None, blocks)
             quantised = {"output": exact, **{f"present.{side}": array for side, array in caches.items()}}
-            yardsticks = {
-                name: yardsticks[name].with_quantised(array, SHARE_OF_LAYER) for name, array in quantised.items()
-            }
+            yardsticks = {name: yardsticks[name].with_quantised(array) for name, array in quantised.items()}
         actual = {
             "output": shown[f"layers.{number}.output"],
             **{f"present.{side}": shown[f"present.{number}.{side}"] for side in ("key", "value")},
@@ -135,7 +132,7 @@ class _Layers:
             yardstick.add(to_array(self._model.lm_head(self._model.norm(to_tensor(np.ascontiguousarray(x_BSD))))))
         if self._quantisation is not None and self._quantisation.head:
             quantised = exact_head(self._config, self._weights, x_BSD, self._quantisation)
-            yardstick = yardstick.with_quantised(quantised, SHARE_OF_LAYER)
+            yardstick = yardstick.with_quantised(quantised)
         return CaseReport.of(_HEAD, _GROUP, [measure("logits", logits, yardstick)])
 
 

@@ -9,7 +9,7 @@ so the error of storing those results counts too.
 import numpy as np
 
 from diffdeploy.arrays import Array, epsilon, smallest_normal
-from diffdeploy.budgets import BUDGETS, CEILINGS, ActivationShare, Budget
+from diffdeploy.budgets import ACTIVATION_SHARE, BUDGETS, CEILINGS, Budget
 from diffdeploy.graphs import DType
 from diffdeploy.verify.report import CaseReport, OutputReport, Report
 
@@ -66,21 +66,20 @@ class Yardstick:
             self.storage_rmse = max(self.storage_rmse, float(np.sqrt(np.mean(np.square(errors)))))
             self.storage_max_error = max(self.storage_max_error, float(errors.max()))
 
-    def with_quantised(self, expected: Array, share: ActivationShare) -> "Yardstick":
+    def with_quantised(self, expected: Array) -> "Yardstick":
         """The same yardstick for a result of which the activations are quantised.
 
         Eager's error is that with float activations, since its own roundings may differ from the formula's, too.
 
         Args:
             expected: exact result with quantised activations, float64.
-            share: allowance, as a share of the distance between both exact results.
         """
         quantised, moved = Yardstick(expected, self.dtype), self.errors(expected)
         quantised._squares, quantised.max_error = [*self._squares], self.max_error
         quantised.storage_rmse, quantised.storage_max_error = self.storage_rmse, self.storage_max_error
         if moved.size:
-            quantised.activation_rmse = share.rmse * float(np.sqrt(np.mean(np.square(moved))))
-            quantised.activation_max_error = share.max_error * float(moved.max())
+            quantised.activation_rmse = ACTIVATION_SHARE.rmse * float(np.sqrt(np.mean(np.square(moved))))
+            quantised.activation_max_error = ACTIVATION_SHARE.max_error * float(moved.max())
         return quantised
 
     def recall(self, figures: OutputReport) -> None:

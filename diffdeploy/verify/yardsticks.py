@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.budgets import SHARE_OF_MODEL
 from diffdeploy.bundle import Bundle, eager_module
 from diffdeploy.config import DecoderConfig
 from diffdeploy.graphs import GraphSpec, clear_padding
@@ -49,8 +48,7 @@ class Yardsticks:
         self._dtype = self._spec.dtype
         self._weights = exact_weights
         # Of a model whose activations are quantised, too.
-        quantisation = bundle.manifest.options.quantisation
-        self._quantisation = quantisation if quantisation is not None and quantisation.activation_blocks else None
+        self._quantisation = bundle.manifest.options.quantised_activations
         self._last: tuple[str, _Pair] | None = None
         # The formula as the paper writes it, which no format ships.
         self._block = eager_module(bundle, impl="naive")
@@ -136,9 +134,7 @@ class Yardsticks:
             yardsticks[name].add_stored(output)
         if quantised is None:
             return yardsticks, yardsticks
-        return yardsticks, {
-            name: yardsticks[name].with_quantised(output, SHARE_OF_MODEL) for name, output in quantised.items()
-        }
+        return yardsticks, {name: yardsticks[name].with_quantised(output) for name, output in quantised.items()}
 
 
 class _Pair(NamedTuple):
