@@ -40,7 +40,7 @@ class Product(NamedTuple):
     """One product with a quantised matrix, observed in an artifact.
 
     Attributes:
-        name: name of the operator in the graph.
+        name: name of the matrix; equal matrices may share the name of one of them.
         x: input ``[..., K]``.
         packed: the matrix ``[N, K]``.
         y: result ``[..., N]``.

@@ -6,7 +6,6 @@ layers, so a fault in one layer is as visible as in a block, and the layer is na
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,18 +14,19 @@ from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Quantisation
 from diffdeploy.errors import ExportError
 from diffdeploy.formats import Check, LayerValues, require_format
-from diffdeploy.graphs import GraphSpec
 from diffdeploy.locate import Finding
 from diffdeploy.verify.cases import Case
 from diffdeploy.verify.decoder import below, exact_embedding, exact_head, exact_layer, inputs_of_layer
 from diffdeploy.verify.eager import eager_error
 from diffdeploy.verify.metrics import Yardstick, measure
+from diffdeploy.verify.model_sweep import layer_case
+from diffdeploy.verify.products import ACTIVATIONS
 from diffdeploy.verify.report import CaseReport
 
 if TYPE_CHECKING:
     from diffdeploy.modules import DiffTransformer
 
-__all__ = ["guilty_layer", "layer_case", "layer_reports", "num_judged_layers"]
+__all__ = ["guilty_layer", "layer_reports", "num_judged_layers"]
 
 _GROUP, _HEAD = "each layer", "head"
 
@@ -54,22 +54,6 @@ def layer_reports(
     if values is None:
         return []
     return _Layers(bundle, model, weights, quantisation).reports(layer_case(bundle.manifest.graph, seed), values)
-
-
-def layer_case(spec: GraphSpec, seed: int) -> Case:
-    """The case on which the layers of a model are judged.
-
-    Args:
-        spec: interface of the graph.
-        seed: random seed for the tokens.
-    """
-    longest = spec.axes["sequence_length"].max
-    past = min(5, longest - 2)
-    case = Case(batch_size=2, sequence_length=min(17, longest - past), past_length=past, mask="left", seed=seed)
-    if spec.padding != "anywhere":
-        # The graph is observed directly, without the runtime's adaptation of padding.
-        case = replace(case, batch_size=1, mask="none")
-    return case
 
 
 class _Layers:
@@ -175,6 +159,9 @@ def guilty_layer(reports: list[CaseReport], checks: list[Check]) -> Finding | No
     for check in checks:
         if not check.passed and check.name in _OF_CONSTANTS and (named := _LAYER.search(check.detail)):
             return Finding(stage=f"layer {named[1]}", found_by="constants", detail=check.detail)
+    for check in checks:
+        if not check.passed and check.name == ACTIVATIONS and (named := _LAYER.search(check.detail)):
+            return Finding(stage=f"layer {named[1]}", found_by="intermediate values", detail=check.detail)
     failed = [report for report in reports if report.group.startswith(_GROUP) and not report.passed]
     if not failed:
         return None

@@ -4,7 +4,6 @@ The input is the one that the operator has in the artifact, so no rounding can d
 of whole models. Constants and wiring are checked elsewhere: see `diffdeploy.verify.float_twin`.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,11 +14,12 @@ from diffdeploy.bundle import Bundle, Quantisation
 from diffdeploy.errors import ExportError
 from diffdeploy.formats import Check, Product, require_format
 from diffdeploy.verify.activations import rounded_activations
-from diffdeploy.verify.layers import layer_case
+from diffdeploy.verify.model_sweep import layer_case
 
-__all__ = ["Products", "check_products"]
+__all__ = ["ACTIVATIONS", "Products", "check_products"]
 
-_NAME = "activations"
+# Name of the check.
+ACTIVATIONS = "activations"
 # Largest error of a product, as a share of the distance by which rounding its input moves it. TODO
 _SHARE = 0.01
 # Where rounding moves nothing: sums in another order, in multiples of the spacing at the size of the result.
@@ -60,34 +60,35 @@ def check_products(bundle: Bundle, quantisation: Quantisation, seed: int) -> Pro
         seed: random seed for the tokens.
     """
     try:
-        compared = [*_compared(bundle, quantisation, seed)]
+        runs = _compared(bundle, quantisation, seed)
     except ExportError as error:
-        return Products(Check(name=_NAME, passed=False, detail=f"the artifact did not run: {error}"), True)
+        return Products(Check(name=ACTIVATIONS, passed=False, detail=f"the artifact did not run: {error}"), True)
+    compared = [each for run in runs for each in run]
     if not compared:
-        return Products(Check(name=_NAME, passed=False, detail="the graph has no quantised matrix"), True)
-    count = len({each.name for each in compared})
+        return Products(Check(name=ACTIVATIONS, passed=False, detail="the graph has no quantised matrix"), True)
+    count = len(runs[0])
     # Written as `not <=`, so that NaN is wrong, too.
     wrong = [each for each in compared if not each.rounded <= each.allowed]
     if not wrong:
         worst = max(each.rounded / each.moved if each.moved else 0.0 for each in compared)
         fine = f"the inputs of {count} products are rounded to int8; errors are {worst:.1e} of what rounding changes"
-        return Products(Check(name=_NAME, passed=True, detail=fine), True)
+        return Products(Check(name=ACTIVATIONS, passed=True, detail=fine), True)
     if all(each.as_it_is <= each.allowed for each in compared):
         fine = f"onnxruntime has no int8 kernel for {count} products on this machine, and computes with float32"
-        return Products(Check(name=_NAME, passed=True, detail=fine), False)
+        return Products(Check(name=ACTIVATIONS, passed=True, detail=fine), False)
     first = wrong[0]
-    kept = ", but that of its input as it is" if first.as_it_is <= first.allowed else ""
-    detail = f"{first.name} is not the product of its input rounded to int8{kept} ({len(wrong)} of {len(compared)})"
-    return Products(Check(name=_NAME, passed=False, detail=detail), True)
+    kept = ", but by its input as it is" if first.as_it_is <= first.allowed else ""
+    detail = f"{first.name} is not multiplied by its input rounded to int8{kept}"
+    return Products(Check(name=ACTIVATIONS, passed=False, detail=detail), True)
 
 
-def _compared(bundle: Bundle, quantisation: Quantisation, seed: int) -> Iterator[_Compared]:
+def _compared(bundle: Bundle, quantisation: Quantisation, seed: int) -> list[list[_Compared]]:
+    """Errors of all products, in several positions at once and in one."""
     spec = bundle.manifest.graph
     values = require_format(bundle.manifest.format).product_values(bundle)
     several = layer_case(spec, seed)
-    for case in (several, replace(several, batch_size=1, sequence_length=1, mask="none")):
-        for product in values(case.inputs(spec)):
-            yield _compare(product, quantisation)
+    cases = several, replace(several, batch_size=1, sequence_length=1, mask="none")
+    return [[_compare(product, quantisation) for product in values(case.inputs(spec))] for case in cases]
 
 
 def _compare(product: Product, quantisation: Quantisation) -> _Compared:

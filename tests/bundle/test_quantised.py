@@ -29,6 +29,8 @@ def multiplied(packed: Packed, how: Quantisation, x_SK: Array) -> Array:
     """``x W^T`` by the operator that shipped graphs have."""
     (rows, _), columns = packed.scales.shape, x_SK.shape[1]
     attributes = {"K": columns, "N": rows, "bits": how.bits, "block_size": how.block_size}
+    if how.accuracy_level:
+        attributes["accuracy_level"] = how.accuracy_level
     node = helper.make_node("MatMulNBits", ["x", "blocks", "scales"], ["y"], domain="com.microsoft", **attributes)
     kind = onnx.TensorProto.FLOAT
     graph = helper.make_graph(

@@ -37,7 +37,7 @@ def product_values(directory: Path) -> ProductValues:
             for node in nodes:
                 x, blocks, scales = node.input[:3]
                 packed = Packed(*(onnx.numpy_helper.to_array(held[name]) for name in (blocks, scales)))
-                yield Product(node.name, values[x], packed, values[node.output[0]])
+                yield Product(blocks.removesuffix(".blocks"), values[x], packed, values[node.output[0]])
         except Exception as error:
             raise ExportError(str(error)) from error
 
