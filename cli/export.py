@@ -121,7 +121,7 @@ def export(
     activations: Annotated[
         Literal["float32", "int8"] | None,
         typer.Option(
-            help="Numbers that quantised matrices get as input; int8 is faster on CPUs.", show_default="float32"
+            help="Precision of the inputs of quantised matrices; int8 for products of integers.", show_default="float32"
         ),
     ] = None,
     quantise_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the output head, too.")] = False,

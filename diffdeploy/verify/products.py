@@ -94,6 +94,8 @@ def _compared(bundle: Bundle, quantisation: Quantisation, seed: int) -> list[lis
 def _compare(product: Product, quantisation: Quantisation) -> _Compared:
     x, width = product.x, product.x.shape[-1]
     numbers_KN = quantisation.numbers(product.packed, width).astype(np.float64).T
+    if numbers_KN.shape != (width, product.y.shape[-1]):  # blocks of another size than the manifest says
+        return _Compared(product.name, *4 * [float("nan")])
     plain = x.astype(np.float64) @ numbers_KN
     rounded = rounded_activations(x, quantisation.block_size).astype(np.float64) @ numbers_KN
     floor = _FLOOR * epsilon("float32") * _size(plain)

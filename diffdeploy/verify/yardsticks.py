@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.bundle import Bundle, eager_module
+from diffdeploy.bundle import Bundle, Quantisation, eager_module
 from diffdeploy.config import DecoderConfig
 from diffdeploy.graphs import GraphSpec, clear_padding
 from diffdeploy.verify.cases import AnyCase
@@ -49,7 +49,7 @@ class Yardsticks:
         self._weights = exact_weights
         # Of a model whose activations are quantised, too.
         self._quantisation = bundle.manifest.options.quantised_activations
-        self._last: tuple[str, _Pair] | None = None
+        self._last: tuple[AnyCase, _Pair] | None = None
         # The formula as the paper writes it, which no format ships.
         self._block = eager_module(bundle, impl="naive")
         self._eager = run_arrays(self._block, last_only=self._spec.logits == "last")
@@ -96,11 +96,12 @@ class Yardsticks:
 
     def _pair(self, case: AnyCase, inputs: Mapping[str, Array]) -> "_Pair":
         # Both are asked for one after the other, and computed together.
-        if self._last is None or self._last[0] != case.id:
+        if self._last is None or self._last[0] is not case:
             assert isinstance(self._config, DecoderConfig)
             rows = np.arange(len(inputs["input_ids"]))
-            pair = _Pair(*(Held(rows, each) for each in self._model_yardsticks(self._config, inputs, self._spec)))
-            self._last = case.id, pair
+            both = self._model_yardsticks(self._config, inputs, self._spec, self._quantisation)
+            pair = _Pair(*(Held(rows, each) for each in both))
+            self._last = case, pair
         return self._last[1]
 
     def of_logits(self, inputs: Mapping[str, Array], *, floats: bool = False) -> Yardstick:
@@ -112,11 +113,11 @@ class Yardsticks:
         """
         assert isinstance(self._config, DecoderConfig)
         spec = self._spec.with_all_logits()
-        of_floats, quantised = self._model_yardsticks(self._config, inputs, spec)
-        return (of_floats if floats else quantised)[spec.main_output]
+        how = None if floats else self._quantisation
+        return self._model_yardsticks(self._config, inputs, spec, how)[1][spec.main_output]
 
     def _model_yardsticks(
-        self, config: DecoderConfig, inputs: Mapping[str, Array], spec: GraphSpec
+        self, config: DecoderConfig, inputs: Mapping[str, Array], spec: GraphSpec, quantisation: Quantisation | None
     ) -> tuple[dict[str, Yardstick], dict[str, Yardstick]]:
         """Eager's error over all layers, and that of storing the streams of each: without and with quantisation."""
         run = run_arrays(self._block, last_only=spec.logits == "last")
@@ -124,11 +125,11 @@ class Yardsticks:
         def eager(given: Mapping[str, Array]) -> dict[str, Array]:
             return clear_padding(spec, given, run(given))
 
-        how, quantised = self._quantisation, None
-        if how is None:
-            expected, stored = exact_and_stored_outputs(config, self._weights, inputs, spec, self._dtype)
+        given, quantised = (config, self._weights, inputs, spec, self._dtype), None
+        if quantisation is None:
+            expected, stored = exact_and_stored_outputs(*given)
         else:
-            expected, stored, quantised = exact_ways(config, self._weights, inputs, spec, self._dtype, how)
+            expected, stored, quantised = exact_ways(*given, quantisation)
         (yardsticks,) = eager_errors(eager, inputs, expected, self._dtype, [slice(None)])
         for name, output in stored.items():
             yardsticks[name].add_stored(output)

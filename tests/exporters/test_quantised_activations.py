@@ -18,6 +18,7 @@ from diffdeploy.exporters import export_bundle
 from diffdeploy.verify import Report, verify_bundle, verify_golden
 from diffdeploy.verify.checkpoint_match import matches_checkpoint
 from diffdeploy.verify.differences import differences, read_described
+from diffdeploy.verify.products import check_products
 from diffdeploy.verify.report import read_report
 from tests.exporters.test_ort_models import KINDS, SMALL
 from tests.exporters.test_quantised_models import (
@@ -174,6 +175,20 @@ def test_faults_are_seen_by_their_numbers_alone(name: str, int4: Path, tmp_path:
     assert check_of(report, "activations").passed is not by_product
     assert report.guilty is not None
     assert report.guilty.stage == "layer 0"
+
+
+@pytest.mark.parametrize(("changes", "passes"), [({}, True), ({"block_size": 64}, False), ({"weights": "int8"}, False)])
+def test_products_of_other_blocks_are_told_apart(changes: dict[str, Any], passes: bool, int4: Path) -> None:
+    bundle = open_bundle(int4)
+    how = bundle.manifest.options.quantised_activations
+    assert how is not None
+    found = check_products(bundle, how.model_copy(update=changes), seed=7)
+    assert found.check.passed is passes
+    assert found.are_quantised
+    said = (
+        "the inputs of 28 products are rounded" if passes else "weight is not multiplied by its input rounded to int8"
+    )
+    assert said in found.check.detail
 
 
 def keep_all(model: onnx.ModelProto) -> None:
