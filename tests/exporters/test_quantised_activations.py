@@ -13,6 +13,7 @@ import pytest
 from diffdeploy.bundle import open_bundle, write_manifest
 from diffdeploy.checkpoints import read_model
 from diffdeploy.checkpoints.files import SAMPLE
+from diffdeploy.cli.main import main
 from diffdeploy.errors import InputError
 from diffdeploy.exporters import export_bundle
 from diffdeploy.verify import Report, verify_bundle, verify_golden
@@ -246,3 +247,19 @@ def test_what_cannot_be_rounded_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         export_bundle(read_model(SAMPLE), tmp_path / "bundle", options)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_tables_say_that_there_is_an_allowance(
+    int4: Path, bundles: BundleCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    floats = bundles.bundle(read_model(SAMPLE), INT4)
+    for path, said in ((int4, True), (floats, False)):
+        page = tmp_path / "page.html"
+        report = str(path / "verification.json")
+        assert main(["verify", "--from-report", report, "--html", str(page)]) == 0
+        # Tables wrap their lines.
+        shown = " ".join(capsys.readouterr().err.split())
+        text = "plus a floor and an allowance for activations that are rounded to int8"
+        assert (text in shown) is said
+        assert (text in page.read_text()) is said
+        page.unlink()
