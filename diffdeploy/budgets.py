@@ -59,8 +59,8 @@ BUDGETS: dict[DType, Budget] = {
 CEILINGS: dict[DType, float] = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
 
 # An activation next to the boundary between two integers may become either, and from there on, every rounding may
-# differ: two results whose roundings have nothing in common are sqrt(2) of the distance apart. In 4,000 outputs of 29
-# correct exports, the largest shares were 1.21 (rmse) and 1.28 (max); in 125,000 outputs of eager models and their
-# layers, whose float32 sums differ from the formula in the same way, 1.07 and 2.10. Half of all were below 1e-4, since
-# every rounding agreed.
-ACTIVATION_SHARE = ActivationShare(rmse=2.0, max_error=3.0)
+# differ: two results whose roundings have nothing in common are about sqrt(2) of the distance apart. In 129
+# verifications of correct exports, the largest shares were 1.79 (rmse) and 2.57 (max); in 161,000 outputs of eager
+# models and their layers, whose float32 sums differ from the formula in the same way, 1.36 and 2.10. Half of all were
+# below 1e-4, since every rounding agreed.
+ACTIVATION_SHARE = ActivationShare(rmse=3.0, max_error=4.0)

@@ -21,7 +21,7 @@ __all__ = ["ACTIVATIONS", "Products", "check_products"]
 # Name of the check.
 ACTIVATIONS = "activations"
 # Largest error of a product, as a share of the distance by which rounding its input moves it. Sums in float32 were off
-# by at most 1e-4 of it. A single activation among 34 * 344 that becomes the wrong neighbour costs
+# by at most 2e-4 of it. A single activation among 34 * 344 that becomes the wrong neighbour costs
 # sqrt(12 / (34 * 344)) = 0.03 of it.
 _SHARE = 0.01
 # Where rounding moves nothing: sums in another order, in multiples of the spacing at the size of the result.

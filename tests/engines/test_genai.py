@@ -64,7 +64,7 @@ def test_quantised_matrices(weights: Any, activations: Any, bundles: BundleCache
     options = replace(SMALL, onnx_flavor="ort", weights=weights, activations=activations, quantise_head=True)
     report = verify_engine(bundles.bundle(read_model(SAMPLE), options), GenaiEngine())
     assert report.passed, report.worst
-    assert report.num_tokens_checked > (100 if activations == "float32" else 50)
+    assert report.num_tokens_checked > (100 if activations == "float32" else 20)
     allowed = [output.activation_rmse for case in report.cases for output in case.outputs]
     assert all(share > 0 for share in allowed) is (activations == "int8")
 
