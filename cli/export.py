@@ -1,5 +1,6 @@
 """``diffdeploy export``: from a checkpoint to a verified bundle."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -117,6 +118,12 @@ def export(
         typer.Option(help="Quantise the matrices of a model; needs --onnx-flavor ort.", show_default="not quantised"),
     ] = None,
     block_size: Annotated[int | None, typer.Option(help="Number of weights per scale.", show_default="32")] = None,
+    activations: Annotated[
+        Literal["float32", "int8"] | None,
+        typer.Option(
+            help="Precision of the inputs of quantised matrices; int8 for products of integers.", show_default="float32"
+        ),
+    ] = None,
     quantise_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the output head, too.")] = False,
     text: Annotated[
         Path | None,
@@ -152,15 +159,9 @@ def export(
         from diffdeploy.checkpoints.files import SAMPLE
         from diffdeploy.formats import ExportOptions
 
-    of_weights = {
-        "--block-size": block_size,
-        "--quantize-head": quantise_head or None,
-        "--text": text,
-        "--max-kl": max_kl,
-        "--min-agreement": min_agreement,
-    }
-    if weights is None and (lonely := [option for option, given in of_weights.items() if given is not None]):
-        raise InputError(f"{', '.join(lonely)} cannot be used without quantised weights; give --weights int8 or int4")
+    of_weights = {"--block-size": block_size, "--activations": activations, "--quantize-head": quantise_head or None}
+    of_loss = {"--text": text, "--max-kl": max_kl, "--min-agreement": min_agreement}
+    _require_weights(weights, {**of_weights, **of_loss})
     if no_verify:
         of_checks = {"--cases": cases, "--runtime": None if runtime == "native" else runtime, "--seed": seed or None}
         refuse_together("--no-verify", "runs no verification", of_checks)
@@ -190,6 +191,7 @@ def export(
         cache=cache or "growing",
         weights=weights,
         block_size=block_size,
+        activations=activations,
         quantise_head=quantise_head,
         text=text,
         max_kl=max_kl,
@@ -207,6 +209,12 @@ def export(
     job.check_output(output)
     done = job.run(output)
     return done.finish(as_json=as_json)
+
+
+def _require_weights(weights: str | None, of_weights: Mapping[str, object]) -> None:
+    """Reject options for quantised weights if there are none."""
+    if weights is None and (lonely := [option for option, given in of_weights.items() if given is not None]):
+        raise InputError(f"{', '.join(lonely)} cannot be used without quantised weights; give --weights int8 or int4")
 
 
 def _layer_number(text: str | None) -> int:

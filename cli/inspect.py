@@ -196,7 +196,12 @@ def _quantisation_rows(bundle: "Bundle") -> list[tuple[str, str]]:
         (
             "weights",
             f"{how.weights} in blocks of {how.block_size}, accuracy level {how.accuracy_level}: {matrices}; {whole}",
-        )
+        ),
+        *(
+            [("activations", f"{how.activations} in blocks of {how.block_size}, as inputs of these matrices")]
+            if how.activation_blocks
+            else []
+        ),
     ]
     loss = read_report(bundle.path / REPORT).loss if REPORT in manifest.files else None
     return rows if loss is None else [*rows, ("loss", loss.summary)]

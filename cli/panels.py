@@ -26,7 +26,9 @@ PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "How it is exported": (
             *("dtype", "device", "max_batch_size", "max_sequence_length", "opset", "onnx_flavor", "attention_impl"),
         ),
-        "Quantised weights": ("weights", "block_size", "quantise_head", "text", "max_kl", "min_agreement"),
+        "Quantised weights": (
+            *("weights", "block_size", "activations", "quantise_head", "text", "max_kl", "min_agreement"),
+        ),
         "Checks": ("runtime", "seed", "cases", "no_verify"),
         _OUTPUT: ("output", "force", "as_json", "quiet"),
         _OPEN: _READING,

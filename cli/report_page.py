@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffdeploy.cli.report_charts import by_case, by_length_and_kind, ranges, text, times
+from diffdeploy.cli.report_tables import allowance
 
 if TYPE_CHECKING:
     from diffdeploy.verify import CaseReport, Report
@@ -123,8 +124,8 @@ def _errors(cases: "Sequence[CaseReport]") -> list[str]:
     return [
         _section("Errors against the budget"),
         "<p>Each point is one case. It shows the error against the formula in fp64, as a share of the allowed error. "
-        "The allowed error is the error of a correct computation in this dtype, times a factor, plus a floor. Crosses "
-        "are failed cases.</p>",
+        "The allowed error is the error of a correct computation in this dtype, times a factor, plus a floor"
+        f"{allowance(cases)}. Crosses are failed cases.</p>",
         by_case(cases),
         _section("By length and kind"),
         "<p>The largest share of the budget that a case of this kind and sequence length used.</p>",

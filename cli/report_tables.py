@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from diffdeploy.selftest import Family, FaultResult
     from diffdeploy.verify import CaseReport, OutputReport, Report
 
-__all__ = ["print_families", "print_faults", "print_report"]
+__all__ = ["allowance", "print_families", "print_faults", "print_report"]
 
 # Minimum width of a terminal for all columns; narrower ones show the most important columns.
 _WIDE = 110
@@ -75,12 +75,19 @@ def _contract_table(report: "Report") -> "Table":
     return table
 
 
+def allowance(cases: "Sequence[CaseReport]") -> str:
+    """What the allowed errors of some cases contain besides a factor and a floor; empty for nothing."""
+    rounds = any(output.activation_rmse for case in cases for output in case.outputs)
+    return " and an allowance for activations that are rounded to int8" if rounds else ""
+
+
 def _case_table(report: "Report", *, wide: bool) -> "Table":
     numbers = ["cases", *(["rmse", "eager rmse"] if wide else []), "budget\nused", "k\nneeded"]
     table = _table(("inputs", "", "worst case"), numbers, whole=("worst case",))
     table.caption = (
         f"budget used: error divided by the allowed error, which is k = {report.budget.k:g} times the error of a "
-        "correct computation, plus a floor\nk needed: the smallest k with which the case would pass"
+        f"correct computation, plus a floor{allowance(report.cases)}\n"
+        "k needed: the smallest k with which the case would pass"
     )
     groups: dict[str, list[CaseReport]] = {}
     for case in report.cases:

@@ -127,7 +127,9 @@ def _impl(found: Format, options: ExportOptions, config: AnyModel) -> str:
     return found.fastest_impl(options, config) if options.impl == "auto" else str(options.impl)
 
 
-def _write_weights(config: AnyModel, weights: ShippedWeights, spec: GraphSpec, seed: int, staging: Path) -> None:
+def _write_weights(
+    config: AnyModel, weights: ShippedWeights, spec: GraphSpec, options: ExportOptions, staging: Path
+) -> None:
     import safetensors.numpy
 
     computed = {name: to_array(tensor) for name, tensor in weights.computed.items()}
@@ -135,7 +137,8 @@ def _write_weights(config: AnyModel, weights: ShippedWeights, spec: GraphSpec, s
     # not with those of the checkpoint. Both files are serialised in memory, since the file writer of safetensors hides
     # the reason when a disk is full.
     (staging / WEIGHTS).write_bytes(safetensors.numpy.save(dict(weights.stored)))
-    (staging / GOLDEN).write_bytes(safetensors.numpy.save(golden_arrays(config, spec, computed, seed)))
+    golden = golden_arrays(config, spec, computed, options.seed, options.quantisation)
+    (staging / GOLDEN).write_bytes(safetensors.numpy.save(golden))
 
 
 def export_bundle(
@@ -193,7 +196,7 @@ def export_bundle(
     with staged_bundle(output, force=force) as staging:
         phase("lowering")
         # Written before lowering, since aoti writes the digest of this file into its package.
-        _write_weights(checkpoint.config, weights, spec, options.seed, staging)
+        _write_weights(checkpoint.config, weights, spec, options, staging)
         for companion in checkpoint.companions:
             shutil.copyfile(companion, staging / companion.name)
         length, dtype = spec.axes["sequence_length"].max, getattr(torch, spec.dtype)

@@ -78,13 +78,15 @@ def _replace(
 
     x, matrix = product.inputs
     assert matrix is not None
-    # The accuracy level is omitted, which means 0: only the CPU provider's operator supports this attribute.
     attributes = {
         "K": num_columns,
         "N": len(packed.blocks),
         "bits": quantisation.bits,
         "block_size": quantisation.block_size,
     }
+    # A level of 0 is the default; only the CPU provider's operator supports the attribute.
+    if quantisation.accuracy_level:
+        attributes["accuracy_level"] = quantisation.accuracy_level
     inputs = [x, constant("blocks", packed.blocks), constant("scales", packed.scales)]
     node = ir.node(MATMUL_NBITS, inputs, attributes=attributes, domain=ORT_DOMAIN)
     node.name = product.name

@@ -13,6 +13,7 @@ from diffdeploy.errors import InputError, VerificationError
 from diffdeploy.formats import ExportOptions
 from diffdeploy.runtime.text import TOKENIZER, Tokenizer
 from diffdeploy.verify import WINDOW, Loss, measure_loss
+from diffdeploy.verify.activations import quantised_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,10 +65,15 @@ def check_quantisation(checkpoint: "Checkpoint | ModelCheckpoint", options: Expo
     """
     asked: dict[str, object] = {"text": options.text, "max kl": options.max_kl, "min agreement": options.min_agreement}
     given = [name for name, value in asked.items() if value is not None]
-    others = {"block size": options.block_size is not None, "quantise head": options.quantise_head}
+    others = {
+        "block size": options.block_size is not None,
+        "activations": options.activations is not None,
+        "quantise head": options.quantise_head,
+    }
     alone = [*(name for name, is_given in others.items() if is_given), *given]
     if options.weights is None and alone:
-        raise InputError(f"{alone[0]} needs quantised weights, but there are none; give --weights int8 or int4")
+        need = "need" if alone[0] == "activations" else "needs"
+        raise InputError(f"{alone[0]} {need} quantised weights, but there are none; give --weights int8 or int4")
     if given and TOKENIZER not in _companions(checkpoint):
         raise InputError(f"{given[0]} needs a tokenizer, but the checkpoint has no {TOKENIZER}; omit it")
     if options.max_kl is not None and not 0 <= options.max_kl < math.inf:
@@ -119,7 +125,8 @@ def loss_of(
     )
     assert isinstance(original, DiffTransformer)
     assert isinstance(computed, DiffTransformer)
-    loss = measure_loss(original, computed, tokens, text.encode(), name, progress)
+    with quantised_inputs(computed, options.quantisation):
+        loss = measure_loss(original, computed, tokens, text.encode(), name, progress)
     if (excess := loss.excess(options.max_kl, options.min_agreement)) is not None:
         raise VerificationError(f"the quantised weights lose too much and were not kept: {excess}; {loss.summary}")
     return loss

@@ -5,6 +5,7 @@ from diffdeploy.bundle.manifest import Environment, ExportRecord, FileDigest, Ma
 from diffdeploy.bundle.quantised import (
     BLOCK_SIZES,
     HEAD,
+    Activations,
     Packed,
     Quantisation,
     WeightBits,
@@ -39,6 +40,7 @@ __all__ = [
     "REPORT",
     "SIGNATURE",
     "WEIGHTS",
+    "Activations",
     "Bundle",
     "Environment",
     "ExportRecord",

@@ -94,6 +94,12 @@ class ExportRecord(Record):
     flavor: str | None = None
     quantisation: Quantisation | None = None
 
+    @property
+    def quantised_activations(self) -> Quantisation | None:
+        """The quantisation, if it includes activations."""
+        how = self.quantisation
+        return None if how is None or how.activation_blocks is None else how
+
     def plain(self) -> dict[str, bool | int | str]:
         """All fields except `quantisation`, which is a nested record."""
         return self.model_dump(exclude={"quantisation"})

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BLOCK_SIZES",
     "HEAD",
+    "Activations",
     "Packed",
     "Quantisation",
     "WeightBits",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 WeightBits = Literal["int8", "int4"]
+Activations = Literal["float32", "int8"]
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 HEAD = "lm_head.weight"
 
@@ -65,18 +67,29 @@ class Quantisation(Record):
         weights: bits per number.
         block_size: count of neighbouring numbers in a row that share a scale.
         head: true if the head is quantised, too; it is then stored separately from the embedding.
-        accuracy_level: attribute of ``MatMulNBits``; 0 computes in the dtype of the graph.
+        accuracy_level: attribute of ``MatMulNBits``; 0 computes in the dtype of the graph, and 4 rounds the input of
+            each product to int8, in blocks of the same size.
     """
 
     weights: WeightBits
     block_size: Literal[16, 32, 64, 128, 256] = 32
     head: bool = False
-    accuracy_level: Literal[0] = 0
+    accuracy_level: Literal[0, 4] = 0
 
     @property
     def bits(self) -> int:
         """Bits per number."""
         return int(self.weights.removeprefix("int"))
+
+    @property
+    def activations(self) -> Activations:
+        """Numbers in which a quantised matrix gets its input."""
+        return "int8" if self.accuracy_level else "float32"
+
+    @property
+    def activation_blocks(self) -> int | None:
+        """Count of neighbouring activations that share a scale; ``None`` if they are not quantised."""
+        return self.block_size if self.accuracy_level else None
 
     def covers(self, name: str) -> bool:
         """True if a weight is stored in blocks."""

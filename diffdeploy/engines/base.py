@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from diffdeploy.arrays import Array
+from diffdeploy.bundle import Quantisation
 from diffdeploy.config import DecoderConfig
 from diffdeploy.errors import UnavailableError
 from diffdeploy.graphs import DType
@@ -41,6 +42,7 @@ class Subject:
         dtype: dtype in which the engine computes.
         max_length: longest sequence.
         padding: token that the engine treats as padding wherever it occurs; ``None`` if there is none.
+        quantisation: quantisation of the matrices, if the engine quantises activations, too.
     """
 
     config: DecoderConfig
@@ -48,6 +50,7 @@ class Subject:
     dtype: DType
     max_length: int
     padding: int | None = None
+    quantisation: Quantisation | None = None
 
 
 class EngineRequest(Record):

@@ -47,7 +47,14 @@ class GenaiEngine(Engine):
         weights = {name: to_tensor(array) for name, array in read_weights(bundle).items()}
         longest = manifest.graph.axes["total_sequence_length"].max
         padding = special_tokens(path, manifest).fill
-        return Subject(config=config, weights=weights, dtype=manifest.graph.dtype, max_length=longest, padding=padding)
+        return Subject(
+            config=config,
+            weights=weights,
+            dtype=manifest.graph.dtype,
+            max_length=longest,
+            padding=padding,
+            quantisation=manifest.options.quantised_activations,
+        )
 
     def run(self, request: EngineRequest) -> list[EngineRound]:
         """Run the engine: each prompt separately, then all as a batch, padded on the right.

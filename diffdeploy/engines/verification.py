@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.graphs import DType, GraphSpec, graph_spec
 from diffdeploy.records import Record
 from diffdeploy.verify import CaseReport, OutputReport
-from diffdeploy.verify.decoder import exact_and_stored_outputs
+from diffdeploy.verify.decoder import exact_and_stored_outputs, exact_ways
 from diffdeploy.verify.greedy import wrong_tokens
 from diffdeploy.verify.metrics import Yardstick, measure
 from diffdeploy.verify.values import prompt_inputs
@@ -144,6 +144,26 @@ def _request(path: Path, subject: Subject, tensor_parallel_size: int, seed: int)
     )
 
 
+class _Known(NamedTuple):
+    """Log-probabilities ``[S, V]`` of a sequence, float64.
+
+    exact: by the formula with float activations.
+    stored: by the formula with streams that are rounded to the dtype.
+    eager: of the eager model.
+    quantised: by the formula with quantised activations, if the engine quantises them.
+    """
+
+    exact: Array
+    stored: Array
+    eager: Array
+    quantised: Array | None = None
+
+    @property
+    def expected(self) -> Array:
+        """Those with which the engine is compared."""
+        return self.exact if self.quantised is None else self.quantised
+
+
 class _Truth:
     """Log-probabilities of a sequence: exact ones, and those of the eager model in the engine's dtype."""
 
@@ -166,17 +186,20 @@ class _Truth:
             dtype=getattr(torch, self.dtype),
             max_positions=max(_PROMPTS) + _NEW_TOKENS,
         )
-        self._known: dict[tuple[int, ...], tuple[Array, Array, Array]] = {}
+        self._quantisation = subject.quantisation
+        self._known: dict[tuple[int, ...], _Known] = {}
 
-    def of(self, ids: list[int]) -> tuple[Array, Array, Array]:
-        """Log-probabilities ``[S, V]``, float64: exact, exact with streams rounded to the dtype, and eager."""
+    def of(self, ids: list[int]) -> "_Known":
+        """Compute the log-probabilities of a sequence."""
         key = tuple(ids)
         # The second round requests the same again.
         if key not in self._known:
             inputs, name = prompt_inputs(self._spec, np.array([ids])), self._spec.main_output
-            both = exact_and_stored_outputs(self._config, self._weights, inputs, self._spec, self.dtype)
-            exact, stored = (log_softmax(outputs[name][0]) for outputs in both)
-            self._known[key] = exact, stored, self._run(ids)
+            given = self._config, self._weights, inputs, self._spec, self.dtype
+            how = self._quantisation
+            ways = exact_and_stored_outputs(*given) if how is None else exact_ways(*given, how)
+            exact, stored, *quantised = (log_softmax(outputs[name][0]) for outputs in ways)
+            self._known[key] = _Known(exact, stored, self._run(ids), *quantised)
         return self._known[key]
 
     def _run(self, ids: list[int]) -> Array:
@@ -201,7 +224,7 @@ def _judge(prompt: list[int], row: EngineRow, truth: _Truth, request: EngineRequ
     allowed = reports[0].allowed_max_error
     if allowed is None:  # without a figure, the case has already failed
         return reports, 0
-    exact_NV = known[0][last:-1]
+    exact_NV = known.expected[last:-1]
     wrong, num_clear = wrong_tokens(exact_NV, np.array(row.tokens), allowed)
     if len(wrong):
         step = int(wrong[0])
@@ -217,15 +240,14 @@ def _judge(prompt: list[int], row: EngineRow, truth: _Truth, request: EngineRequ
     return reports, num_clear
 
 
-def _measured(
-    name: str, steps: list[dict[int, float]], start: int, known: tuple[Array, Array, Array], dtype: DType
-) -> OutputReport:
+def _measured(name: str, steps: list[dict[int, float]], start: int, known: _Known, dtype: DType) -> OutputReport:
     """Judge the log-probabilities of several positions, from ``start`` on, by the criterion for outputs."""
     places = [(start + step, token) for step, numbers in enumerate(steps) for token in numbers]
     positions, tokens = (np.array(side, dtype=np.int64) for side in zip(*places, strict=True))
     actual = np.array([number for numbers in steps for number in numbers.values()])
-    exact, stored, eager = (array[positions, tokens] for array in known)
-    yardstick = Yardstick(exact, dtype)
-    yardstick.add(eager.astype(dtype))
-    yardstick.add_stored(stored)
+    yardstick = Yardstick(known.exact[positions, tokens], dtype)
+    yardstick.add(known.eager[positions, tokens].astype(dtype))
+    yardstick.add_stored(known.stored[positions, tokens])
+    if known.quantised is not None:
+        yardstick = yardstick.with_quantised(known.quantised[positions, tokens])
     return measure(name, actual.astype(dtype), yardstick)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         GraphNode,
         Intermediates,
         LayerValues,
+        Product,
+        ProductValues,
         TritonBackend,
     )
     from diffdeploy.formats.base import Format
@@ -43,6 +45,8 @@ __all__ = [
     "GraphNode",
     "Intermediates",
     "LayerValues",
+    "Product",
+    "ProductValues",
     "RunOptions",
     "RuntimeName",
     "Selection",
@@ -67,6 +71,8 @@ _HOMES = {
             "GraphNode",
             "Intermediates",
             "LayerValues",
+            "Product",
+            "ProductValues",
             "TritonBackend",
         ),
         "artifact",

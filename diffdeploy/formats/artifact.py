@@ -5,10 +5,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from diffdeploy.arrays import Array
-from diffdeploy.bundle import Bundle, Manifest
+from diffdeploy.bundle import Bundle, Manifest, Packed
 from diffdeploy.formats.options import RunOptions
 from diffdeploy.graphs import GraphSpec, Stage
 from diffdeploy.records import Record
@@ -26,12 +26,35 @@ __all__ = [
     "Intermediates",
     "LayerValues",
     "NodeKind",
+    "Product",
+    "ProductValues",
     "TritonBackend",
 ]
 
 # Function from inputs of a model by name to its outputs and the output of each layer N, ``layers.N.output [B, S, D]``.
 # It raises ExportError if the artifact does not run.
 LayerValues = Callable[[Mapping[str, Array]], dict[str, Array]]
+
+
+class Product(NamedTuple):
+    """One product with a quantised matrix, observed in an artifact.
+
+    Attributes:
+        name: name of the matrix; equal matrices may share the name of one of them.
+        x: input ``[..., K]``.
+        packed: the matrix ``[N, K]``.
+        y: result ``[..., N]``.
+    """
+
+    name: str
+    x: Array
+    packed: Packed
+    y: Array
+
+
+# Maps inputs of a model by name to all of its products with quantised matrices. Raises ExportError if the artifact does
+# not run.
+ProductValues = Callable[[Mapping[str, Array]], Iterator[Product]]
 
 
 class Check(Record):

@@ -18,6 +18,7 @@ from diffdeploy.formats.artifact import (
     GraphNode,
     Intermediates,
     LayerValues,
+    ProductValues,
     TritonBackend,
 )
 from diffdeploy.formats.options import Device, ExportOptions, RunOptions, RuntimeName
@@ -284,6 +285,14 @@ class Format(ABC):
     def layer_values(self, bundle: Bundle) -> LayerValues | None:
         """Function that computes the outputs of a model's layers; ``None`` if only outputs can be observed."""
         return None
+
+    def product_values(self, bundle: Bundle) -> ProductValues:
+        """Function that computes the products with the quantised matrices of a model."""
+        raise NotImplementedError(f"format {self.name} has no quantised matrices")
+
+    def with_float_activations(self, bundle: Bundle) -> Mapping[str, bytes]:
+        """Files of the same artifact without quantised activations, where they differ, by name."""
+        raise NotImplementedError(f"format {self.name} has no quantised activations")
 
     def nodes(self, bundle: Bundle) -> Sequence[GraphNode] | None:
         """The nodes of the artifact's graph, in order; ``None`` if there is no graph to read."""

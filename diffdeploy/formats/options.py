@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from diffdeploy.bundle import BLOCK_SIZES, Quantisation, WeightBits
+from diffdeploy.bundle import BLOCK_SIZES, Activations, Quantisation, WeightBits
 from diffdeploy.errors import InputError
 from diffdeploy.graphs import Cache, DType, Logits, Variant
 
@@ -43,6 +43,8 @@ class ExportOptions:
         cases: selection of verification cases; the report says which parts of the declared ranges it leaves out.
         weights: bits of the numbers that matrices are quantised to; by default they are in ``dtype``.
         block_size: count of numbers that share a scale; 32 by default.
+        activations: numbers to which the inputs of quantised matrices are rounded when the artifact runs: ``int8``, or
+            ``float32`` for none, the default.
         quantise_head: true to quantise the head, too.
         text: file on which the quantisation loss is measured; by default a module of Python's standard library.
         max_kl: largest accepted divergence from the original model, in nats per token.
@@ -65,6 +67,7 @@ class ExportOptions:
     cases: Selection = "full"
     weights: WeightBits | None = None
     block_size: int | None = None
+    activations: Activations | None = None
     quantise_head: bool = False
     text: Path | None = None
     max_kl: float | None = None
@@ -75,14 +78,18 @@ class ExportOptions:
         """Quantisation of the matrices, or ``None``.
 
         Raises:
-            InputError: the block size is not supported.
+            InputError: the block size or the kind of activations is not supported.
         """
         if self.weights is None:
             return None
         size = _BLOCK_SIZE if self.block_size is None else self.block_size
         if size not in BLOCK_SIZES:
             raise InputError(f"block size is {size}; accepted: {', '.join(map(str, BLOCK_SIZES))}")
-        return Quantisation(weights=self.weights, block_size=size, head=self.quantise_head)
+        activations = self.activations or "float32"
+        if activations not in get_args(Activations):
+            raise InputError(f"activations are {activations}; accepted: {', '.join(get_args(Activations))}")
+        level: Literal[0, 4] = 4 if activations == "int8" else 0
+        return Quantisation(weights=self.weights, block_size=size, head=self.quantise_head, accuracy_level=level)
 
 
 @dataclass(frozen=True, kw_only=True)

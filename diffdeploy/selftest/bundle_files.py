@@ -82,9 +82,9 @@ def _edit_arrays(target: FaultTarget, file: str, edit: Callable[[dict[str, Array
     (target.path / file).write_bytes(safetensors.numpy.save(arrays))
 
 
-def _last(arrays: dict[str, Array], ending: str) -> str:
-    """Name with that ending; in a model, that of the last layer."""
-    return [name for name in arrays if name.endswith(ending)][-1]
+def _last(arrays: dict[str, Array], weight: str) -> str:
+    """Name that ends with that of a weight, or its scales if it is quantised; in a model, that of the last layer."""
+    return [name for name in arrays if name.removesuffix(".scales").endswith(weight)][-1]
 
 
 def _one_bit_in_the_weights_file(target: FaultTarget) -> None:

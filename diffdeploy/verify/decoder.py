@@ -4,21 +4,25 @@ Shape suffixes: B batch, S new tokens, D model width.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from diffdeploy.arrays import Array
+from diffdeploy.bundle import Quantisation
 from diffdeploy.config import POLYNORM_EPS, AnyModel, DecoderConfig, LayerConfig, MlpConfig
 from diffdeploy.graphs import DType, GraphSpec, clear_padding
 from diffdeploy.verify.oracle import oracle, times, with_stored_streams
 
 __all__ = [
+    "ExactWays",
     "below",
     "exact_and_stored_outputs",
     "exact_embedding",
     "exact_head",
     "exact_layer",
     "exact_outputs",
+    "exact_ways",
     "inputs_of_layer",
 ]
 
@@ -27,7 +31,11 @@ _QUIETLY = np.errstate(over="ignore", invalid="ignore")
 
 
 def exact_outputs(
-    config: AnyModel, weights: Mapping[str, Array], inputs: Mapping[str, Array], spec: GraphSpec
+    config: AnyModel,
+    weights: Mapping[str, Array],
+    inputs: Mapping[str, Array],
+    spec: GraphSpec,
+    quantisation: Quantisation | None = None,
 ) -> dict[str, Array]:
     """Exact outputs of a graph, by the formula of a block or of a decoder.
 
@@ -36,21 +44,47 @@ def exact_outputs(
         weights: canonical weights, any floating dtype.
         inputs: inputs by the names of the graph.
         spec: interface of the graph.
+        quantisation: quantisation of a decoder's matrices, if it quantises the activations, too.
 
     Returns:
         float64 arrays by the names of the graph.
     """
     if not isinstance(config, DecoderConfig):
         return oracle(config, weights, inputs)
-    return _of_decoder(config, weights, inputs, spec, (None,))[0]
+    return _of_decoder(config, weights, inputs, spec, ((None, quantisation),))[0]
 
 
 def exact_and_stored_outputs(
     config: DecoderConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], spec: GraphSpec, dtype: DType
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Compute the exact outputs, and those of a decoder whose layers round their streams to a dtype."""
-    exact, stored = _of_decoder(config, weights, inputs, spec, (None, dtype))
+    exact, stored = _of_decoder(config, weights, inputs, spec, ((None, None), (dtype, None)))
     return exact, stored
+
+
+class ExactWays(NamedTuple):
+    """Exact outputs of a decoder, by the names of the graph.
+
+    exact: of float activations.
+    stored: of layers that round their streams to a dtype; see `exact_and_stored`.
+    quantised: of activations that are quantised.
+    """
+
+    exact: dict[str, Array]
+    stored: dict[str, Array]
+    quantised: dict[str, Array]
+
+
+def exact_ways(
+    config: DecoderConfig,
+    weights: Mapping[str, Array],
+    inputs: Mapping[str, Array],
+    spec: GraphSpec,
+    dtype: DType,
+    quantisation: Quantisation,
+) -> ExactWays:
+    """Compute `exact_and_stored_outputs`, and the exact outputs with quantised activations."""
+    return ExactWays(*_of_decoder(config, weights, inputs, spec, ((None, None), (dtype, None), (None, quantisation))))
 
 
 def _of_decoder(
@@ -58,21 +92,23 @@ def _of_decoder(
     weights: Mapping[str, Array],
     inputs: Mapping[str, Array],
     spec: GraphSpec,
-    stored_as: Sequence[DType | None],
+    ways: Sequence[tuple[DType | None, Quantisation | None]],
 ) -> list[dict[str, Array]]:
-    """Outputs for each dtype in which streams are stored; ``None`` for exact ones."""
-    xs_BSD = [exact_embedding(weights, inputs)] * len(stored_as)
-    outputs: list[dict[str, Array]] = [{} for _ in stored_as]
+    """Outputs for each dtype in which streams are stored, and quantisation of activations; ``None`` for neither."""
+    xs_BSD = [exact_embedding(weights, inputs)] * len(ways)
+    outputs: list[dict[str, Array]] = [{} for _ in ways]
     for number, layer in enumerate(config.layers):
-        # Widened once for all dtypes, since widening takes as long as computing a few tokens.
+        # Widened once for all ways, since widening takes as long as computing a few tokens.
         own = _all_wide(below(weights, f"layers.{number}."))
         given = inputs_of_layer(inputs, number)
-        for i, dtype in enumerate(stored_as):
-            xs_BSD[i], caches = exact_layer(layer, config.norm_eps, own, xs_BSD[i], given, dtype)
+        for i, (dtype, how) in enumerate(ways):
+            blocks = None if how is None else how.activation_blocks
+            xs_BSD[i], caches = exact_layer(layer, config.norm_eps, own, xs_BSD[i], given, dtype, blocks)
             outputs[i] |= {f"present.{number}.{side}": array for side, array in caches.items()}
     last = _all_wide({name: weights[name] for name in ("norm.weight", _head_name(config))})
-    for own_outputs, x_BSD in zip(outputs, xs_BSD, strict=True):
-        own_outputs[spec.main_output] = exact_head(config, last, x_BSD[:, -1:] if spec.logits == "last" else x_BSD)
+    for own_outputs, x_BSD, (_, how) in zip(outputs, xs_BSD, ways, strict=True):
+        x_BSD = x_BSD[:, -1:] if spec.logits == "last" else x_BSD
+        own_outputs[spec.main_output] = exact_head(config, last, x_BSD, how)
     return [clear_padding(spec, inputs, each) for each in outputs]
 
 
@@ -96,6 +132,7 @@ def exact_layer(
     x_BSD: Array,
     inputs: Mapping[str, Array],
     stored_as: DType | None = None,
+    activation_blocks: int | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Compute one layer: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
 
@@ -106,6 +143,7 @@ def exact_layer(
         x_BSD: output of the previous layer.
         inputs: see `inputs_of_layer`.
         stored_as: dtype to which the streams are rounded; ``None`` for exact streams.
+        activation_blocks: see `times`; only for exact streams.
 
     Returns:
         Output ``[B, S, D]``, and ``key`` and ``value`` of all tokens, including the past; float64.
@@ -114,20 +152,23 @@ def exact_layer(
     given = {"hidden_states": _rms_norm(x_BSD, weights["attention_norm.weight"], norm_eps), **inputs}
     of_block = below(weights, "self_attn.")
     if stored_as is None:
-        outputs = oracle(config.attention, of_block, given)
+        outputs = oracle(config.attention, of_block, given, activation_blocks=activation_blocks)
     else:
         outputs = with_stored_streams(config.attention, of_block, given, stored_as)
     x_BSD = x_BSD + outputs["output"]
-    x_BSD = x_BSD + _mlp(config.mlp, below(weights, "ffn."), _rms_norm(x_BSD, weights["ffn_norm.weight"], norm_eps))
+    normed_BSD = _rms_norm(x_BSD, weights["ffn_norm.weight"], norm_eps)
+    x_BSD = x_BSD + _mlp(config.mlp, below(weights, "ffn."), normed_BSD, activation_blocks)
     return x_BSD, {side: outputs[f"present.{side}"] for side in ("key", "value")}
 
 
 @_QUIETLY
-def exact_head(config: DecoderConfig, weights: Mapping[str, Array], x_BSD: Array) -> Array:
+def exact_head(
+    config: DecoderConfig, weights: Mapping[str, Array], x_BSD: Array, quantisation: Quantisation | None = None
+) -> Array:
     """Logits ``[B, S, V]`` from the output of the last layer."""
     normed = _rms_norm(np.asarray(x_BSD, np.float64), weights["norm.weight"], config.norm_eps)
-    logits: Array = normed @ _wide(weights[_head_name(config)]).T
-    return logits
+    blocks = quantisation.activation_blocks if quantisation is not None and quantisation.head else None
+    return times(normed, _wide(weights[_head_name(config)]), blocks)
 
 
 def _head_name(config: DecoderConfig) -> str:
@@ -153,10 +194,11 @@ def _rms_norm(x: Array, weight: Array | float, eps: float) -> Array:
     return normed
 
 
-def _mlp(config: MlpConfig, w: Mapping[str, Array], x_BSD: Array) -> Array:
-    gate, up = (times(x_BSD, _wide(w[f"{n}_proj.weight"])) + _bias(w, f"{n}_proj.bias") for n in ("gate", "up"))
-    down: Array = times(_activation(config, w, gate) * up, _wide(w["down_proj.weight"])) + _bias(w, "down_proj.bias")
-    return down
+def _mlp(config: MlpConfig, w: Mapping[str, Array], x_BSD: Array, activation_blocks: int | None) -> Array:
+    def projected(name: str, x: Array) -> Array:
+        return times(x, _wide(w[f"{name}_proj.weight"]), activation_blocks) + _bias(w, f"{name}_proj.bias")
+
+    return projected("down", _activation(config, w, projected("gate", x_BSD)) * projected("up", x_BSD))
 
 
 def _bias(w: Mapping[str, Array], name: str) -> Array | float:

@@ -8,7 +8,7 @@ import numpy as np
 
 from diffdeploy.arrays import Array, read_safetensors
 from diffdeploy.budgets import BUDGETS
-from diffdeploy.bundle import GOLDEN, REPORT, Bundle, Environment, open_bundle
+from diffdeploy.bundle import GOLDEN, REPORT, Bundle, Environment, Quantisation, open_bundle
 from diffdeploy.config import AnyModel
 from diffdeploy.errors import InputError, IntegrityError
 from diffdeploy.formats import Check, RunOptions, distributions
@@ -34,12 +34,18 @@ _MOST_BYTES = 2**24
 _WITHOUT_GOLDEN = "run diffdeploy verify without --golden"
 
 
-def golden_arrays(config: AnyModel, spec: GraphSpec, weights: Mapping[str, Array], seed: int) -> dict[str, Array]:
+def golden_arrays(
+    config: AnyModel,
+    spec: GraphSpec,
+    weights: Mapping[str, Array],
+    seed: int,
+    quantisation: Quantisation | None = None,
+) -> dict[str, Array]:
     """Inputs and exact outputs of `golden_cases` as ``CASE.NAME``; large main outputs have only the last position."""
     arrays: dict[str, Array] = {}
     for case in golden_cases(spec, seed):
         inputs = case.inputs(spec)
-        outputs = exact_outputs(config, weights, inputs, spec)
+        outputs = exact_outputs(config, weights, inputs, spec, quantisation)
         if outputs[spec.main_output].nbytes > _MOST_BYTES:
             outputs[spec.main_output] = outputs[spec.main_output][:, -1:].copy()
         arrays |= {f"{case.id}.{name}": array for name, array in (*inputs.items(), *outputs.items())}
@@ -50,7 +56,8 @@ def golden_check(bundle: Bundle, exact_weights: Mapping[str, Array]) -> Check:
     """Check that the stored exact outputs are those that the formula gives now."""
     manifest = bundle.manifest
     stored = read_safetensors(bundle.path / GOLDEN)
-    fresh = golden_arrays(manifest.config, manifest.graph, exact_weights, manifest.options.seed)
+    options = manifest.options
+    fresh = golden_arrays(manifest.config, manifest.graph, exact_weights, options.seed, options.quantisation)
     problems = [] if stored.keys() == fresh.keys() else [f"it holds {sorted(stored)}, expected {sorted(fresh)}"]
     for name in stored.keys() & fresh.keys():
         scale = float(np.abs(fresh[name]).max(initial=0.0))

@@ -6,13 +6,12 @@ layers, so a fault in one layer is as visible as in a block, and the report can 
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.bundle import Bundle
+from diffdeploy.bundle import Bundle, Quantisation
 from diffdeploy.errors import ExportError
 from diffdeploy.formats import Check, LayerValues, require_format
 from diffdeploy.locate import Finding
@@ -20,6 +19,8 @@ from diffdeploy.verify.cases import Case
 from diffdeploy.verify.decoder import below, exact_embedding, exact_head, exact_layer, inputs_of_layer
 from diffdeploy.verify.eager import eager_error
 from diffdeploy.verify.metrics import Yardstick, measure
+from diffdeploy.verify.model_sweep import layer_case
+from diffdeploy.verify.products import ACTIVATIONS
 from diffdeploy.verify.report import CaseReport
 
 if TYPE_CHECKING:
@@ -34,7 +35,11 @@ _OF_CONSTANTS, _LAYER = ("weights", "lambda"), re.compile(r"layers\.(\d+)\.")
 
 
 def layer_reports(
-    bundle: Bundle, model: "DiffTransformer", weights: Mapping[str, Array], seed: int
+    bundle: Bundle,
+    model: "DiffTransformer",
+    weights: Mapping[str, Array],
+    seed: int,
+    quantisation: Quantisation | None = None,
 ) -> list[CaseReport]:
     """Report on each layer and on the head; empty for a format whose intermediate values cannot be observed.
 
@@ -43,23 +48,23 @@ def layer_reports(
         model: eager model, with the formula as the paper writes it.
         weights: canonical weights in the artifact's dtype.
         seed: random seed for the tokens.
+        quantisation: quantisation of the matrices, if the artifact quantises activations, too.
     """
     values = require_format(bundle.manifest.format).layer_values(bundle)
     if values is None:
         return []
-    spec = bundle.manifest.graph
-    longest = spec.axes["sequence_length"].max
-    past = min(5, longest - 2)
-    case = Case(batch_size=2, sequence_length=min(17, longest - past), past_length=past, mask="left", seed=seed)
-    if spec.padding != "anywhere":
-        # The graph is observed directly, without the runtime's adaptation of padding.
-        case = replace(case, batch_size=1, mask="none")
-    return _Layers(bundle, model, weights).reports(case, values)
+    return _Layers(bundle, model, weights, quantisation).reports(layer_case(bundle.manifest.graph, seed), values)
 
 
 class _Layers:
-    def __init__(self, bundle: Bundle, model: "DiffTransformer", weights: Mapping[str, Array]) -> None:
-        self._bundle, self._model, self._weights = bundle, model, weights
+    def __init__(
+        self,
+        bundle: Bundle,
+        model: "DiffTransformer",
+        weights: Mapping[str, Array],
+        quantisation: Quantisation | None,
+    ) -> None:
+        self._bundle, self._model, self._weights, self._quantisation = bundle, model, weights, quantisation
         self._config, self._dtype = model.config, bundle.manifest.graph.dtype
 
     def reports(self, case: Case, values: LayerValues) -> list[CaseReport]:
@@ -87,6 +92,11 @@ class _Layers:
             _EagerLayer(self._model, number), {"hidden_states": x_BSD, **given}, expected, self._dtype
         )
         yardsticks["output"].add_stored(exact_layer(layer, eps, weights, x_BSD, given, self._dtype)[0])
+        if self._quantisation is not None:
+            blocks = self._quantisation.activation_blocks
+            exact, caches = exact_layer(layer, eps, weights, x_BSD, given, None, blocks)
+            quantised = {"output": exact, **{f"present.{side}": array for side, array in caches.items()}}
+            yardsticks = {name: yardsticks[name].with_quantised(array) for name, array in quantised.items()}
         actual = {
             "output": shown[f"layers.{number}.output"],
             **{f"present.{side}": shown[f"present.{number}.{side}"] for side in ("key", "value")},
@@ -104,6 +114,9 @@ class _Layers:
         yardstick = Yardstick(exact_head(self._config, self._weights, x_BSD), self._dtype)
         with torch.no_grad():
             yardstick.add(to_array(self._model.lm_head(self._model.norm(to_tensor(np.ascontiguousarray(x_BSD))))))
+        if self._quantisation is not None and self._quantisation.head:
+            quantised = exact_head(self._config, self._weights, x_BSD, self._quantisation)
+            yardstick = yardstick.with_quantised(quantised)
         return CaseReport.of(_HEAD, _GROUP, [measure("logits", logits, yardstick)])
 
 
@@ -146,12 +159,18 @@ def guilty_layer(reports: list[CaseReport], checks: list[Check]) -> Finding | No
     for check in checks:
         if not check.passed and check.name in _OF_CONSTANTS and (named := _LAYER.search(check.detail)):
             return Finding(stage=f"layer {named[1]}", found_by="constants", detail=check.detail)
-    guilty = next((report for report in reports if report.group == _GROUP and not report.passed), None)
-    if guilty is None:
+    for check in checks:
+        if not check.passed and check.name == ACTIVATIONS and (named := _LAYER.search(check.detail)):
+            return Finding(stage=f"layer {named[1]}", found_by="intermediate values", detail=check.detail)
+    failed = [report for report in reports if report.group.startswith(_GROUP) and not report.passed]
+    if not failed:
         return None
-    output = "" if guilty.id == _HEAD else f" in its {guilty.output}"
+    # Those with float activations have a longer name. They come first, since they are exact.
+    guilty = max(failed, key=lambda report: len(report.group))
+    stage = guilty.id.partition("-")[0]
+    output = "" if stage == _HEAD else f" in its {guilty.output}"
     return Finding(
-        stage=guilty.id.replace("layer", "layer "),
+        stage=stage.replace("layer", "layer "),
         found_by="intermediate values",
         detail=f"given its input in the artifact, it deviates{output}: {guilty.failure}",
     )

@@ -9,7 +9,7 @@ so the error of storing those results counts too.
 import numpy as np
 
 from diffdeploy.arrays import Array, epsilon, smallest_normal
-from diffdeploy.budgets import BUDGETS, CEILINGS, Budget
+from diffdeploy.budgets import ACTIVATION_SHARE, BUDGETS, CEILINGS, Budget
 from diffdeploy.graphs import DType
 from diffdeploy.verify.report import CaseReport, OutputReport, Report
 
@@ -37,6 +37,7 @@ class Yardstick:
         self._squares: list[float] = []
         self.max_error = 0.0
         self.storage_rmse, self.storage_max_error = 0.0, 0.0
+        self.activation_rmse, self.activation_max_error = 0.0, 0.0
 
     def add(self, eager: Array) -> None:
         """Add one run, with the shape of ``expected`` and the artifact's dtype."""
@@ -65,6 +66,22 @@ class Yardstick:
             self.storage_rmse = max(self.storage_rmse, float(np.sqrt(np.mean(np.square(errors)))))
             self.storage_max_error = max(self.storage_max_error, float(errors.max()))
 
+    def with_quantised(self, expected: Array) -> "Yardstick":
+        """The same yardstick for a result of which the activations are quantised.
+
+        Eager's error is that with float activations, since its own roundings may differ from the formula's, too.
+
+        Args:
+            expected: exact result with quantised activations, float64.
+        """
+        quantised, moved = Yardstick(expected, self.dtype), self.errors(expected)
+        quantised._squares, quantised.max_error = [*self._squares], self.max_error
+        quantised.storage_rmse, quantised.storage_max_error = self.storage_rmse, self.storage_max_error
+        if moved.size:
+            quantised.activation_rmse = ACTIVATION_SHARE.rmse * float(np.sqrt(np.mean(np.square(moved))))
+            quantised.activation_max_error = ACTIVATION_SHARE.max_error * float(moved.max())
+        return quantised
+
     def recall(self, figures: OutputReport) -> None:
         """Add errors that an earlier report recorded, instead of runs."""
         # An output without figures has no yardstick either, and `finite` reports the NaN.
@@ -72,6 +89,7 @@ class Yardstick:
         self._squares.append(missing if figures.eager_rmse is None else figures.eager_rmse**2)
         self.max_error = missing if figures.eager_max_error is None else figures.eager_max_error
         self.storage_rmse, self.storage_max_error = figures.storage_rmse, figures.storage_max_error
+        self.activation_rmse, self.activation_max_error = figures.activation_rmse, figures.activation_max_error
 
     def errors(self, values: Array) -> Array:
         """Absolute errors, float64, of the elements that count, flattened."""
@@ -132,9 +150,11 @@ def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: boo
         rmse=float(np.sqrt(np.mean(np.square(errors)))),
         eager_rmse=yardstick.rmse,
         storage_rmse=yardstick.storage_rmse,
+        activation_rmse=yardstick.activation_rmse,
         max_error=float(errors.max()),
         eager_max_error=yardstick.max_error,
         storage_max_error=yardstick.storage_max_error,
+        activation_max_error=yardstick.activation_max_error,
         exact_rms=float(np.sqrt(np.mean(np.square(exact)))),
         exact_max=float(np.abs(exact).max()),
         worst_index=[int(i) for i in np.unravel_index(worst, actual.shape)],
@@ -183,8 +203,8 @@ def judge(figures: OutputReport, budget: Budget, dtype: DType) -> OutputReport:
         return figures
     assert figures.eager_rmse is not None
     assert figures.eager_max_error is not None
-    floor_rmse = budget.rmse_floor * _spacing(figures.exact_rms or 0.0, dtype)
-    floor_max = budget.max_floor * _spacing(figures.exact_max or 0.0, dtype)
+    floor_rmse = budget.rmse_floor * _spacing(figures.exact_rms or 0.0, dtype) + figures.activation_rmse
+    floor_max = budget.max_floor * _spacing(figures.exact_max or 0.0, dtype) + figures.activation_max_error
     cost_rmse = max(figures.eager_rmse, figures.storage_rmse)
     cost_max = max(figures.eager_max_error, figures.storage_max_error)
     allowed_rmse, allowed_max = budget.k * cost_rmse + floor_rmse, budget.k * cost_max + floor_max

@@ -11,7 +11,7 @@ from diffdeploy.graphs import GraphSpec
 from diffdeploy.verify.cases import Case, Kind, Mask
 from diffdeploy.verify.ranges import EVERY_BATCH, PADDINGS, in_chunks, log_uniform, octaves
 
-__all__ = ["full_model_cases", "quick_model_cases", "random_model_cases"]
+__all__ = ["full_model_cases", "layer_case", "quick_model_cases", "random_model_cases"]
 
 _LENGTHS = (1, 2, 3, 7, 13, 31, 64, 65, 129)
 _KINDS: tuple[Kind, ...] = ("constant", "repeated")
@@ -121,3 +121,19 @@ def random_model_cases(spec: GraphSpec, config: DecoderConfig, seed: int) -> Ite
             seed=seed,
             number=number,
         )
+
+
+def layer_case(spec: GraphSpec, seed: int) -> Case:
+    """The case on which the layers of a model are judged.
+
+    Args:
+        spec: interface of the graph.
+        seed: random seed for the tokens.
+    """
+    longest = spec.axes["sequence_length"].max
+    past = min(5, longest - 2)
+    case = Case(batch_size=2, sequence_length=min(17, longest - past), past_length=past, mask="left", seed=seed)
+    if spec.padding != "anywhere":
+        # The graph is observed directly, without the runtime's adaptation of padding.
+        case = replace(case, batch_size=1, mask="none")
+    return case

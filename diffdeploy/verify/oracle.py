@@ -13,6 +13,7 @@ from diffdeploy.arrays import Array, epsilon
 from diffdeploy.config import AnyConfig, RopeConfig
 from diffdeploy.exact import key_head, lambda_of_heads, rope_tables
 from diffdeploy.graphs import DType
+from diffdeploy.verify.activations import rounded_activations
 
 __all__ = ["exact_and_stored", "oracle", "times", "with_stored_streams"]
 
@@ -71,7 +72,11 @@ def _weighted(weights_ST: Array, v_Te: Array, hidden_ST: Array) -> Array:
 
 
 def oracle(
-    config: AnyConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], queries: Array | None = None
+    config: AnyConfig,
+    weights: Mapping[str, Array],
+    inputs: Mapping[str, Array],
+    queries: Array | None = None,
+    activation_blocks: int | None = None,
 ) -> dict[str, Array]:
     """Compute differential attention as in arXiv 2410.05258, equations 1 to 3, or as in its second version.
 
@@ -81,12 +86,13 @@ def oracle(
         inputs: inputs by the names of the graph: ``hidden_states [B, S, D]`` and, if the variant has them,
             ``attention_mask [B, T]``, ``position_ids [B, S]``, ``past_key_values.key`` and ``past_key_values.value``.
         queries: ascending positions whose output is computed, all by default; they determine the cost.
+        activation_blocks: see `times`.
 
     Returns:
         float64 arrays by the names of the graph: ``output [B, S, D]``, or that of the queries; with a past, also
         ``present.key`` and ``present.value``.
     """
-    return _formula(config, weights, inputs, (_as_it_is,), queries)[0]
+    return _formula(config, weights, inputs, (_as_it_is,), queries, activation_blocks)[0]
 
 
 def exact_and_stored(
@@ -149,6 +155,7 @@ def _formula(
     inputs: Mapping[str, Array],
     stores: Sequence[Store],
     queries: Array | None,
+    activation_blocks: int | None = None,
 ) -> list[dict[str, Array]]:
     """Outputs for each way of storing the streams."""
     # These are the artifact's own weights, so that casting them does not count as an error of the artifact.
@@ -156,9 +163,9 @@ def _formula(
     with np.errstate(over="ignore", invalid="ignore"):  # inputs may hold infinity, and the criterion checks results
         x_BSD = np.asarray(inputs["hidden_states"], dtype=np.float64)
         chosen = np.arange(x_BSD.shape[1]) if queries is None else queries
-        q_BHSd = _projected(config, w, "q", x_BSD[:, chosen], config.head_dim)
-        k_BHSd = _projected(config, w, "k", x_BSD, config.head_dim)
-        v_BHSe = _projected(config, w, "v", x_BSD, config.value_dim)
+        q_BHSd = _projected(config, w, "q", x_BSD[:, chosen], activation_blocks)
+        k_BHSd = _projected(config, w, "k", x_BSD, activation_blocks)
+        v_BHSe = _projected(config, w, "v", x_BSD, activation_blocks)
         rows = [
             _sequence(
                 config,
@@ -171,22 +178,35 @@ def _formula(
             for b in range(len(x_BSD))
         ]
         joined = np.stack([row.joined for row in rows], axis=1)
-        outputs = [times(heads, w["out_proj.weight"]) + w.get("out_proj.bias", 0.0) for heads in joined]
+        outputs = [
+            times(heads, w["out_proj.weight"], activation_blocks) + w.get("out_proj.bias", 0.0) for heads in joined
+        ]
     present = {}
     if "past_key_values.key" in inputs:
         present = {f"present.{side}": np.stack([getattr(row, side) for row in rows]) for side in ("key", "value")}
     return [{"output": output, **present} for output in outputs]
 
 
-def times(x: Array, weight: Array) -> Array:
-    """``x @ weight.T``, as one product: a product for each row of a batch would read the weight again."""
+def times(x: Array, weight: Array, activation_blocks: int | None = None) -> Array:
+    """``x @ weight.T``, as one product: a product for each row of a batch would read the weight again.
+
+    Args:
+        x: activations ``[..., K]``.
+        weight: matrix ``[N, K]``.
+        activation_blocks: size of the blocks in which ``x`` is rounded to int8 first; ``None`` for no rounding.
+    """
+    if activation_blocks is not None:
+        x = rounded_activations(x, activation_blocks)
     product: Array = x.reshape(-1, x.shape[-1]) @ weight.T
     return product.reshape(*x.shape[:-1], len(weight))
 
 
-def _projected(config: AnyConfig, w: Mapping[str, Array], name: str, x_BSD: Array, width: int) -> Array:
+def _projected(
+    config: AnyConfig, w: Mapping[str, Array], name: str, x_BSD: Array, activation_blocks: int | None
+) -> Array:
     """Queries, keys or values ``[B, heads, S, width]``, normalised where the config says so."""
-    flat = times(x_BSD, w[f"{name}_proj.weight"]) + w.get(f"{name}_proj.bias", 0.0)
+    width = config.value_dim if name == "v" else config.head_dim
+    flat = times(x_BSD, w[f"{name}_proj.weight"], activation_blocks) + w.get(f"{name}_proj.bias", 0.0)
     side: Array = np.swapaxes(flat.reshape(*x_BSD.shape[:2], -1, width), 1, 2)
     if config.qk_norm_eps is None or name == "v":
         return side

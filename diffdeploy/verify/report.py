@@ -39,10 +39,12 @@ class OutputReport(Record):
         eager_rmse: root mean square error of the eager block in the artifact's dtype.
         storage_rmse: root mean square error of the formula if both streams are stored in the dtype; see
             `exact_and_stored`.
+        activation_rmse: allowance for activations that are quantised, see `ActivationShare`; 0 for others.
         allowed_rmse: largest allowed ``rmse``.
         max_error: largest absolute error of the artifact against fp64.
         eager_max_error: largest absolute error of the eager block.
         storage_max_error: largest absolute error of the formula with stored streams.
+        activation_max_error: allowance for activations that are quantised.
         allowed_max_error: largest allowed ``max_error``.
         exact_rms: root mean square of the exact result, where it is finite.
         exact_max: largest magnitude of the exact result, where it is finite.
@@ -59,10 +61,12 @@ class OutputReport(Record):
     rmse: Rounded | None = None
     eager_rmse: Rounded | None = None
     storage_rmse: Rounded = 0.0
+    activation_rmse: Rounded = 0.0
     allowed_rmse: Rounded | None = None
     max_error: Rounded | None = None
     eager_max_error: Rounded | None = None
     storage_max_error: Rounded = 0.0
+    activation_max_error: Rounded = 0.0
     allowed_max_error: Rounded | None = None
     exact_rms: Rounded | None = None
     exact_max: Rounded | None = None

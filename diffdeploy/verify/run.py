@@ -5,8 +5,9 @@ In each case, the exact formula, the eager block and the artifact all compute th
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from diffdeploy.verify.capacity import capacity_check
 from diffdeploy.verify.cases import AnyCase, Case
 from diffdeploy.verify.coverage import Coverage, covered
 from diffdeploy.verify.feeding import feed
+from diffdeploy.verify.float_twin import OpenArtifact, Subject, subjects_of
 from diffdeploy.verify.golden import golden_check
 from diffdeploy.verify.greedy import greedy_tokens
 from diffdeploy.verify.layers import guilty_layer, layer_reports
@@ -34,6 +36,9 @@ from diffdeploy.verify.sweep import select_cases, telling_case
 from diffdeploy.verify.user_inputs import read_inputs, write_inputs
 from diffdeploy.verify.worker import Artifact, ArtifactProcess
 from diffdeploy.verify.yardsticks import Held, Yardsticks
+
+if TYPE_CHECKING:
+    from diffdeploy.modules import DiffTransformer
 
 __all__ = ["Progress", "half_the_threads", "run_case", "verify_bundle"]
 
@@ -91,7 +96,18 @@ def verify_bundle(
     # Opened first: its process loads the artifact while this process reads the contract.
     with open_artifact(bundle.path, run_options) as artifact, sharing:
         say = progress or (lambda *_: None)
-        found = _examine(bundle, artifact, chosen, yardsticks, seed, say, first_failure_only=first_failure_only)
+        # Nobody signed what is opened besides the bundle: copies of it that the verification makes.
+        own_options = replace(run_options, public_key=None, trust=True)
+        found = _examine(
+            bundle,
+            artifact,
+            lambda copy: open_artifact(copy, own_options),
+            chosen,
+            yardsticks,
+            seed,
+            say,
+            first_failure_only=first_failure_only,
+        )
     return Report(
         format=manifest.format,
         dtype=spec.dtype,
@@ -119,6 +135,7 @@ class _Findings(NamedTuple):
 def _examine(
     bundle: Bundle,
     artifact: Artifact,
+    open_artifact: OpenArtifact,
     chosen: Sequence[AnyCase],
     yardsticks: Yardsticks | None,
     seed: int,
@@ -144,27 +161,36 @@ def _examine(
     except ExportError as error:
         checks.append(Check(name="loads", passed=False, detail=str(error)))
         return _Findings("none", checks, reports, covered(bundle.manifest.graph, []), None, None)
-    total = len(chosen)
-    for done, case in enumerate(chosen):
-        progress(done, total, case.id)
-        reports.append(run_case(case, bundle, artifact, yardsticks))
-        if first_failure_only and not reports[-1].passed:
-            break
-    else:  # a run that stopped has already failed, and needs no properties
-        progress(total, total, "properties")
-        checks += property_checks(artifact, bundle.manifest.config, bundle.manifest.graph, seed)
-    tried = covered(bundle.manifest.graph, chosen[: len(reports)])
-    greedy = None
-    if yardsticks.model is not None:
-        progress(total, total, "each layer")
-        reports += layer_reports(bundle, yardsticks.model, weights, seed)
-        if not first_failure_only or all(report.passed for report in reports):
-            progress(total, total, "greedy tokens")
-            greedy = greedy_tokens(artifact, yardsticks, bundle.manifest.graph, seed)
-            checks += [greedy.check, capacity_check(artifact, bundle.manifest.graph, seed)]
+    total, spec, num_checked = len(chosen), bundle.manifest.graph, None
+    with subjects_of(bundle, artifact, yardsticks, seed, open_artifact) as (subjects, of_activations):
+        checks += of_activations
+        for done, case in enumerate(chosen):
+            progress(done, total, case.id)
+            reports += [each.case(run_case(case, each.bundle, each.artifact, each.yardsticks)) for each in subjects]
+            if first_failure_only and not all(report.passed for report in reports):
+                break
+        else:  # a run that stopped has already failed, and needs no properties
+            progress(total, total, "properties")
+            checks += property_checks(artifact, bundle.manifest.config, spec, seed)
+        tried = covered(spec, chosen[: len(reports) // len(subjects)])
+        if yardsticks.model is not None:
+            progress(total, total, "each layer")
+            reports += _of_layers(subjects, yardsticks.model, weights, seed)
+            if not first_failure_only or all(report.passed for report in reports):
+                progress(total, total, "greedy tokens")
+                greedy = [greedy_tokens(each.artifact, each.yardsticks, spec, seed) for each in subjects]
+                checks += [each.check(tokens.check) for each, tokens in zip(subjects, greedy, strict=True)]
+                checks.append(capacity_check(artifact, spec, seed))
+                num_checked = greedy[0].num_checked
     guilty = _guilty_stage(bundle, artifact, checks, chosen, reports, yardsticks)
-    num_checked = None if greedy is None else greedy.num_checked
     return _Findings(backend, checks, reports, tried, num_checked, guilty)
+
+
+def _of_layers(
+    subjects: Sequence[Subject], model: "DiffTransformer", weights: Mapping[str, Array], seed: int
+) -> Iterator[CaseReport]:
+    for each in subjects:
+        yield from map(each.case, layer_reports(each.bundle, model, weights, seed, each.quantisation))
 
 
 def _require_paired_cache(bundle: Bundle) -> None:

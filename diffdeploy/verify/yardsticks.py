@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from diffdeploy.arrays import Array
-from diffdeploy.bundle import Bundle, eager_module
+from diffdeploy.bundle import Bundle, Quantisation, eager_module
 from diffdeploy.config import DecoderConfig
 from diffdeploy.graphs import GraphSpec, clear_padding
 from diffdeploy.verify.cases import AnyCase
-from diffdeploy.verify.decoder import exact_and_stored_outputs
+from diffdeploy.verify.decoder import exact_and_stored_outputs, exact_ways
 from diffdeploy.verify.eager import eager_errors, for_queries, run_arrays
 from diffdeploy.verify.metrics import Yardstick
 from diffdeploy.verify.oracle import exact_and_stored
@@ -19,7 +19,7 @@ from diffdeploy.verify.oracle import exact_and_stored
 if TYPE_CHECKING:
     from diffdeploy.modules import DiffTransformer
 
-__all__ = ["Held", "RememberedYardsticks", "Yardsticks"]
+__all__ = ["FloatYardsticks", "Held", "RememberedYardsticks", "Yardsticks"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class Yardsticks:
         self._config, self._spec = bundle.manifest.config, bundle.manifest.graph
         self._dtype = self._spec.dtype
         self._weights = exact_weights
+        # Of a model whose activations are quantised, too.
+        self._quantisation = bundle.manifest.options.quantised_activations
+        self._last: tuple[AnyCase, _Pair] | None = None
         # The formula as the paper writes it, which no format ships.
         self._block = eager_module(bundle, impl="naive")
         self._eager = run_arrays(self._block, last_only=self._spec.logits == "last")
@@ -63,7 +66,7 @@ class Yardsticks:
     def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
         """Yardsticks for all outputs of a case: for the batch, or for each row if rows are judged separately."""
         if isinstance(self._config, DecoderConfig):
-            return [self._of_model(self._config, inputs)]
+            return [self._pair(case, inputs).quantised]
         sources, queries = case.sources(), case.queries()
         distinct = int(sources.max()) + 1
         inputs = {name: array[:distinct] for name, array in inputs.items()}
@@ -87,30 +90,83 @@ class Yardsticks:
             return [Held(np.arange(distinct), found[0])]
         return [Held(np.array([row]), found[source]) for row, source in enumerate(sources)]
 
-    def _of_model(self, config: DecoderConfig, inputs: Mapping[str, Array]) -> Held:
-        yardsticks = self._model_yardsticks(config, inputs, self._spec)
-        return Held(np.arange(len(inputs["input_ids"])), yardsticks)
+    def of_floats(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
+        """Yardsticks as from `of`, but for a model without quantised activations."""
+        return [self._pair(case, inputs).floats]
 
-    def of_logits(self, inputs: Mapping[str, Array]) -> Yardstick:
-        """Compute the yardstick for the logits of a model at every position, whatever its graph returns."""
+    def _pair(self, case: AnyCase, inputs: Mapping[str, Array]) -> "_Pair":
+        # Both are asked for one after the other, and computed together.
+        if self._last is None or self._last[0] is not case:
+            assert isinstance(self._config, DecoderConfig)
+            rows = np.arange(len(inputs["input_ids"]))
+            both = self._model_yardsticks(self._config, inputs, self._spec, self._quantisation)
+            pair = _Pair(*(Held(rows, each) for each in both))
+            self._last = case, pair
+        return self._last[1]
+
+    def of_logits(self, inputs: Mapping[str, Array], *, floats: bool = False) -> Yardstick:
+        """Compute the yardstick for the logits of a model at every position, whatever its graph returns.
+
+        Args:
+            inputs: inputs by the names of the graph.
+            floats: true for a model without quantised activations.
+        """
         assert isinstance(self._config, DecoderConfig)
         spec = self._spec.with_all_logits()
-        return self._model_yardsticks(self._config, inputs, spec)[spec.main_output]
+        how = None if floats else self._quantisation
+        return self._model_yardsticks(self._config, inputs, spec, how)[1][spec.main_output]
 
     def _model_yardsticks(
-        self, config: DecoderConfig, inputs: Mapping[str, Array], spec: GraphSpec
-    ) -> dict[str, Yardstick]:
-        """Eager's error over all layers, and that of storing the streams of each."""
+        self, config: DecoderConfig, inputs: Mapping[str, Array], spec: GraphSpec, quantisation: Quantisation | None
+    ) -> tuple[dict[str, Yardstick], dict[str, Yardstick]]:
+        """Eager's error over all layers, and that of storing the streams of each: without and with quantisation."""
         run = run_arrays(self._block, last_only=spec.logits == "last")
 
         def eager(given: Mapping[str, Array]) -> dict[str, Array]:
             return clear_padding(spec, given, run(given))
 
-        expected, stored = exact_and_stored_outputs(config, self._weights, inputs, spec, self._dtype)
+        given, quantised = (config, self._weights, inputs, spec, self._dtype), None
+        if quantisation is None:
+            expected, stored = exact_and_stored_outputs(*given)
+        else:
+            expected, stored, quantised = exact_ways(*given, quantisation)
         (yardsticks,) = eager_errors(eager, inputs, expected, self._dtype, [slice(None)])
         for name, output in stored.items():
             yardsticks[name].add_stored(output)
-        return yardsticks
+        if quantised is None:
+            return yardsticks, yardsticks
+        return yardsticks, {name: yardsticks[name].with_quantised(output) for name, output in quantised.items()}
+
+
+class _Pair(NamedTuple):
+    """Yardsticks for a model: without and with its quantisation of activations, if it has one."""
+
+    floats: Held
+    quantised: Held
+
+
+class FloatYardsticks(Yardsticks):
+    """Yardsticks for the model of others, without its quantisation of activations.
+
+    Args:
+        others: yardsticks of the model.
+    """
+
+    def __init__(self, others: Yardsticks) -> None:
+        self._others = others
+
+    @property
+    def model(self) -> "DiffTransformer | None":
+        """See `Yardsticks.model`."""
+        return self._others.model
+
+    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
+        """See `Yardsticks.of_floats`."""
+        return self._others.of_floats(case, inputs)
+
+    def of_logits(self, inputs: Mapping[str, Array], *, floats: bool = True) -> Yardstick:
+        """See `Yardsticks.of_logits`."""
+        return self._others.of_logits(inputs, floats=floats)
 
 
 class RememberedYardsticks(Yardsticks):
@@ -124,6 +180,7 @@ class RememberedYardsticks(Yardsticks):
     def __init__(self, bundle: Bundle, exact_weights: Mapping[str, Array]) -> None:
         super().__init__(bundle, exact_weights)
         self._known: dict[str, list[Held]] = {}
+        self._known_floats: dict[str, list[Held]] = {}
 
     def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
         """See `Yardsticks.of`."""
@@ -131,3 +188,9 @@ class RememberedYardsticks(Yardsticks):
         if case.id not in self._known:
             self._known[case.id] = super().of(case, inputs)
         return self._known[case.id]
+
+    def of_floats(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
+        """See `Yardsticks.of_floats`."""
+        if case.id not in self._known_floats:
+            self._known_floats[case.id] = super().of_floats(case, inputs)
+        return self._known_floats[case.id]

@@ -176,10 +176,11 @@ def test_no_wrong_value_goes_unseen(subject: Path) -> None:
     assert count > 250
 
 
-def test_no_wrong_quantisation_goes_unseen(bundles: BundleCache, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activations", rest_is_slow(["int8", "float32"]))
+def test_no_wrong_quantisation_goes_unseen(activations: str, bundles: BundleCache, tmp_path: Path) -> None:
     block = make_config(embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, rope=ROPE)
     path = tmp_path / "bundle"
-    options = {"onnx_flavor": "ort", "weights": "int4", "quantise_head": True}
+    options = {"onnx_flavor": "ort", "weights": "int4", "activations": activations, "quantise_head": True}
     shutil.copytree(model_bundle(bundles, block, **options), path)
     good, fields = open_bundle(path).manifest, fields_of(path)
     fields.pop("manifest_sha256")

@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import helper
+from pydantic import ValidationError
 
 from diffdeploy.arrays import Array
 from diffdeploy.bundle.quantised import (
@@ -29,6 +30,8 @@ def multiplied(packed: Packed, how: Quantisation, x_SK: Array) -> Array:
     """``x W^T`` by the operator that shipped graphs have."""
     (rows, _), columns = packed.scales.shape, x_SK.shape[1]
     attributes = {"K": columns, "N": rows, "bits": how.bits, "block_size": how.block_size}
+    if how.accuracy_level:
+        attributes["accuracy_level"] = how.accuracy_level
     node = helper.make_node("MatMulNBits", ["x", "blocks", "scales"], ["y"], domain="com.microsoft", **attributes)
     kind = onnx.TensorProto.FLOAT
     graph = helper.make_graph(
@@ -73,6 +76,18 @@ def test_what_is_stored_has_the_declared_names_dtypes_and_shapes() -> None:
         changed = {name for name in weights if not np.array_equal(weights[name], numbers[name])}
         matrices = {n for n in weights if n.startswith("layers") and n.endswith("_proj.weight")}
         assert changed == matrices | ({"lm_head.weight"} if head else set())
+
+
+def test_records_of_earlier_versions_say_that_activations_are_floats() -> None:
+    earlier = Quantisation.model_validate({"weights": "int4", "block_size": 32, "head": False, "accuracy_level": 0})
+    assert earlier == Quantisation(weights="int4")
+    assert (earlier.activations, earlier.activation_blocks) == ("float32", None)
+    level_4 = Quantisation(weights="int8", block_size=64, accuracy_level=4)
+    assert (level_4.activations, level_4.activation_blocks) == ("int8", 64)
+    # Level 1 is float32 by another name, and 2 and 3 are narrower floats, which no export writes.
+    for level in (1, 2, 3, 5):
+        with pytest.raises(ValidationError):
+            Quantisation.model_validate({"weights": "int4", "accuracy_level": level})
 
 
 def test_quantising_leaves_the_logs_of_a_process_alone(tmp_path: Path) -> None:

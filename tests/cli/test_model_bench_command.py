@@ -91,6 +91,21 @@ def test_a_quantised_model_is_measured_with_the_weights_that_it_has(
     assert {(row.kind, row.status) for row in report.results} == {("bundle", "measured"), ("eager", "measured")}
 
 
+@pytest.mark.slow
+def test_activations_are_those_of_each_bundle(tmp_path: Path, llama: Path) -> None:
+    found = read_model(llama / "checkpoint")
+    for activations in ("float32", "int8"):
+        options = replace(SMALL, onnx_flavor="ort", weights="int4", activations=activations)
+        export_bundle(found, tmp_path / activations, options, verify=False)
+    paths = [str(tmp_path / activations) for activations in ("float32", "int8")]
+    assert main(["bench", *paths, *TINY, "--save", "both.json"]) == 0
+    report = read_model_report(Path("both.json"))
+    assert {(row.name, row.status) for row in report.results if row.kind == "bundle"} == {
+        ("float32", "measured"),
+        ("int8", "measured"),
+    }
+
+
 def test_the_table_has_a_line_for_each_row(saved: Path) -> None:
     report = read_model_report(saved)
     with saved.with_suffix(".csv").open() as stream:

@@ -42,6 +42,20 @@ def test_the_loss_is_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip()
 
 
+def test_activations_in_int8_are_said_and_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("text.py").write_text("def main() -> None:\n    print('some text')\n")
+    options = ["--weights", "int4", "--activations", "int8", "--text", "text.py", "--no-verify"]
+    assert main([*EXPORT, *options, "-o", "bundle"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "bundle"]) == 0
+    rows = capsys.readouterr().out
+    assert "int4 in blocks of 32, accuracy level 4: projections and MLPs" in rows
+    assert "int8 in blocks of 32, as inputs of these matrices" in rows
+    assert main(["inspect", "bundle", "--json"]) == 0
+    recorded = json.loads(capsys.readouterr().out)["options"]["quantisation"]
+    assert recorded == {"weights": "int4", "block_size": 32, "head": False, "accuracy_level": 4}
+
+
 @pytest.mark.slow  # the loss on 10,000 tokens, twice
 def test_a_bundle_that_is_not_verified_says_its_loss(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*EXPORT, "--weights", "int8", "--no-verify", "-o", "bundle"]) == 0
@@ -69,8 +83,13 @@ def test_a_limit_is_a_gate(capsys: pytest.CaptureFixture[str]) -> None:
         (["--onnx-flavor", "ort", "--weights", "int3"], "'int3' is not one of"),
         (["--onnx-flavor", "ort", "--weights", "int4", "--block-size", "48"], "block size is 48; accepted: 16, 32"),
         (["--onnx-flavor", "ort", "--quantize-head"], "give --weights int8 or int4"),
+        (["--activations", "int8"], "--activations cannot be used without quantised weights; give --weights"),
+        (["--onnx-flavor", "ort", "--weights", "int4", "--activations", "int4"], "'int4' is not one of"),
     ],
-    ids=["block", "all formats", "standard", "aoti", "int3", "block size", "head alone"],
+    ids=[
+        *("block", "all formats", "standard", "aoti", "int3", "block size", "head alone", "activations alone"),
+        "int4 activations",
+    ],
 )
 def test_what_cannot_be_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(["export", *arguments], capsys)

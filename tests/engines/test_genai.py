@@ -57,13 +57,16 @@ def test_a_tied_diffllama_with_an_end_of_texts(bundles: BundleCache, tmp_path: P
 
 @pytest.mark.genai
 @pytest.mark.slow
+@pytest.mark.parametrize("activations", ["float32", "int8"])
 @pytest.mark.parametrize("weights", ["int4", "int8"])
-def test_quantised_matrices(weights: Any, bundles: BundleCache) -> None:
+def test_quantised_matrices(weights: Any, activations: Any, bundles: BundleCache) -> None:
     # Against the numbers that the blocks are.
-    options = replace(SMALL, onnx_flavor="ort", weights=weights, quantise_head=True)
+    options = replace(SMALL, onnx_flavor="ort", weights=weights, activations=activations, quantise_head=True)
     report = verify_engine(bundles.bundle(read_model(SAMPLE), options), GenaiEngine())
     assert report.passed, report.worst
-    assert report.num_tokens_checked > 100
+    assert report.num_tokens_checked > (100 if activations == "float32" else 20)
+    allowed = [output.activation_rmse for case in report.cases for output in case.outputs]
+    assert all(share > 0 for share in allowed) is (activations == "int8")
 
 
 @pytest.mark.genai

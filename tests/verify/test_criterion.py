@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffdeploy.arrays import Array, epsilon
+from diffdeploy.budgets import ACTIVATION_SHARE
 from diffdeploy.checkpoints import Checkpoint
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.graphs import DType
@@ -66,6 +67,30 @@ def test_where_eager_is_exact_the_floors_alone_are_allowed(dtype: DType) -> None
     assert report.eager_max_error == 0.0
     assert report.allowed_rmse == pytest.approx(budget.rmse_floor * eps * 12.5**0.5, rel=1e-3)
     assert report.allowed_max_error == pytest.approx(budget.max_floor * eps * 4.0, rel=1e-3)
+
+
+def test_quantised_activations_have_an_allowance_beside_the_budget() -> None:
+    plain, moved = np.array([[[3.0, -4.0]]]), np.array([[[3.0, -4.0625]]])
+    expected = plain + np.array([[[1e-2, -2e-2]]])
+    quantised = yardstick(plain, eager=plain + 1e-6).with_quantised(expected)
+    report = measure("output", expected.astype(np.float32), quantised)
+    assert report.passed
+    # Of the distance between both exact results.
+    share, distance = ACTIVATION_SHARE, 2.5**0.5 * 1e-2
+    assert report.activation_rmse == pytest.approx(share.rmse * distance, rel=1e-3)
+    assert report.activation_max_error == pytest.approx(share.max_error * 2e-2, rel=1e-3)
+    # Eager's error is that without quantised activations.
+    assert report.eager_max_error == pytest.approx(1e-6, rel=0.3)
+    without = judge(report.model_copy(update={"activation_rmse": 0.0}), BUDGETS["float32"], "float32").allowed_rmse
+    assert without is not None
+    assert report.allowed_rmse == pytest.approx(without + report.activation_rmse, rel=1e-3)
+    assert without < 0.01 * report.activation_rmse
+    # The error counts from the quantised result.
+    wrong = measure("output", moved.astype(np.float32), quantised)
+    assert wrong.max_error == pytest.approx(0.0425, rel=1e-3)
+    assert not measure("output", (expected + 0.03 * share.max_error).astype(np.float32), quantised).passed
+    stored = OutputReport.model_validate_json(report.model_dump_json())
+    assert judge(stored, BUDGETS["float32"], "float32") == report
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)

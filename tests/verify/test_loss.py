@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from diffdeploy.arrays import Array
+from diffdeploy.bundle import Quantisation
 from diffdeploy.graphs import graph_spec
 from diffdeploy.modules import DiffTransformer
 from diffdeploy.verify import WINDOW, measure_loss
+from diffdeploy.verify.activations import quantised_inputs
 from diffdeploy.verify.decoder import below, exact_embedding, exact_head, exact_layer, exact_outputs, inputs_of_layer
 from diffdeploy.verify.loss import Loss
 from tests.support.models import decoder_weights, make_decoder
@@ -91,6 +93,23 @@ def test_all_figures_are_those_of_the_formula(num_tokens: int, head: bool) -> No
         expected.pop("head")
     assert loss.layers == pytest.approx(expected, rel=2e-3)
     assert loss.worst_layer == max(expected, key=lambda name: expected[name])
+
+
+def test_quantised_activations_are_part_of_the_loss() -> None:
+    weights, how = decoder_weights(CONFIG), Quantisation(weights="int8", block_size=16, head=True, accuracy_level=4)
+    tokens, after = np.random.default_rng(5).integers(0, CONFIG.vocab_size, WINDOW), eager(weights)
+    with quantised_inputs(after, how):
+        loss = measure_loss(eager(weights), after, tokens.tolist(), b"x" * 100, "a text")
+    # The matrices are those of the original, so all of the loss comes from their inputs.
+    arrays = arrays_of(weights)
+    logits = [exact_outputs(CONFIG, arrays, inputs_for(tokens), SPEC, each)["logits"][0][:-1] for each in (None, how)]
+    exact, found = (each - np.log(np.exp(each).sum(-1, keepdims=True)) for each in logits)
+    bits = -found[np.arange(len(found)), tokens[1:]].sum() / np.log(2) / 100
+    assert loss.bits_per_byte == pytest.approx(bits, rel=1e-3)
+    # Some numbers are rounded differently in float32, which moves a mean by little.
+    assert loss.kl == pytest.approx((np.exp(exact) * (exact - found)).sum(-1).mean(), rel=0.05)
+    assert loss.kl > 1e-6
+    assert all(error > 1e-3 for error in loss.layers.values())
 
 
 def test_the_same_weights_lose_nothing() -> None:

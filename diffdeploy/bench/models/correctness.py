@@ -14,16 +14,17 @@ import numpy as np
 
 from diffdeploy.arrays import Array, to_array
 from diffdeploy.bench.correctness import Verdict
-from diffdeploy.bench.models.plan import ModelPlan, opened
-from diffdeploy.bundle import frozen_module, read_tensors, read_weights
+from diffdeploy.bench.models.plan import ModelCandidate, ModelPlan, opened
+from diffdeploy.bundle import Quantisation, frozen_module, read_tensors, read_weights
 from diffdeploy.config import DecoderConfig
 from diffdeploy.graphs import graph_spec
 from diffdeploy.ops import Impl
-from diffdeploy.verify.decoder import exact_and_stored_outputs
+from diffdeploy.verify.activations import quantised_inputs
+from diffdeploy.verify.decoder import exact_and_stored_outputs, exact_ways
 from diffdeploy.verify.metrics import Yardstick, measure
 from diffdeploy.verify.values import prompt_inputs
 
-__all__ = ["expected_logits", "judge_logits", "tokens_of"]
+__all__ = ["expected_logits", "judge_logits", "quantised_activations", "tokens_of"]
 
 _MAX_PRODUCTS = 2e11
 
@@ -35,8 +36,21 @@ def tokens_of(plan: ModelPlan, batch_size: int, length: int) -> Array:
     return generator.integers(0, plan.config.vocab_size, (batch_size, length))
 
 
-def expected_logits(plan: ModelPlan, tokens_BS: Array) -> Yardstick:
-    """Exact logits after the last token, ``[B, V]``, with the allowed error of a correct candidate."""
+def quantised_activations(candidate: ModelCandidate) -> Quantisation | None:
+    """Quantisation with which a candidate computes, if it includes activations: only that of a bundle does."""
+    if candidate.kind != "bundle" or candidate.path is None:
+        return None
+    return opened(candidate.path).manifest.options.quantised_activations
+
+
+def expected_logits(plan: ModelPlan, tokens_BS: Array, quantisation: Quantisation | None = None) -> Yardstick:
+    """Exact logits after the last token, ``[B, V]``, with the allowed error of a correct candidate.
+
+    Args:
+        plan: what is measured.
+        tokens_BS: tokens for all candidates.
+        quantisation: see `quantised_activations`.
+    """
     import torch
 
     config = plan.config
@@ -47,7 +61,10 @@ def expected_logits(plan: ModelPlan, tokens_BS: Array) -> Yardstick:
     if products > _MAX_PRODUCTS:
         yardstick = Yardstick(_eager(plan, tokens_BS, Impl.PADDED, torch.float64), plan.dtype)
         yardstick.add(_eager(plan, tokens_BS, Impl.PADDED, dtype))
-        return yardstick
+        if quantisation is None:
+            return yardstick
+        quantised = _eager(plan, tokens_BS, Impl.PADDED, torch.float64, quantisation)
+        return yardstick.with_quantised(quantised)
     spec = graph_spec(
         "model",
         config,
@@ -58,20 +75,27 @@ def expected_logits(plan: ModelPlan, tokens_BS: Array) -> Yardstick:
     )
     inputs = prompt_inputs(spec, tokens_BS)
     weights = read_weights(opened(plan.bundle))
-    exact, stored = exact_and_stored_outputs(config, weights, inputs, spec, plan.dtype)
-    yardstick = Yardstick(exact[spec.main_output][:, -1], plan.dtype)
+    given = config, weights, inputs, spec, plan.dtype
+    ways = exact_and_stored_outputs(*given) if quantisation is None else exact_ways(*given, quantisation)
+    exact, stored, *others = (outputs[spec.main_output][:, -1] for outputs in ways)
+    yardstick = Yardstick(exact, plan.dtype)
     yardstick.add(_eager(plan, tokens_BS, Impl.NAIVE, dtype))
-    yardstick.add_stored(stored[spec.main_output][:, -1])
+    yardstick.add_stored(stored)
+    for quantised_BV in others:
+        yardstick = yardstick.with_quantised(quantised_BV)
     return yardstick
 
 
-def _eager(plan: ModelPlan, tokens_BS: Array, impl: Impl, dtype: Any) -> Array:
+def _eager(
+    plan: ModelPlan, tokens_BS: Array, impl: Impl, dtype: Any, quantisation: Quantisation | None = None
+) -> Array:
     import torch
 
     weights = read_tensors(opened(plan.bundle))
     model: Any = frozen_module(plan.config, weights, impl=impl, max_positions=plan.max_length, dtype=dtype)
     model.to(plan.device)
-    return to_array(model(torch.from_numpy(tokens_BS).to(plan.device), last_only=True)[:, -1])
+    with quantised_inputs(model, quantisation):
+        return to_array(model(torch.from_numpy(tokens_BS).to(plan.device), last_only=True)[:, -1])
 
 
 def judge_logits(logits_BV: Array, expected: Yardstick) -> Verdict:

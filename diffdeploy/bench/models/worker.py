@@ -14,9 +14,16 @@ from diffdeploy.bench import timing
 from diffdeploy.bench.correctness import Verdict
 from diffdeploy.bench.machine import Machine, OtherLoad, matmul_gflop_per_second
 from diffdeploy.bench.models.candidate_runs import ModelRun, open_model
-from diffdeploy.bench.models.correctness import expected_logits, judge_logits, tokens_of
+from diffdeploy.bench.models.correctness import (
+    expected_logits,
+    judge_logits,
+    quantised_activations,
+    tokens_of,
+)
 from diffdeploy.bench.models.plan import ModelPlan, ModelSize
+from diffdeploy.bundle import Quantisation
 from diffdeploy.errors import DiffDeployError
+from diffdeploy.verify.metrics import Yardstick
 
 Send = Callable[..., None]
 Call = Callable[[], object]
@@ -68,13 +75,15 @@ def _right_ones(
     decodes = size.what == "decode"
     tokens = tokens_of(plan, size.batch_size, size.length + decodes)
     send("phase", text=f"{size.id}: exact result")
-    expected = expected_logits(plan, tokens)
+    expected: dict[Quantisation | None, Yardstick] = {None: expected_logits(plan, tokens)}
     calls: dict[str, Call] = {}
     for candidate in plan.candidates:
+        if (how := quantised_activations(candidate)) not in expected:
+            expected[how] = expected_logits(plan, tokens, how)
         send("phase", text=f"{size.id}: checking {candidate.name}")
         try:
             logits, found = _calls(candidate.name, runs[candidate.name], tokens, decodes=decodes)
-            verdict = judge_logits(logits, expected)
+            verdict = judge_logits(logits, expected[how])
         except Exception as error:  # noqa: BLE001 - a candidate that fails is wrong, and the others are measured
             verdict, found = Verdict(False, None, f"it did not run: {type(error).__name__}: {error}"), {}
         send("verdict", size=size.id, name=candidate.name, **vars(verdict))

@@ -37,7 +37,9 @@ def _stale_external_data(directory: Path) -> None:
     # Every tensor with more than a few dozen numbers is moved to the file, including the weights.
     onnx.save(model, directory / MODEL, save_as_external_data=True, location=EXTERNAL_DATA, size_threshold=256)
     data = np.fromfile(directory / EXTERNAL_DATA, dtype=np.float32)
-    (np.where(np.isfinite(data), data * np.float32(1.01), data)).astype(np.float32).tofile(directory / EXTERNAL_DATA)
+    with np.errstate(over="ignore", invalid="ignore"):  # blocks of quantised weights are no floats
+        data = np.where(np.isfinite(data), data * np.float32(1.01), data)
+    data.astype(np.float32).tofile(directory / EXTERNAL_DATA)
 
 
 def _inline_float32(manifest: Manifest) -> bool:

@@ -17,6 +17,7 @@ from diffdeploy.formats.artifact import (
     GraphNode,
     Intermediates,
     LayerValues,
+    ProductValues,
     TritonBackend,
 )
 from diffdeploy.formats.base import EVERY_DTYPE, Format
@@ -176,6 +177,18 @@ class OnnxFormat(Format):
         from diffdeploy.formats.onnx.intermediates import layer_values
 
         return layer_values(bundle.path, len(bundle.manifest.config.blocks), list(bundle.manifest.graph.outputs))
+
+    def product_values(self, bundle: Bundle) -> ProductValues:
+        """See `Format.product_values`."""
+        from diffdeploy.formats.onnx.nbits_values import product_values
+
+        return product_values(bundle.path)
+
+    def with_float_activations(self, bundle: Bundle) -> Mapping[str, bytes]:
+        """See `Format.with_float_activations`."""
+        from diffdeploy.formats.onnx.nbits_values import with_float_activations
+
+        return {MODEL: with_float_activations(bundle.path)}
 
     def read_constants(self, directory: Path, expected: Mapping[str, Array]) -> set[str]:
         """See `Format.read_constants`."""

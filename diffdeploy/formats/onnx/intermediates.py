@@ -14,7 +14,7 @@ from diffdeploy.formats.onnx.external import load_model
 from diffdeploy.formats.onnx.names import ORT_ATTENTION, layer_output
 from diffdeploy.graphs import Stage
 
-__all__ = ["intermediates", "layer_values"]
+__all__ = ["intermediates", "layer_values", "session_settings"]
 
 _FLOATING = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 
@@ -49,7 +49,7 @@ def _values(directory: Path, inputs: Mapping[str, Array]) -> Iterator[tuple[str,
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes if name not in declared)
     try:
         session = onnxruntime.InferenceSession(
-            model.SerializeToString(), _settings(directory), providers=["CPUExecutionProvider"]
+            model.SerializeToString(), session_settings(directory), providers=["CPUExecutionProvider"]
         )
         shown = [value.name for value in session.get_outputs() if value.type in _FLOATING]
     except Exception as error:
@@ -76,7 +76,7 @@ def layer_values(directory: Path, num_layers: int, outputs: Sequence[str]) -> La
             model = load_model(directory, weights=False)
             model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
             session = onnxruntime.InferenceSession(
-                model.SerializeToString(), _settings(directory), providers=["CPUExecutionProvider"]
+                model.SerializeToString(), session_settings(directory), providers=["CPUExecutionProvider"]
             )
             return dict(zip(names, session.run(names, dict(inputs)), strict=True))
         except Exception as error:
@@ -85,7 +85,8 @@ def layer_values(directory: Path, num_layers: int, outputs: Sequence[str]) -> La
     return run
 
 
-def _settings(directory: Path) -> Any:
+def session_settings(directory: Path) -> Any:
+    """Options of a session for a changed model, with the weights in a directory."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()

@@ -13,18 +13,19 @@ from diffdeploy.formats.onnx.names import MATMUL_NBITS
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["packed_constants", "quantised_products"]
+__all__ = ["packed_constants", "quantised_nodes", "quantised_products"]
 
 _NUM_INPUTS = 3
 
 
-def _products(model: "onnx.ModelProto") -> "list[onnx.NodeProto]":
+def quantised_nodes(model: "onnx.ModelProto") -> "list[onnx.NodeProto]":
+    """Nodes that multiply by quantised matrices."""
     return [node for node in model.graph.node if node.op_type == MATMUL_NBITS]
 
 
 def packed_constants(model: "onnx.ModelProto") -> set[str]:
     """Names of the constants that contain the packed blocks of quantised weights."""
-    return {node.input[1] for node in _products(model)}
+    return {node.input[1] for node in quantised_nodes(model)}
 
 
 def quantised_products(model: "onnx.ModelProto", constants: Mapping[str, Array], bundle: Bundle) -> list[Check]:
@@ -46,7 +47,7 @@ def quantised_products(model: "onnx.ModelProto", constants: Mapping[str, Array],
     }
     problems, found = [], Counter[tuple[bytes, ...]]()
     by_matrix = {pair: name for name, pair in wanted.items()}
-    for node in _products(model):
+    for node in quantised_nodes(model):
         pair = tuple(constants[name].tobytes() for name in node.input[1:] if name in constants)
         # Zero points, an order of columns and a bias would be further inputs, which are rejected.
         name = by_matrix.get(pair) if len(node.input) == _NUM_INPUTS else None
