@@ -42,7 +42,7 @@ class EngineReport(Record):
         environment: versions of the software that verified it.
         cases: log-probabilities and tokens of each prompt in each round.
         num_tokens: number of greedy tokens that were generated.
-        num_tokens_checked: number of those whose exact margin exceeds the allowed error of log-probabilities.
+        num_tokens_checked: number of those whose exact margin exceeds twice the allowed error of a log-probability.
         num_cached_tokens: number of prompt tokens that came from the engine's prefix cache.
     """
 
