@@ -36,8 +36,8 @@ NOTES = {
 - In `GroupQueryAttention` up to 1.23.2, a query attends to one key more than the window allows. If a mask is
   given, it hides that key in float32; in float16, it does so unless the key's score is an outlier. Up to 1.21, the
   operator has no mask.
-- Apart from that key, float16 is correct where float32 is, since bundles now compute attention in float32. Older bundles
-  do not, and outliers make them wrong in every version that was tried: export those again.
+- Apart from that key, float16 is correct where float32 is, since bundles now compute attention in float32. Older
+  bundles do not, and outliers make them wrong in every version that was tried: export those again.
 - bfloat16 has no kernels for the CPU, and is refused by 1.19.2, 1.22.1, 1.24.1, 1.28.0, 1.31.1 and 1.32.0.
 """,
     "torch": """\
