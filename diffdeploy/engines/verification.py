@@ -13,7 +13,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.graphs import DType, GraphSpec, graph_spec
 from diffdeploy.records import Record
 from diffdeploy.verify import CaseReport, OutputReport
-from diffdeploy.verify.decoder import exact_and_stored_outputs, exact_ways
+from diffdeploy.verify.decoder import exact_ways
 from diffdeploy.verify.greedy import wrong_tokens
 from diffdeploy.verify.metrics import Yardstick, measure
 from diffdeploy.verify.values import prompt_inputs
@@ -195,10 +195,8 @@ class _Truth:
         # The second round requests the same again.
         if key not in self._known:
             inputs, name = prompt_inputs(self._spec, np.array([ids])), self._spec.main_output
-            given = self._config, self._weights, inputs, self._spec, self.dtype
-            how = self._quantisation
-            ways = exact_and_stored_outputs(*given) if how is None else exact_ways(*given, how)
-            exact, stored, *quantised = (log_softmax(outputs[name][0]) for outputs in ways)
+            ways = exact_ways(self._config, self._weights, inputs, self._spec, self.dtype, self._quantisation)
+            exact, stored, *quantised = (log_softmax(outputs[name][0]) for outputs in ways if outputs is not None)
             self._known[key] = _Known(exact, stored, self._run(ids), *quantised)
         return self._known[key]
 

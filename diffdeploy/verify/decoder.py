@@ -17,7 +17,6 @@ from diffdeploy.verify.oracle import oracle, times, with_stored_streams
 __all__ = [
     "ExactWays",
     "below",
-    "exact_and_stored_outputs",
     "exact_embedding",
     "exact_head",
     "exact_layer",
@@ -54,25 +53,17 @@ def exact_outputs(
     return _of_decoder(config, weights, inputs, spec, ((None, quantisation),))[0]
 
 
-def exact_and_stored_outputs(
-    config: DecoderConfig, weights: Mapping[str, Array], inputs: Mapping[str, Array], spec: GraphSpec, dtype: DType
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Compute the exact outputs, and those of a decoder whose layers round their streams to a dtype."""
-    exact, stored = _of_decoder(config, weights, inputs, spec, ((None, None), (dtype, None)))
-    return exact, stored
-
-
 class ExactWays(NamedTuple):
     """Exact outputs of a decoder, by the names of the graph.
 
     exact: of float activations.
     stored: of layers that round their streams to a dtype; see `exact_and_stored`.
-    quantised: of activations that are quantised.
+    quantised: of activations that are quantised; ``None`` if there is no quantisation.
     """
 
     exact: dict[str, Array]
     stored: dict[str, Array]
-    quantised: dict[str, Array]
+    quantised: dict[str, Array] | None = None
 
 
 def exact_ways(
@@ -81,10 +72,13 @@ def exact_ways(
     inputs: Mapping[str, Array],
     spec: GraphSpec,
     dtype: DType,
-    quantisation: Quantisation,
+    quantisation: Quantisation | None,
 ) -> ExactWays:
-    """Compute `exact_and_stored_outputs`, and the exact outputs with quantised activations."""
-    return ExactWays(*_of_decoder(config, weights, inputs, spec, ((None, None), (dtype, None), (None, quantisation))))
+    """Compute the exact outputs, those with stored streams and, if activations are quantised, those with that."""
+    ways: list[tuple[DType | None, Quantisation | None]] = [(None, None), (dtype, None)]
+    if quantisation is not None:
+        ways.append((None, quantisation))
+    return ExactWays(*_of_decoder(config, weights, inputs, spec, ways))
 
 
 def _of_decoder(

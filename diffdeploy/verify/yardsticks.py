@@ -11,7 +11,7 @@ from diffdeploy.bundle import Bundle, Quantisation, eager_module
 from diffdeploy.config import DecoderConfig
 from diffdeploy.graphs import GraphSpec, clear_padding
 from diffdeploy.verify.cases import AnyCase
-from diffdeploy.verify.decoder import exact_and_stored_outputs, exact_ways
+from diffdeploy.verify.decoder import exact_ways
 from diffdeploy.verify.eager import eager_errors, for_queries, run_arrays
 from diffdeploy.verify.metrics import Yardstick
 from diffdeploy.verify.oracle import exact_and_stored
@@ -125,11 +125,7 @@ class Yardsticks:
         def eager(given: Mapping[str, Array]) -> dict[str, Array]:
             return clear_padding(spec, given, run(given))
 
-        given, quantised = (config, self._weights, inputs, spec, self._dtype), None
-        if quantisation is None:
-            expected, stored = exact_and_stored_outputs(*given)
-        else:
-            expected, stored, quantised = exact_ways(*given, quantisation)
+        expected, stored, quantised = exact_ways(config, self._weights, inputs, spec, self._dtype, quantisation)
         (yardsticks,) = eager_errors(eager, inputs, expected, self._dtype, [slice(None)])
         for name, output in stored.items():
             yardsticks[name].add_stored(output)
