@@ -17,29 +17,36 @@ _LEVEL = "accuracy_level"
 
 
 def product_values(directory: Path) -> ProductValues:
-    """Function that computes input and output of each quantised product of the model in a bundle."""
+    """Function that computes input and output of each quantised product of the model in a bundle.
+
+    Raises:
+        ExportError: the artifact cannot be loaded.
+    """
+    import onnx
+    import onnxruntime
+
+    try:
+        model = load_model(directory, weights=False)
+        nodes = quantised_nodes(model)
+        declared = {value.name for value in model.graph.output}
+        names = list(dict.fromkeys(name for node in nodes for name in (node.input[0], node.output[0])))
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in declared)
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), session_settings(directory), providers=["CPUExecutionProvider"]
+        )
+        held = {tensor.name: tensor for tensor in load_model(directory).graph.initializer}
+        matrices = [Packed(*(onnx.numpy_helper.to_array(held[name]) for name in node.input[1:3])) for node in nodes]
+    except Exception as error:
+        raise ExportError(str(error)) from error
 
     def run(inputs: Mapping[str, Array]) -> Iterator[Product]:
-        import onnx
-        import onnxruntime
-
         try:
-            model = load_model(directory, weights=False)
-            nodes = quantised_nodes(model)
-            declared = {value.name for value in model.graph.output}
-            names = list(dict.fromkeys(name for node in nodes for name in (node.input[0], node.output[0])))
-            model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in declared)
-            session = onnxruntime.InferenceSession(
-                model.SerializeToString(), session_settings(directory), providers=["CPUExecutionProvider"]
-            )
             values = dict(zip(names, session.run(names, dict(inputs)), strict=True))
-            held = {tensor.name: tensor for tensor in load_model(directory).graph.initializer}
-            for node in nodes:
-                x, blocks, scales = node.input[:3]
-                packed = Packed(*(onnx.numpy_helper.to_array(held[name]) for name in (blocks, scales)))
-                yield Product(blocks.removesuffix(".blocks"), values[x], packed, values[node.output[0]])
         except Exception as error:
             raise ExportError(str(error)) from error
+        for node, packed in zip(nodes, matrices, strict=True):
+            name = node.input[1].removesuffix(".blocks")
+            yield Product(name, values[node.input[0]], packed, values[node.output[0]])
 
     return run
 
