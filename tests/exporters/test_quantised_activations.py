@@ -23,16 +23,17 @@ from diffdeploy.verify.products import check_products
 from diffdeploy.verify.report import read_report
 from tests.exporters.test_ort_models import KINDS, SMALL
 from tests.exporters.test_quantised_models import (
+    EVERY_KIND,
     INT4,
     changed,
     constant,
+    export_of,
     products,
     swap_matrices,
     swap_scales,
     use_twice,
 )
 from tests.support.bundles import BundleCache
-from tests.support.models import decoder_weights
 from tests.support.pairwise import rest_is_slow
 
 TWIN = "-float32-activations"
@@ -81,22 +82,10 @@ def test_the_sample_passes_with_and_without_the_rounding(sample: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
-    rest_is_slow(
-        [
-            ("v2", {"weights": "int4", "block_size": 16}),
-            ("legacy", {"weights": "int8", "block_size": 256}),
-            ("interleaved", {"weights": "int4", "block_size": 32, "quantise_head": True}),
-            ("partial rotary", {"weights": "int8", "block_size": 16, "quantise_head": True, "logits": "last"}),
-            ("window", {"weights": "int8", "block_size": 64}),
-        ]
-    ),
+    ("kind", "options"), rest_is_slow([*EVERY_KIND, ("window", {"weights": "int8", "block_size": 64})])
 )
 def test_models_of_every_kind(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    found, config = read_model(SAMPLE), KINDS[kind]
-    found = replace(found, config=config, weights=decoder_weights(config), companions=())
-    settings = replace(SMALL, max_sequence_length=20, activations="int8", **options)
-    done = export_bundle(found, tmp_path / "bundle", settings)
+    done = export_of(KINDS[kind], tmp_path / "bundle", activations="int8", **options)
     assert done.report is not None
     assert done.report.passed
     assert check_of(done.report, "activations").passed
