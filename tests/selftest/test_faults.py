@@ -50,6 +50,7 @@ NOT_LOCATED = {
     "keys_turned_twice": "keys turned once, as they should be, are among the values",
     "noise_not_turned": "all keys turned, as they should be, are among the values",
     "queries_clamped_at_50": "where only queries of the noise are larger, its attention is the first that is off",
+    "hidden_by_ten_thousand": "where only scores of the noise differ so much, its attention is the first that is off",
 }
 
 # What probes name in their place, since a package of machine code shows nothing but its outputs.
