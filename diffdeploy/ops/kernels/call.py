@@ -154,9 +154,10 @@ class Call:
         if self.decodes:
             rows = min(_MOST_ROWS, max(_LEAST_OF_MATRIX_UNITS, _power_of_two(self.most_rows)))
             return Tile(rows, _SPLIT_KEYS_OF_WIDE_VALUES if self.wide else _SPLIT_KEYS, 4, 3)
-        # Values that do not fill their block are zero-padded when they are loaded, which is slow for small tiles.
-        fast = self.wide and self.widths["BLOCK_E"] == self.widths["VALUE_WIDTH"]
-        if not fast and not self._has_few_tiles():
+        # Masks slow large tiles down, unless small ones must pad values with zeros to fill their block.
+        masked = self.window is not None or (self.wide and self.key_padding is not None)
+        filled = self.widths["BLOCK_E"] == self.widths["VALUE_WIDTH"]
+        if not (masked and filled) and not self._has_few_tiles():
             return _LARGE
         if self.wide:
             return _SMALL_OF_WIDE_VALUES
@@ -199,9 +200,12 @@ class Call:
     def tma(self) -> bool:
         """True if tiles of keys and values are loaded by the tensor memory accelerator of compute capability 9.0.
 
-        It needs no registers for addresses; wide values leave none for them. Rows must begin at multiples of 16 bytes.
+        It needs no registers for addresses, for which wide values leave none; large tiles are faster without it. Rows
+        must begin at multiples of 16 bytes.
         """
-        if not self.wide or self.q.device.type != "cuda" or torch.cuda.get_device_capability(self.q.device) < (9, 0):
+        if not self.wide or self.tile == _LARGE or self.q.device.type != "cuda":
+            return False
+        if torch.cuda.get_device_capability(self.q.device) < (9, 0):
             return False
         steps = [*self.key_strides(), *self.v.stride()[:3]]
         if not self.traced:

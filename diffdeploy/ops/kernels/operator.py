@@ -15,6 +15,8 @@ from diffdeploy.ops.kernels.prefill import prefill, subtract
 __all__ = ["attend_into", "output_buffer", "scratch"]
 
 _LOG2_E = 1.4426950408889634
+# Kernels compute offsets within a tile of up to 128 rows in 32 bits.
+_FARTHEST_ROWS = 2**31 // 128
 
 
 def _launcher(kernel: Any) -> Any:
@@ -145,7 +147,10 @@ def _output_strides(buffer: Tensor) -> tuple[int, int, int]:
 
 
 def _with_dense_rows(side: Tensor) -> Tensor:
-    return side if side.stride(-1) == 1 else side.contiguous()
+    """Copy a tensor if the channels of a row are not adjacent, or if rows are too far apart for 32-bit offsets."""
+    step = side.stride(-2)
+    near = not isinstance(step, int) or step < _FARTHEST_ROWS
+    return side if side.stride(-1) == 1 and near else side.contiguous()
 
 
 @triton_op("diffdeploy::fused_attention", mutates_args=())

@@ -217,7 +217,7 @@ def prefill(
     columns = tl.arange(0, BLOCK_E)
     real = (rows < S)[:, None] & (columns < VALUE_WIDTH)[None, :]
     out += batch * stride_ob + head.to(tl.int64) * stride_oh
-    at = out + rows.to(tl.int64)[:, None] * stride_os + columns[None, :]
+    at = out + first.to(tl.int64) * stride_os + (tl.arange(0, BLOCK_M)[:, None] * stride_os + columns[None, :])
     newest = rows + (T - S)
     start, inner_start, inner_end, end = _ranges(first, S, T, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     if APART:

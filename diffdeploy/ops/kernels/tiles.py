@@ -17,11 +17,11 @@ def read(
 ):
     """Load rows ``first .. first + BLOCK`` of ``[length, WIDTH]``, with zeros beyond its bounds.
 
-    With ``WHOLE``, all rows are below ``length``.
+    With ``WHOLE``, all rows are below ``length``. Offsets within the tile have 32 bits, which saves registers.
     """
-    rows = first + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_W)
-    at = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    rows = first + tl.arange(0, BLOCK)
+    at = base + tl.cast(first, tl.int64) * stride + (tl.arange(0, BLOCK)[:, None] * stride + columns[None, :])
     if WHOLE:
         if WIDTH == BLOCK_W:
             tile = tl.load(at)
@@ -83,8 +83,10 @@ def softmax_step(scores, top, total, scale, seen, MASKED: tl.constexpr):
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    # Minus infinity minus itself would be NaN.
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    base = new_top
+    if MASKED:
+        # Minus infinity minus itself would be NaN.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.math.exp2(scores * scale - base[:, None])
     kept = tl.math.exp2(top - base)
     return weights, kept, new_top, total * kept + tl.sum(weights, 1)
