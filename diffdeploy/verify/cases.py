@@ -182,7 +182,13 @@ class Case:
         if self.positions == "drawn":
             values = spec.inputs["position_ids"].values
             assert values is not None
-            return generator.integers(values.min, values.max + 1, (len(tokens_BT), self.sequence_length))
+            drawn = generator.integers(values.min, values.max + 1, (len(tokens_BT), self.sequence_length))
+            # Tables may be wrong at their ends alone, so the row with the most visible tokens reads both ends.
+            new_tokens = tokens_BT[:, -self.sequence_length :]
+            row = int(new_tokens.sum(axis=1).argmax())
+            visible = np.flatnonzero(new_tokens[row])
+            drawn[row, visible[:1]], drawn[row, visible[-1:]] = values.min, values.max
+            return drawn
         return counted_positions(tokens_BT, self.past_length)
 
 

@@ -12,7 +12,7 @@ from diffdeploy.files import write_arrays
 from diffdeploy.formats import Selection
 from diffdeploy.graphs import GraphSpec, Range, Variant, graph_spec
 from diffdeploy.runtime import check_inputs
-from diffdeploy.verify.cases import Case, Kind
+from diffdeploy.verify.cases import Case, Kind, Mask
 from diffdeploy.verify.coverage import covered
 from diffdeploy.verify.sweep import golden_cases, select_cases
 from diffdeploy.verify.user_inputs import read_inputs, write_inputs
@@ -94,8 +94,22 @@ def test_drawn_positions_do_not_follow_from_the_mask() -> None:
     counted, drawn = case.inputs(spec), replace(case, positions="drawn").inputs(spec)
     np.testing.assert_array_equal(counted["attention_mask"], drawn["attention_mask"])
     assert (counted["position_ids"] != drawn["position_ids"]).mean() > 0.8
-    assert drawn["position_ids"].max() > 60
     assert (np.diff(drawn["position_ids"], axis=1) < 0).any()
+
+
+@pytest.mark.parametrize("mask", ["none", "left", "right", "ragged", "mixed"])
+@pytest.mark.parametrize(("length", "past"), [(1, 9), (7, 0), (20, 9)])
+def test_drawn_positions_reach_both_ends_of_their_range(mask: Mask, length: int, past: int) -> None:
+    spec = spec_of("cached")
+    case = Case(
+        batch_size=3, sequence_length=length, past_length=past, seed=0, mask=mask, kind="normal", positions="drawn"
+    )
+    inputs = case.inputs(spec)
+    values = spec.inputs["position_ids"].values
+    assert values is not None
+    seen = inputs["position_ids"][inputs["attention_mask"][:, past:] == 1]
+    assert seen.max() == values.max
+    assert length == 1 or seen.min() == values.min
 
 
 def states(kind: Kind, batch_size: int = 4, length: int = 50) -> Array:
