@@ -67,6 +67,7 @@ def test_faults_are_caught_and_their_layer_is_named(kind: str, name: str, trials
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_all_faults(kind: str, trials_of: Callable[[str], Trials]) -> None:
     trials = trials_of(kind)
