@@ -20,7 +20,7 @@ from diffdeploy.config import DiffAttentionConfig, RopeConfig, lambda_init_at
 from diffdeploy.exporters import ExportOptions, export_bundle
 
 # Runs the code that is imported here, even if no command is installed.
-COMMAND = [sys.executable, "-c", "from diffdeploy.cli.main import run; run()", "verify"]
+COMMAND = [sys.executable, "-m", "diffdeploy", "verify"]
 
 
 def block() -> Checkpoint:

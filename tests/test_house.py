@@ -38,6 +38,7 @@ FLOORS = [
     "integrations",
     "engines",
     "cli",
+    "__main__",
 ]
 ROOMS = FLOORS
 # Of a line; where a reader would ask why.

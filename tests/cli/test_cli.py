@@ -27,7 +27,7 @@ from tests.support.commands import open_bundle_without_digests, refused
 
 pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 
-COMMAND = [sys.executable, "-c", "from diffdeploy.cli.main import run; run()"]
+COMMAND = [sys.executable, "-m", "diffdeploy"]
 GIVEN = ["--depth", "1", "--rope", "interleaved", "--rope-theta", "100", "--gqa-layout", "canonical"]
 SIZES = ["--max-sequence-length", "16", "--max-batch-size", "2"]
 SMALL = ["--layer", "0", *SIZES]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import typer
 
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.checkpoints.layouts import LAYOUTS
-from diffdeploy.cli.main import app
+from diffdeploy.cli.main import app, main
 from diffdeploy.cli.panels import PANELS
 from tests.support.commands import refused
 
 pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 
-COMMAND = [sys.executable, "-c", "from diffdeploy.cli.main import run; run()"]
+COMMAND = [sys.executable, "-m", "diffdeploy"]
 GROUP: Any = typer.main.get_command(app)
 # With more options than fit one look.
 MANY = 8
@@ -127,3 +128,11 @@ def test_options_that_do_not_go_together_are_named_in_one_sentence(
     message = refused(["export", *arguments], capsys)
     assert first in message
     assert second in message
+
+
+def test_the_package_runs_as_a_module() -> None:
+    shown = subprocess.run([*COMMAND, "--version"], check=True, capture_output=True, text=True)
+    assert shown.stdout.split() == ["diffdeploy", version("diffdeploy")]
+    failed = subprocess.run([*COMMAND, "inspect", "nothing"], check=False, capture_output=True, text=True)
+    assert failed.returncode == main(["inspect", "nothing"])
+    assert failed.stderr.startswith("error: nothing does not exist")

@@ -20,7 +20,7 @@ from diffdeploy.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 
-COMMAND = [sys.executable, "-c", "from diffdeploy.cli.main import run; run()"]
+COMMAND = [sys.executable, "-m", "diffdeploy"]
 SMALL = ["--max-sequence-length", "16", "--max-batch-size", "2", "--cases", "quick"]
 STAGE = re.compile(r"[a-z -]+: \d+\.\d s")
 

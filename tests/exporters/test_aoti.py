@@ -20,7 +20,7 @@ def test_a_library_that_is_linked_statically_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = ["--layer", "0", "--format", "aoti", "--max-sequence-length", "16", "--cases", "quick"]
     # In a process of its own: inductor takes the compiler from the environment when it is imported.
-    program = [sys.executable, "-c", "from diffdeploy.cli.main import run; run()"]
+    program = [sys.executable, "-m", "diffdeploy"]
     done = subprocess.run(
         [*program, "export", str(SAMPLE), *arguments, "-o", str(output)],
         env={**os.environ, "CXX": str(compiler)},
