@@ -23,11 +23,10 @@ from diffdeploy import load
 from diffdeploy.cli.main import main
 from diffdeploy.verify.oracle import oracle
 from tests.support.blocks import make_config, random_weights
-from tests.support.commands import open_bundle_without_digests, refused
+from tests.support.commands import COMMAND, open_bundle_without_digests, refused
 
 pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 
-COMMAND = [sys.executable, "-m", "diffdeploy"]
 GIVEN = ["--depth", "1", "--rope", "interleaved", "--rope-theta", "100", "--gqa-layout", "canonical"]
 SIZES = ["--max-sequence-length", "16", "--max-batch-size", "2"]
 SMALL = ["--layer", "0", *SIZES]

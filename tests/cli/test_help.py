@@ -15,11 +15,10 @@ from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.checkpoints.layouts import LAYOUTS
 from diffdeploy.cli.main import app, main
 from diffdeploy.cli.panels import PANELS
-from tests.support.commands import refused
+from tests.support.commands import COMMAND, refused
 
 pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 
-COMMAND = [sys.executable, "-m", "diffdeploy"]
 GROUP: Any = typer.main.get_command(app)
 # With more options than fit one look.
 MANY = 8

@@ -6,7 +6,6 @@ import pty
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,10 +16,10 @@ from diffdeploy.cli import progress
 from diffdeploy.cli.main import main
 from diffdeploy.cli.progress import Activity, activity, duration
 from diffdeploy.errors import InputError
+from tests.support.commands import COMMAND
 
 pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 
-COMMAND = [sys.executable, "-m", "diffdeploy"]
 SMALL = ["--max-sequence-length", "16", "--max-batch-size", "2", "--cases", "quick"]
 STAGE = re.compile(r"[a-z -]+: \d+\.\d s")
 

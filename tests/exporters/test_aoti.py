@@ -3,12 +3,12 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from diffdeploy.checkpoints.files import SAMPLE
+from tests.support.commands import COMMAND
 
 
 @pytest.mark.slow  # everything is compiled afresh for another compiler
@@ -20,9 +20,8 @@ def test_a_library_that_is_linked_statically_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = ["--layer", "0", "--format", "aoti", "--max-sequence-length", "16", "--cases", "quick"]
     # In a process of its own: inductor takes the compiler from the environment when it is imported.
-    program = [sys.executable, "-m", "diffdeploy"]
     done = subprocess.run(
-        [*program, "export", str(SAMPLE), *arguments, "-o", str(output)],
+        [*COMMAND, "export", str(SAMPLE), *arguments, "-o", str(output)],
         env={**os.environ, "CXX": str(compiler)},
         capture_output=True,
         text=True,

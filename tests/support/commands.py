@@ -1,11 +1,15 @@
 """Helpers that run commands, and that read manifests without checking digests."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from diffdeploy.cli.main import main
+
+# The command line in a process of its own.
+COMMAND = [sys.executable, "-m", "diffdeploy"]
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:

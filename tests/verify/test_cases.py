@@ -94,6 +94,7 @@ def test_drawn_positions_do_not_follow_from_the_mask() -> None:
     counted, drawn = case.inputs(spec), replace(case, positions="drawn").inputs(spec)
     np.testing.assert_array_equal(counted["attention_mask"], drawn["attention_mask"])
     assert (counted["position_ids"] != drawn["position_ids"]).mean() > 0.8
+    assert drawn["position_ids"].max() > 60
     assert (np.diff(drawn["position_ids"], axis=1) < 0).any()
 
 

@@ -50,7 +50,8 @@ class Tile:
 
 
 # Measured on an H100 and an H200, bfloat16, 256 to 16,384 positions, see docs/fused.md. Small tiles leave room for a
-# second program on a multiprocessor; they are for problems with fewer large tiles than multiprocessors.
+# second program on a multiprocessor; they are for problems with fewer large tiles than multiprocessors, and for
+# masks that slow large tiles down.
 _LARGE = Tile(128, 64, 8, 3)
 _SMALL, _SMALL_OF_ONE_STREAM, _SMALL_OF_WIDE_VALUES = Tile(64, 64, 4, 3), Tile(64, 128, 4, 2), Tile(64, 64, 4, 2)
 # When keys are split, a tile has all rows, up to 64, since every further tile of rows reads the same keys again.
@@ -154,7 +155,7 @@ class Call:
         if self.decodes:
             rows = min(_MOST_ROWS, max(_LEAST_OF_MATRIX_UNITS, _power_of_two(self.most_rows)))
             return Tile(rows, _SPLIT_KEYS_OF_WIDE_VALUES if self.wide else _SPLIT_KEYS, 4, 3)
-        # Masks slow large tiles down, unless small ones must pad values with zeros to fill their block.
+        # These masks slow large tiles down. Small ones are slow if they must pad values with zeros to fill their block.
         masked = self.window is not None or (self.wide and self.key_padding is not None)
         filled = self.widths["BLOCK_E"] == self.widths["VALUE_WIDTH"]
         if not (masked and filled) and not self._has_few_tiles():
