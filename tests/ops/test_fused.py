@@ -256,6 +256,23 @@ def test_strides_of_any_kind() -> None:
     assert expected.transpose(1, 2).is_contiguous()  # what joins the heads copies nothing
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("queries", [1, 130])
+def test_rows_too_far_apart_for_offsets_of_32_bits(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_small_device(monkeypatch)
+    q, k, v = inputs(4, 1, queries, 130)
+    expected = diff_attention(q, k, v, torch.tensor(0.4), causal=True, impl="fused")
+    step = 2**24 + 2**18
+    storage = torch.empty(130 * step, dtype=q.dtype, device=DEVICE)  # on the CPU, pages never written take no memory
+    far = []
+    for place, side in enumerate((q, k, v)):
+        _, heads, _, width = side.shape
+        strides = (heads * width, width, step, 1)
+        far.append(storage.as_strided(side.shape, strides, place * 2**20).copy_(side))
+    actual = diff_attention(far[0], far[1], far[2], torch.tensor(0.4), causal=True, impl="fused")
+    assert torch.equal(actual, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.triton
 @pytest.mark.parametrize("queries", [1, 20])
