@@ -13,7 +13,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.graphs import DType, GraphSpec, graph_spec
 from diffdeploy.records import Record
 from diffdeploy.verify import CaseReport, OutputReport
-from diffdeploy.verify.decoder import exact_ways
+from diffdeploy.verify.decoder import exact_logits
 from diffdeploy.verify.greedy import wrong_tokens
 from diffdeploy.verify.metrics import Yardstick, measure
 from diffdeploy.verify.values import prompt_inputs
@@ -194,9 +194,9 @@ class _Truth:
         key = tuple(ids)
         # The second round requests the same again.
         if key not in self._known:
-            inputs, name = prompt_inputs(self._spec, np.array([ids])), self._spec.main_output
-            ways = exact_ways(self._config, self._weights, inputs, self._spec, self.dtype, self._quantisation)
-            exact, stored, *quantised = (log_softmax(outputs[name][0]) for outputs in ways if outputs is not None)
+            inputs = prompt_inputs(self._spec, np.array([ids]))
+            _, *ways = exact_logits(self._config, self._weights, inputs, self._spec, self.dtype, self._quantisation)
+            exact, stored, *quantised = (log_softmax(logits[0]) for logits in ways if logits is not None)
             self._known[key] = _Known(exact, stored, self._run(ids), *quantised)
         return self._known[key]
 

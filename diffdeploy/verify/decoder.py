@@ -3,7 +3,7 @@
 Shape suffixes: B batch, S new tokens, D model width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +15,12 @@ from diffdeploy.graphs import DType, GraphSpec, clear_padding
 from diffdeploy.verify.oracle import oracle, times, with_stored_streams
 
 __all__ = [
-    "ExactWays",
+    "ExactOutput",
     "below",
     "exact_embedding",
     "exact_head",
     "exact_layer",
+    "exact_logits",
     "exact_outputs",
     "exact_ways",
     "inputs_of_layer",
@@ -50,20 +51,22 @@ def exact_outputs(
     """
     if not isinstance(config, DecoderConfig):
         return oracle(config, weights, inputs)
-    return _of_decoder(config, weights, inputs, spec, ((None, quantisation),))[0]
+    return {name: exact for name, (exact,) in _of_decoder(config, weights, inputs, spec, ((None, quantisation),))}
 
 
-class ExactWays(NamedTuple):
-    """Exact outputs of a decoder, by the names of the graph.
+class ExactOutput(NamedTuple):
+    """An output of a decoder, float64.
 
+    name: its name in the graph.
     exact: of float activations.
     stored: of layers that round their streams to a dtype; see `exact_and_stored`.
     quantised: of activations that are quantised; ``None`` if there is no quantisation.
     """
 
-    exact: dict[str, Array]
-    stored: dict[str, Array]
-    quantised: dict[str, Array] | None = None
+    name: str
+    exact: Array
+    stored: Array
+    quantised: Array | None = None
 
 
 def exact_ways(
@@ -73,12 +76,31 @@ def exact_ways(
     spec: GraphSpec,
     dtype: DType,
     quantisation: Quantisation | None,
-) -> ExactWays:
-    """Compute the exact outputs, those with stored streams and, if activations are quantised, those with that."""
+) -> Iterator[ExactOutput]:
+    """Yield each output, exact, with stored streams and, if activations are quantised, with that.
+
+    Caches come first, layer by layer, and can be dropped before the next: three copies of all of them in fp64 would
+    take more memory than the model.
+    """
     ways: list[tuple[DType | None, Quantisation | None]] = [(None, None), (dtype, None)]
     if quantisation is not None:
         ways.append((None, quantisation))
-    return ExactWays(*_of_decoder(config, weights, inputs, spec, ways))
+    for name, arrays in _of_decoder(config, weights, inputs, spec, ways):
+        yield ExactOutput(name, *arrays)
+
+
+def exact_logits(
+    config: DecoderConfig,
+    weights: Mapping[str, Array],
+    inputs: Mapping[str, Array],
+    spec: GraphSpec,
+    dtype: DType,
+    quantisation: Quantisation | None,
+) -> ExactOutput:
+    """Compute the last of the outputs that `exact_ways` yields."""
+    ways = exact_ways(config, weights, inputs, spec, dtype, quantisation)
+    (logits,) = (output for output in ways if output.name == spec.main_output)
+    return logits
 
 
 def _of_decoder(
@@ -87,23 +109,29 @@ def _of_decoder(
     inputs: Mapping[str, Array],
     spec: GraphSpec,
     ways: Sequence[tuple[DType | None, Quantisation | None]],
-) -> list[dict[str, Array]]:
-    """Outputs for each dtype in which streams are stored, and quantisation of activations; ``None`` for neither."""
+) -> Iterator[tuple[str, list[Array]]]:
+    """Each output, once for each dtype in which streams are stored and quantisation of activations."""
+
+    def cleared(name: str, arrays: list[Array]) -> tuple[str, list[Array]]:
+        return name, [clear_padding(spec, inputs, {name: array})[name] for array in arrays]
+
     xs_BSD = [exact_embedding(weights, inputs)] * len(ways)
-    outputs: list[dict[str, Array]] = [{} for _ in ways]
     for number, layer in enumerate(config.layers):
         # Widened once for all ways, since widening takes as long as computing a few tokens.
         own = _all_wide(below(weights, f"layers.{number}."))
         given = inputs_of_layer(inputs, number)
+        caches: list[dict[str, Array]] = []
         for i, (dtype, how) in enumerate(ways):
             blocks = None if how is None else how.activation_blocks
-            xs_BSD[i], caches = exact_layer(layer, config.norm_eps, own, xs_BSD[i], given, dtype, blocks)
-            outputs[i] |= {f"present.{number}.{side}": array for side, array in caches.items()}
+            xs_BSD[i], of_way = exact_layer(layer, config.norm_eps, own, xs_BSD[i], given, dtype, blocks)
+            caches.append(of_way)
+        for side in ("key", "value"):
+            yield cleared(f"present.{number}.{side}", [of_way.pop(side) for of_way in caches])
     last = _all_wide({name: weights[name] for name in ("norm.weight", _head_name(config))})
-    for own_outputs, x_BSD, (_, how) in zip(outputs, xs_BSD, ways, strict=True):
-        x_BSD = x_BSD[:, -1:] if spec.logits == "last" else x_BSD
-        own_outputs[spec.main_output] = exact_head(config, last, x_BSD, how)
-    return [clear_padding(spec, inputs, each) for each in outputs]
+    if spec.logits == "last":
+        xs_BSD = [x_BSD[:, -1:] for x_BSD in xs_BSD]
+    logits = [exact_head(config, last, x_BSD, how) for x_BSD, (_, how) in zip(xs_BSD, ways, strict=True)]
+    yield cleared(spec.main_output, logits)
 
 
 def exact_embedding(weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> Array:

@@ -160,8 +160,6 @@ def eager_errors(
 def _stacks(inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
     """Yield the input, then its neighbours, batched where they are small, since the cost of calls dominates there."""
     yield dict(inputs)
-    if "hidden_states" not in inputs:  # tokens have no neighbours, but a model has more numbers to average over
-        return
     x_BSD = inputs["hidden_states"]
     # A fixed seed, so that repeated verifications give the same figures.
     generator = np.random.default_rng(0)

@@ -30,14 +30,21 @@ class Yardstick:
 
     def __init__(self, expected: Array, dtype: DType) -> None:
         self.expected, self.dtype = expected, dtype
-        with np.errstate(over="ignore", invalid="ignore"):  # numbers beyond the range become infinite, too
-            self.rounded = expected.astype(dtype)
-        self.counts = np.isfinite(self.rounded)
-        self.unjudged = np.zeros(expected.shape, dtype=bool)
+        counts = np.isfinite(self.rounded)
+        # Usually all elements count; the arrays then take no memory, which the caches of a model would need a lot of.
+        self.counts: Array = np.broadcast_to(np.True_, expected.shape) if counts.all() else counts
+        self.unjudged: Array = np.broadcast_to(np.False_, expected.shape)
         self._squares: list[float] = []
         self.max_error = 0.0
         self.storage_rmse, self.storage_max_error = 0.0, 0.0
         self.activation_rmse, self.activation_max_error = 0.0, 0.0
+
+    @property
+    def rounded(self) -> Array:
+        """The exact result in the dtype of the artifact; numbers beyond its range become infinite."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            rounded: Array = self.expected.astype(self.dtype)
+        return rounded
 
     def add(self, eager: Array) -> None:
         """Add one run, with the shape of ``expected`` and the artifact's dtype."""
@@ -45,7 +52,7 @@ class Yardstick:
         errors = self.errors(eager)
         # Averaged per run and not per element: runs have equally many elements, so the mean over runs is the mean over
         # all.
-        self._squares.append(float(np.mean(np.square(errors))) if errors.size else 0.0)
+        self._squares.append(_mean_square(errors))
         self.max_error = max(self.max_error, float(errors.max(initial=0.0)))
 
     def set_aside(self, eager: Array) -> None:
@@ -53,17 +60,18 @@ class Yardstick:
         finite = np.isfinite(eager)
         if finite.all() and self.counts.all():
             return
-        same_kind = finite & np.isfinite(self.rounded)
-        same_kind |= np.isnan(eager) & np.isnan(self.rounded)
-        same_kind |= np.isinf(eager) & (eager == self.rounded)
-        self.unjudged |= ~same_kind
-        self.counts &= same_kind
+        rounded = self.rounded
+        same_kind = finite & np.isfinite(rounded)
+        same_kind |= np.isnan(eager) & np.isnan(rounded)
+        same_kind |= np.isinf(eager) & (eager == rounded)
+        self.unjudged = self.unjudged | ~same_kind
+        self.counts = self.counts & same_kind
 
     def add_stored(self, output: Array) -> None:
         """Add a float64 result with stored streams, see `exact_and_stored`; of several results, the worst counts."""
         errors = self.errors(output)
         if errors.size:
-            self.storage_rmse = max(self.storage_rmse, float(np.sqrt(np.mean(np.square(errors)))))
+            self.storage_rmse = max(self.storage_rmse, float(np.sqrt(_mean_square(errors))))
             self.storage_max_error = max(self.storage_max_error, float(errors.max()))
 
     def with_quantised(self, expected: Array) -> "Yardstick":
@@ -78,7 +86,7 @@ class Yardstick:
         quantised._squares, quantised.max_error = [*self._squares], self.max_error
         quantised.storage_rmse, quantised.storage_max_error = self.storage_rmse, self.storage_max_error
         if moved.size:
-            quantised.activation_rmse = ACTIVATION_SHARE.rmse * float(np.sqrt(np.mean(np.square(moved))))
+            quantised.activation_rmse = ACTIVATION_SHARE.rmse * float(np.sqrt(_mean_square(moved)))
             quantised.activation_max_error = ACTIVATION_SHARE.max_error * float(moved.max())
         return quantised
 
@@ -103,6 +111,11 @@ class Yardstick:
         return errors.reshape(-1)
 
     @property
+    def exact(self) -> Array:
+        """The exact values of the elements that count, flattened."""
+        return self.expected.reshape(-1) if self.counts.all() else self.expected[self.counts]
+
+    @property
     def rmse(self) -> float:
         """Root mean square error over all runs and elements."""
         return float(np.sqrt(np.mean(self._squares)))
@@ -111,6 +124,11 @@ class Yardstick:
     def finite(self) -> bool:
         """True if every run has a figure."""
         return bool(np.isfinite(self._squares).all())
+
+
+def _mean_square(values: Array) -> float:
+    """Mean of the squares of a flat array, without a copy of it; 0 for an empty one."""
+    return float(np.vdot(values, values)) / values.size if values.size else 0.0
 
 
 def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: bool = False) -> OutputReport:
@@ -138,7 +156,7 @@ def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: boo
     # The result has only NaN and infinity, and they agree.
     if not yardstick.counts.any():
         return OutputReport(output=output, passed=True, budget_used=0.0, num_unjudged=num_unjudged)
-    errors, exact = yardstick.errors(actual), expected[yardstick.counts]
+    errors, exact = yardstick.errors(actual), yardstick.exact
     worst = int(np.argmax(errors))
     if not yardstick.counts.all():
         # Index among all elements, converted from the index among those that count.
@@ -147,7 +165,7 @@ def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: boo
     figures = OutputReport(
         output=output,
         passed=False,
-        rmse=float(np.sqrt(np.mean(np.square(errors)))),
+        rmse=float(np.sqrt(_mean_square(errors))),
         eager_rmse=yardstick.rmse,
         storage_rmse=yardstick.storage_rmse,
         activation_rmse=yardstick.activation_rmse,
@@ -155,8 +173,8 @@ def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: boo
         eager_max_error=yardstick.max_error,
         storage_max_error=yardstick.storage_max_error,
         activation_max_error=yardstick.activation_max_error,
-        exact_rms=float(np.sqrt(np.mean(np.square(exact)))),
-        exact_max=float(np.abs(exact).max()),
+        exact_rms=float(np.sqrt(_mean_square(exact))),
+        exact_max=float(max(abs(exact.max()), abs(exact.min()))),
         worst_index=[int(i) for i in np.unravel_index(worst, actual.shape)],
         num_unjudged=num_unjudged,
     )
@@ -169,8 +187,7 @@ def _no_yardstick(yardstick: Yardstick) -> str | None:
     Where both streams nearly cancel, eager's error may be as large as that of storing them, however large that is.
     Results that vanish have no size to which an error could be compared.
     """
-    exact = yardstick.expected[yardstick.counts]
-    size = float(np.sqrt(np.mean(np.square(exact)))) if exact.size else 0.0
+    size = float(np.sqrt(_mean_square(yardstick.exact)))
     ceiling = CEILINGS[yardstick.dtype]
     if size < epsilon(yardstick.dtype) or yardstick.rmse <= max(ceiling * size, yardstick.storage_rmse):
         return None
@@ -182,9 +199,9 @@ def _no_yardstick(yardstick: Yardstick) -> str | None:
 
 def _non_finite_differs(actual: Array, yardstick: Yardstick) -> str | None:
     """Describe where NaN and infinities differ from those of the exact result, rounded to the dtype."""
-    judged = ~yardstick.unjudged
+    rounded, judged = yardstick.rounded, ~yardstick.unjudged
     for name, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
-        differs = (test(actual) != test(yardstick.rounded)) & judged
+        differs = (test(actual) != test(rounded)) & judged
         if differs.any():
             where = [int(i) for i in np.argwhere(differs)[0]]
             return f"{name} differs from the exact result, first at {where} ({int(differs.sum())} elements)"

@@ -98,6 +98,7 @@ class Yardsticks:
         # Both are asked for one after the other, and computed together.
         if self._last is None or self._last[0] is not case:
             assert isinstance(self._config, DecoderConfig)
+            self._last = None  # frees those of the previous case first
             rows = np.arange(len(inputs["input_ids"]))
             both = self._model_yardsticks(self._config, inputs, self._spec, self._quantisation)
             pair = _Pair(*(Held(rows, each) for each in both))
@@ -119,17 +120,21 @@ class Yardsticks:
     def _model_yardsticks(
         self, config: DecoderConfig, inputs: Mapping[str, Array], spec: GraphSpec, quantisation: Quantisation | None
     ) -> tuple[dict[str, Yardstick], dict[str, Yardstick]]:
-        """Eager's error over all layers, and that of storing the streams of each: without and with quantisation."""
-        run = run_arrays(self._block, last_only=spec.logits == "last")
+        """Eager's error over all layers, and that of storing the streams of each: without and with quantisation.
 
-        def eager(given: Mapping[str, Array]) -> dict[str, Array]:
-            return clear_padding(spec, given, run(given))
-
-        expected, stored, quantised = exact_ways(config, self._weights, inputs, spec, self._dtype, quantisation)
-        (yardsticks,) = eager_errors(eager, inputs, expected, self._dtype, [slice(None)])
-        for name, output in stored.items():
-            yardsticks[name].add_stored(output)
-        if quantised is None:
+        Tokens have no neighbours, but a model has more numbers to average over than a block.
+        """
+        yardsticks: dict[str, Yardstick] = {}
+        quantised: dict[str, Array] = {}
+        for output in exact_ways(config, self._weights, inputs, spec, self._dtype, quantisation):
+            yardsticks[output.name] = Yardstick(output.exact, self._dtype)
+            yardsticks[output.name].add_stored(output.stored)
+            if output.quantised is not None:
+                quantised[output.name] = output.quantised
+        eager = run_arrays(self._block, last_only=spec.logits == "last")(inputs)
+        for name in yardsticks:
+            yardsticks[name].add(clear_padding(spec, inputs, {name: eager.pop(name)})[name])
+        if not quantised:
             return yardsticks, yardsticks
         return yardsticks, {name: yardsticks[name].with_quantised(output) for name, output in quantised.items()}
 
