@@ -19,9 +19,9 @@ def clear_padding(spec: GraphSpec, inputs: Mapping[str, Array], outputs: Mapping
         outputs: output arrays by name; ``[B, S, V]``, or ``[B, 1, V]`` of the last position, and caches
             ``[B, h_kv, T, w]``.
     """
-    if spec.padding == "anywhere":
+    tokens_BT = None if spec.padding == "anywhere" else inputs["attention_mask"] == 1
+    if tokens_BT is None or tokens_BT.all():
         return dict(outputs)
-    tokens_BT = inputs["attention_mask"] == 1
     length = inputs[spec.main_input].shape[1]
     cleared = {}
     for name, array in outputs.items():

@@ -69,6 +69,12 @@ def _moved(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Array]:
     """Run all rows together: prompts, or one new token per row, where the number of past tokens may differ."""
     mask_BT = inputs["attention_mask"] == 1
     past_length = mask_BT.shape[1] - inputs[spec.main_input].shape[1]
+    # Nothing here refers to the moved inputs, so that their caches are freed after the run.
+    given = run(_moved_inputs(spec, inputs, mask_BT, past_length))
+    return _moved_back(spec, inputs, given, mask_BT, mask_BT[:, past_length:])
+
+
+def _moved_inputs(spec: GraphSpec, inputs: Arrays, mask_BT: Array, past_length: int) -> Arrays:
     fed = dict(inputs)
     if past_length:
         order = np.argsort(~mask_BT[:, :past_length], axis=1, kind="stable")
@@ -83,19 +89,25 @@ def _moved(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Array]:
                 fed[name] = np.take_along_axis(inputs[name], order, axis=1)
         counts = np.maximum(mask_BT.sum(1), 1)
     fed["attention_mask"] = (np.arange(mask_BT.shape[1]) < counts[:, None]).astype(np.int64)
-    return _moved_back(spec, inputs, run(fed), mask_BT, mask_BT[:, past_length:])
+    return fed
 
 
-def _moved_back(spec: GraphSpec, inputs: Arrays, given: Arrays, mask_BT: Array, new_BS: Array) -> dict[str, Array]:
-    """Move results back to the positions of their tokens; the past part of the caches is copied from the inputs."""
-    outputs = {}
+def _moved_back(
+    spec: GraphSpec, inputs: Arrays, given: dict[str, Array], mask_BT: Array, new_BS: Array
+) -> dict[str, Array]:
+    """Move results back to the positions of their tokens; the past part of the caches is copied from the inputs.
+
+    Each result is removed from ``given``, so that no second copy of all caches is in memory.
+    """
+    outputs: dict[str, Array] = {}
     batch, length = new_BS.shape
+    num_given = batch if given else 0
     past_length = mask_BT.shape[1] - length
     for name, tensor in spec.outputs.items():
         if name == spec.main_output:
             positions = length if spec.logits == "all" else 1
             whole = np.zeros((batch, positions, int(tensor.shape[2])), tensor.dtype)
-            for row in range(batch if given else 0):
+            for row in range(num_given):
                 if positions == 1 and length > 1:
                     whole[row] = given[name][row]  # cleared below if the last position is padding
                 else:
@@ -105,12 +117,13 @@ def _moved_back(spec: GraphSpec, inputs: Arrays, given: Arrays, mask_BT: Array, 
             _, heads, _, width = tensor.shape
             whole = np.zeros((batch, int(heads), mask_BT.shape[1], int(width)), tensor.dtype)
             whole[:, :, :past_length] = inputs[source]
-            for row in range(batch if given else 0):
+            for row in range(num_given):
                 before, new = int(mask_BT[row, :past_length].sum()), int(new_BS[row].sum())
                 places = past_length + np.flatnonzero(new_BS[row])
                 whole[row][:, places] = given[name][row, :, before : before + new]
-        outputs[name] = whole
-    return clear_padding(spec, inputs, outputs)
+        given.pop(name, None)
+        outputs |= clear_padding(spec, inputs, {name: whole})
+    return outputs
 
 
 def _first_with_holes(tokens_BT: Array) -> int | None:
