@@ -29,6 +29,8 @@ __all__ = ["lower"]
 
 # A protobuf message is limited to 2 GiB, and readers need it twice in memory; a separate file is memory-mapped.
 _MAX_INLINE_BYTES = 64 * 2**20
+# Browsers, some file systems and some tools that move files take at most 2 GiB at once.
+_MAX_FILE_BYTES = 2**31 - 1
 
 
 def lower(
@@ -40,7 +42,7 @@ def lower(
     flavor: str,
     quantisation: Quantisation | None = None,
 ) -> None:
-    """Write ``model.onnx`` into ``directory``; weights above 64 MiB go to ``model.onnx.data`` next to it.
+    """Write ``model.onnx`` into ``directory``; weights above 64 MiB go to files of at most 2 GiB next to it.
 
     Args:
         block: frozen block in the dtype of the graph.
@@ -141,7 +143,11 @@ def _save(model: "onnx_ir.Model", directory: Path) -> None:
     # Estimated from the weights alone before anything is written, since writing a protobuf that is too large fails
     # midway.
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    onnx_ir.save(model, directory / MODEL, external_data=EXTERNAL_DATA if size > _MAX_INLINE_BYTES else None)
+    if size <= _MAX_INLINE_BYTES:
+        onnx_ir.save(model, directory / MODEL)
+    else:
+        # A single tensor that is larger gets a file of its own.
+        onnx_ir.save(model, directory / MODEL, external_data=EXTERNAL_DATA, max_shard_size_bytes=_MAX_FILE_BYTES)
 
 
 def _export(graph: nn.Module, spec: GraphSpec, outputs: list[str], opset: int) -> "onnx_ir.Model":

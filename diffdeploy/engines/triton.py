@@ -7,6 +7,7 @@ Layout: https://github.com/triton-inference-server/server/blob/main/docs/user_gu
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from diffdeploy.bundle import Bundle
@@ -56,8 +57,8 @@ def deploy_to_triton(bundle: Bundle, repository: Path, *, name: str, force: bool
     model = repository / name
     with staged_directory(model, marker=CONFIG, what="Triton model", force=force) as staging:
         (staging / _VERSION).mkdir()
-        for file in backend.files:
-            if file in manifest.files:
+        for file in manifest.files:
+            if any(fnmatchcase(file, pattern) for pattern in backend.files):
                 shutil.copyfile(bundle.path / file, staging / _VERSION / file)
         (staging / CONFIG).write_text("".join(f"{line}\n" for line in _config(bundle, backend, name)), "utf-8")
     return model

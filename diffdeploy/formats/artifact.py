@@ -221,7 +221,7 @@ class TritonBackend:
     Attributes:
         platform: ``platform`` in its model configuration.
         backend: ``backend`` in its model configuration.
-        files: files of a bundle that the backend reads, if present.
+        files: patterns of the files of a bundle that the backend reads, as for `fnmatch`.
         batches: true if it joins requests along the first axis.
         by_position: true if it names tensors ``INPUT__0`` and so on, in the order of the graph.
     """

@@ -14,9 +14,11 @@ from diffdeploy.bundle import open_bundle, read_weights
 from diffdeploy.checkpoints import Checkpoint, CheckpointOptions, read_checkpoint
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.config import RopeConfig
+from diffdeploy.engines.triton import deploy_to_triton
 from diffdeploy.exporters import ExportOptions, export, export_bundle
 from diffdeploy.exporters import onnx as onnx_exporter
 from diffdeploy.formats import RunOptions
+from diffdeploy.formats.onnx import constants as onnx_constants
 from diffdeploy.formats.onnx.names import MODEL
 from diffdeploy.graphs import DType, graph_spec
 from diffdeploy.modules import DiffAttention
@@ -90,6 +92,27 @@ def test_weights_too_large_for_a_protobuf_go_to_a_file_beside_it(
     moved = (tmp_path / "out").rename(tmp_path / "moved")
     runtime = load(moved)
     assert runtime(hidden_states=np.ones((1, 3, 128), np.float32))["output"].shape == (1, 3, 128)
+
+
+def test_weights_too_large_for_one_file_go_to_several(
+    sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_exporter, "_MAX_INLINE_BYTES", 1000)
+    monkeypatch.setattr(onnx_exporter, "_MAX_FILE_BYTES", 100_000)
+    options = ExportOptions(max_batch_size=2, max_sequence_length=16, cases="quick")
+    done = export_bundle(sample, tmp_path / "out", options)
+    assert done.report is not None
+    assert done.report.passed
+    files = sorted(path for path in (tmp_path / "out").iterdir() if path.name.endswith(".onnx.data"))
+    assert [path.name for path in files] == [f"model-0000{n}-of-00002.onnx.data" for n in (1, 2)]
+    assert all(0 < path.stat().st_size <= 100_000 for path in files)
+    bundle = open_bundle(tmp_path / "out")
+    assert {path.name for path in files} < set(bundle.manifest.files)
+    # Triton, and faults that save the model anew, take all of them.
+    copied = deploy_to_triton(bundle, tmp_path / "triton", name="block")
+    assert {path.name for path in (copied / "1").iterdir()} == {"model.onnx", *(path.name for path in files)}
+    onnx_constants.write(tmp_path / "out", {}, {})
+    assert not any(path.exists() for path in files)
 
 
 @each_value(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from diffdeploy.arrays import Array, epsilon
-from diffdeploy.formats.onnx.external import load_model
-from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL
+from diffdeploy.formats.onnx.external import load_model, remove_external_data
+from diffdeploy.formats.onnx.names import MODEL
 
 if TYPE_CHECKING:
     import onnx
@@ -51,8 +51,7 @@ def write(directory: Path, expected: Mapping[str, Array], changes: Mapping[str, 
             old = onnx.numpy_helper.to_array(tensor)
             new = np.ascontiguousarray(array.T if transposed else array).astype(old.dtype).reshape(old.shape)
             tensor.CopyFrom(onnx.numpy_helper.from_array(new, tensor.name))
-    # The model is saved as a single file, and nothing refers to this file any more.
-    (directory / EXTERNAL_DATA).unlink(missing_ok=True)
+    remove_external_data(directory)
     onnx.save(model, directory / MODEL)
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffdeploy.errors import IntegrityError
-from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL
+from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL, is_external_data
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["load_model", "require_own_data"]
+__all__ = ["load_model", "remove_external_data", "require_own_data"]
 
 # Fields whose messages may contain a tensor, by the message that has the field.
 _INSIDE = {
@@ -43,7 +43,7 @@ def load_model(directory: Path, *, weights: bool = True) -> "onnx.ModelProto":
 
     Args:
         directory: directory of the bundle.
-        weights: true to read weights from their separate file, too.
+        weights: true to read weights from their separate files, too.
 
     Raises:
         IntegrityError: the model reads weights from a file that no export writes.
@@ -55,7 +55,7 @@ def load_model(directory: Path, *, weights: bool = True) -> "onnx.ModelProto":
 
 
 def require_own_data(directory: Path) -> None:
-    """Check that a model reads weights only from itself and from the one file that an export writes next to it.
+    """Check that a model reads weights only from itself and from the files that an export writes next to it.
 
     Args:
         directory: directory of the bundle.
@@ -67,11 +67,17 @@ def require_own_data(directory: Path) -> None:
     path = directory / MODEL
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for location in _locations(data):
-            if location != EXTERNAL_DATA:
+            if not is_external_data(location):
                 raise IntegrityError(
                     f"{path} is not loaded: it reads weights from {location!r}, but an export writes them into the "
                     f"model or into {EXTERNAL_DATA}"
                 )
+
+
+def remove_external_data(directory: Path) -> None:
+    """Delete the files of weights of a model that is about to be saved as a single file."""
+    for path in [path for path in directory.iterdir() if is_external_data(path.name)]:
+        path.unlink()
 
 
 def _locations(data: mmap.mmap) -> Iterator[str]:

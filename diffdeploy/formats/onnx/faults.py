@@ -8,8 +8,8 @@ import numpy as np
 
 from diffdeploy.bundle import Manifest
 from diffdeploy.formats.artifact import FileFault
-from diffdeploy.formats.onnx.external import load_model
-from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL
+from diffdeploy.formats.onnx.external import load_model, remove_external_data
+from diffdeploy.formats.onnx.names import EXTERNAL_DATA, MODEL, is_external_data
 
 if TYPE_CHECKING:
     import onnx
@@ -23,7 +23,7 @@ def _fault(name: str, breaks: str, edit: "Callable[[onnx.ModelProto], None]") ->
 
         model = load_model(directory)
         edit(model)
-        (directory / EXTERNAL_DATA).unlink(missing_ok=True)
+        remove_external_data(directory)
         onnx.save(model, directory / MODEL)
 
     return FileFault(name=name, breaks=breaks, edit=edit_file)
@@ -43,7 +43,7 @@ def _stale_external_data(directory: Path) -> None:
 
 
 def _inline_float32(manifest: Manifest) -> bool:
-    return manifest.graph.dtype == "float32" and EXTERNAL_DATA not in manifest.files
+    return manifest.graph.dtype == "float32" and not any(map(is_external_data, manifest.files))
 
 
 def _fix_the_batch(model: "onnx.ModelProto") -> None:

@@ -21,7 +21,7 @@ from diffdeploy.formats.artifact import (
     TritonBackend,
 )
 from diffdeploy.formats.base import EVERY_DTYPE, Format
-from diffdeploy.formats.onnx.names import EXTERNAL_DATA, FIRST_OPSET_WITH_ATTENTION, MODEL, ORT, STANDARD
+from diffdeploy.formats.onnx.names import FIRST_OPSET_WITH_ATTENTION, MODEL, ORT, STANDARD
 from diffdeploy.formats.onnx.versions import least_onnxruntime
 from diffdeploy.formats.options import ExportOptions, RunOptions, RuntimeName
 from diffdeploy.graphs import DType, GraphSpec, Padding, Variant
@@ -55,7 +55,7 @@ class OnnxFormat(Format):
     # onnxruntime has its own allocator.
     torch_allocates = False
     holds_ranges = True
-    triton = TritonBackend(platform="onnxruntime_onnx", backend="onnxruntime", files=(MODEL, EXTERNAL_DATA))
+    triton = TritonBackend(platform="onnxruntime_onnx", backend="onnxruntime", files=(MODEL, "model*.onnx.data"))
 
     def why_not_run(
         self, device: str = "cpu", dtype: DType = "float32", *, runtime: RuntimeName = "native"
