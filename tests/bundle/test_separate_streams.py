@@ -84,7 +84,7 @@ def test_the_cache_of_shared_keys_is_as_it_was(tmp_path: Path) -> None:
     """Bundles of the second version, and those without a cache, are not refused."""
     from tests.support.blocks import EXPORT_CONFIGS
 
-    options = ExportOptions(format="pt2", graph="cached", max_batch_size=2, max_sequence_length=8)
+    options = ExportOptions(format="pt2", graph="cached", max_batch_size=2, max_sequence_length=8, cases="quick")
     done = export_bundle(checkpoint_of(EXPORT_CONFIGS["v2"]), tmp_path / "out", options)
     assert done.report is not None
     assert done.report.passed

@@ -65,7 +65,8 @@ def test_export_without_a_checkpoint_verifies_the_sample(capsys: pytest.CaptureF
 def test_export_of_a_bare_half_precision_block_and_its_use_from_python(tmp_path: Path) -> None:
     file = weights_file(tmp_path / "block.safetensors")
     output = tmp_path / "out"
-    assert main(["export", str(file), *GIVEN, *SIZES, "--dtype", "float16", "--opset", "18", "-o", str(output)]) == 0
+    options = [*GIVEN, *SIZES, "--cases", "quick", "--dtype", "float16", "--opset", "18"]
+    assert main(["export", str(file), *options, "-o", str(output)]) == 0
     from safetensors.numpy import load_file
 
     runtime = load(output, threads=1)
@@ -302,7 +303,7 @@ def test_a_runtime_needs_no_torch(sample_bundle: Path) -> None:
 
 def test_force_replaces_a_bundle(bundle_copy: Path) -> None:
     shutil.copytree(bundle_copy, "old")
-    assert main(["export", "--layer", "3", *SIZES, "-o", "old", "--force"]) == 0
+    assert main(["export", "--layer", "3", *SIZES, "--cases", "1", "-o", "old", "--force"]) == 0
     assert json.loads(Path("old/manifest.json").read_text())["provenance"]["layer"] == 3
     assert [path.name for path in Path.cwd().iterdir()] == ["old"]
 

@@ -107,6 +107,6 @@ def test_what_cannot_be_drawn_is_refused(sample_bundle: Path, capsys: pytest.Cap
 
 
 def test_attentions_that_are_written_out(sample: Checkpoint, bundles: BundleCache) -> None:
-    bundle = bundles.bundle(sample, ExportOptions(max_sequence_length=200, opset=18, graph="masked"))
+    bundle = bundles.bundle(sample, ExportOptions(max_sequence_length=200, opset=18, graph="masked", cases="quick"))
     assert main(["inspect", str(bundle), "--draw", "out.svg"]) == 0
     assert [said for kind, said in boxes_of(Path("out.svg").read_bytes()) if kind == "attention"] == ["Softmax"] * 2

@@ -196,7 +196,8 @@ def test_the_verdict_on_golden_vectors_says_what_was_tried(
 
 
 def test_golden_of_every_variant(sample: Checkpoint, bundles: BundleCache, capsys: pytest.CaptureFixture[str]) -> None:
-    bundle = bundles.bundle(sample, ExportOptions(graph="cached", max_batch_size=2, max_sequence_length=5))
+    options = ExportOptions(graph="cached", max_batch_size=2, max_sequence_length=5, cases="quick")
+    bundle = bundles.bundle(sample, options)
     golden = json_of(["verify", str(bundle), "--golden"], capsys)["verification"]
     assert [case["id"] for case in golden["cases"]][2:] == ["B2-S5-left-normal", "B2-P4-S1-left-normal"]
     assert [output["output"] for output in golden["cases"][0]["outputs"]] == ["output", "present.key", "present.value"]
@@ -274,7 +275,7 @@ def test_a_file_is_missing(name: str, golden: list[str], bundle_copy: Path, caps
 def test_diff_of_two_bundles(
     sample: Checkpoint, sample_bundle: Path, bundles: BundleCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = bundles.bundle(sample, ExportOptions(max_sequence_length=200, opset=18, graph="masked"))
+    other = bundles.bundle(sample, ExportOptions(max_sequence_length=200, opset=18, graph="masked", cases="quick"))
     changes = json_of(["diff", str(sample_bundle), str(other)], capsys)["changes"]
     found = {(change["section"], change["name"]): (change["before"], change["after"]) for change in changes}
     assert found["options", "opset"] == (23, 18)

@@ -83,7 +83,9 @@ def test_weights_too_large_for_a_protobuf_go_to_a_file_beside_it(
     sample: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx_exporter, "_MAX_INLINE_BYTES", 1000)
-    done = export_bundle(sample, tmp_path / "out", ExportOptions(max_batch_size=2, max_sequence_length=16))
+    done = export_bundle(
+        sample, tmp_path / "out", ExportOptions(max_batch_size=2, max_sequence_length=16, cases="quick")
+    )
     assert done.report is not None
     assert done.report.passed
     assert (tmp_path / "out" / "model.onnx").stat().st_size < 50_000
