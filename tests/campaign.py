@@ -45,8 +45,9 @@ from diffdeploy.formats import RunOptions, Selection
 from diffdeploy.graphs import DType
 from diffdeploy.verify import BUDGETS, Report, rejudge, verify_bundle
 from diffdeploy.verify.properties import property_checks
-from diffdeploy.verify.run import half_the_threads, run_case
+from diffdeploy.verify.run import run_case
 from diffdeploy.verify.sweep import random_cases, select_cases
+from diffdeploy.verify.threads import half_the_threads
 from diffdeploy.verify.worker import ArtifactProcess
 from diffdeploy.verify.yardsticks import Yardsticks
 

@@ -4,6 +4,8 @@ Shape suffixes: B batch, S new tokens, D model width.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +15,7 @@ from diffdeploy.bundle import Quantisation
 from diffdeploy.config import POLYNORM_EPS, AnyModel, DecoderConfig, LayerConfig, MlpConfig
 from diffdeploy.graphs import DType, GraphSpec, clear_padding
 from diffdeploy.verify.oracle import oracle, times, with_stored_streams
+from diffdeploy.verify.threads import blas_threads_shared
 
 __all__ = [
     "ExactOutput",
@@ -115,23 +118,36 @@ def _of_decoder(
     def cleared(name: str, arrays: list[Array]) -> tuple[str, list[Array]]:
         return name, [clear_padding(spec, inputs, {name: array})[name] for array in arrays]
 
+    dtypes, quantisations = zip(*ways, strict=True)
     xs_BSD = [exact_embedding(weights, inputs)] * len(ways)
-    for number, layer in enumerate(config.layers):
-        # Widened once for all ways, since widening takes as long as computing a few tokens.
-        own = _all_wide(below(weights, f"layers.{number}."))
-        given = inputs_of_layer(inputs, number)
-        caches: list[dict[str, Array]] = []
-        for i, (dtype, how) in enumerate(ways):
-            blocks = None if how is None else how.activation_blocks
-            xs_BSD[i], of_way = exact_layer(layer, config.norm_eps, own, xs_BSD[i], given, dtype, blocks)
-            caches.append(of_way)
-        for side in ("key", "value"):
-            yield cleared(f"present.{number}.{side}", [of_way.pop(side) for of_way in caches])
+    # numpy computes most of a layer in one thread, so that several ways take hardly longer than one.
+    with blas_threads_shared(len(ways)), ThreadPoolExecutor(len(ways)) as pool:
+        for number, layer in enumerate(config.layers):
+            # Widened once for all ways, since widening takes as long as computing a few tokens.
+            own = _all_wide(below(weights, f"layers.{number}."))
+            of_layer = partial(_of_layer, layer, config.norm_eps, own, inputs_of_layer(inputs, number))
+            computed = list(pool.map(of_layer, xs_BSD, dtypes, quantisations))
+            xs_BSD = [x_BSD for x_BSD, _ in computed]
+            for side in ("key", "value"):
+                yield cleared(f"present.{number}.{side}", [caches.pop(side) for _, caches in computed])
     last = _all_wide({name: weights[name] for name in ("norm.weight", _head_name(config))})
     if spec.logits == "last":
         xs_BSD = [x_BSD[:, -1:] for x_BSD in xs_BSD]
-    logits = [exact_head(config, last, x_BSD, how) for x_BSD, (_, how) in zip(xs_BSD, ways, strict=True)]
+    logits = [exact_head(config, last, x_BSD, how) for x_BSD, how in zip(xs_BSD, quantisations, strict=True)]
     yield cleared(spec.main_output, logits)
+
+
+def _of_layer(
+    config: LayerConfig,
+    norm_eps: float,
+    weights: Mapping[str, Array],
+    inputs: Mapping[str, Array],
+    x_BSD: Array,
+    stored_as: DType | None,
+    quantisation: Quantisation | None,
+) -> tuple[Array, dict[str, Array]]:
+    blocks = None if quantisation is None else quantisation.activation_blocks
+    return exact_layer(config, norm_eps, weights, x_BSD, inputs, stored_as, blocks)
 
 
 def exact_embedding(weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> Array:

@@ -4,7 +4,7 @@ In each case, the exact formula, the eager block and the artifact all compute th
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,6 +33,7 @@ from diffdeploy.verify.properties import property_checks
 from diffdeploy.verify.reduction import smallest_failing
 from diffdeploy.verify.report import CaseReport, OutputReport, Report, files_judged
 from diffdeploy.verify.sweep import select_cases, telling_case
+from diffdeploy.verify.threads import half_the_threads
 from diffdeploy.verify.user_inputs import read_inputs, write_inputs
 from diffdeploy.verify.worker import Artifact, ArtifactProcess
 from diffdeploy.verify.yardsticks import Held, Yardsticks
@@ -40,7 +41,7 @@ from diffdeploy.verify.yardsticks import Held, Yardsticks
 if TYPE_CHECKING:
     from diffdeploy.modules import DiffTransformer
 
-__all__ = ["Progress", "half_the_threads", "run_case", "verify_bundle"]
+__all__ = ["Progress", "run_case", "verify_bundle"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -207,19 +208,6 @@ def _require_paired_cache(bundle: Bundle) -> None:
             f"{bundle.path} was made by an earlier version with a cache of separate key streams, "
             f"{given[0]} heads of width {given[1]}, but verification needs {wanted[0]} of {wanted[1]}; export it again"
         )
-
-
-@contextmanager
-def half_the_threads() -> Iterator[None]:
-    """Leave half of the threads to the artifact, which runs concurrently: threads without their own core only wait."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // 2))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _guilty_stage(
