@@ -2,11 +2,13 @@ PYTHON ?= python3
 EVERYTHING := .[export,cpu,genai,plot,test]
 VENV := .venv
 BIN := $(VENV)/bin
+# What `make demo` needs, and what all else does.
+RUNS := $(VENV)/.runs
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo lint test slow campaign fuzz benchmarks coverage docs dist clean
 
-demo: $(INSTALLED) ## Export the bundled sample to ONNX, verify it, and let it write some Python.
+demo: $(RUNS) ## Export the bundled sample to ONNX, verify it, and let it write some Python.
 	$(BIN)/diffdeploy export --format onnx --output artifacts/demo --force
 	$(BIN)/diffdeploy generate artifacts/demo --prompt "def main(argv=None):" --max-new-tokens 160
 
@@ -93,10 +95,17 @@ $(DIST)/.installed: pyproject.toml constraints.txt
 clean:
 	rm -rf $(VENV) $(VENV)-* build dist *.egg-info
 
-$(INSTALLED): pyproject.toml constraints.txt
+# Modules are compiled when they are first imported: pip would compile all of torch, of which most is never imported.
+INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
+
+$(RUNS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch setuptools
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '$(EVERYTHING)'
+	$(INSTALL) torch setuptools
+	$(INSTALL) --no-build-isolation -e '.[export,cpu,text]'
+	touch $@
+
+$(INSTALLED): $(RUNS)
+	$(INSTALL) --no-build-isolation -e '$(EVERYTHING)'
 	touch $@
 
 # The same tests on the ends of what pyproject.toml allows, in environments of their own.
