@@ -122,9 +122,13 @@ def _of_decoder(
     xs_BSD = [exact_embedding(weights, inputs)] * len(ways)
     # numpy computes most of a layer in one thread, so that several ways take hardly longer than one.
     with blas_threads_shared(len(ways)), ThreadPoolExecutor(len(ways)) as pool:
+        own: dict[str, Array] = {}
         for number, layer in enumerate(config.layers):
-            # Widened once for all ways, since widening takes as long as computing a few tokens.
-            own = _all_wide(below(weights, f"layers.{number}."))
+            # Widened once for all ways, since widening takes as long as computing a few tokens; and into the same
+            # memory, since new pages take longer than the numbers in them.
+            given = below(weights, f"layers.{number}.")
+            own = {name: _room_for(weight, own.get(name)) for name, weight in given.items()}
+            list(pool.map(np.copyto, own.values(), given.values()))
             of_layer = partial(_of_layer, layer, config.norm_eps, own, inputs_of_layer(inputs, number))
             computed = list(pool.map(of_layer, xs_BSD, dtypes, quantisations))
             xs_BSD = [x_BSD for x_BSD, _ in computed]
@@ -221,6 +225,11 @@ def below(weights: Mapping[str, Array], prefix: str) -> dict[str, Array]:
 
 def _wide(weight: Array) -> Array:
     return np.asarray(weight, dtype=np.float64)
+
+
+def _room_for(weight: Array, previous: Array | None) -> Array:
+    """Memory for a weight in float64: that of the previous layer, if the shape is the same."""
+    return previous if previous is not None and previous.shape == weight.shape else np.empty(weight.shape)
 
 
 def _all_wide(weights: Mapping[str, Array]) -> dict[str, Array]:
