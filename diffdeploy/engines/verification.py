@@ -13,7 +13,7 @@ from diffdeploy.errors import InputError
 from diffdeploy.graphs import DType, GraphSpec, graph_spec
 from diffdeploy.records import Record
 from diffdeploy.verify import CaseReport, OutputReport
-from diffdeploy.verify.decoder import exact_logits
+from diffdeploy.verify.decoder import exact_ways, logits_of
 from diffdeploy.verify.greedy import wrong_tokens
 from diffdeploy.verify.metrics import Yardstick, measure
 from diffdeploy.verify.values import prompt_inputs
@@ -195,8 +195,9 @@ class _Truth:
         # The second round requests the same again.
         if key not in self._known:
             inputs = prompt_inputs(self._spec, np.array([ids]))
-            _, *ways = exact_logits(self._config, self._weights, inputs, self._spec, self.dtype, self._quantisation)
-            exact, stored, *quantised = (log_softmax(logits[0]) for logits in ways if logits is not None)
+            ways = exact_ways(self._config, self._weights, inputs, self._spec, self.dtype, self._quantisation)
+            _, *logits = logits_of(ways)
+            exact, stored, *quantised = (log_softmax(each[0]) for each in logits if each is not None)
             self._known[key] = _Known(exact, stored, self._run(ids), *quantised)
         return self._known[key]
 

@@ -75,6 +75,7 @@ def _moved(spec: GraphSpec, inputs: Arrays, run: Run) -> dict[str, Array]:
 
 
 def _moved_inputs(spec: GraphSpec, inputs: Arrays, mask_BT: Array, past_length: int) -> Arrays:
+    """Inputs with the tokens of every row, or of its past if there is one, at the left."""
     fed = dict(inputs)
     if past_length:
         order = np.argsort(~mask_BT[:, :past_length], axis=1, kind="stable")

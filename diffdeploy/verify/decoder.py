@@ -3,6 +3,7 @@
 Shape suffixes: B batch, S new tokens, D model width.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,10 +24,10 @@ __all__ = [
     "exact_embedding",
     "exact_head",
     "exact_layer",
-    "exact_logits",
     "exact_outputs",
     "exact_ways",
     "inputs_of_layer",
+    "logits_of",
 ]
 
 # The exponential of a large negative gate overflows, which makes the result 0; the criterion checks for infinity.
@@ -92,18 +93,9 @@ def exact_ways(
         yield ExactOutput(name, *arrays)
 
 
-def exact_logits(
-    config: DecoderConfig,
-    weights: Mapping[str, Array],
-    inputs: Mapping[str, Array],
-    spec: GraphSpec,
-    dtype: DType,
-    quantisation: Quantisation | None,
-) -> ExactOutput:
-    """Compute the last of the outputs that `exact_ways` yields."""
-    ways = exact_ways(config, weights, inputs, spec, dtype, quantisation)
-    (logits,) = (output for output in ways if output.name == spec.main_output)
-    return logits
+def logits_of(outputs: Iterator[ExactOutput]) -> ExactOutput:
+    """Return the last of the outputs that `exact_ways` yields, and drop the others as they come."""
+    return deque(outputs, maxlen=1).pop()
 
 
 def _of_decoder(

@@ -20,7 +20,7 @@ from diffdeploy.config import DecoderConfig
 from diffdeploy.graphs import graph_spec
 from diffdeploy.ops import Impl
 from diffdeploy.verify.activations import quantised_inputs
-from diffdeploy.verify.decoder import exact_logits
+from diffdeploy.verify.decoder import exact_ways, logits_of
 from diffdeploy.verify.metrics import Yardstick, measure
 from diffdeploy.verify.values import prompt_inputs
 
@@ -75,8 +75,8 @@ def expected_logits(plan: ModelPlan, tokens_BS: Array, quantisation: Quantisatio
     )
     inputs = prompt_inputs(spec, tokens_BS)
     weights = read_weights(opened(plan.bundle))
-    _, *ways = exact_logits(config, weights, inputs, spec, plan.dtype, quantisation)
-    exact, stored, *others = (logits[:, -1] for logits in ways if logits is not None)
+    _, *logits = logits_of(exact_ways(config, weights, inputs, spec, plan.dtype, quantisation))
+    exact, stored, *others = (each[:, -1] for each in logits if each is not None)
     yardstick = Yardstick(exact, plan.dtype)
     yardstick.add(_eager(plan, tokens_BS, Impl.NAIVE, dtype))
     yardstick.add_stored(stored)
