@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -111,6 +112,7 @@ def _of_decoder(
         return name, [clear_padding(spec, inputs, {name: array})[name] for array in arrays]
 
     dtypes, quantisations = zip(*ways, strict=True)
+    blocks = [None if how is None else how.activation_blocks for how in quantisations]
     xs_BSD = [exact_embedding(weights, inputs)] * len(ways)
     # numpy computes most of a layer in one thread, so that several ways take hardly longer than one.
     with blas_threads_shared(len(ways)), ThreadPoolExecutor(len(ways)) as pool:
@@ -121,8 +123,8 @@ def _of_decoder(
             given = below(weights, f"layers.{number}.")
             own = {name: _room_for(weight, own.get(name)) for name, weight in given.items()}
             list(pool.map(np.copyto, own.values(), given.values()))
-            of_layer = partial(_of_layer, layer, config.norm_eps, own, inputs_of_layer(inputs, number))
-            computed = list(pool.map(of_layer, xs_BSD, dtypes, quantisations))
+            of_layer = partial(exact_layer, layer, config.norm_eps, own)
+            computed = list(pool.map(of_layer, xs_BSD, repeat(inputs_of_layer(inputs, number)), dtypes, blocks))
             xs_BSD = [x_BSD for x_BSD, _ in computed]
             for side in ("key", "value"):
                 yield cleared(f"present.{number}.{side}", [caches.pop(side) for _, caches in computed])
@@ -131,19 +133,6 @@ def _of_decoder(
         xs_BSD = [x_BSD[:, -1:] for x_BSD in xs_BSD]
     logits = [exact_head(config, last, x_BSD, how) for x_BSD, how in zip(xs_BSD, quantisations, strict=True)]
     yield cleared(spec.main_output, logits)
-
-
-def _of_layer(
-    config: LayerConfig,
-    norm_eps: float,
-    weights: Mapping[str, Array],
-    inputs: Mapping[str, Array],
-    x_BSD: Array,
-    stored_as: DType | None,
-    quantisation: Quantisation | None,
-) -> tuple[Array, dict[str, Array]]:
-    blocks = None if quantisation is None else quantisation.activation_blocks
-    return exact_layer(config, norm_eps, weights, x_BSD, inputs, stored_as, blocks)
 
 
 def exact_embedding(weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> Array:

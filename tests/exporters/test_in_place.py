@@ -140,7 +140,7 @@ def test_a_format_that_writes_nothing_in_place_cannot_say_that_it_does(bundles: 
         diffdeploy.load(tmp_path / "bundle")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # two traces by dynamo
 def test_the_trace_of_one_cache_leaves_nothing_to_that_of_the_other() -> None:
     """In one process: what dynamo compared of views made the next trace fail."""
     config = make_decoder(num_layers=1, attention=make_config(rope=ROPE))
