@@ -123,7 +123,7 @@ def _moved_back(
                 places = past_length + np.flatnonzero(new_BS[row])
                 whole[row][:, places] = given[name][row, :, before : before + new]
         given.pop(name, None)
-        outputs |= clear_padding(spec, inputs, {name: whole})
+        outputs[name] = clear_padding(spec, inputs, name, whole)
     return outputs
 
 

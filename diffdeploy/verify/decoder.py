@@ -109,7 +109,7 @@ def _of_decoder(
     """Each output, once for each dtype in which streams are stored and quantisation of activations."""
 
     def cleared(name: str, arrays: list[Array]) -> tuple[str, list[Array]]:
-        return name, [clear_padding(spec, inputs, {name: array})[name] for array in arrays]
+        return name, [clear_padding(spec, inputs, name, array) for array in arrays]
 
     dtypes, quantisations = zip(*ways, strict=True)
     blocks = [None if how is None else how.activation_blocks for how in quantisations]

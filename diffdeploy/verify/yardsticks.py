@@ -133,7 +133,7 @@ class Yardsticks:
                 quantised[output.name] = output.quantised
         eager = run_arrays(self._block, last_only=spec.logits == "last")(inputs)
         for name in yardsticks:
-            yardsticks[name].add(clear_padding(spec, inputs, {name: eager.pop(name)})[name])
+            yardsticks[name].add(clear_padding(spec, inputs, name, eager.pop(name)))
         if not quantised:
             return yardsticks, yardsticks
         return yardsticks, {name: yardsticks[name].with_quantised(output) for name, output in quantised.items()}
