@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from io import BufferedIOBase
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -67,9 +68,9 @@ class WorkerProcess:
         return self._process.stdin
 
     @property
-    def stdout(self) -> IO[bytes]:
+    def stdout(self) -> BufferedIOBase:
         """Pipe from the standard output of the process."""
-        assert self._process.stdout is not None
+        assert isinstance(self._process.stdout, BufferedIOBase)
         return self._process.stdout
 
     def wait(self) -> int:

@@ -263,18 +263,19 @@ def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, yardsticks: Yard
     spec = bundle.manifest.graph
     inputs = case.inputs(spec)
     if case.one_call:
-        # The artifact computes while this process computes the exact result.
+        # The artifact computes while this process computes the yardsticks.
         artifact.start(inputs)
-    held = yardsticks.of(case, inputs)
+    yardsticks_of_outputs = yardsticks.of(case, inputs)
     try:
-        actual = feed(case, artifact, inputs, spec)
+        actual = dict(feed(case, artifact, inputs, spec))
     except DiffDeployError as error:
         return CaseReport.did_not_run(case.id, case.group, str(error))
     queries = case.queries()
     # No positions are selected from an output of another shape, which fails because of its shape.
     if queries is not None and actual["output"].shape == inputs[spec.main_input].shape:
         actual = {**actual, "output": actual["output"][:, queries]}
-    reports = [_judged(name, case, actual[name], held) for name in spec.outputs]
+    judged = {name: _judged(name, case, actual.pop(name), held) for name, held in yardsticks_of_outputs}
+    reports = [judged[name] for name in spec.outputs]
     if not all(np.isfinite(array.astype(np.float64)).all() for array in inputs.values()):
         # Elements that a hidden NaN affects do not count as untried.
         reports = [report.model_copy(update={"num_unjudged": 0}) for report in reports]
@@ -288,7 +289,7 @@ def _judged(name: str, case: AnyCase, actual: Array, held: Sequence[Held]) -> Ou
     reports = []
     for part in held:
         rows = actual if len(held) == 1 else actual[part.rows]
-        report = measure(name, rows, part.yardsticks[name], is_extreme=case.is_extreme)
+        report = measure(name, rows, part.yardstick, is_extreme=case.is_extreme)
         if report.worst_index is not None:
             place = [int(part.rows[report.worst_index[0]]), *report.worst_index[1:]]
             report = report.model_copy(update={"worst_index": place})

@@ -6,12 +6,12 @@ error.
 """
 
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from io import BufferedIOBase
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
@@ -38,20 +38,25 @@ def _send(stream: IO[bytes], header: Mapping[str, Any], arrays: Mapping[str, Arr
     shapes = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
     stream.write(json.dumps({**header, "arrays": shapes}).encode() + b"\n")
     for array in arrays.values():
-        stream.write(array.tobytes())
+        stream.write(_bytes_of(np.ascontiguousarray(array)))
     stream.flush()
 
 
-def _receive(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]] | None:
+def _bytes_of(array: Array) -> memoryview:
+    """The memory of a contiguous array. Caches of a model are hundreds of megabytes, of which a copy would count."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _receive(stream: BufferedIOBase) -> tuple[dict[str, Any], dict[str, Array]] | None:
     line = stream.readline()
     if not line:
         return None
     header = json.loads(line)
     arrays: dict[str, Array] = {}
     for name, (dtype, shape) in header["arrays"].items():
-        size = np.dtype(dtype).itemsize * math.prod(shape)
-        # A bytearray makes arrays writable, like inputs and outputs elsewhere; bytes are read-only.
-        arrays[name] = np.frombuffer(bytearray(stream.read(size)), dtype).reshape(shape)
+        arrays[name] = np.empty(shape, dtype)
+        if stream.readinto(_bytes_of(arrays[name])) < arrays[name].nbytes:
+            return None  # the other process ended in the middle
     return header, arrays
 
 
@@ -229,7 +234,7 @@ class ArtifactProcess:
 
 def _main(bundle: str, options: str) -> int:
     # Frames go to a copy of standard output, so that C code that prints to descriptor 1 cannot write between them.
-    stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    stdin, stdout = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     # Imported only after printing is redirected.
     from diffdeploy.runtime import open_runtime
@@ -240,14 +245,24 @@ def _main(bundle: str, options: str) -> int:
         _send(stdout, {"error": str(error)}, {})
         return error.exit_code
     _send(stdout, {"backend": runtime.description}, {})
-    while (frame := _receive(stdin)) is not None:
-        try:
-            outputs = answered(runtime, *frame)
-        except Exception as error:  # noqa: BLE001 - any error that a backend raises is the finding
-            _send(stdout, {"error": f"{type(error).__name__}: {error}"}, {})
-            continue  # one input that fails says nothing about the next
-        _send(stdout, {}, outputs)
+    while _answer_next(runtime, stdin, stdout):
+        pass
     return 0
+
+
+def _answer_next(runtime: "Runtime", stdin: BufferedIOBase, stdout: IO[bytes]) -> bool:
+    """Answer one input; false if there are no more. Its arrays are freed before the next are received."""
+    frame = _receive(stdin)
+    if frame is None:
+        return False
+    try:
+        outputs = answered(runtime, *frame)
+    except Exception as error:  # noqa: BLE001 - any error that a backend raises is the finding
+        # One input that fails says nothing about the next.
+        _send(stdout, {"error": f"{type(error).__name__}: {error}"}, {})
+    else:
+        _send(stdout, {}, outputs)
+    return True
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Yardsticks for an artifact on a case: the exact outputs, and the error of the eager block."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from diffdeploy.bundle import Bundle, Quantisation, eager_module
 from diffdeploy.config import DecoderConfig
 from diffdeploy.graphs import GraphSpec, clear_padding
 from diffdeploy.verify.cases import AnyCase
-from diffdeploy.verify.decoder import exact_ways
+from diffdeploy.verify.decoder import ExactOutput, exact_ways
 from diffdeploy.verify.eager import eager_errors, for_queries, run_arrays
 from diffdeploy.verify.metrics import Yardstick
 from diffdeploy.verify.oracle import exact_and_stored
@@ -22,17 +21,20 @@ if TYPE_CHECKING:
 __all__ = ["FloatYardsticks", "Held", "RememberedYardsticks", "Yardsticks"]
 
 
-@dataclass(frozen=True)
-class Held:
-    """Yardsticks for the outputs of some rows.
+class Held(NamedTuple):
+    """A yardstick for some rows of an output.
 
     Attributes:
         rows: rows of the batch.
-        yardsticks: yardsticks by the names of outputs.
+        yardstick: yardstick for them.
     """
 
     rows: Array
-    yardsticks: Mapping[str, Yardstick]
+    yardstick: Yardstick
+
+
+# The name of an output, and yardsticks for all of its rows.
+OfOutput = tuple[str, Sequence[Held]]
 
 
 class Yardsticks:
@@ -49,7 +51,7 @@ class Yardsticks:
         self._weights = exact_weights
         # Of a model whose activations are quantised, too.
         self._quantisation = bundle.manifest.options.quantised_activations
-        self._last: tuple[AnyCase, _Pair] | None = None
+        self._last: tuple[AnyCase, list[_Pair]] | None = None
         # The formula as the paper writes it, which no format ships.
         self._block = eager_module(bundle, impl="naive")
         self._eager = run_arrays(self._block, last_only=self._spec.logits == "last")
@@ -63,10 +65,16 @@ class Yardsticks:
 
         return self._block if isinstance(self._block, DiffTransformer) else None
 
-    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
-        """Yardsticks for all outputs of a case: for the batch, or for each row if rows are judged separately."""
+    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> Iterable[OfOutput]:
+        """Yardsticks for each output of a case: for the batch, or for each row if rows are judged separately.
+
+        The formula of a model is computed as its outputs are asked for, one layer at a time: use one before asking for
+        the next, since all caches in fp64 would take more memory than the model.
+        """
         if isinstance(self._config, DecoderConfig):
-            return [self._pair(case, inputs).quantised]
+            if self._quantisation is None:
+                return (output.floats for output in self._of_model(self._config, inputs, self._spec, None))
+            return [output.quantised for output in self._pairs(self._config, case, inputs)]
         sources, queries = case.sources(), case.queries()
         distinct = int(sources.max()) + 1
         inputs = {name: array[:distinct] for name, array in inputs.items()}
@@ -87,22 +95,22 @@ class Yardsticks:
                 for name, yardstick in yardsticks.items():
                     yardstick.set_aside(fused[name][rows])
         if not case.by_row:
-            return [Held(np.arange(distinct), found[0])]
-        return [Held(np.array([row]), found[source]) for row, source in enumerate(sources)]
+            return [(name, [Held(np.arange(distinct), yardstick)]) for name, yardstick in found[0].items()]
+        return [
+            (name, [Held(np.array([row]), found[source][name]) for row, source in enumerate(sources)])
+            for name in found[0]
+        ]
 
-    def of_floats(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
+    def of_floats(self, case: AnyCase, inputs: Mapping[str, Array]) -> Iterable[OfOutput]:
         """Yardsticks as from `of`, but for a model without quantised activations."""
-        return [self._pair(case, inputs).floats]
+        assert isinstance(self._config, DecoderConfig)
+        return [output.floats for output in self._pairs(self._config, case, inputs)]
 
-    def _pair(self, case: AnyCase, inputs: Mapping[str, Array]) -> "_Pair":
+    def _pairs(self, config: DecoderConfig, case: AnyCase, inputs: Mapping[str, Array]) -> "list[_Pair]":
         # Both are asked for one after the other, and computed together.
         if self._last is None or self._last[0] is not case:
-            assert isinstance(self._config, DecoderConfig)
             self._last = None  # frees those of the previous case first
-            rows = np.arange(len(inputs["input_ids"]))
-            both = self._model_yardsticks(self._config, inputs, self._spec, self._quantisation)
-            pair = _Pair(*(Held(rows, each) for each in both))
-            self._last = case, pair
+            self._last = case, list(self._of_model(config, inputs, self._spec, self._quantisation))
         return self._last[1]
 
     def of_logits(self, inputs: Mapping[str, Array], *, floats: bool = False) -> Yardstick:
@@ -115,35 +123,40 @@ class Yardsticks:
         assert isinstance(self._config, DecoderConfig)
         spec = self._spec.with_all_logits()
         how = None if floats else self._quantisation
-        return self._model_yardsticks(self._config, inputs, spec, how)[1][spec.main_output]
+        outputs = (pair.quantised for pair in self._of_model(self._config, inputs, spec, how))
+        return next(held[0].yardstick for name, held in outputs if name == spec.main_output)
 
-    def _model_yardsticks(
+    def _of_model(
         self, config: DecoderConfig, inputs: Mapping[str, Array], spec: GraphSpec, quantisation: Quantisation | None
-    ) -> tuple[dict[str, Yardstick], dict[str, Yardstick]]:
-        """Eager's error over all layers, and that of storing the streams of each: without and with quantisation.
+    ) -> "Iterator[_Pair]":
+        """Eager's error over all layers, and that of storing the streams of each.
 
-        Tokens have no neighbours, but a model has more numbers to average over than a block.
+        Tokens have no neighbours, but a model has more numbers to average over than a block. Eager runs at once; the
+        formula, which takes longer, as outputs are asked for.
         """
-        yardsticks: dict[str, Yardstick] = {}
-        quantised: dict[str, Array] = {}
-        for output in exact_ways(config, self._weights, inputs, spec, self._dtype, quantisation):
-            yardsticks[output.name] = Yardstick(output.exact, self._dtype)
-            yardsticks[output.name].add_stored(output.stored)
-            if output.quantised is not None:
-                quantised[output.name] = output.quantised
         eager = run_arrays(self._block, last_only=spec.logits == "last")(inputs)
-        for name in yardsticks:
-            yardsticks[name].add(clear_padding(spec, inputs, name, eager.pop(name)))
-        if not quantised:
-            return yardsticks, yardsticks
-        return yardsticks, {name: yardsticks[name].with_quantised(output) for name, output in quantised.items()}
+        rows = np.arange(len(inputs["input_ids"]))
+        exact = exact_ways(config, self._weights, inputs, spec, self._dtype, quantisation)
+        return (
+            self._pair(output, clear_padding(spec, inputs, output.name, eager.pop(output.name)), rows)
+            for output in exact
+        )
+
+    def _pair(self, output: ExactOutput, eager: Array, rows: Array) -> "_Pair":
+        yardstick = Yardstick(output.exact, self._dtype)
+        yardstick.add_stored(output.stored)
+        yardstick.add(eager)
+        floats = output.name, [Held(rows, yardstick)]
+        if output.quantised is None:
+            return _Pair(floats, floats)
+        return _Pair(floats, (output.name, [Held(rows, yardstick.with_quantised(output.quantised))]))
 
 
 class _Pair(NamedTuple):
-    """Yardsticks for a model: without and with its quantisation of activations, if it has one."""
+    """Yardsticks for an output of a model: without and with its quantisation of activations, if it has one."""
 
-    floats: Held
-    quantised: Held
+    floats: OfOutput
+    quantised: OfOutput
 
 
 class FloatYardsticks(Yardsticks):
@@ -161,7 +174,7 @@ class FloatYardsticks(Yardsticks):
         """See `Yardsticks.model`."""
         return self._others.model
 
-    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
+    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> Iterable[OfOutput]:
         """See `Yardsticks.of_floats`."""
         return self._others.of_floats(case, inputs)
 
@@ -180,18 +193,18 @@ class RememberedYardsticks(Yardsticks):
 
     def __init__(self, bundle: Bundle, exact_weights: Mapping[str, Array]) -> None:
         super().__init__(bundle, exact_weights)
-        self._known: dict[str, list[Held]] = {}
-        self._known_floats: dict[str, list[Held]] = {}
+        self._known: dict[str, list[OfOutput]] = {}
+        self._known_floats: dict[str, list[OfOutput]] = {}
 
-    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
+    def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[OfOutput]:
         """See `Yardsticks.of`."""
         # A name identifies the inputs, since every case has the same seed.
         if case.id not in self._known:
-            self._known[case.id] = super().of(case, inputs)
+            self._known[case.id] = list(super().of(case, inputs))
         return self._known[case.id]
 
-    def of_floats(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[Held]:
+    def of_floats(self, case: AnyCase, inputs: Mapping[str, Array]) -> list[OfOutput]:
         """See `Yardsticks.of_floats`."""
         if case.id not in self._known_floats:
-            self._known_floats[case.id] = super().of_floats(case, inputs)
+            self._known_floats[case.id] = list(super().of_floats(case, inputs))
         return self._known_floats[case.id]
