@@ -2,6 +2,9 @@ PYTHON ?= python3
 EVERYTHING := .[export,cpu,genai,plot,test]
 VENV := .venv
 BIN := $(VENV)/bin
+# Modules are compiled when they are first imported, since pip would compile all of torch, of which most is never
+# imported. If they were not kept, each of the hundreds of processes that tests start would compile its own.
+unexport PYTHONDONTWRITEBYTECODE
 # What `make demo` needs, and what all else does.
 RUNS := $(VENV)/.runs
 INSTALLED := $(VENV)/.installed
@@ -95,7 +98,6 @@ $(DIST)/.installed: pyproject.toml constraints.txt
 clean:
 	rm -rf $(VENV) $(VENV)-* build dist *.egg-info
 
-# Modules are compiled when they are first imported: pip would compile all of torch, of which most is never imported.
 INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
 
 $(RUNS): pyproject.toml constraints.txt
