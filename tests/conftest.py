@@ -115,13 +115,13 @@ def format_bundle(sample: Checkpoint, bundles: BundleCache) -> FormatBundle:
 
 @pytest.fixture(scope="session")
 def llama_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A tied DiffLlama as an unverified ONNX bundle, beside its checkpoint, and the model of transformers."""
+    """A tied DiffLlama as a verified ONNX bundle, beside its checkpoint, and the model of transformers."""
     from tests.checkpoints.test_whole_models import diffllama
 
     folder = tmp_path_factory.mktemp("llama")
     model, _, _ = diffllama(folder / "checkpoint", tie_word_embeddings=True, eos_token_id=7)
-    options = ExportOptions(graph="model", max_batch_size=6, max_sequence_length=48)
-    export_bundle(read_model(folder / "checkpoint"), folder / "bundle", options, verify=False)
+    options = ExportOptions(graph="model", max_batch_size=6, max_sequence_length=48, cases="quick")
+    export_bundle(read_model(folder / "checkpoint"), folder / "bundle", options)
     return folder / "bundle", model
 
 

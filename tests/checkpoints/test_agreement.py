@@ -16,7 +16,7 @@ from diffdeploy.cli.main import main
 from tests.support.blocks import make_config, random_weights
 from tests.support.commands import refused
 
-ARGUMENTS = ["export", "block.safetensors", "--no-verify", "--output", "out"]
+ARGUMENTS = ["export", "block.safetensors", "--format", "pt2", "--no-verify", "--output", "out"]
 KNOWN = ["--depth", "2", "--rope", "none"]
 
 

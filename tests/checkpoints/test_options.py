@@ -27,7 +27,9 @@ def test_auto_is_the_layout_that_is_recognised() -> None:
     assert named.options.given() == {"layer": 1}
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["export", "--depth", "2", "--rope", "none"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["export", "--format", "pt2", "--depth", "2", "--rope", "none"]], ids=lambda c: c[0]
+)
 def test_auto_is_accepted_by_every_command(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,7 +88,8 @@ def test_an_export_takes_it_and_says_where_it_does_not(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with_positions(tmp_path, 96)
-    arguments = ["export", "b.safetensors", "--depth", "2", "--rope", "none", "--no-verify", "--force", "-o", "out"]
+    arguments = ["export", "b.safetensors", "--depth", "2", "--rope", "none", "--format", "pt2", "--no-verify",
+                 "--force", "-o", "out"]  # fmt: skip
     assert main(arguments) == 0
     assert open_bundle("out").manifest.graph.axes["sequence_length"].max == 96
     with_positions(tmp_path, 10**7)

@@ -88,7 +88,7 @@ def test_two_exports_have_the_same_bytes(sample_bundle: Path, tmp_path: Path) ->
 
 def test_no_verify_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
-    assert main(["export", *SMALL, "--no-verify", "--json", "-o", str(output)]) == 0
+    assert main(["export", *SMALL, "--format", "pt2", "--no-verify", "--json", "-o", str(output)]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["status"], result["verification"]["passed"]) == ("unverified", False)
     assert result["graph"]["attention_ops"] == 2
@@ -303,7 +303,7 @@ def test_a_runtime_needs_no_torch(sample_bundle: Path) -> None:
 
 def test_force_replaces_a_bundle(bundle_copy: Path) -> None:
     shutil.copytree(bundle_copy, "old")
-    assert main(["export", "--layer", "3", *SIZES, "--cases", "1", "-o", "old", "--force"]) == 0
+    assert main(["export", "--layer", "3", *SIZES, "--format", "pt2", "--no-verify", "-o", "old", "--force"]) == 0
     assert json.loads(Path("old/manifest.json").read_text())["provenance"]["layer"] == 3
     assert [path.name for path in Path.cwd().iterdir()] == ["old"]
 

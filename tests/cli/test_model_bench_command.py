@@ -23,7 +23,6 @@ from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.formats import require_format
 from diffdeploy.formats.expected import expected_constants
 from diffdeploy.runtime.decoding import Decoding
-from tests.checkpoints.test_whole_models import diffllama
 from tests.support.bundles import BundleCache
 from tests.support.commands import refused
 from tests.support.pairwise import rest_is_slow
@@ -40,12 +39,9 @@ def sample_model(bundles: BundleCache) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama(llama_pair: tuple[Path, Any]) -> Path:
     """A folder with a DiffLlama and a bundle of it."""
-    folder = tmp_path_factory.mktemp("llama")
-    diffllama(folder / "checkpoint")
-    export_bundle(read_model(folder / "checkpoint"), folder / "bundle", SMALL, verify=False)
-    return folder
+    return llama_pair[0].parent
 
 
 @pytest.fixture(scope="module")

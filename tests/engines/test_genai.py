@@ -22,7 +22,7 @@ from tests.checkpoints.test_whole_models import diffllama
 from tests.support.bundles import BundleCache
 from tests.support.pairwise import rest_is_slow
 
-SMALL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=72, cases=1)
+SMALL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=48, cases="quick")
 
 
 pytestmark = pytest.mark.xdist_group("test_genai")  # a second worker would wait for the bundle

@@ -18,7 +18,7 @@ from diffdeploy.exporters import ExportOptions
 from diffdeploy.runtime import Runtime
 from tests.support.bundles import BundleCache
 
-MODEL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=72, cases=1)
+MODEL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=48, cases="quick")
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_a_wrong_tensor_is_refused(block: Runtime, tensor: WireTensor, message: 
         ([wire("input_ids", [1, 999], [1, 2], "INT64")], NEW, "input_ids holds numbers from 1 to 999"),
         ([wire("input_ids", [1, 2], [2], "INT64")], NEW, r"input_ids is int64 \[2\]"),
         ([wire("input_ids", [1] * 5, [5, 1], "INT64")], NEW, "batch_size is 5; accepted: 1 to 4"),
-        ([IDS], {"max_new_tokens": 400}, "the bundle was exported for 72"),
+        ([IDS], {"max_new_tokens": 400}, "the bundle was exported for 48"),
         ([IDS], {"max_new_tokens": "3"}, "parameter max_new_tokens is not accepted: Input should be a valid integer"),
         ([IDS], {**NEW, "temperatur": 1}, "parameter temperatur is not accepted: Extra inputs are not permitted"),
         ([IDS], {**NEW, "temperature": "hot"}, "parameter temperature is not accepted"),

@@ -60,15 +60,6 @@ def _is_matrix(value: "onnx_ir.Value | None") -> bool:
     return value is not None and value.const_value is not None
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A tied DiffLlama with a token that ends texts, as an ONNX bundle, and the model of transformers."""
-    directory = tmp_path_factory.mktemp("llama")
-    model, _, _ = diffllama(directory / "checkpoint", tie_word_embeddings=True, eos_token_id=7)
-    export_bundle(read_model(directory / "checkpoint"), directory / "bundle", SMALL)
-    return directory / "bundle", model
-
-
 def test_the_bundle_says_what_it_holds(sample_model: Path) -> None:
     manifest = open_bundle(sample_model).manifest
     assert manifest.verified
@@ -84,8 +75,8 @@ def test_the_bundle_says_what_it_holds(sample_model: Path) -> None:
     assert {"config.json", "tokenizer.json"} <= manifest.files.keys()
 
 
-def test_two_attentions_a_layer_and_every_weight_once(sample_model: Path, llama: tuple[Path, Any]) -> None:
-    for path in (sample_model, llama[0]):
+def test_two_attentions_a_layer_and_every_weight_once(sample_model: Path, llama_pair: tuple[Path, Any]) -> None:
+    for path in (sample_model, llama_pair[0]):
         model, manifest = onnx.load(path / "model.onnx"), open_bundle(path).manifest
         counts = Counter(node.op_type for node in model.graph.node)
         assert counts["Attention"] == 2 * len(manifest.config.blocks)
@@ -95,8 +86,8 @@ def test_two_attentions_a_layer_and_every_weight_once(sample_model: Path, llama:
             assert sizes[size] == number, (size, number)
 
 
-def test_greedy_tokens_are_those_of_transformers(llama: tuple[Path, Any]) -> None:
-    bundle, model = llama
+def test_greedy_tokens_are_those_of_transformers(llama_pair: tuple[Path, Any]) -> None:
+    bundle, model = llama_pair
     ids = torch.randint(8, 96, (3, 9), generator=torch.Generator().manual_seed(1))
     expected = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
     with diffdeploy.load(bundle) as runtime:
@@ -105,8 +96,8 @@ def test_greedy_tokens_are_those_of_transformers(llama: tuple[Path, Any]) -> Non
     assert torch.equal(found, expected)
 
 
-def test_left_padding_changes_no_token_and_eos_ends_a_row(llama: tuple[Path, Any]) -> None:
-    with diffdeploy.load(llama[0]) as runtime:
+def test_left_padding_changes_no_token_and_eos_ends_a_row(llama_pair: tuple[Path, Any]) -> None:
+    with diffdeploy.load(llama_pair[0]) as runtime:
         prompt = np.arange(10, 19)[None]
         alone = runtime.generate(prompt, max_new_tokens=12, eos_token_id=None)
         padded = np.concatenate((np.zeros((1, 4), np.int64), prompt), axis=1)
