@@ -136,7 +136,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, style: RopeStyle) -> Tensor:
 
     Channels after the first ``r`` stay unchanged.
     """
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if cos.dtype != x.dtype:  # a cast that changes nothing would be two nodes in a trace
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     width = 2 * cos.shape[-1]
     if width < x.shape[-1]:
         return torch.cat((rotate(x[..., :width], cos, sin, style), x[..., width:]), dim=-1)

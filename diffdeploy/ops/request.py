@@ -107,7 +107,8 @@ class Request:
             q=q_BHSd,
             k=k_BHTd,
             v=v_BHTe,
-            lam=lam.to(q_BHSd.dtype),
+            # A cast that changes nothing would be two nodes in a trace.
+            lam=lam if lam.dtype == q_BHSd.dtype else lam.to(q_BHSd.dtype),
             causal=causal,
             attn_mask=attn_mask,
             sliding_window=sliding_window,
