@@ -4,7 +4,7 @@ Shape suffixes: B batch, S new tokens, D model width.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import repeat
@@ -31,6 +31,8 @@ __all__ = [
     "logits_of",
 ]
 
+# Rows of the head that are widened at once: all of them in float64 would take hundreds of megabytes.
+_TOKENS_AT_ONCE = 4096
 # The exponential of a large negative gate overflows, which makes the result 0; the criterion checks for infinity.
 _QUIETLY = np.errstate(over="ignore", invalid="ignore")
 
@@ -108,7 +110,7 @@ def _of_decoder(
 ) -> Iterator[tuple[str, list[Array]]]:
     """Each output, once for each dtype in which streams are stored and quantisation of activations."""
 
-    def cleared(name: str, arrays: list[Array]) -> tuple[str, list[Array]]:
+    def cleared(name: str, arrays: Iterable[Array]) -> tuple[str, list[Array]]:
         return name, [clear_padding(spec, inputs, name, array) for array in arrays]
 
     dtypes, quantisations = zip(*ways, strict=True)
@@ -127,11 +129,11 @@ def _of_decoder(
             computed = list(pool.map(of_layer, xs_BSD, repeat(inputs_of_layer(inputs, number)), dtypes, blocks))
             xs_BSD = [x_BSD for x_BSD, _ in computed]
             for side in ("key", "value"):
-                yield cleared(f"present.{number}.{side}", [caches.pop(side) for _, caches in computed])
-    last = _all_wide({name: weights[name] for name in ("norm.weight", _head_name(config))})
+                yield cleared(f"present.{number}.{side}", (caches.pop(side) for _, caches in computed))
+        own.clear()
     if spec.logits == "last":
         xs_BSD = [x_BSD[:, -1:] for x_BSD in xs_BSD]
-    logits = [exact_head(config, last, x_BSD, how) for x_BSD, how in zip(xs_BSD, quantisations, strict=True)]
+    logits = (exact_head(config, weights, x_BSD, how) for x_BSD, how in zip(xs_BSD, quantisations, strict=True))
     yield cleared(spec.main_output, logits)
 
 
@@ -191,7 +193,12 @@ def exact_head(
     """Logits ``[B, S, V]`` from the output of the last layer."""
     normed = _rms_norm(np.asarray(x_BSD, np.float64), weights["norm.weight"], config.norm_eps)
     blocks = quantisation.activation_blocks if quantisation is not None and quantisation.head else None
-    return times(normed, _wide(weights[_head_name(config)]), blocks)
+    head = weights[_head_name(config)]
+    logits = np.empty((*normed.shape[:-1], len(head)))
+    for start in range(0, len(head), _TOKENS_AT_ONCE):
+        some = slice(start, start + _TOKENS_AT_ONCE)
+        logits[..., some] = times(normed, _wide(head[some]), blocks)
+    return logits
 
 
 def _head_name(config: DecoderConfig) -> str:
@@ -211,10 +218,6 @@ def _wide(weight: Array) -> Array:
 def _room_for(weight: Array, previous: Array | None) -> Array:
     """Memory for a weight in float64: that of the previous layer, if the shape is the same."""
     return previous if previous is not None and previous.shape == weight.shape else np.empty(weight.shape)
-
-
-def _all_wide(weights: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: _wide(weight) for name, weight in weights.items()}
 
 
 def _rms_norm(x: Array, weight: Array | float, eps: float) -> Array:

@@ -6,6 +6,9 @@ subtracts probabilities, is inherently exact; an artifact, which subtracts the r
 so the error of storing those results counts too.
 """
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 
 from diffdeploy.arrays import Array, epsilon, smallest_normal
@@ -13,7 +16,23 @@ from diffdeploy.budgets import ACTIVATION_SHARE, BUDGETS, CEILINGS, Budget
 from diffdeploy.graphs import DType
 from diffdeploy.verify.report import CaseReport, OutputReport, Report
 
-__all__ = ["Yardstick", "judge", "measure", "rejudge"]
+__all__ = ["Deviation", "Yardstick", "judge", "measure", "rejudge"]
+
+# Numbers of an output that are compared at once: in float64, all logits of a prompt would take hundreds of megabytes.
+_AT_ONCE = 2**22
+
+
+class Deviation(NamedTuple):
+    """Absolute errors of some values, over the elements that count.
+
+    mean_square: mean of their squares; 0 if there are none.
+    largest: the largest of them, or NaN if one is NaN; 0 if there are none.
+    where: index of the largest among all elements, flattened.
+    """
+
+    mean_square: float
+    largest: float
+    where: int
 
 
 class Yardstick:
@@ -49,11 +68,11 @@ class Yardstick:
     def add(self, eager: Array) -> None:
         """Add one run, with the shape of ``expected`` and the artifact's dtype."""
         self.set_aside(eager)
-        errors = self.errors(eager)
+        found = self.deviation(eager)
         # Averaged per run and not per element: runs have equally many elements, so the mean over runs is the mean over
         # all.
-        self._squares.append(_mean_square(errors))
-        self.max_error = max(self.max_error, float(errors.max(initial=0.0)))
+        self._squares.append(found.mean_square)
+        self.max_error = max(self.max_error, found.largest)
 
     def set_aside(self, eager: Array) -> None:
         """Stop counting elements whose kind in a correct computation differs from the exact one."""
@@ -69,10 +88,9 @@ class Yardstick:
 
     def add_stored(self, output: Array) -> None:
         """Add a float64 result with stored streams, see `exact_and_stored`; of several results, the worst counts."""
-        errors = self.errors(output)
-        if errors.size:
-            self.storage_rmse = max(self.storage_rmse, float(np.sqrt(_mean_square(errors))))
-            self.storage_max_error = max(self.storage_max_error, float(errors.max()))
+        found = self.deviation(output)
+        self.storage_rmse = max(self.storage_rmse, math.sqrt(found.mean_square))
+        self.storage_max_error = max(self.storage_max_error, found.largest)
 
     def with_quantised(self, expected: Array) -> "Yardstick":
         """The same yardstick for a result of which the activations are quantised.
@@ -82,12 +100,11 @@ class Yardstick:
         Args:
             expected: exact result with quantised activations, float64.
         """
-        quantised, moved = Yardstick(expected, self.dtype), self.errors(expected)
+        quantised, moved = Yardstick(expected, self.dtype), self.deviation(expected)
         quantised._squares, quantised.max_error = [*self._squares], self.max_error
         quantised.storage_rmse, quantised.storage_max_error = self.storage_rmse, self.storage_max_error
-        if moved.size:
-            quantised.activation_rmse = ACTIVATION_SHARE.rmse * float(np.sqrt(_mean_square(moved)))
-            quantised.activation_max_error = ACTIVATION_SHARE.max_error * float(moved.max())
+        quantised.activation_rmse = ACTIVATION_SHARE.rmse * math.sqrt(moved.mean_square)
+        quantised.activation_max_error = ACTIVATION_SHARE.max_error * moved.largest
         return quantised
 
     def recall(self, figures: OutputReport) -> None:
@@ -99,16 +116,25 @@ class Yardstick:
         self.storage_rmse, self.storage_max_error = figures.storage_rmse, figures.storage_max_error
         self.activation_rmse, self.activation_max_error = figures.activation_rmse, figures.activation_max_error
 
-    def errors(self, values: Array) -> Array:
-        """Absolute errors, float64, of the elements that count, flattened."""
-        errors: Array = values.astype(np.float64)
+    def deviation(self, values: Array) -> Deviation:
+        """Deviation of values with the shape of ``expected`` from it."""
+        values, exact, chosen = values.reshape(-1), self.exact, None
         # Selecting would copy hundreds of megabytes of a large output, which is avoided if everything counts.
         if not self.counts.all():
-            errors = np.abs(errors[self.counts] - self.expected[self.counts])
-        else:
-            errors -= self.expected
+            chosen = np.flatnonzero(self.counts)
+            values = values[chosen]
+        total, largest, where = 0.0, 0.0, 0
+        for start in range(0, exact.size, _AT_ONCE):
+            errors = values[start : start + _AT_ONCE].astype(np.float64)
+            errors -= exact[start : start + _AT_ONCE]
             np.abs(errors, out=errors)
-        return errors.reshape(-1)
+            total += float(np.vdot(errors, errors))
+            first = int(np.argmax(errors))  # of NaN, too
+            if not (errors[first] <= largest or math.isnan(largest)):
+                largest, where = float(errors[first]), start + first
+        if chosen is not None and chosen.size:
+            where = int(chosen[where])
+        return Deviation(total / max(exact.size, 1), largest, where)
 
     @property
     def exact(self) -> Array:
@@ -156,26 +182,22 @@ def measure(output: str, actual: Array, yardstick: Yardstick, *, is_extreme: boo
     # The result has only NaN and infinity, and they agree.
     if not yardstick.counts.any():
         return OutputReport(output=output, passed=True, budget_used=0.0, num_unjudged=num_unjudged)
-    errors, exact = yardstick.errors(actual), yardstick.exact
-    worst = int(np.argmax(errors))
-    if not yardstick.counts.all():
-        # Index among all elements, converted from the index among those that count.
-        worst = int(np.flatnonzero(yardstick.counts)[worst])
+    found, exact = yardstick.deviation(actual), yardstick.exact
     # The verdict is based on the rounded figures in the report, so that judging them again gives the same verdict.
     figures = OutputReport(
         output=output,
         passed=False,
-        rmse=float(np.sqrt(_mean_square(errors))),
+        rmse=math.sqrt(found.mean_square),
         eager_rmse=yardstick.rmse,
         storage_rmse=yardstick.storage_rmse,
         activation_rmse=yardstick.activation_rmse,
-        max_error=float(errors.max()),
+        max_error=found.largest,
         eager_max_error=yardstick.max_error,
         storage_max_error=yardstick.storage_max_error,
         activation_max_error=yardstick.activation_max_error,
         exact_rms=float(np.sqrt(_mean_square(exact))),
         exact_max=float(max(abs(exact.max()), abs(exact.min()))),
-        worst_index=[int(i) for i in np.unravel_index(worst, actual.shape)],
+        worst_index=[int(i) for i in np.unravel_index(found.where, actual.shape)],
         num_unjudged=num_unjudged,
     )
     return judge(figures, BUDGETS[dtype], dtype)

@@ -263,7 +263,8 @@ def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, yardsticks: Yard
     spec = bundle.manifest.graph
     inputs = case.inputs(spec)
     if case.one_call:
-        # The artifact computes while this process computes the yardsticks.
+        # The artifact of a block computes while this process computes the yardsticks. Those of a model are computed
+        # when it has answered, since both would take more memory together, and the artifact needs little of the time.
         artifact.start(inputs)
     yardsticks_of_outputs = yardsticks.of(case, inputs)
     try:

@@ -255,13 +255,14 @@ def _answer_next(runtime: "Runtime", stdin: BufferedIOBase, stdout: IO[bytes]) -
     frame = _receive(stdin)
     if frame is None:
         return False
+    header: dict[str, str] = {}
     try:
         outputs = answered(runtime, *frame)
     except Exception as error:  # noqa: BLE001 - any error that a backend raises is the finding
         # One input that fails says nothing about the next.
-        _send(stdout, {"error": f"{type(error).__name__}: {error}"}, {})
-    else:
-        _send(stdout, {}, outputs)
+        header, outputs = {"error": f"{type(error).__name__}: {error}"}, {}
+    del frame  # its caches are as large as those that are sent
+    _send(stdout, header, outputs)
     return True
 
 

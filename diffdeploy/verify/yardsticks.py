@@ -68,8 +68,8 @@ class Yardsticks:
     def of(self, case: AnyCase, inputs: Mapping[str, Array]) -> Iterable[OfOutput]:
         """Yardsticks for each output of a case: for the batch, or for each row if rows are judged separately.
 
-        The formula of a model is computed as its outputs are asked for, one layer at a time: use one before asking for
-        the next, since all caches in fp64 would take more memory than the model.
+        Those of a model are computed as they are asked for, one layer at a time: use one before asking for the next,
+        since all caches in fp64 would take more memory than the model.
         """
         if isinstance(self._config, DecoderConfig):
             if self._quantisation is None:
@@ -131,16 +131,13 @@ class Yardsticks:
     ) -> "Iterator[_Pair]":
         """Eager's error over all layers, and that of storing the streams of each.
 
-        Tokens have no neighbours, but a model has more numbers to average over than a block. Eager runs at once; the
-        formula, which takes longer, as outputs are asked for.
+        Tokens have no neighbours, but a model has more numbers to average over than a block.
         """
         eager = run_arrays(self._block, last_only=spec.logits == "last")(inputs)
         rows = np.arange(len(inputs["input_ids"]))
         exact = exact_ways(config, self._weights, inputs, spec, self._dtype, quantisation)
-        return (
-            self._pair(output, clear_padding(spec, inputs, output.name, eager.pop(output.name)), rows)
-            for output in exact
-        )
+        for output in exact:
+            yield self._pair(output, clear_padding(spec, inputs, output.name, eager.pop(output.name)), rows)
 
     def _pair(self, output: ExactOutput, eager: Array, rows: Array) -> "_Pair":
         yardstick = Yardstick(output.exact, self._dtype)
