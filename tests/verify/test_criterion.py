@@ -116,6 +116,34 @@ def test_the_worst_index_counts_elements_without_a_number() -> None:
     assert measure("output", actual, yardstick(expected)).worst_index == [1, 4, 7]
 
 
+@pytest.mark.parametrize("counted", ["all", "some", "none"])
+@pytest.mark.parametrize("at_once", [1, 7, 80, 1000])
+def test_an_output_is_measured_in_parts_as_it_is_whole(
+    counted: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = exact()
+    values = expected + 0.1 * exact((2, 5, 8), 2.0)[::-1]
+    if counted != "all":
+        expected[:, ::2] = np.inf
+    if counted == "none":
+        expected[:] = np.nan
+    monkeypatch.setattr("diffdeploy.verify.metrics._AT_ONCE", at_once)
+    made = Yardstick(expected, "float32")
+    found = made.deviation(values)
+    with np.errstate(invalid="ignore"):
+        errors = np.where(np.isfinite(expected), abs(values - expected), np.nan)
+    if counted == "none":
+        assert found == (0.0, 0.0, 0)
+        return
+    assert found.mean_square == pytest.approx(np.nanmean(errors**2))
+    assert found.largest == np.nanmax(errors)
+    assert found.where == np.nanargmax(errors)
+    # One NaN is the largest error, wherever it is.
+    values[1, 1, 3] = np.nan
+    assert np.isnan(made.deviation(values).largest)
+    assert made.deviation(values).where == np.ravel_multi_index((1, 1, 3), (2, 5, 8))
+
+
 def test_what_overflows_the_dtype_must_be_infinite() -> None:
     expected = exact()
     expected[0, 0, 0] = 1e6

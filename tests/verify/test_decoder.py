@@ -3,10 +3,11 @@
 import tracemalloc
 
 import numpy as np
+import pytest
 
 from diffdeploy.graphs import graph_spec
 from diffdeploy.verify.cases import Case
-from diffdeploy.verify.decoder import exact_outputs, exact_ways, logits_of
+from diffdeploy.verify.decoder import exact_head, exact_outputs, exact_ways, logits_of
 from tests.support.models import decoder_weights, make_decoder
 
 CONFIG = make_decoder(num_layers=8)
@@ -39,3 +40,12 @@ def test_caches_that_the_caller_drops_take_no_memory() -> None:
     finally:
         tracemalloc.stop()
     assert peak < size
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 96, 1000])
+def test_a_head_in_parts_is_the_whole_head(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x_BSD = np.random.default_rng(0).standard_normal((2, 3, CONFIG.embed_dim))
+    normed = x_BSD / np.sqrt(np.mean(x_BSD**2, axis=-1, keepdims=True) + CONFIG.norm_eps) * WEIGHTS["norm.weight"]
+    expected = np.einsum("bsd,vd->bsv", normed, WEIGHTS["lm_head.weight"])
+    monkeypatch.setattr("diffdeploy.verify.decoder._TOKENS_AT_ONCE", at_once)
+    np.testing.assert_allclose(exact_head(CONFIG, WEIGHTS, x_BSD), expected, rtol=1e-12)
