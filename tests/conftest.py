@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Exports that tests make are remembered beside the bundles that they share, not in the user's own directory.
 os.environ["XDG_STATE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "state")
 
+import gc
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -54,6 +55,8 @@ def _version(package: str) -> str | None:
 # Fixtures that take seconds, once in a module or, the last, once in a process: tests that share one go to one worker.
 OF_A_MODULE = {"llama", "model", "model_bundle", "pristine", "program", "sample_model", "saved", "wheel"}
 OF_A_PROCESS = "llama_pair"
+# Triton's interpreter makes numbers of arrays with one element, and computes with infinities.
+WARNINGS_OF_TRITON = ("Conversion of an array:DeprecationWarning", "invalid value encountered:RuntimeWarning")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
@@ -62,10 +65,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = set(getattr(item, "fixturenames", ()))
         if OF_A_PROCESS in names or names & OF_A_MODULE:
             item.add_marker(pytest.mark.xdist_group(OF_A_PROCESS if OF_A_PROCESS in names else item.path.stem))
+        if "triton" in item.keywords:
+            for warning in WARNINGS_OF_TRITON:
+                item.add_marker(pytest.mark.filterwarnings(f"ignore:{warning}"))
     for marker, reason in (("gpu", _why_no_gpu()), ("triton", _why_no_triton()), ("genai", _why_no_genai())):
         for item in items:
             if reason is not None and marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what stays: the modules of torch and transformers, and thousands of tests."""
+    gc.collect()
+    gc.freeze()
 
 
 def _why_no_gpu() -> str | None:

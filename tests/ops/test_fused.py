@@ -22,12 +22,6 @@ from tests.support.operator_inputs import HEADS, masks, random_inputs
 from tests.support.pairwise import pairwise
 from tests.support.paths import ROOT
 
-# Triton's interpreter makes numbers of arrays with one element, and computes with infinities.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-]
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter has no products of bfloat16.
 DTYPES = ["float16", "bfloat16"] if DEVICE == "cuda" else ["float16"]
