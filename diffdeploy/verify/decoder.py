@@ -16,6 +16,7 @@ from diffdeploy.arrays import Array
 from diffdeploy.bundle import Quantisation
 from diffdeploy.config import POLYNORM_EPS, AnyModel, DecoderConfig, LayerConfig, MlpConfig
 from diffdeploy.graphs import DType, GraphSpec, clear_padding
+from diffdeploy.verify.activations import rounded_activations
 from diffdeploy.verify.oracle import oracle, times, with_stored_streams
 from diffdeploy.verify.threads import blas_threads_shared
 
@@ -193,11 +194,13 @@ def exact_head(
     """Logits ``[B, S, V]`` from the output of the last layer."""
     normed = _rms_norm(np.asarray(x_BSD, np.float64), weights["norm.weight"], config.norm_eps)
     blocks = quantisation.activation_blocks if quantisation is not None and quantisation.head else None
+    if blocks is not None:
+        normed = rounded_activations(normed, blocks)
     head = weights[_head_name(config)]
     logits = np.empty((*normed.shape[:-1], len(head)))
     for start in range(0, len(head), _TOKENS_AT_ONCE):
         some = slice(start, start + _TOKENS_AT_ONCE)
-        logits[..., some] = times(normed, _wide(head[some]), blocks)
+        logits[..., some] = times(normed, _wide(head[some]))
     return logits
 
 
