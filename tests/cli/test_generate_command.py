@@ -14,8 +14,7 @@ from diffdeploy.checkpoints import read_model
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.cli.layer_rows import by_layer, of_layers
 from diffdeploy.cli.main import main
-from tests.exporters.test_models import SMALL
-from tests.support.bundles import BundleCache
+from tests.support.bundles import SMALL_MODEL, BundleCache
 from tests.support.commands import refused
 
 pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 
 @pytest.fixture(scope="module")
 def model(bundles: BundleCache) -> str:
-    return str(bundles.bundle(read_model(SAMPLE), SMALL))
+    return str(bundles.bundle(read_model(SAMPLE), SMALL_MODEL))
 
 
 def test_text_is_streamed_and_its_speed_is_said(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,23 +19,22 @@ from diffdeploy.bundle import open_bundle, read_weights, write_manifest
 from diffdeploy.checkpoints import read_model
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.cli.main import main
-from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.exporters import export_bundle
 from diffdeploy.formats import require_format
 from diffdeploy.formats.expected import expected_constants
 from diffdeploy.runtime.decoding import Decoding
-from tests.support.bundles import BundleCache
+from tests.support.bundles import SMALL_MODEL, BundleCache
 from tests.support.commands import refused
 from tests.support.pairwise import rest_is_slow
 
 pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 
-SMALL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=48, cases="quick")
 TINY = ["--seq", "8,4", "--rounds", "6", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
 def sample_model(bundles: BundleCache) -> Path:
-    return bundles.bundle(read_model(SAMPLE), SMALL)
+    return bundles.bundle(read_model(SAMPLE), SMALL_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def test_prefill_and_decode_of_all_candidates(saved: Path) -> None:
 def test_a_quantised_model_is_measured_with_the_weights_that_it_has(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = replace(SMALL, onnx_flavor="ort", weights="int8")
+    options = replace(SMALL_MODEL, onnx_flavor="ort", weights="int8")
     export_bundle(read_model(llama / "checkpoint"), tmp_path / "int8", options, verify=False)
     assert main(["bench", str(tmp_path / "int8"), str(llama / "checkpoint"), *TINY, "--save", "int8.json"]) == 0
     assert "with the original weights, not the quantised ones" in capsys.readouterr().err
@@ -91,7 +90,7 @@ def test_a_quantised_model_is_measured_with_the_weights_that_it_has(
 def test_activations_are_those_of_each_bundle(tmp_path: Path, llama: Path) -> None:
     found = read_model(llama / "checkpoint")
     for activations in ("float32", "int8"):
-        options = replace(SMALL, onnx_flavor="ort", weights="int4", activations=activations)
+        options = replace(SMALL_MODEL, onnx_flavor="ort", weights="int4", activations=activations)
         export_bundle(found, tmp_path / activations, options, verify=False)
     paths = [str(tmp_path / activations) for activations in ("float32", "int8")]
     assert main(["bench", *paths, *TINY, "--save", "both.json"]) == 0
@@ -140,7 +139,7 @@ def test_a_run_is_compared_with_an_earlier_one(saved: Path, llama: Path, capsys:
 @pytest.mark.slow
 @pytest.mark.parametrize("flavor", rest_is_slow(["ort", None]))
 def test_a_bare_call_is_the_one_that_generation_makes(flavor: str | None, bundles: BundleCache) -> None:
-    path = bundles.bundle(read_model(SAMPLE), replace(SMALL, onnx_flavor=flavor))
+    path = bundles.bundle(read_model(SAMPLE), replace(SMALL_MODEL, onnx_flavor=flavor))
     tokens = np.random.default_rng(0).integers(0, 256, (2, 12))
     ones = np.ones((2, 13), np.int64)
     with diffdeploy.load(path) as runtime:

@@ -13,7 +13,7 @@ from diffdeploy.cli.main import main
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.selftest import Fault, all_faults, trials
 from diffdeploy.selftest.models import model_faults
-from tests.support.bundles import BundleCache, FormatBundle
+from tests.support.bundles import SMALL_MODEL, BundleCache, FormatBundle
 from tests.support.keys import key_pair
 
 CHOSEN = ("lambda_negated", "run_nan_at_length_one", "byte_changed")
@@ -46,12 +46,11 @@ def test_json_names_counts_and_faults(bundle: Path, capsys: pytest.CaptureFixtur
 def test_faults_of_models_name_the_layer(
     bundles: BundleCache, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=48, cases="quick")
     names = ("ffn_weight_scaled", "cache_stale_slot", "generation_sees_padding")
     monkeypatch.setattr(
         trials, "faults_of", lambda target: [f for f in model_faults(target.decoder) if f.name in names]
     )
-    assert main(["verify", str(bundles.bundle(read_model(SAMPLE), small)), "--self-test", "--json"]) == 0
+    assert main(["verify", str(bundles.bundle(read_model(SAMPLE), SMALL_MODEL)), "--self-test", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)["self_test"]
     assert (result["injected"], result["caught"], result["with_stage"], result["located"]) == (3, 3, 1, 1)
     by_name = {fault["name"]: fault for fault in result["faults"]}

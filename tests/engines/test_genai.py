@@ -16,21 +16,17 @@ from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.engines.genai import GenaiEngine
 from diffdeploy.engines.verification import verify_engine
 from diffdeploy.errors import InputError
-from diffdeploy.exporters import ExportOptions
 from diffdeploy.verify import verify_bundle
 from tests.checkpoints.test_whole_models import diffllama
-from tests.support.bundles import BundleCache
+from tests.support.bundles import SMALL_MODEL, BundleCache
 from tests.support.pairwise import rest_is_slow
-
-SMALL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=48, cases="quick")
-
 
 pytestmark = pytest.mark.xdist_group("test_genai")  # a second worker would wait for the bundle
 
 
 @pytest.fixture(scope="module", params=rest_is_slow(["ort", "standard"]))
 def bundle(request: pytest.FixtureRequest, bundles: BundleCache) -> Path:
-    return bundles.bundle(read_model(SAMPLE), replace(SMALL, onnx_flavor=request.param))
+    return bundles.bundle(read_model(SAMPLE), replace(SMALL_MODEL, onnx_flavor=request.param))
 
 
 @pytest.mark.genai
@@ -46,7 +42,7 @@ def test_the_sample_in_both_flavors(bundle: Path) -> None:
 @pytest.mark.slow
 def test_a_tied_diffllama_with_an_end_of_texts(bundles: BundleCache, tmp_path: Path) -> None:
     diffllama(tmp_path / "checkpoint", tie_word_embeddings=True, eos_token_id=7, pad_token_id=3, bos_token_id=1)
-    path = bundles.bundle(read_model(tmp_path / "checkpoint"), replace(SMALL, onnx_flavor="ort"))
+    path = bundles.bundle(read_model(tmp_path / "checkpoint"), replace(SMALL_MODEL, onnx_flavor="ort"))
     config = json.loads((path / "genai_config.json").read_text())["model"]
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, [7], 3)
     assert (config["decoder"]["num_attention_heads"], config["decoder"]["num_key_value_heads"]) == (8, 2)
@@ -61,7 +57,7 @@ def test_a_tied_diffllama_with_an_end_of_texts(bundles: BundleCache, tmp_path: P
 @pytest.mark.parametrize("weights", ["int4", "int8"])
 def test_quantised_matrices(weights: Any, activations: Any, bundles: BundleCache) -> None:
     # Against the numbers that the blocks are.
-    options = replace(SMALL, onnx_flavor="ort", weights=weights, activations=activations, quantise_head=True)
+    options = replace(SMALL_MODEL, onnx_flavor="ort", weights=weights, activations=activations, quantise_head=True)
     report = verify_engine(bundles.bundle(read_model(SAMPLE), options), GenaiEngine())
     assert report.passed, report.worst
     assert report.num_tokens_checked > (100 if activations == "float32" else 20)

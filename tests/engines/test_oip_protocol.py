@@ -16,9 +16,7 @@ from diffdeploy.engines.oip import Served, WireTensor
 from diffdeploy.errors import InputError
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.runtime import Runtime
-from tests.support.bundles import BundleCache
-
-MODEL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=48, cases="quick")
+from tests.support.bundles import SMALL_MODEL, BundleCache
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def block(sample_bundle: Path) -> Iterator[Runtime]:
 
 @pytest.fixture(scope="module")
 def model_bundle(bundles: BundleCache) -> Path:
-    return bundles.bundle(read_model(SAMPLE), MODEL)
+    return bundles.bundle(read_model(SAMPLE), SMALL_MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.runtime import Runtime
 from tests.cli.test_serve_command import free_port
-from tests.engines.test_oip_protocol import MODEL, hidden
-from tests.support.bundles import BundleCache
+from tests.engines.test_oip_protocol import hidden
+from tests.support.bundles import ENGINE_MODEL, BundleCache
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.engines
@@ -99,7 +99,7 @@ def block(sample: Checkpoint, bundles: BundleCache) -> Path:
 
 @pytest.fixture(scope="module")
 def model(bundles: BundleCache) -> Path:
-    return bundles.bundle(read_model(SAMPLE), MODEL)
+    return bundles.bundle(read_model(SAMPLE), ENGINE_MODEL)
 
 
 BOTH = pytest.mark.parametrize("name", ["kserve", "mlserver"])

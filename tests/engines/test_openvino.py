@@ -15,8 +15,7 @@ from diffdeploy.cli.main import main
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.formats import RunOptions
 from diffdeploy.verify import verify_bundle
-from tests.engines.test_oip_protocol import MODEL
-from tests.support.bundles import BundleCache
+from tests.support.bundles import ENGINE_MODEL, BundleCache
 
 pytestmark = pytest.mark.engines
 
@@ -51,7 +50,7 @@ def test_its_attention_loses_nan_and_nothing_else(
 
 @pytest.mark.parametrize("opset", [20, 23])
 def test_a_model(opset: int, bundles: BundleCache) -> None:
-    path = bundles.bundle(read_model(SAMPLE), replace(MODEL, opset=opset))
+    path = bundles.bundle(read_model(SAMPLE), replace(ENGINE_MODEL, opset=opset))
     report = verify_bundle(path, cases="full", run_options=BY_OPENVINO)
     assert report.passed, report.worst
     assert report.greedy_tokens_checked
@@ -73,7 +72,7 @@ def test_a_wrong_artifact_fails(sample: Checkpoint, bundles: BundleCache, tmp_pa
 
 
 def test_the_command_and_tokens(bundles: BundleCache, capsys: pytest.CaptureFixture[str]) -> None:
-    path = bundles.bundle(read_model(SAMPLE), MODEL)
+    path = bundles.bundle(read_model(SAMPLE), ENGINE_MODEL)
     assert main(["verify", str(path), "--engine", "openvino", "--cases", "quick"]) == 0
     assert "OpenVINO" in capsys.readouterr().out
     prompt = np.array([[100, 101, 102]])

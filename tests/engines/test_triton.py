@@ -16,8 +16,7 @@ from diffdeploy.engines.triton import deploy_to_triton
 from diffdeploy.errors import InputError
 from diffdeploy.exporters import ExportOptions
 from diffdeploy.files import file_sha256
-from tests.engines.test_oip_protocol import MODEL
-from tests.support.bundles import BundleCache, FormatBundle
+from tests.support.bundles import ENGINE_MODEL, BundleCache, FormatBundle
 from tests.support.commands import refused
 from tests.support.paths import ROOT
 
@@ -102,8 +101,8 @@ def test_tritons_schema(sample: Checkpoint, bundles: BundleCache, format_bundle:
     cached = ExportOptions(graph="cached", dtype="float16", max_sequence_length=64, cases="quick")
     paths = {
         "cached": bundles.bundle(sample, cached),
-        "model": bundles.bundle(read_model(SAMPLE), MODEL),
-        "ort": bundles.bundle(read_model(SAMPLE), replace(MODEL, onnx_flavor="ort")),
+        "model": bundles.bundle(read_model(SAMPLE), ENGINE_MODEL),
+        "ort": bundles.bundle(read_model(SAMPLE), replace(ENGINE_MODEL, onnx_flavor="ort")),
         "aoti": format_bundle("aoti"),
     }
     for name, path in paths.items():

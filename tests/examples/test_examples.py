@@ -15,10 +15,9 @@ import diffdeploy
 from diffdeploy.checkpoints import read_model
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.exporters import convert_model
-from tests.engines.test_oip_protocol import MODEL
 from tests.engines.test_oip_servers import server
 from tests.support.browser import browser, served
-from tests.support.bundles import BundleCache
+from tests.support.bundles import ENGINE_MODEL, SMALL_MODEL, BundleCache
 from tests.support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -27,7 +26,7 @@ PROMPT, NUM_TOKENS = "def main(", 24
 
 @pytest.fixture(scope="module")
 def model(bundles: BundleCache) -> Path:
-    return bundles.bundle(read_model(SAMPLE), MODEL)
+    return bundles.bundle(read_model(SAMPLE), SMALL_MODEL)
 
 
 def text_of(model: Path, prompt: str, num_tokens: int = NUM_TOKENS) -> str:
@@ -65,7 +64,7 @@ def test_optimum(model: Path, bundles: BundleCache) -> None:
     prompts = [PROMPT, "import os\n", "x"]
     said = said_by(python, "optimum/generate.py", model, str(NUM_TOKENS), *prompts)
     assert [json.loads(line) for line in said.splitlines()] == [text_of(model, prompt) for prompt in prompts]
-    ort = bundles.bundle(read_model(SAMPLE), replace(MODEL, onnx_flavor="ort"))
+    ort = bundles.bundle(read_model(SAMPLE), replace(SMALL_MODEL, onnx_flavor="ort"))
     with pytest.raises(AssertionError, match="optimum pads on the left"):
         said_by(python, "optimum/generate.py", ort, "4", PROMPT)
 
@@ -88,8 +87,9 @@ def test_the_client_of_triton_asks_other_servers_of_its_protocol(name: str, samp
 
 
 @pytest.mark.engines
-def test_the_web_page(model: Path, tmp_path: Path) -> None:
+def test_the_web_page(bundles: BundleCache, tmp_path: Path) -> None:
     """In headless Chromium, with the same greedy tokens; nothing but the page's own files is asked for."""
+    model = bundles.bundle(read_model(SAMPLE), ENGINE_MODEL)
     page = tmp_path / "web"
     shutil.copytree(EXAMPLES / "web", page, ignore=shutil.ignore_patterns("node_modules", "model"))
     subprocess.run(["npm", "ci", "--ignore-scripts"], cwd=page, check=True, capture_output=True)

@@ -16,18 +16,16 @@ from diffdeploy.bundle import Bundle, open_bundle
 from diffdeploy.checkpoints import read_model
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.errors import InputError
-from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.exporters import export_bundle
 from diffdeploy.verify import verify_bundle
 from tests.checkpoints.test_whole_models import diffllama
-from tests.support.bundles import BundleCache
+from tests.support.bundles import SMALL_MODEL, BundleCache
 from tests.support.pairwise import rest_is_slow
-
-SMALL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=48, cases="quick")
 
 
 @pytest.fixture(scope="module")
 def sample_model(bundles: BundleCache) -> Path:
-    return bundles.bundle(read_model(SAMPLE), SMALL)
+    return bundles.bundle(read_model(SAMPLE), SMALL_MODEL)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +49,7 @@ def test_matrices_that_the_exporter_does_not_turn(
         save(model, *given, **named)
 
     monkeypatch.setattr(onnx_ir, "save", look)
-    options = replace(SMALL, onnx_flavor=flavor)
+    options = replace(SMALL_MODEL, onnx_flavor=flavor)
     export_bundle(read_model(tmp_path / "checkpoint"), tmp_path / "bundle", options)  # verified
     assert not turned
 
@@ -196,7 +194,7 @@ def test_the_layer_that_is_wrong_is_named(layer: int, weight: str, sample_model:
 def test_logits_of_the_last_position_alone(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    done = export_bundle(read_model(SAMPLE), tmp_path / "last", replace(SMALL, logits="last"))
+    done = export_bundle(read_model(SAMPLE), tmp_path / "last", replace(SMALL_MODEL, logits="last"))
     assert done.report is not None
     assert done.report.passed
     with diffdeploy.load(done.path) as runtime:
@@ -210,7 +208,7 @@ def test_norms_that_are_all_1_may_be_one_constant(tmp_path: Path) -> None:
 
     found = read_model(SAMPLE)
     ones = {n: torch.ones_like(w) if n.endswith("norm.weight") else w for n, w in found.weights.items()}
-    done = export_bundle(replace(found, weights=ones), tmp_path / "ones", SMALL)
+    done = export_bundle(replace(found, weights=ones), tmp_path / "ones", SMALL_MODEL)
     assert done.report is not None
     assert done.report.passed
 
@@ -220,7 +218,7 @@ def test_norms_that_are_all_1_may_be_one_constant(tmp_path: Path) -> None:
 def test_half_precision(dtype: Any, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    done = export_bundle(read_model(SAMPLE), tmp_path / "half", replace(SMALL, dtype=dtype))
+    done = export_bundle(read_model(SAMPLE), tmp_path / "half", replace(SMALL_MODEL, dtype=dtype))
     assert done.report is not None
     assert done.report.passed
 
@@ -229,7 +227,7 @@ def test_half_precision(dtype: Any, tmp_path: Path) -> None:
 def test_what_is_compiled_afresh_gives_the_last_position_too(bundles: BundleCache) -> None:
     from dataclasses import replace
 
-    path = bundles.bundle(read_model(SAMPLE), replace(SMALL, format="compile", logits="last"))
+    path = bundles.bundle(read_model(SAMPLE), replace(SMALL_MODEL, format="compile", logits="last"))
     with diffdeploy.load(path, recompile=True) as runtime:
         inputs = {name: np.zeros((2, *shape[1:]), dtype) for name, (dtype, shape) in _empty_past(runtime).items()}
         inputs["attention_mask"][:] = 1
@@ -250,7 +248,7 @@ def _empty_past(runtime: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
 def test_every_format_writes_the_same_text(name: str, sample_model: Path, bundles: BundleCache) -> None:
     from dataclasses import replace
 
-    path = bundles.bundle(read_model(SAMPLE), replace(SMALL, format=name))
+    path = bundles.bundle(read_model(SAMPLE), replace(SMALL_MODEL, format=name))
     prompt = np.frombuffer(b"def main(argv", np.uint8).astype(np.int64)[None]
     texts = []
     for each in (sample_model, path):

@@ -16,15 +16,15 @@ from diffdeploy.checkpoints import read_model
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.config import DiffAttentionV2Config, MlpConfig, RopeConfig
 from diffdeploy.errors import InputError, IntegrityError
-from diffdeploy.exporters import ExportOptions, export_bundle
+from diffdeploy.exporters import export_bundle
 from diffdeploy.verify import verify_bundle
 from tests.checkpoints.test_whole_models import diffllama
 from tests.support.blocks import ROPE, make_config
-from tests.support.bundles import BundleCache
+from tests.support.bundles import SMALL_MODEL, BundleCache
 from tests.support.models import decoder_weights, make_decoder, require_greedy_tokens_of_transformers
 from tests.support.pairwise import rest_is_slow
 
-SMALL = ExportOptions(graph="model", onnx_flavor="ort", max_batch_size=4, max_sequence_length=48, cases="quick")
+SMALL = replace(SMALL_MODEL, onnx_flavor="ort")
 WIDE = {"embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rope": ROPE}
 
 KINDS: dict[str, Any] = {

@@ -13,8 +13,7 @@ from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.errors import InputError
 from diffdeploy.exporters import ExportOptions, export_bundle
 from diffdeploy.integrations.transformers import DiffDeployForCausalLM
-from tests.exporters.test_models import SMALL
-from tests.support.bundles import BundleCache
+from tests.support.bundles import SMALL_MODEL, BundleCache
 
 IDS = torch.randint(8, 96, (2, 9), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)
@@ -38,7 +37,7 @@ def again(llama_pair: tuple[Path, Any], output: Path, **options: Any) -> Path:
 @pytest.fixture(scope="module")
 def writer(bundles: BundleCache) -> tuple[Any, Any]:
     """The bundle of the sample, and the tokenizer in it."""
-    path = bundles.bundle(read_model(SAMPLE), SMALL)
+    path = bundles.bundle(read_model(SAMPLE), SMALL_MODEL)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), padding_side="left", pad_token="!")
     return DiffDeployForCausalLM.from_bundle(path), tokenizer
 

@@ -13,8 +13,7 @@ from diffdeploy.checkpoints import read_model
 from diffdeploy.checkpoints.files import SAMPLE
 from diffdeploy.errors import InputError
 from diffdeploy.runtime import eos_of
-from tests.exporters.test_models import SMALL
-from tests.support.bundles import BundleCache
+from tests.support.bundles import SMALL_MODEL, BundleCache
 
 GENERATOR = torch.Generator().manual_seed(4)
 TURNS = [torch.randint(8, 96, (2, size), generator=GENERATOR) for size in (6, 1, 5)]
@@ -117,7 +116,7 @@ def test_what_is_not_taken_is_not_computed(llama_pair: tuple[Path, Any], calls: 
 
 @pytest.fixture(scope="module")
 def runtime(bundles: BundleCache) -> diffdeploy.runtime.Runtime:
-    return diffdeploy.load(bundles.bundle(read_model(SAMPLE), SMALL))
+    return diffdeploy.load(bundles.bundle(read_model(SAMPLE), SMALL_MODEL))
 
 
 def prompt(*texts: bytes) -> np.ndarray[Any, Any]:

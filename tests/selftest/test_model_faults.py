@@ -11,20 +11,18 @@ import pytest
 from diffdeploy.bundle import open_bundle
 from diffdeploy.checkpoints import read_model
 from diffdeploy.checkpoints.files import SAMPLE
-from diffdeploy.exporters import ExportOptions
 from diffdeploy.selftest import FaultResult, Trials
 from diffdeploy.selftest.local_artifact import LocalArtifact
 from diffdeploy.selftest.models import model_faults
 from diffdeploy.selftest.stand_in import StandIn
 from diffdeploy.verify import verify_bundle
-from tests.support.bundles import BundleCache
+from tests.support.bundles import SMALL_MODEL, BundleCache
 from tests.support.models import make_decoder
 
-SMALL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=48, cases="quick")
 OPTIONS = {
-    "standard": SMALL,
-    "ort": replace(SMALL, onnx_flavor="ort"),
-    "program": replace(SMALL, format="pt2"),
+    "standard": SMALL_MODEL,
+    "ort": replace(SMALL_MODEL, onnx_flavor="ort"),
+    "program": replace(SMALL_MODEL, format="pt2"),
 }
 # One of each kind; the others are slow together. Of a fault in one layer, the number of that layer in the sample.
 QUICK = {

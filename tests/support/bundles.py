@@ -26,6 +26,11 @@ from tests.support.paths import ROOT
 
 CPU_FORMATS = ["onnx", "onnx-ort", "pt2", "aoti", "compile"]
 
+# For bundles of small models. Tests of several rooms export the sample with it, and share the bundle.
+SMALL_MODEL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=48, cases="quick")
+# Engines and browsers are asked for more tokens.
+ENGINE_MODEL = replace(SMALL_MODEL, max_sequence_length=72, cases=1)
+
 FormatBundle = Callable[[str], Path]
 
 _DAY_S = 24 * 60 * 60

@@ -9,18 +9,15 @@ import pytest
 from diffdeploy.arrays import Array
 from diffdeploy.checkpoints import read_model
 from diffdeploy.checkpoints.files import SAMPLE
-from diffdeploy.exporters import ExportOptions
 from diffdeploy.selftest.local_artifact import LocalArtifact
 from diffdeploy.verify import verify_bundle
 from diffdeploy.verify.greedy import wrong_tokens
-from tests.support.bundles import BundleCache
-
-SMALL = ExportOptions(graph="model", max_batch_size=4, max_sequence_length=48, cases="quick")
+from tests.support.bundles import SMALL_MODEL, BundleCache
 
 
 @pytest.fixture(scope="module")
 def sample_model(bundles: BundleCache) -> Path:
-    return bundles.bundle(read_model(SAMPLE), SMALL)
+    return bundles.bundle(read_model(SAMPLE), SMALL_MODEL)
 
 
 def test_a_token_is_wrong_only_where_the_margin_tells() -> None:
