@@ -1,5 +1,6 @@
-"""Fresh Python processes that run one module of diffdeploy, and a description of how they ended."""
+"""Fresh Python processes that run one module of diffdeploy, how they ended, and memory that a process returns."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -13,7 +14,14 @@ from typing import IO, Self
 
 import diffdeploy
 
-__all__ = ["WorkerProcess"]
+__all__ = ["WorkerProcess", "return_freed_memory"]
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system, if the C library can; otherwise it keeps some of it for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class WorkerProcess:

@@ -4,13 +4,13 @@ On a CPU, it is the largest resident size during a call minus the resident size 
 the inputs and all libraries were already in memory. On CUDA, it is the growth of the peak of torch's allocator.
 """
 
-import ctypes
 import gc
 import resource
 from collections.abc import Callable
 from pathlib import Path
 
 from diffdeploy.bench.candidate_run import Run
+from diffdeploy.processes import return_freed_memory
 
 __all__ = ["peak_bytes"]
 
@@ -50,11 +50,9 @@ def peak_bytes(
 
 
 def _release() -> None:
-    """Return freed memory to the system, if the C library can, so that it does not count as resident."""
+    """Return unused memory to the system, so that it does not count as resident."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    return_freed_memory()
 
 
 def _resident_bytes() -> int:

@@ -10,21 +10,22 @@ from diffdeploy.graphs.spec import GraphSpec
 __all__ = ["clear_padding"]
 
 
-def clear_padding(spec: GraphSpec, inputs: Mapping[str, Array], name: str, output: Array) -> Array:
-    """Set an output at padded positions to 0 if the graph counts tokens; otherwise return it unchanged.
+def clear_padding(spec: GraphSpec, inputs: Mapping[str, Array], name: str, output: Array) -> None:
+    """Set an output at padded positions to 0 if the graph counts tokens; otherwise leave it unchanged.
 
     Args:
         spec: interface of the graph.
         inputs: input arrays by name.
         name: name of the output.
-        output: its array; ``[B, S, V]``, or ``[B, 1, V]`` of the last position, or a cache ``[B, h_kv, T, w]``.
+        output: its array, which is changed; ``[B, S, V]``, or ``[B, 1, V]`` of the last position, or a cache
+            ``[B, h_kv, T, w]``.
     """
     tokens_BT = None if spec.padding == "anywhere" else inputs["attention_mask"] == 1
     if tokens_BT is None or tokens_BT.all():
-        return output
+        return
     if name == spec.main_output:
         length = inputs[spec.main_input].shape[1]
         shown = tokens_BT[:, -length:][:, -output.shape[1] :, None]
     else:
         shown = tokens_BT[:, None, :, None]
-    return np.where(shown, output, np.zeros((), output.dtype))
+    np.copyto(output, 0, where=~shown)

@@ -131,6 +131,7 @@ def load(
     recompile: bool = False,
     trust: bool = False,
     public_key: str | Path | None = None,
+    keep_memory: bool = True,
 ) -> Runtime:
     """Open a bundle to run it, after checking its digests. A bundle exported without verification causes a warning.
 
@@ -143,6 +144,7 @@ def load(
         recompile: true to recompile the block.
         trust: true to run code from a foreign bundle: the machine code or pickles of some formats.
         public_key: file of the public key that the bundle's signature must match; the bundle is then trusted.
+        keep_memory: false to return the memory of a call to the system, where the backend would keep it for the next.
 
     Raises:
         InputError: there is no bundle, the format does not support an option, or the file is not a key.
@@ -158,6 +160,7 @@ def load(
         recompile=recompile,
         trust=trust,
         public_key=public_key,
+        keep_memory=keep_memory,
     )
     loaded = open_runtime(path, options)
     if not loaded.verified:

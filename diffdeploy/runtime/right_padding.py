@@ -123,7 +123,8 @@ def _moved_back(
                 places = past_length + np.flatnonzero(new_BS[row])
                 whole[row][:, places] = given[name][row, :, before : before + new]
         given.pop(name, None)
-        outputs[name] = clear_padding(spec, inputs, name, whole)
+        clear_padding(spec, inputs, name, whole)
+        outputs[name] = whole
     return outputs
 
 

@@ -4,11 +4,11 @@ Shape suffixes: B batch, S new tokens, D model width.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import repeat
-from typing import NamedTuple
+from itertools import repeat, starmap
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from diffdeploy.arrays import Array
 from diffdeploy.bundle import Quantisation
 from diffdeploy.config import POLYNORM_EPS, AnyModel, DecoderConfig, LayerConfig, MlpConfig
 from diffdeploy.graphs import DType, GraphSpec, clear_padding
+from diffdeploy.processes import return_freed_memory
 from diffdeploy.verify.activations import rounded_activations
 from diffdeploy.verify.oracle import oracle, times, with_stored_streams
 from diffdeploy.verify.threads import blas_threads_shared
@@ -76,6 +77,11 @@ class ExactOutput(NamedTuple):
     stored: Array
     quantised: Array | None = None
 
+    @classmethod
+    def of(cls, name: str, arrays: Sequence[Array]) -> Self:
+        """Name the arrays of all ways."""
+        return cls(name, *arrays)
+
 
 def exact_ways(
     config: DecoderConfig,
@@ -85,7 +91,7 @@ def exact_ways(
     dtype: DType,
     quantisation: Quantisation | None,
 ) -> Iterator[ExactOutput]:
-    """Yield each output, exact, with stored streams and, if activations are quantised, with that.
+    """Each output, exact, with stored streams and, if activations are quantised, with that.
 
     Caches come first, layer by layer, and can be dropped before the next: three copies of all of them in fp64 would
     take more memory than the model.
@@ -93,8 +99,8 @@ def exact_ways(
     ways: list[tuple[DType | None, Quantisation | None]] = [(None, None), (dtype, None)]
     if quantisation is not None:
         ways.append((None, quantisation))
-    for name, arrays in _of_decoder(config, weights, inputs, spec, ways):
-        yield ExactOutput(name, *arrays)
+    # `starmap`, unlike a generator, keeps no output that it has returned.
+    return starmap(ExactOutput.of, _of_decoder(config, weights, inputs, spec, ways))
 
 
 def logits_of(outputs: Iterator[ExactOutput]) -> ExactOutput:
@@ -111,8 +117,10 @@ def _of_decoder(
 ) -> Iterator[tuple[str, list[Array]]]:
     """Each output, once for each dtype in which streams are stored and quantisation of activations."""
 
-    def cleared(name: str, arrays: Iterable[Array]) -> tuple[str, list[Array]]:
-        return name, [clear_padding(spec, inputs, name, array) for array in arrays]
+    def cleared(name: str, arrays: list[Array]) -> tuple[str, list[Array]]:
+        for array in arrays:
+            clear_padding(spec, inputs, name, array)
+        return name, arrays
 
     dtypes, quantisations = zip(*ways, strict=True)
     blocks = [None if how is None else how.activation_blocks for how in quantisations]
@@ -130,12 +138,13 @@ def _of_decoder(
             computed = list(pool.map(of_layer, xs_BSD, repeat(inputs_of_layer(inputs, number)), dtypes, blocks))
             xs_BSD = [x_BSD for x_BSD, _ in computed]
             for side in ("key", "value"):
-                yield cleared(f"present.{number}.{side}", (caches.pop(side) for _, caches in computed))
+                yield cleared(f"present.{number}.{side}", [caches.pop(side) for _, caches in computed])
         own.clear()
+    # That of the layers' temporaries, before as much again is needed for the logits.
+    return_freed_memory()
     if spec.logits == "last":
         xs_BSD = [x_BSD[:, -1:] for x_BSD in xs_BSD]
-    logits = (exact_head(config, weights, x_BSD, how) for x_BSD, how in zip(xs_BSD, quantisations, strict=True))
-    yield cleared(spec.main_output, logits)
+    yield cleared(spec.main_output, list(map(partial(exact_head, config, weights), xs_BSD, quantisations)))
 
 
 def exact_embedding(weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> Array:

@@ -8,14 +8,24 @@ import numpy as np
 
 from diffdeploy.arrays import Array, to_array, to_tensor
 from diffdeploy.graphs import DType, run_graph
+from diffdeploy.verify.decoder import inputs_of_layer
 from diffdeploy.verify.metrics import Yardstick
 
 if TYPE_CHECKING:
     import torch
 
-    from diffdeploy.modules import AnyModule
+    from diffdeploy.modules import AnyModule, DiffTransformer
 
-__all__ = ["RunArrays", "eager_error", "eager_errors", "for_queries", "run_arrays"]
+__all__ = [
+    "RunArrays",
+    "eager_error",
+    "eager_errors",
+    "for_queries",
+    "run_arrays",
+    "run_head",
+    "run_layer",
+    "run_layers",
+]
 
 RunArrays = Callable[[Mapping[str, Array]], dict[str, Array]]
 
@@ -48,6 +58,54 @@ def run_arrays(
             return {name: to_array(tensor) for name, tensor in run_graph(block, moved, last_only=last_only).items()}
 
     return run
+
+
+def run_layers(
+    model: "DiffTransformer", inputs: Mapping[str, Array], *, last_only: bool = False
+) -> Iterator[tuple[str, Array]]:
+    """Yield the caches of each eager layer in order, then the logits, by the names of the model's graph.
+
+    Each can be dropped before the next is computed: all caches may take as much memory as a large part of the model.
+
+    Args:
+        model: eager model.
+        inputs: inputs by the names of its graph.
+        last_only: see `run_graph`.
+    """
+    import torch
+
+    with torch.no_grad():
+        x_BSD = to_array(model.embedding(to_tensor(inputs["input_ids"])))
+    for number in range(model.config.num_layers):
+        outputs = run_layer(model, number)({"hidden_states": x_BSD, **inputs_of_layer(inputs, number)})
+        x_BSD = outputs.pop("output")
+        for side in ("key", "value"):
+            yield f"present.{number}.{side}", outputs.pop(f"present.{side}")
+    yield "logits", run_head(model, x_BSD[:, -1:] if last_only else x_BSD)
+
+
+def run_layer(model: "DiffTransformer", number: int) -> RunArrays:
+    """Turn an eager layer into a function that takes and returns arrays by the names of a block's graph."""
+    import torch
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        given = {name: to_tensor(array) for name, array in inputs.items()}
+        past = given["past_key_values.key"], given["past_key_values.value"]
+        x_BSD = given["hidden_states"]
+        turn = model.rotation(x_BSD.shape[1], given.get("position_ids"), past[0].shape[2])
+        with torch.no_grad(), _fast_products("cpu"):
+            output, (key, value) = model.layers[number](x_BSD, given["attention_mask"], turn, past)
+        return {"output": to_array(output), "present.key": to_array(key), "present.value": to_array(value)}
+
+    return run
+
+
+def run_head(model: "DiffTransformer", x_BSD: Array) -> Array:
+    """Compute eager logits ``[B, S, V]`` from the output of the last layer."""
+    import torch
+
+    with torch.no_grad(), _fast_products("cpu"):
+        return to_array(model.lm_head(model.norm(to_tensor(x_BSD))))
 
 
 def _fast_products(device: str) -> AbstractContextManager[Any]:

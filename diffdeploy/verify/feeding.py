@@ -1,6 +1,7 @@
 """Feeding a case to an artifact: in one call, in steps that pass on the cache, or one row at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -9,24 +10,26 @@ from diffdeploy.graphs import GraphSpec
 from diffdeploy.verify.cases import AnyCase
 from diffdeploy.verify.worker import Artifact
 
-__all__ = ["feed"]
+__all__ = ["start"]
 
 
-def feed(case: AnyCase, artifact: Artifact, inputs: Mapping[str, Array], spec: GraphSpec) -> dict[str, Array]:
-    """Feed a case and join the outputs of all its calls, by name.
+def start(
+    case: AnyCase, artifact: Artifact, inputs: Mapping[str, Array], spec: GraphSpec
+) -> Callable[[], dict[str, Array]]:
+    """Start a case without waiting; one that consists of several calls starts when its outputs are requested.
 
-    If the case consists of a single call, `Artifact.start` must have been called with its inputs.
-
-    Raises:
-        ExportError: the artifact did not run.
+    Returns:
+        Function that waits for the outputs of all calls and joins them, by name. It raises ExportError if the artifact
+        did not run, and holds no inputs of a single call.
     """
     if case.chunks:
-        return _in_chunks(case.chunks, artifact, inputs, spec)
+        return partial(_in_chunks, case.chunks, artifact, inputs, spec)
     if case.row_by_row:
-        return _row_by_row(artifact, inputs)
+        return partial(_row_by_row, artifact, inputs)
     if case.decoded:
-        return _decoded(case.decoded, artifact, inputs, spec)
-    return artifact.result()
+        return partial(_decoded, case.decoded, artifact, inputs, spec)
+    artifact.start(inputs)
+    return artifact.result
 
 
 def _in_chunks(

@@ -8,16 +8,15 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from diffdeploy.arrays import Array
 from diffdeploy.bundle import Bundle, Quantisation
 from diffdeploy.errors import ExportError
 from diffdeploy.formats import Check, LayerValues, require_format
 from diffdeploy.locate import Finding
+from diffdeploy.processes import return_freed_memory
 from diffdeploy.verify.cases import Case
 from diffdeploy.verify.decoder import below, exact_embedding, exact_head, exact_layer, inputs_of_layer
-from diffdeploy.verify.eager import eager_error
+from diffdeploy.verify.eager import eager_error, run_head, run_layer
 from diffdeploy.verify.metrics import Yardstick, measure
 from diffdeploy.verify.model_sweep import layer_case
 from diffdeploy.verify.products import ACTIVATIONS
@@ -70,6 +69,7 @@ class _Layers:
     def reports(self, case: Case, values: LayerValues) -> list[CaseReport]:
         spec = self._bundle.manifest.graph
         inputs = case.inputs(spec)
+        return_freed_memory()  # the graph is loaded once more
         try:
             shown = values(inputs)
         except ExportError as error:
@@ -89,7 +89,7 @@ class _Layers:
         exact, caches = exact_layer(layer, eps, weights, x_BSD, given)
         expected = {"output": exact, **{f"present.{side}": array for side, array in caches.items()}}
         yardsticks = eager_error(
-            _EagerLayer(self._model, number), {"hidden_states": x_BSD, **given}, expected, self._dtype
+            run_layer(self._model, number), {"hidden_states": x_BSD, **given}, expected, self._dtype
         )
         yardsticks["output"].add_stored(exact_layer(layer, eps, weights, x_BSD, given, self._dtype)[0])
         if self._quantisation is not None:
@@ -105,39 +105,14 @@ class _Layers:
         return CaseReport.of(f"layer{number}", _GROUP, outputs)
 
     def _head(self, x_BSD: Array, logits: Array) -> CaseReport:
-        import torch
-
-        from diffdeploy.arrays import to_array, to_tensor
-
         if logits.shape[1] == 1:
             x_BSD = x_BSD[:, -1:]
         yardstick = Yardstick(exact_head(self._config, self._weights, x_BSD), self._dtype)
-        with torch.no_grad():
-            yardstick.add(to_array(self._model.lm_head(self._model.norm(to_tensor(np.ascontiguousarray(x_BSD))))))
+        yardstick.add(run_head(self._model, x_BSD))
         if self._quantisation is not None and self._quantisation.head:
             quantised = exact_head(self._config, self._weights, x_BSD, self._quantisation)
             yardstick = yardstick.with_quantised(quantised)
         return CaseReport.of(_HEAD, _GROUP, [measure("logits", logits, yardstick)])
-
-
-class _EagerLayer:
-    """One eager layer as a function that takes and returns arrays by the names of a block's graph."""
-
-    def __init__(self, model: "DiffTransformer", number: int) -> None:
-        self._model, self._number = model, number
-
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        import torch
-
-        from diffdeploy.arrays import to_array, to_tensor
-
-        given = {name: to_tensor(np.ascontiguousarray(array)) for name, array in inputs.items()}
-        past = given["past_key_values.key"], given["past_key_values.value"]
-        x_BSD = given["hidden_states"]
-        turn = self._model.rotation(x_BSD.shape[1], given.get("position_ids"), past[0].shape[2])
-        with torch.no_grad():
-            output, (key, value) = self._model.layers[self._number](x_BSD, given["attention_mask"], turn, past)
-        return {"output": to_array(output), "present.key": to_array(key), "present.value": to_array(value)}
 
 
 def num_judged_layers(reports: list[CaseReport]) -> int:

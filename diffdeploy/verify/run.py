@@ -18,12 +18,13 @@ from diffdeploy.config import DecoderConfig
 from diffdeploy.errors import DiffDeployError, ExportError, InputError
 from diffdeploy.formats import Check, RunOptions, Selection, distributions
 from diffdeploy.locate import Finding, locate
+from diffdeploy.processes import return_freed_memory
 from diffdeploy.runtime import require_runnable, require_trusted
 from diffdeploy.verify.artifact_checks import artifact_checks, artifact_facts
 from diffdeploy.verify.capacity import capacity_check
 from diffdeploy.verify.cases import AnyCase, Case
 from diffdeploy.verify.coverage import Coverage, covered
-from diffdeploy.verify.feeding import feed
+from diffdeploy.verify.feeding import start
 from diffdeploy.verify.float_twin import OpenArtifact, Subject, subjects_of
 from diffdeploy.verify.golden import golden_check
 from diffdeploy.verify.greedy import greedy_tokens
@@ -262,20 +263,27 @@ def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, yardsticks: Yard
     """
     spec = bundle.manifest.graph
     inputs = case.inputs(spec)
-    if case.one_call:
-        # The artifact of a block computes while this process computes the yardsticks. Those of a model are computed
-        # when it has answered, since both would take more memory together, and the artifact needs little of the time.
-        artifact.start(inputs)
-    yardsticks_of_outputs = yardsticks.of(case, inputs)
+    outputs = start(case, artifact, inputs, spec)
+    expected = None
+    if isinstance(bundle.manifest.config, DecoderConfig):
+        # The artifact of a model needs little of the time, but as much memory as the yardsticks, so these are computed
+        # when it has answered. Until then, not even the inputs are kept, whose caches are large.
+        inputs = {}
+        return_freed_memory()
+    else:
+        expected = yardsticks.of(case, inputs)
     try:
-        actual = dict(feed(case, artifact, inputs, spec))
+        actual = outputs()
     except DiffDeployError as error:
         return CaseReport.did_not_run(case.id, case.group, str(error))
+    if expected is None:
+        inputs = case.inputs(spec)
+        expected = yardsticks.of(case, inputs)
     queries = case.queries()
     # No positions are selected from an output of another shape, which fails because of its shape.
     if queries is not None and actual["output"].shape == inputs[spec.main_input].shape:
         actual = {**actual, "output": actual["output"][:, queries]}
-    judged = {name: _judged(name, case, actual.pop(name), held) for name, held in yardsticks_of_outputs}
+    judged = {name: _judged(name, case, actual.pop(name), held) for name, held in expected}
     reports = [judged[name] for name in spec.outputs]
     if not all(np.isfinite(array.astype(np.float64)).all() for array in inputs.values()):
         # Elements that a hidden NaN affects do not count as untried.

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import BufferedIOBase
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ import numpy as np
 from diffdeploy.arrays import Array
 from diffdeploy.errors import DiffDeployError, ExportError
 from diffdeploy.formats import RunOptions
-from diffdeploy.processes import WorkerProcess
+from diffdeploy.processes import WorkerProcess, return_freed_memory
 
 if TYPE_CHECKING:
     from diffdeploy.runtime import Runtime
@@ -240,7 +240,8 @@ def _main(bundle: str, options: str) -> int:
     from diffdeploy.runtime import open_runtime
 
     try:
-        runtime = open_runtime(bundle, RunOptions(**json.loads(options)))
+        # This process mostly waits while the other one computes yardsticks, which need the memory.
+        runtime = open_runtime(bundle, replace(RunOptions(**json.loads(options)), keep_memory=False))
     except DiffDeployError as error:
         _send(stdout, {"error": str(error)}, {})
         return error.exit_code
@@ -251,7 +252,7 @@ def _main(bundle: str, options: str) -> int:
 
 
 def _answer_next(runtime: "Runtime", stdin: BufferedIOBase, stdout: IO[bytes]) -> bool:
-    """Answer one input; false if there are no more. Its arrays are freed before the next are received."""
+    """Answer one input; false if there are no more. The other process gets the memory of arrays as soon as possible."""
     frame = _receive(stdin)
     if frame is None:
         return False
@@ -262,7 +263,10 @@ def _answer_next(runtime: "Runtime", stdin: BufferedIOBase, stdout: IO[bytes]) -
         # One input that fails says nothing about the next.
         header, outputs = {"error": f"{type(error).__name__}: {error}"}, {}
     del frame  # its caches are as large as those that are sent
+    return_freed_memory()
     _send(stdout, header, outputs)
+    outputs.clear()
+    return_freed_memory()
     return True
 
 

@@ -10,8 +10,8 @@ from diffdeploy.bundle import Bundle, Quantisation, eager_module
 from diffdeploy.config import DecoderConfig
 from diffdeploy.graphs import GraphSpec, clear_padding
 from diffdeploy.verify.cases import AnyCase
-from diffdeploy.verify.decoder import ExactOutput, exact_ways
-from diffdeploy.verify.eager import eager_errors, for_queries, run_arrays
+from diffdeploy.verify.decoder import exact_ways
+from diffdeploy.verify.eager import eager_errors, for_queries, run_arrays, run_layers
 from diffdeploy.verify.metrics import Yardstick
 from diffdeploy.verify.oracle import exact_and_stored
 
@@ -54,9 +54,10 @@ class Yardsticks:
         self._last: tuple[AnyCase, list[_Pair]] | None = None
         # The formula as the paper writes it, which no format ships.
         self._block = eager_module(bundle, impl="naive")
-        self._eager = run_arrays(self._block, last_only=self._spec.logits == "last")
-        # Only float16 overflows on the scores of outliers.
-        self._fused = eager_module(bundle, impl="two_call") if self._dtype == "float16" else None
+        # Of a block; `run_layers` computes those of a model. Only float16 overflows on the scores of outliers.
+        self._eager = run_arrays(self._block)
+        overflows = self._dtype == "float16" and not isinstance(self._config, DecoderConfig)
+        self._fused = eager_module(bundle, impl="two_call") if overflows else None
 
     @property
     def model(self) -> "DiffTransformer | None":
@@ -133,20 +134,29 @@ class Yardsticks:
 
         Tokens have no neighbours, but a model has more numbers to average over than a block.
         """
-        eager = run_arrays(self._block, last_only=spec.logits == "last")(inputs)
+        assert self.model is not None
+        eager = run_layers(self.model, inputs, last_only=spec.logits == "last")
         rows = np.arange(len(inputs["input_ids"]))
         exact = exact_ways(config, self._weights, inputs, spec, self._dtype, quantisation)
-        for output in exact:
-            yield self._pair(output, clear_padding(spec, inputs, output.name, eager.pop(output.name)), rows)
+        # Written so that nothing is kept longer than it is needed: all logits of a prompt take hundreds of megabytes in
+        # fp64, and `for` and `zip` would keep those that they yielded last.
+        while (output := next(exact, None)) is not None:
+            name, quantised, yardstick = output.name, output.quantised, Yardstick(output.exact, self._dtype)
+            yardstick.add_stored(output.stored)
+            del output
+            yardstick.add(self._next_of(eager, name, spec, inputs))
+            floats = name, [Held(rows, yardstick)]
+            if quantised is None:
+                yield _Pair(floats, floats)
+            else:
+                yield _Pair(floats, (name, [Held(rows, yardstick.with_quantised(quantised))]))
 
-    def _pair(self, output: ExactOutput, eager: Array, rows: Array) -> "_Pair":
-        yardstick = Yardstick(output.exact, self._dtype)
-        yardstick.add_stored(output.stored)
-        yardstick.add(eager)
-        floats = output.name, [Held(rows, yardstick)]
-        if output.quantised is None:
-            return _Pair(floats, floats)
-        return _Pair(floats, (output.name, [Held(rows, yardstick.with_quantised(output.quantised))]))
+    @staticmethod
+    def _next_of(eager: Iterator[tuple[str, Array]], name: str, spec: GraphSpec, inputs: Mapping[str, Array]) -> Array:
+        found, array = next(eager)
+        assert found == name
+        clear_padding(spec, inputs, name, array)
+        return array
 
 
 class _Pair(NamedTuple):

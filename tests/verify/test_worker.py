@@ -1,13 +1,17 @@
-"""Frames between the verification and the process that runs an artifact."""
+"""The process that runs an artifact: the frames that it exchanges with the verification, and its memory."""
 
 import io
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from diffdeploy.arrays import Array
-from diffdeploy.verify.worker import _receive, _send
+from diffdeploy.bundle import open_bundle
+from diffdeploy.formats import RunOptions
+from diffdeploy.graphs import zero_inputs
+from diffdeploy.verify.worker import ArtifactProcess, _receive, _send
 
 ARRAYS: dict[str, Array] = {
     "strided": np.arange(24, dtype=np.float32).reshape(2, 3, 4)[:, ::2].swapaxes(0, 2),
@@ -41,3 +45,23 @@ def test_arrays_arrive_as_they_were_sent_and_can_be_written() -> None:
 def test_a_process_that_ends_in_the_middle_of_an_answer_gives_none(missing: int) -> None:
     assert _receive(io.BytesIO(frame()[:-missing])) is None
     assert _receive(io.BytesIO(b"")) is None
+
+
+def test_the_memory_of_a_large_answer_is_returned_before_the_next(sample_bundle: Path) -> None:
+    spec = open_bundle(sample_bundle).manifest.graph
+    large = zero_inputs(spec, **{name: bounds.max for name, bounds in spec.axes.items()})
+    with ArtifactProcess(sample_bundle, RunOptions()) as artifact:
+        artifact.run(zero_inputs(spec))
+        before = resident_megabytes(artifact)
+        artifact.run(large)
+        peak = resident_megabytes(artifact, "VmHWM")
+        artifact.run(zero_inputs(spec))
+        after = resident_megabytes(artifact)
+    assert peak > before + 60
+    assert after < before + 20
+
+
+def resident_megabytes(artifact: ArtifactProcess, field: str = "VmRSS") -> int:
+    lines = Path(f"/proc/{artifact._process._process.pid}/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(field))
+    return int(line.split()[1]) // 1024

@@ -107,7 +107,7 @@ class OnnxRuntimeBackend(_OnnxBackend):
 
     def open(self, options: RunOptions) -> None:
         """Load the model; raises ExportError if that fails."""
-        settings = self._settings()
+        settings = self._settings(options)
         if options.threads is not None:
             settings.intra_op_num_threads = options.threads
         self._session = self._start(settings)
@@ -133,12 +133,13 @@ class OnnxRuntimeBackend(_OnnxBackend):
     def _providers(self) -> list[Any]:
         return [_CPU]
 
-    def _settings(self) -> Any:
+    def _settings(self, options: RunOptions) -> Any:
         import onnxruntime
 
         settings = onnxruntime.SessionOptions()
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         settings.log_severity_level = 4  # everything that it would log is also raised
+        settings.enable_cpu_mem_arena = options.keep_memory
         return settings
 
     def _start(self, settings: Any) -> Any:
@@ -171,7 +172,7 @@ class OnnxCudaBackend(OnnxRuntimeBackend):
 
         onnxruntime.preload_dlls()
         with tempfile.TemporaryDirectory() as folder:
-            settings = self._settings()
+            settings = self._settings(options)
             # Only the profile shows which provider runs a node of the optimised graph.
             settings.enable_profiling = True
             settings.profile_file_prefix = str(Path(folder) / "profile")
