@@ -273,7 +273,7 @@ def run_case(case: AnyCase, bundle: Bundle, artifact: Artifact, yardsticks: Yard
     else:
         expected = yardsticks.of(case, inputs)
     try:
-        actual = outputs()
+        actual = dict(outputs())  # an output is removed once it is judged
     except DiffDeployError as error:
         return CaseReport.did_not_run(case.id, case.group, str(error))
     if expected is None:
