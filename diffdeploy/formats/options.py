@@ -104,7 +104,7 @@ class RunOptions:
         recompile: true to recompile a ``compile`` bundle on a machine other than the one it was made for.
         trust: true to load a bundle that runs code when it is loaded, although this user did not export it here.
         public_key: file of the public key that the bundle's signature must match; the bundle is then trusted.
-        keep_memory: false to return the memory of a call to the system, where the backend would keep it for the next.
+        keep_memory: false to free a call's memory on the CPU where onnxruntime would keep it for the next call.
     """
 
     device: str | None = None

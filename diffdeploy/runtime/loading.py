@@ -144,7 +144,7 @@ def load(
         recompile: true to recompile the block.
         trust: true to run code from a foreign bundle: the machine code or pickles of some formats.
         public_key: file of the public key that the bundle's signature must match; the bundle is then trusted.
-        keep_memory: false to return the memory of a call to the system, where the backend would keep it for the next.
+        keep_memory: false to free a call's memory on the CPU where onnxruntime would keep it for the next call.
 
     Raises:
         InputError: there is no bundle, the format does not support an option, or the file is not a key.

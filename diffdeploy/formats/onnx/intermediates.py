@@ -91,7 +91,7 @@ def session_settings(directory: Path) -> Any:
 
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4  # everything that it would log is also raised
-    settings.enable_cpu_mem_arena = False  # such a session runs once; an arena would reserve more than it needs
+    settings.enable_cpu_mem_arena = False  # the verification needs the memory that an arena would keep
     # onnxruntime looks for external weights in this folder.
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
     return settings
