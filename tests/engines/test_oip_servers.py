@@ -26,6 +26,7 @@ from diffdeploy.runtime import Runtime
 from tests.cli.test_serve_command import free_port
 from tests.engines.test_oip_protocol import hidden
 from tests.support.bundles import ENGINE_MODEL, BundleCache
+from tests.support.memory import resident_kib
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.engines
@@ -123,11 +124,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"datatype": "FP64"}, "hidden_states has datatype FP64; accepted: FP32"),
     ({"data": ["x"] * 384}, "hidden_states has an element that is not FP32, or rows of different lengths"),
 ]
-
-
-def resident_kib(process: subprocess.Popen[bytes]) -> int:
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
 @BOTH

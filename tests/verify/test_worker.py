@@ -12,6 +12,7 @@ from diffdeploy.bundle import open_bundle
 from diffdeploy.formats import RunOptions
 from diffdeploy.graphs import zero_inputs
 from diffdeploy.verify.worker import ArtifactProcess, _receive, _send
+from tests.support.memory import resident_kib
 
 ARRAYS: dict[str, Array] = {
     "strided": np.arange(24, dtype=np.float32).reshape(2, 3, 4)[:, ::2].swapaxes(0, 2),
@@ -51,17 +52,12 @@ def test_the_memory_of_a_large_answer_is_returned_before_the_next(sample_bundle:
     spec = open_bundle(sample_bundle).manifest.graph
     large = zero_inputs(spec, **{name: bounds.max for name, bounds in spec.axes.items()})
     with ArtifactProcess(sample_bundle, RunOptions()) as artifact:
+        process = artifact._process._process
         artifact.run(zero_inputs(spec))
-        before = resident_megabytes(artifact)
+        before = resident_kib(process)
         artifact.run(large)
-        peak = resident_megabytes(artifact, "VmHWM")
+        peak = resident_kib(process, peak=True)
         artifact.run(zero_inputs(spec))
-        after = resident_megabytes(artifact)
-    assert peak > before + 40
-    assert after < before + 20
-
-
-def resident_megabytes(artifact: ArtifactProcess, field: str = "VmRSS") -> int:
-    lines = Path(f"/proc/{artifact._process._process.pid}/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(field))
-    return int(line.split()[1]) // 1024
+        after = resident_kib(process)
+    assert peak > before + 40 * 1024
+    assert after < before + 20 * 1024
