@@ -4,11 +4,11 @@ Shape suffixes: B batch, S new tokens, D model width.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import repeat, starmap
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
@@ -60,7 +60,8 @@ def exact_outputs(
     """
     if not isinstance(config, DecoderConfig):
         return oracle(config, weights, inputs)
-    return {name: exact for name, (exact,) in _of_decoder(config, weights, inputs, spec, ((None, quantisation),))}
+    outputs = _of_decoder(config, weights, inputs, spec, ((None, quantisation),))
+    return {name: exact for name, *(exact,) in outputs}
 
 
 class ExactOutput(NamedTuple):
@@ -76,11 +77,6 @@ class ExactOutput(NamedTuple):
     exact: Array
     stored: Array
     quantised: Array | None = None
-
-    @classmethod
-    def of(cls, name: str, arrays: Sequence[Array]) -> Self:
-        """Name the arrays of all ways."""
-        return cls(name, *arrays)
 
 
 def exact_ways(
@@ -100,7 +96,7 @@ def exact_ways(
     if quantisation is not None:
         ways.append((None, quantisation))
     # `starmap`, unlike a generator, keeps no output that it has returned.
-    return starmap(ExactOutput.of, _of_decoder(config, weights, inputs, spec, ways))
+    return starmap(ExactOutput, _of_decoder(config, weights, inputs, spec, ways))
 
 
 def logits_of(outputs: Iterator[ExactOutput]) -> ExactOutput:
@@ -114,13 +110,14 @@ def _of_decoder(
     inputs: Mapping[str, Array],
     spec: GraphSpec,
     ways: Sequence[tuple[DType | None, Quantisation | None]],
-) -> Iterator[tuple[str, list[Array]]]:
-    """Each output, once for each dtype in which streams are stored and quantisation of activations."""
+) -> Iterator[tuple[str, *tuple[Array, ...]]]:
+    """Name of each output, and the output in each way: a dtype of stored streams, and a quantisation of activations."""
 
-    def cleared(name: str, arrays: list[Array]) -> tuple[str, list[Array]]:
+    def cleared(name: str, arrays: Iterable[Array]) -> tuple[str, *tuple[Array, ...]]:
+        arrays = tuple(arrays)
         for array in arrays:
             clear_padding(spec, inputs, name, array)
-        return name, arrays
+        return name, *arrays
 
     dtypes, quantisations = zip(*ways, strict=True)
     blocks = [None if how is None else how.activation_blocks for how in quantisations]
@@ -138,13 +135,13 @@ def _of_decoder(
             computed = list(pool.map(of_layer, xs_BSD, repeat(inputs_of_layer(inputs, number)), dtypes, blocks))
             xs_BSD = [x_BSD for x_BSD, _ in computed]
             for side in ("key", "value"):
-                yield cleared(f"present.{number}.{side}", [caches.pop(side) for _, caches in computed])
+                yield cleared(f"present.{number}.{side}", (caches.pop(side) for _, caches in computed))
         own.clear()
     # That of the layers' temporaries, before as much again is needed for the logits.
     return_freed_memory()
     if spec.logits == "last":
         xs_BSD = [x_BSD[:, -1:] for x_BSD in xs_BSD]
-    yield cleared(spec.main_output, list(map(partial(exact_head, config, weights), xs_BSD, quantisations)))
+    yield cleared(spec.main_output, map(partial(exact_head, config, weights), xs_BSD, quantisations))
 
 
 def exact_embedding(weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> Array:

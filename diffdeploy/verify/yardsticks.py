@@ -142,27 +142,22 @@ class Yardsticks:
         # Written so that nothing is kept longer than it is needed: all logits of a prompt take hundreds of megabytes in
         # fp64, and `for` and `zip` would keep those that they yielded last.
         with ThreadPoolExecutor(1) as pool:  # numpy and torch leave some of the time of the cores to each other
-            for name in [*spec.caches.values(), spec.main_output]:
-                coming = pool.submit(self._next_of, eager, name, spec, inputs)
+            for _ in spec.outputs:
+                coming = pool.submit(next, eager)
                 output = next(exact)
-                assert output.name == name
                 quantised, yardstick = output.quantised, Yardstick(output.exact, self._dtype)
                 yardstick.add_stored(output.stored)
-                del output
-                yardstick.add(coming.result())
-                del coming
+                name, array = coming.result()
+                assert name == output.name
+                del output, coming
+                clear_padding(spec, inputs, name, array)
+                yardstick.add(array)
+                del array
                 floats = name, [Held(rows, yardstick)]
                 if quantised is None:
                     yield _Pair(floats, floats)
                 else:
                     yield _Pair(floats, (name, [Held(rows, yardstick.with_quantised(quantised))]))
-
-    @staticmethod
-    def _next_of(eager: Iterator[tuple[str, Array]], name: str, spec: GraphSpec, inputs: Mapping[str, Array]) -> Array:
-        found, array = next(eager)
-        assert found == name
-        clear_padding(spec, inputs, name, array)
-        return array
 
 
 class _Pair(NamedTuple):
